@@ -1,0 +1,74 @@
+"""Distil a data set: squeeze teachers, synthesize images, relabel, package, evaluate.
+
+    accelerate launch recipes/prism.py                                    # the embedded default: digits, minutes on a CPU
+    accelerate launch recipes/prism.py RECIPE.yaml synthesis.ipc=5 relabel.batch_size=25
+    accelerate launch recipes/prism.py RECIPE.yaml --dry-run              # the plan; touches no tensor and no network
+    accelerate launch recipes/prism.py RECIPE.yaml --stage evaluate       # one stage, from what the earlier ones left
+    accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
+        recipes/prism.py RECIPE.yaml                                      # two processes: GPUs, or CPU without one
+
+The same command goes on where an interrupted run stopped.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from prism_hf.command import add_common, run_command, split_overrides
+from prism_hf.errors import RecipeError
+from prism_hf.plan import describe_plan
+from prism_hf.recipe import load_recipe
+from prism_hf.run import STAGES, TRACKERS, Run, claim_folder, make_accelerator, start_trackers
+
+DEFAULT = Path(__file__).parent / "digits" / "prism_ipc10.yaml"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe, and overrides")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/<recipe name>")
+    parser.add_argument("--teachers", type=Path, metavar="DIR", help="where squeezed teachers are kept")
+    parser.add_argument("--stage", choices=STAGES, help="run one stage only")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--log-with", metavar="|".join(TRACKERS), help="record losses, verifier accuracy and pictures")
+    add_common(parser)
+    return parser.parse_intermixed_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    paths, overrides = split_overrides(args.words)
+    if len(paths) > 1:
+        raise RecipeError(f"expected one recipe, got {', '.join(paths)}; overrides are written key=value")
+    recipe = load_recipe(paths[0] if paths else DEFAULT, overrides)
+    if args.dry_run:
+        sys.stdout.write(describe_plan(recipe) + "\n")
+        return
+    from prism_hf.report import summary
+    from prism_hf.squeeze import check_architectures
+    from prism_hf.stages import Stages
+
+    check_architectures(recipe)
+    folder = args.output or Path("outputs") / recipe.name
+    # Teachers are shared between recipes in outputs/teachers; a named output keeps everything inside itself.
+    teachers = args.teachers or (folder / "teachers" if args.output else Path("outputs") / "teachers")
+    accelerator = make_accelerator(folder, log_with=args.log_with, threads=args.threads)
+    if accelerator.is_main_process:
+        claim_folder(folder, recipe)
+    accelerator.wait_for_everyone()
+    run = Run(recipe, folder, teachers, accelerator)
+    start_trackers(run)
+    stages = Stages(run)
+    stages.check()
+    stages([args.stage] if args.stage else STAGES)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        report = folder / "report.json"
+        if report.is_file():
+            sys.stdout.write(summary(json.loads(report.read_text(encoding="utf-8"))) + "\n")
+        if run.dataset.is_dir():
+            sys.stdout.write(f"data set: {run.dataset}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, parse()))

@@ -1,0 +1,49 @@
+"""Train the `squeeze:` teachers of a recipe on its data set, and store them for timm and transformers.
+
+    accelerate launch recipes/squeeze.py RECIPE.yaml [key=value ...] [--output DIR]
+
+Prints a folder per teacher; `timm.create_model("local-dir:FOLDER", pretrained=True)` and transformers'
+`AutoModelForImageClassification.from_pretrained("FOLDER")` both load it. Finished teachers are left as they are.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from prism_hf.command import add_common, run_command, split_overrides
+from prism_hf.errors import RecipeError
+from prism_hf.recipe import load_recipe
+from prism_hf.run import Run, make_accelerator
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="+", metavar="RECIPE.yaml | key=value", help="a recipe, and overrides")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/teachers"), metavar="DIR", help="default: outputs/teachers"
+    )
+    add_common(parser)
+    return parser.parse_intermixed_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    paths, overrides = split_overrides(args.words)
+    if len(paths) != 1:
+        raise RecipeError(f"expected one recipe, got {len(paths)}; overrides are written key=value")
+    recipe = load_recipe(paths[0], overrides)
+    if not recipe.squeezed_teachers:
+        raise RecipeError(f"{paths[0]} names no `squeeze:` teacher, so there is nothing to train")
+    from prism_hf.squeeze import check_architectures, teacher_folder
+    from prism_hf.stages import Stages
+
+    check_architectures(recipe)
+    accelerator = make_accelerator(threads=args.threads)
+    # The run folder is only needed by later stages; teachers go straight to the output.
+    Stages(Run(recipe, args.output, args.output, accelerator)).squeeze()
+    if accelerator.is_main_process:
+        for name in recipe.squeezed_teachers:
+            sys.stdout.write(f"{name}  {teacher_folder(name, recipe, args.output)}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, parse()))

@@ -1,0 +1,234 @@
+"""What the data set says about itself: a dataset card, rendered strictly from facts; pure, no network.
+
+Text from outside (class names, source ids, licences) is escaped before it enters Markdown; the YAML header is written by
+a YAML library from an allow-list of keys.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+import yaml
+from datasets.info import DatasetInfo, DatasetInfosDict
+from datasets.splits import SplitDict, SplitInfo
+from huggingface_hub import DatasetCardData
+from jinja2 import Environment, StrictUndefined
+
+from .packaging import VIEWS, image_features, view_features
+from .recipe import Recipe, dump_recipe, to_dict
+from .report import markdown_table, table_rows
+
+METADATA_KEYS = (
+    "pretty_name", "license", "license_name", "task_categories", "tags", "source_datasets", "size_categories",
+    "configs", "dataset_info",
+)  # fmt: skip
+"""Everything that may stand in the YAML header; a key outside is an error."""
+
+_LICENCES = ("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0", "mit", "apache-2.0", "bsd-3-clause", "odc-by")
+"""Licence ids of the Hub that a source may name; anything else becomes `other` with its name."""
+
+
+def card_facts(
+    folder: Path, recipe: Recipe, class_names: Sequence[str], report: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Everything that a card says, as plain JSON: what `render_card` needs and nothing else.
+
+    Args:
+        folder: The data set folder, with tables and provenance.json.
+        recipe: The resolved recipe.
+        class_names: K names.
+        report: report.json, or `None` before the evaluation. Times are left out of the card: the same recipe gives the
+            same card.
+    """
+    provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    tables = {}
+    for config, sub in (("default", "data"), (VIEWS, VIEWS)):
+        paths = sorted((folder / sub).glob("train-*.parquet"))
+        groups = [pq.ParquetFile(path).metadata for path in paths]
+        tables[config] = {
+            "rows": sum(m.num_rows for m in groups),
+            "file_bytes": sum(path.stat().st_size for path in paths),
+            "table_bytes": sum(m.row_group(i).total_byte_size for m in groups for i in range(m.num_row_groups)),
+        }
+    return {
+        "recipe": to_dict(recipe),
+        "class_names": list(class_names),
+        "tables": tables,
+        "provenance": {k: v for k, v in provenance.items() if k != "files"},
+        "evaluation": None if report is None else report["evaluation"],
+    }
+
+
+def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
+    """The card, README.md of the data set folder.
+
+    Args:
+        facts: From `card_facts`.
+        recipe: The recipe that the facts are about.
+
+    Raises:
+        jinja2.UndefinedError: The template names a fact that is not there.
+
+    Example:
+        >>> render_card(facts, recipe).startswith("---")
+        True
+    """
+    template = files("prism_hf").joinpath("templates/dataset_card.md.jinja").read_text(encoding="utf-8")
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    evaluation = facts["evaluation"]
+    recipe_yaml = dump_recipe(recipe)
+    seeds = evaluation["rows"][0]["seeds"] if evaluation and evaluation["rows"] else []
+    return environment.from_string(
+        template
+    ).render(
+        metadata=yaml.safe_dump(metadata(facts, recipe), sort_keys=False, allow_unicode=True).strip(),
+        name=recipe.name,  # safe as it is: a recipe's name is letters, digits, dot, dash, underscore
+        r=escape_all(facts["recipe"]),
+        class_names=[escape(name) for name in facts["class_names"][:20]],
+        class_count=len(facts["class_names"]),
+        teachers=escape_all(facts["provenance"]["teachers"]),
+        provenance=escape_all({k: v for k, v in facts["provenance"].items() if k != "teachers"}),
+        tables=facts["tables"],
+        has_evaluation=evaluation is not None,
+        table=markdown_table(table_rows(evaluation)) if evaluation else "",
+        evaluation=escape_all(evaluation or {}),
+        seeds=len(seeds),
+        recipe_yaml=recipe_yaml.strip(),
+        fence=fence_for(recipe_yaml),
+        replay=REPLAY,
+        method=method_in_words(recipe),
+    )
+
+
+def render_control_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
+    """A short card for the control folder: random real images, so that plain `datasets` loads it the same way."""
+    header = yaml.safe_dump(metadata(facts, recipe), sort_keys=False, allow_unicode=True).strip()
+    return (
+        f"---\n{header}\n---\n\n# {recipe.name}: random real images\n\n"
+        f"{facts['tables']['default']['rows']} random real training images of {escape(recipe.data.source)}, relabelled by the "
+        "same teachers under the same protocol as the distilled set: its control. Not distilled.\n"
+    )
+
+
+REPLAY = """\
+from torch.nn.functional import interpolate
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+def crop_and_flip(image, box, flip):                       # image: (C, H, W) float in [0, 1]
+    top, left, height, width = box
+    crop = image[None, :, top:top + height, left:left + width]
+    view = interpolate(crop, image.shape[-2:], mode="bilinear", antialias=True)[0]
+    return view.flip(-1) if flip else view
+
+def replay(row, images):                                   # row of "views", images = the "default" config
+    image, partner = (pil_to_tensor(images[row[key]]["image"]) / 255 for key in ("image_index", "mix_image_index"))
+    view = crop_and_flip(image, row["crop"], row["flip"])
+    if row["mix_image_index"] < 0:                         # no partner
+        return view
+    other = crop_and_flip(partner, row["mix_crop"], row["mix_flip"])
+    top, left, height, width = row["mix_box"]
+    if height * width == 0:                                # MixUp, or an empty CutMix box
+        return row["mix_weight"] * view + (1 - row["mix_weight"]) * other
+    view[:, top:top + height, left:left + width] = other[:, top:top + height, left:left + width]
+    return view"""
+"""The outsider's replay, shown in the card and the docs, and run by a test: no code of ours."""
+
+
+def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The YAML header, from an allow-list; `configs` and `dataset_info` make plain `load_dataset` work."""
+    wanted = recipe.data.licence.strip().lower().replace(" ", "-")
+    known = wanted in _LICENCES
+    data = DatasetCardData()
+    infos = {
+        "default": _info("default", image_features(facts["class_names"]), facts["tables"]["default"]),
+        VIEWS: _info(VIEWS, view_features(len(facts["class_names"])), facts["tables"][VIEWS]),
+    }
+    DatasetInfosDict(infos).to_dataset_card_data(data)
+    is_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.data.source) is not None
+    values: dict[str, Any] = {
+        "pretty_name": recipe.name,
+        "license": wanted if known else "other",
+        "license_name": None if known else recipe.data.licence,
+        "task_categories": ["image-classification"],
+        "tags": ["dataset-distillation", "soft-labels", "prism", "prism-hf"],
+        "source_datasets": [recipe.data.source if is_hub else "extended|other"],
+        "size_categories": [_size_category(facts["tables"]["default"]["rows"])],
+        "configs": [
+            {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}], "default": True},
+            {"config_name": VIEWS, "data_files": [{"split": "train", "path": f"{VIEWS}/train-*"}]},
+        ],
+        "dataset_info": data.to_dict()["dataset_info"],
+    }
+    extra = set(values) - set(METADATA_KEYS)
+    if extra:
+        raise ValueError(f"metadata keys {sorted(extra)} are not in the allow-list")
+    # Through JSON: plain types only, whatever the library put into its classes.
+    return json.loads(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def _info(config: str, features: datasets.Features, table: Mapping[str, int]) -> DatasetInfo:
+    split = SplitInfo("train", num_bytes=table["table_bytes"], num_examples=table["rows"], dataset_name=None)
+    splits = SplitDict()
+    splits.add(split)
+    return DatasetInfo(
+        config_name=config,
+        features=features,
+        splits=splits,
+        download_size=table["file_bytes"],
+        dataset_size=table["table_bytes"],
+    )
+
+
+def _size_category(rows: int) -> str:
+    bounds = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+    return next((name for bound, name in bounds if rows < bound), "10M<n<100M")
+
+
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
+
+
+def escape(text: object) -> str:
+    """Text that shows as itself in one line of Markdown or HTML, inside a table too, whatever it contains."""
+    line = " ".join(str(text).split())
+    return _MARKDOWN.sub(r"\\\1", html.escape(line, quote=True))
+
+
+def escape_all(value: Any) -> Any:
+    """`escape` for every string inside plain JSON; numbers, booleans and `None` stay."""
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, Mapping):
+        return {key: escape_all(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [escape_all(item) for item in value]
+    return value
+
+
+def fence_for(text: str) -> str:
+    """A code fence longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    return "`" * max(3, longest + 1)
+
+
+def method_in_words(recipe: Recipe) -> str:
+    """One sentence on who supervised what."""
+    teachers = recipe.teachers
+    if not teachers.bn_pool:
+        return "one teacher gives both the classification loss and the batch-norm alignment (the SRe2L scheme)"
+    when = "once per slot" if teachers.selection == "per_slot" else "anew at each iteration"
+    own = "the logit teacher itself and " if teachers.include_logit else ""
+    return (
+        "one logit teacher gives the classification loss; batch-norm alignment comes from "
+        f"{own}up to {teachers.extras} of {len(teachers.bn_pool)} other networks, each draw made with probability "
+        f"{teachers.draw_probability:g}, drawn {when} (the PRISM scheme)"
+    )

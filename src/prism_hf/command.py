@@ -1,0 +1,51 @@
+"""What the commands share: one clear line for an error that a user can put right, and quiet libraries."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+import datasets
+import transformers
+
+from .errors import PrismError
+
+INTERRUPTED = 130
+
+
+def run_command(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Run a command; an error of ours is one line on stderr and exit code 2, with a traceback only for `--debug`."""
+    quiet()
+    try:
+        main(args)
+    except PrismError as error:
+        if args.debug:
+            raise
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on where this run stopped\n")
+        return INTERRUPTED
+    return 0
+
+
+def quiet() -> None:
+    """Our log lines, without the progress bars and notices of the libraries below."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("prism_hf").setLevel(logging.INFO)
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Options of every command."""
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads per process")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Positional words -> (paths, `dotted.key=value` overrides)."""
+    return [w for w in words if "=" not in w], [w for w in words if "=" in w]

@@ -1,0 +1,278 @@
+"""Where real images come from: any `datasets` image-classification source, or scikit-learn's digits.
+
+Real *training* images serve init, squeeze, the random-real control and the diversity reference; the *test* part scores
+students and nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import datasets
+import httpx2
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from .errors import DataError
+from .pixels import from_pil
+from .plan import derived_seed
+from .recipe import DataRecipe
+
+_CACHE_BYTES = 2**31
+"""Splits whose working images fit in this many bytes are decoded once and kept as one uint8 tensor."""
+
+
+class ImageSplit:
+    """Labelled images of one split at the working size.
+
+    Args:
+        rows: A `datasets.Dataset` with the two columns.
+        image_column: Name of the Image column.
+        label_column: Name of the label column.
+        size: Side of the square working image in pixels.
+        channels: 1 or 3.
+        name: Names the split in errors.
+    """
+
+    def __init__(
+        self, rows: datasets.Dataset, *, image_column: str, label_column: str, size: int, channels: int, name: str
+    ) -> None:
+        self._rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        self._image_column = image_column
+        self.size, self.channels, self.name = size, channels, name
+        self.labels = np.asarray(rows.with_format("numpy")[label_column][:], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """Working images, (B, C, S, S) uint8.
+
+        Raises:
+            DataError: An image cannot be decoded; names the row.
+        """
+        if len(self) * self.channels * self.size**2 <= _CACHE_BYTES:
+            return self._all[torch.as_tensor(np.asarray(indices), dtype=torch.int64)]
+        return self._decode(np.asarray(indices))
+
+    @cached_property
+    def _all(self) -> Tensor:
+        return self._decode(np.arange(len(self)))
+
+    def _decode(self, indices: np.ndarray) -> Tensor:
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(self._one, indices.tolist())))
+
+    def _one(self, index: int) -> Tensor:
+        cell = self._rows[index][self._image_column]
+        try:
+            source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+            with Image.open(source) as picture:
+                return from_pil(picture, self.channels, size=self.size)
+        except (UnidentifiedImageError, OSError, SyntaxError, TypeError) as error:
+            raise DataError(
+                f"row {index} of split {self.name!r} is not a readable image ({type(error).__name__}); "
+                "remove or replace it in the source"
+            ) from error
+
+    def rows_by_class(self, num_classes: int) -> list[np.ndarray]:
+        """Row numbers of each class, ascending."""
+        return [np.flatnonzero(self.labels == label) for label in range(num_classes)]
+
+
+@dataclass(frozen=True)
+class SourceData:
+    """The real data of a recipe.
+
+    Attributes:
+        train: The training split (without what `validation_fraction` holds out).
+        test: The test part.
+        class_names: Name of each class, K.
+        revision: What was resolved for a Hub source, or `null`.
+    """
+
+    train: ImageSplit
+    test: ImageSplit
+    class_names: tuple[str, ...]
+    revision: str | None
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+
+def load_source(recipe: DataRecipe) -> SourceData:
+    """Open the source, find its columns and check it against the recipe.
+
+    Raises:
+        DataError: Not found, no image or label column, or another number of classes.
+    """
+    train, test = (_digits() if recipe.source == "digits" else _open(recipe)) or (None, None)
+    assert train is not None and test is not None
+    image_column = _find(train, recipe.image_column, datasets.Image, "image_column")
+    label_column = _find(train, recipe.label_column, datasets.ClassLabel, "label_column")
+    names = _class_names(train, label_column, recipe)
+    _same_classes(test, label_column, names, recipe)
+    if recipe.validation_fraction:
+        train, test = _hold_out(train, label_column, recipe.validation_fraction)
+
+    def split(rows: datasets.Dataset, name: str) -> ImageSplit:
+        return ImageSplit(
+            rows,
+            image_column=image_column,
+            label_column=label_column,
+            size=recipe.size,
+            channels=recipe.channels,
+            name=name,
+        )
+
+    data = SourceData(split(train, recipe.train_split), split(test, recipe.test_split), names, _revision(train))
+    for part in (data.train, data.test):
+        wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(names)))
+        if len(wrong):
+            raise DataError(
+                f"row {wrong[0]} of split {part.name!r} has label {part.labels[wrong[0]]}, expected 0 to "
+                f"{len(names) - 1}; use a labelled split (unlabelled test splits carry -1)"
+            )
+    return data
+
+
+def real_images(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) -> tuple[Tensor, Tensor]:
+    """`ipc` real training images per class, class-major.
+
+    Args:
+        data: The source.
+        ipc: Images per class.
+        seed: Seed of the random choice, without replacement; init `real_random` and the random-real control use the same
+            choice, so that the table compares images before and after optimisation.
+        by_index: Take the first `ipc` images of each class instead.
+
+    Returns:
+        Images (K * ipc, C, S, S) uint8 and labels (K * ipc,) int64.
+
+    Raises:
+        DataError: A class has fewer than `ipc` images.
+    """
+    chosen: list[int] = []
+    for label, rows in enumerate(data.train.rows_by_class(data.num_classes)):
+        if len(rows) < ipc:
+            raise DataError(
+                f"class {data.class_names[label]!r} has {len(rows)} training images, but ipc is {ipc}; "
+                "lower ipc, or use init noise"
+            )
+        if not by_index:
+            generator = torch.Generator().manual_seed(derived_seed(seed, "real images", label))
+            rows = rows[torch.randperm(len(rows), generator=generator).numpy()]
+        chosen += rows[:ipc].tolist()
+    return data.train.images(chosen), torch.from_numpy(data.train.labels[chosen])
+
+
+def _digits() -> tuple[datasets.Dataset, datasets.Dataset]:
+    """scikit-learn's digits, 8 x 8 grey; a fixed stratified quarter is the test part."""
+    source = load_digits()
+    images = np.rint(source.images * (255 / 16)).astype(np.uint8)
+    rows = np.arange(len(images))
+    parts = train_test_split(rows, test_size=0.25, stratify=source.target, random_state=0)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(n) for n in range(10)])}
+    )
+
+    def build(part: np.ndarray) -> datasets.Dataset:
+        part = np.sort(part)
+        columns = {"image": [Image.fromarray(images[i]) for i in part], "label": source.target[part].tolist()}
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    return build(parts[0]), build(parts[1])
+
+
+def _open(recipe: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset]:
+    return tuple(_open_split(recipe, name) for name in (recipe.train_split, recipe.test_split))  # type: ignore[return-value]
+
+
+def _open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
+    where = f"data.source {recipe.source!r}" + (f", config {recipe.config!r}" if recipe.config else "")
+    folder = Path(recipe.source).expanduser()
+    looks_local = recipe.source.startswith((".", "/", "~")) or recipe.source.count("/") != 1
+    if looks_local and not folder.is_dir():
+        raise DataError(
+            f"{where} is neither a folder here nor a Hub id (org/name); give `digits`, a Hub id or the path of a folder"
+        )
+    try:
+        if folder.is_dir() and ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
+            saved = datasets.load_from_disk(str(folder))
+            if isinstance(saved, datasets.Dataset):
+                raise DataError(f"{where} was saved as one Dataset without splits; save a DatasetDict with {name!r}")
+            return saved[name]
+        source = str(folder) if folder.is_dir() else recipe.source
+        return datasets.load_dataset(source, recipe.config, split=name, revision=recipe.revision)
+    except DataError:
+        raise
+    except (KeyError, ValueError, OSError, RuntimeError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{where}, split {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
+
+
+def _find(rows: datasets.Dataset, named: str | None, kind: type, key: str) -> str:
+    columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
+    if named is not None:
+        if named not in rows.features:
+            raise DataError(f"data.{key} is {named!r}, but the columns are {columns}")
+        if kind is datasets.Image and not isinstance(rows.features[named], kind):
+            raise DataError(f"data.{key} is {named!r}, which is not of type Image; the columns are {columns}")
+        return named
+    found = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    if len(found) != 1:
+        many = "no" if not found else "more than one"
+        raise DataError(f"the data have {many} column of type {kind.__name__}; name it in data.{key}: {columns}")
+    return found[0]
+
+
+def _class_names(rows: datasets.Dataset, column: str, recipe: DataRecipe) -> tuple[str, ...]:
+    feature = rows.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        names = tuple(feature.names)
+    elif isinstance(feature, datasets.Value) and "int" in feature.dtype:
+        names = tuple(str(label) for label in range(recipe.num_classes))
+    else:
+        raise DataError(
+            f"label column {column!r} is of type {feature}; expected ClassLabel or integers "
+            "(`Dataset.class_encode_column` turns strings into a ClassLabel)"
+        )
+    if len(names) != recipe.num_classes:
+        raise DataError(f"data.num_classes is {recipe.num_classes}, but column {column!r} has {len(names)} classes")
+    return names
+
+
+def _same_classes(rows: datasets.Dataset, column: str, names: tuple[str, ...], recipe: DataRecipe) -> None:
+    feature = rows.features.get(column)
+    if feature is None:
+        raise DataError(f"split {recipe.test_split!r} has no column {column!r}, which the training split has")
+    if isinstance(feature, datasets.ClassLabel) and tuple(feature.names) != names:
+        raise DataError(
+            f"splits {recipe.train_split!r} and {recipe.test_split!r} list their classes in another order or number; "
+            "both must share one ClassLabel"
+        )
+
+
+def _hold_out(rows: datasets.Dataset, column: str, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    labels = np.asarray(rows.with_format("numpy")[column][:])
+    kept, held = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=0)
+    return rows.select(np.sort(kept)), rows.select(np.sort(held))
+
+
+def _revision(rows: datasets.Dataset) -> str | None:
+    """The commit of a Hub source, read from the checksummed files that `datasets` recorded."""
+    for url in rows.info.download_checksums or {}:
+        if "@" in url:
+            return url.rsplit("@", 1)[1].split("/", 1)[0]
+    return None

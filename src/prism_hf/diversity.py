@@ -1,0 +1,87 @@
+"""How alike the images of a class are, to a network that took no part, with real images as the reference.
+
+Legend: N images, D features.
+
+Intra-class cosine similarity of penultimate features, as PRISM, G-VBSM and DELT report it; high means alike. Alone it says
+nothing: noise is diverse too. So it always stands beside random real images and the full training set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import TeacherError
+from .pixels import to_reference
+from .teachers import Teacher
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """Intra-class cosine similarity of one set of images.
+
+    Attributes:
+        per_class: Mean over all pairs of a class, in [-1, 1]; `None` for a class with fewer than two images.
+        mean: Mean over the classes, or `None` if no class has two images.
+    """
+
+    per_class: tuple[float | None, ...]
+    mean: float | None
+
+
+def intra_class_similarity(features: Tensor, labels: Tensor, num_classes: int) -> Diversity:
+    """Mean pairwise cosine similarity inside each class.
+
+    Args:
+        features: (N, D), any scale.
+        labels: (N,) int64.
+        num_classes: K.
+
+    The sum over pairs is (|sum of unit vectors|^2 - n) / 2, so no N x N matrix is needed.
+    """
+    units = F.normalize(features.double(), dim=1)
+    values: list[float | None] = []
+    for label in range(num_classes):
+        own = units[labels == label]
+        count = len(own)
+        values.append(float((own.sum(0).square().sum() - count) / (count * (count - 1))) if count > 1 else None)
+    known = [v for v in values if v is not None]
+    return Diversity(tuple(values), float(np.mean(known)) if known else None)
+
+
+@torch.no_grad()
+def penultimate_features(
+    teacher: Teacher, images: Callable[[range], Tensor], count: int, *, device: torch.device, batch_size: int = 256
+) -> Tensor:
+    """Input of the classifier layer, (N, D) float32 on the CPU.
+
+    Args:
+        teacher: The network.
+        images: Rows -> (B, C, H, W) uint8.
+        count: N.
+        device: Where the network is.
+        batch_size: Images per call.
+
+    Raises:
+        TeacherError: The network does not end in a linear layer.
+    """
+    classifiers = [m for m in teacher.model.modules() if isinstance(m, nn.Linear)]
+    if not classifiers:
+        raise TeacherError(
+            f"network {teacher.name!r} has no linear layer, so no penultimate features; name another verifier"
+        )
+    seen: list[Tensor] = []
+    handle = classifiers[-1].register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu())
+    )
+    try:
+        for start in range(0, count, batch_size):
+            teacher.logits(to_reference(images(range(start, min(start + batch_size, count))).to(device)))
+    finally:
+        handle.remove()
+    return torch.cat(seen)

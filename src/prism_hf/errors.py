@@ -1,0 +1,33 @@
+"""What can go wrong that a user can put right: one line each, caught by the command line.
+
+Every message says what was expected, what came, and how to fix it. Errors of ours (a broken invariant) are
+plain `AssertionError`s and keep their traceback.
+"""
+
+
+class PrismError(Exception):
+    """Base of every error that a change of recipe, data, folder or environment can put right."""
+
+
+class RecipeError(PrismError, ValueError):
+    """A recipe or an override is wrong: unknown key, wrong type, impossible mix."""
+
+
+class DataError(PrismError, ValueError):
+    """The source data cannot be used: no image column, too few images, a corrupt file."""
+
+
+class TeacherError(PrismError, ValueError):
+    """A teacher cannot teach: not found, no BatchNorm2d to align, another class count or label order."""
+
+
+class SynthesisError(PrismError, RuntimeError):
+    """Optimisation went wrong (a loss that is not finite, out of memory); finished jobs are kept."""
+
+
+class StageError(PrismError, FileNotFoundError):
+    """A stage needs what an earlier stage leaves, and it is not there."""
+
+
+class OutputError(PrismError, OSError):
+    """The output folder cannot be used: it belongs to another recipe, or is not a run folder."""

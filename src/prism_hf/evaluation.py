@@ -1,0 +1,166 @@
+"""The honest table: every row trained under one protocol, each (row, seed) an independent job shared over processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .data import ImageSplit
+from .diversity import Diversity, intra_class_similarity, penultimate_features
+from .packaging import DistilledDataset
+from .pixels import to_reference
+from .recipe import EvaluationRecipe, RelabelView
+from .report import Evaluation, Score, SetFacts
+from .storage import write_json
+from .students import ROWS, Row, train_on_real, train_student
+from .teachers import Teacher
+from .training import score
+
+
+@dataclass(frozen=True, eq=False)
+class Contest:
+    """Who is compared with whom, and how.
+
+    Attributes:
+        distilled: The data set to score.
+        control: Random real images, packaged the same way, or `None`.
+        train: All real training images, or `None`.
+        test: The test part.
+        settings: The student protocol.
+        view: Crops of the ceiling row.
+        left_out: Rows that cannot be had, with the reason.
+    """
+
+    distilled: DistilledDataset
+    control: DistilledDataset | None
+    train: ImageSplit | None
+    test: ImageSplit
+    settings: EvaluationRecipe
+    view: RelabelView
+    left_out: Mapping[str, str]
+
+    def rows(self) -> list[Row]:
+        """The rows that can be had."""
+        there = {
+            "distilled": True,
+            "random_real": self.control is not None,
+            "full": self.train is not None and self.settings.full_data_epochs > 0,
+        }
+        return [row for row in ROWS if there[row.images]]
+
+    def tasks(self) -> list[tuple[Row, int]]:
+        """(row, seed), the long ceiling runs first, so that processes finish together."""
+        return [(row, seed) for row in reversed(self.rows()) for seed in self.settings.seeds]
+
+
+def task_file(folder: Path, row: Row, seed: int) -> Path:
+    """Where the score of one student is kept."""
+    return folder / f"{row.key}-seed{seed}.json"
+
+
+def run_task(contest: Contest, row: Row, seed: int, folder: Path, *, device: torch.device) -> None:
+    """Train and score one student, and keep its score; a score that is there already is left as it is."""
+    path = task_file(folder, row, seed)
+    if path.is_file():
+        return
+    if row.images == "full":
+        assert contest.train is not None
+        student = train_on_real(
+            contest.train,
+            contest.settings,
+            contest.view,
+            num_classes=len(contest.distilled.class_names),
+            seed=seed,
+            device=device,
+        )
+    else:
+        source = contest.distilled if row.images == "distilled" else contest.control
+        assert source is not None
+        student = train_student(source, contest.settings, labels=row.labels, seed=seed, device=device)
+    write_json(path, {"top1": score(student, contest.test, device=device)})
+
+
+def collect(
+    contest: Contest, folder: Path, *, verifier: Teacher | None, network: Teacher | None, device: torch.device
+) -> Evaluation:
+    """Read all scores and measure what needs no training: bytes, verifier accuracy, intra-class similarity.
+
+    Args:
+        contest: What was compared.
+        folder: Where the scores are.
+        verifier: Judges distilled and random real images.
+        network: Whose features measure similarity; the verifier where there is one.
+        device: Where those networks are.
+    """
+    scores = []
+    for row in contest.rows():
+        top1 = tuple(
+            float(json.loads(task_file(folder, row, seed).read_text(encoding="utf-8"))["top1"])
+            for seed in contest.settings.seeds
+        )
+        scores.append(Score(row.images, row.labels, contest.settings.seeds, top1, _count(contest, row)))
+    return Evaluation(
+        scores=tuple(scores),
+        sets=_facts(contest, verifier, network, device),
+        student=contest.settings.student,
+        epochs=contest.settings.epochs or contest.distilled.num_epochs,
+        test_count=len(contest.test),
+        verifier=verifier.name if verifier else None,
+        similarity_network=network.name if network else None,
+        left_out=contest.left_out,
+    )
+
+
+def _count(contest: Contest, row: Row) -> int:
+    if row.images == "full":
+        assert contest.train is not None
+        return len(contest.train)
+    return len(contest.distilled.labels)
+
+
+def _facts(
+    contest: Contest, verifier: Teacher | None, network: Teacher | None, device: torch.device
+) -> dict[str, SetFacts]:
+    classes = len(contest.distilled.class_names)
+    sets: dict[str, SetFacts] = {}
+    for name, source in (("distilled", contest.distilled), ("random_real", contest.control)):
+        if source is not None:
+            pixels = source.images_uint8
+            sets[name] = SetFacts(
+                image_bytes=source.image_bytes,
+                label_bytes=source.label_bytes,
+                verifier_top1=_agreement(verifier, pixels, source.labels, device),
+                diversity=_diversity(
+                    network, lambda rows, pixels=pixels: pixels[rows.start : rows.stop], source.labels, classes, device
+                ),
+            )
+    if contest.train is not None:
+        labels = torch.from_numpy(contest.train.labels)
+        diversity = _diversity(network, contest.train.images, labels, classes, device)
+        sets["full"] = SetFacts(None, None, None, diversity)
+    return sets
+
+
+@torch.no_grad()
+def _agreement(verifier: Teacher | None, images: Tensor, labels: Tensor, device: torch.device) -> float | None:
+    if verifier is None:
+        return None
+    hits = 0
+    for start in range(0, len(images), 256):
+        logits = verifier.logits(to_reference(images[start : start + 256].to(device)))
+        hits += int((logits.argmax(1).cpu() == labels[start : start + 256]).sum())
+    return hits / len(images)
+
+
+def _diversity(
+    network: Teacher | None, images: Callable[[range], Tensor], labels: Tensor, classes: int, device: torch.device
+) -> Diversity:
+    if network is None:
+        return Diversity((None,) * classes, None)
+    features = penultimate_features(network, images, len(labels), device=device)
+    return intra_class_similarity(features, labels, classes)

@@ -1,0 +1,554 @@
+"""What is to be distilled, and how: frozen dataclasses, read from one YAML and checked before anything runs.
+
+A recipe holds the science (every value that can change a result) and nothing about hardware: process count, threads,
+device, precision and paths are arguments of the commands. Two runs of one recipe give the same bytes on the CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from .errors import RecipeError
+
+SQUEEZE_PREFIX = "squeeze:"
+
+
+def _number_from_yaml(value: object) -> object:
+    # YAML 1.1 reads `1e-3` (no dot) as a string; people write it all the same, so a float field accepts it.
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_number_from_yaml), Field(allow_inf_nan=False)]
+Positive = Annotated[Float, Field(gt=0)]
+NonNegative = Annotated[Float, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]
+CropScale = tuple[Annotated[Float, Field(gt=0, le=1)], Annotated[Float, Field(gt=0, le=1)]]
+
+_STRICT = ConfigDict(strict=True, extra="forbid")
+T = TypeVar("T")
+
+
+def _ordered(key: str, pair: tuple[float, float]) -> None:
+    if pair[0] > pair[1]:
+        raise ValueError(f"{key} must be [smallest, largest], got [{pair[0]}, {pair[1]}]; swap the two values")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataRecipe:
+    """The real data set: where it is, its columns, and the working size.
+
+    Attributes:
+        source: `digits` (inside scikit-learn), a Hub id, or a local folder (Parquet, ImageFolder, save_to_disk).
+        num_classes: K. Stated, not guessed, so that a plan needs no data; checked against the data.
+        size: Side of the square working image in pixels.
+        channels: 1 (grey) or 3 (RGB) for the synthetic images.
+        config: Hub config of the source.
+        revision: Hub revision of the source; `null` takes the newest and records which one that was.
+        train_split: Split used for init, squeeze, the random-real control and the diversity reference.
+        test_split: Split used to score students, and for nothing else.
+        validation_fraction: If above 0, this stratified share of the *training* split is held out and takes the place
+            of the test split, which is then never read. For tuning.
+        image_column: Name of the image column; `null` finds the only column of type Image.
+        label_column: Name of the label column; `null` finds the only column of type ClassLabel.
+        licence: Licence or terms of the source, for the card.
+    """
+
+    source: Name
+    num_classes: Annotated[int, Field(ge=2)]
+    size: Annotated[int, Field(ge=8)]
+    channels: Literal[1, 3] = 3
+    config: Name | None = None
+    revision: Name | None = None
+    train_split: Name = "train"
+    test_split: Name = "test"
+    validation_fraction: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    image_column: Name | None = None
+    label_column: Name | None = None
+    licence: Name = "unknown"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TeachersRecipe:
+    """Who supervises what: the decoupling that is PRISM. An empty `bn_pool` is SRe2L (one teacher for both losses).
+
+    A teacher is `squeeze:<timm architecture>` (trained on this recipe's data), a timm name (`resnet18.tv_in1k`),
+    `hf-hub:org/name@revision`, `local-dir:path`, or `transformers:org/name`.
+
+    Attributes:
+        logit: The logit teacher; alone in supplying the classification loss.
+        bn_pool: Other BN teachers, from which extras are drawn.
+        include_logit: The logit teacher is always a BN teacher too (PRISM's published setting).
+        extras: At most this many draws from the pool.
+        draw_probability: Each draw is made with this probability; uniform, without replacement.
+        selection: `per_slot`: drawn once per slot (paper: pre-distillation); `per_iteration`: drawn anew each iteration
+            (intra-distillation).
+        verifier: A classifier outside logit teacher and pool that judges the synthetic images; never in the loss.
+    """
+
+    logit: Name
+    bn_pool: tuple[Name, ...] = ()
+    include_logit: bool = True
+    extras: Index = 3
+    draw_probability: Fraction = 0.5
+    selection: Literal["per_slot", "per_iteration"] = "per_slot"
+    verifier: Name | None = None
+
+    def __post_init__(self) -> None:
+        if len(set(self.bn_pool)) != len(self.bn_pool):
+            raise ValueError("bn_pool names a teacher twice; draws are without replacement, so name each once")
+        if self.logit in self.bn_pool:
+            raise ValueError(
+                f"bn_pool contains the logit teacher {self.logit!r}; remove it there, `include_logit` decides its part"
+            )
+        if self.verifier is not None and self.verifier in (self.logit, *self.bn_pool):
+            raise ValueError(
+                f"verifier {self.verifier!r} is also a teacher; a verifier must be held out, name another architecture"
+            )
+        if not self.bn_pool and not self.include_logit:
+            raise ValueError("no BN teacher: bn_pool is empty and include_logit is false; set one of the two")
+
+    @property
+    def synthesis_names(self) -> tuple[str, ...]:
+        """Teachers in the loss, logit teacher first."""
+        return (self.logit, *self.bn_pool)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SqueezeRecipe:
+    """How `squeeze:` teachers are trained (SRe2L stage 1): AdamW, one-cycle learning rate, crops and pixel noise.
+
+    Attributes:
+        epochs: Passes over the training split.
+        batch_size: Images per step; the incomplete last batch of an epoch is dropped (BN statistics).
+        lr: Peak learning rate of the one-cycle schedule.
+        weight_decay: AdamW weight decay.
+        crop_scale: Smallest and largest share of the image area kept by a random crop.
+        flip: Horizontal flips with probability 0.5.
+        noise_std: Largest standard deviation of Gaussian pixel noise, in [0, 1] pixel units; drawn per image.
+    """
+
+    epochs: Count = 14
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    lr: Positive = 5.0e-3
+    weight_decay: NonNegative = 0.05
+    crop_scale: CropScale = (0.6, 1.0)
+    flip: bool = False
+    noise_std: NonNegative = 0.1
+
+    def __post_init__(self) -> None:
+        _ordered("squeeze.crop_scale", self.crop_scale)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SynthesisView:
+    """The random view of one synthesis step, one draw for the whole batch.
+
+    Attributes:
+        crop_scale: Smallest and largest share of the area kept by the random resized crop; [1, 1] is no crop.
+        flip: Horizontal flip with probability 0.5.
+        jitter: Roll by 0 to this many pixels along each axis.
+    """
+
+    crop_scale: CropScale = (0.08, 1.0)
+    flip: bool = True
+    jitter: Index = 32
+
+    def __post_init__(self) -> None:
+        _ordered("synthesis.view.crop_scale", self.crop_scale)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Ladder:
+    """Fewer iterations for later slots (DELT's early-late idea): `iterations - step * (slot mod period)`.
+
+    Attributes:
+        step: Iterations less per slot.
+        period: After this many slots the ladder starts again.
+    """
+
+    step: Count
+    period: Annotated[int, Field(ge=2)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SynthesisRecipe:
+    """How pixels are optimised (PRISM, arXiv 2511.09905; stage "recover" of SRe2L, arXiv 2306.13092).
+
+    Attributes:
+        ipc: Images per class.
+        init: `noise` (N(0, 1) in the reference normalisation), `real_index` (image number `slot` of the class), or
+            `real_random` (a seeded random image of the class).
+        batch_order: `cross_class`: a batch holds consecutive classes of the same slot(s); `within_class`: consecutive
+            slots of the same class(es).
+        batch_size: Images optimised together; their statistics are the BN loss, so the batch is part of the method.
+        slots_per_batch: With `cross_class`: how many consecutive slots share a batch, a teacher draw and an iteration
+            count. The paper has 1; few classes need more, since statistics of a handful of images mean little.
+        iterations: Adam steps per batch.
+        ladder: Fewer iterations for later slots, or `null` for the same number everywhere.
+        lr: Adam learning rate in the reference normalisation.
+        betas: Adam's betas.
+        lr_schedule: `cosine` (to zero) or `constant`.
+        bn_weight: Weight of the BN alignment against the classification loss (r_bn).
+        bn_reduction: `sum` over layers, as published, or `mean` over layers, so that deep teachers do not dominate.
+        first_bn_multiplier: Weight of each teacher's first BN layer.
+        view: The random view of each step.
+        clamp: Clamp to the valid pixel range after each step.
+        verify_every: Ask the verifier each this many iterations (and at the end); it is only logged.
+    """
+
+    ipc: Count
+    batch_size: Annotated[int, Field(ge=2)]
+    iterations: Count
+    lr: Positive
+    init: Literal["noise", "real_index", "real_random"] = "real_random"
+    batch_order: Literal["cross_class", "within_class"] = "cross_class"
+    slots_per_batch: Count = 1
+    ladder: Ladder | None = None
+    betas: tuple[Fraction, Fraction] = (0.5, 0.9)
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    bn_weight: NonNegative = 0.01
+    bn_reduction: Literal["sum", "mean"] = "sum"
+    first_bn_multiplier: NonNegative = 10.0
+    view: SynthesisView = Field(default_factory=SynthesisView)
+    clamp: bool = True
+    verify_every: Count = 100
+
+    def __post_init__(self) -> None:
+        if max(self.betas) >= 1:
+            raise ValueError(f"betas must be below 1, got {list(self.betas)}")
+        if self.batch_order == "within_class" and self.slots_per_batch != 1:
+            raise ValueError(
+                "slots_per_batch needs batch_order cross_class; a within_class batch takes slots as they come"
+            )
+        if self.ladder is not None:
+            if self.batch_order == "within_class" or self.slots_per_batch != 1:
+                raise ValueError(
+                    "ladder gives every slot its own iterations, so a batch must hold one slot: "
+                    "use batch_order cross_class and slots_per_batch 1, or set ladder to null"
+                )
+            shortest = self.iterations - self.ladder.step * (self.ladder.period - 1)
+            if shortest < 1:
+                raise ValueError(
+                    f"ladder leaves {shortest} iterations for the last slot of a period; raise iterations, or lower "
+                    "ladder.step or ladder.period"
+                )
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RelabelView:
+    """The recorded views of the relabel stage.
+
+    Attributes:
+        crop_scale: Smallest and largest share of the area kept by each image's own random resized crop.
+        flip: Horizontal flips with probability 0.5, each image its own.
+        mix: `cutmix` (one box per batch), `mixup` (one weight per batch) or `none`.
+        mix_alpha: Both parameters of the Beta distribution of the mixing weight.
+    """
+
+    crop_scale: CropScale = (0.25, 1.0)
+    flip: bool = True
+    mix: Literal["cutmix", "mixup", "none"] = "cutmix"
+    mix_alpha: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        _ordered("relabel.view.crop_scale", self.crop_scale)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RelabelRecipe:
+    """Which teachers label the shipped images, under which views.
+
+    Attributes:
+        teachers: Who labels.
+        ensemble: `mean` of the logits; `norm_balanced_mean`: each teacher's (B, K) logits are first rescaled to the mean
+            Frobenius norm over the teachers; `weighted`: with `weights`.
+        weights: One per teacher, for `weighted`; they are divided by their sum.
+        epochs: Views per image.
+        batch_size: Images per batch; part of the method, since mixing and norm balance look at the batch.
+        view: How a view is drawn.
+    """
+
+    teachers: Annotated[tuple[Name, ...], Field(min_length=1)]
+    epochs: Count = 300
+    batch_size: Annotated[int, Field(ge=2)] = 50
+    ensemble: Literal["mean", "norm_balanced_mean", "weighted"] = "norm_balanced_mean"
+    weights: tuple[Positive, ...] | None = None
+    view: RelabelView = Field(default_factory=RelabelView)
+
+    def __post_init__(self) -> None:
+        if len(set(self.teachers)) != len(self.teachers):
+            raise ValueError("relabel.teachers names a teacher twice; use ensemble weighted to give one more weight")
+        if (self.ensemble == "weighted") != (self.weights is not None):
+            raise ValueError("weights belong to ensemble weighted: set both or neither")
+        if self.weights is not None and len(self.weights) != len(self.teachers):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.teachers)} teachers; give one weight each")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class PackagingRecipe:
+    """How the images are encoded and the tables cut.
+
+    Attributes:
+        image_format: `png` and `webp` are lossless; `jpeg` is not, and the labels are those of the decoded JPEG.
+        jpeg_quality: For `jpeg`.
+        shard_megabytes: A new Parquet file is started when one has reached this size.
+    """
+
+    image_format: Literal["png", "webp", "jpeg"] = "png"
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
+    shard_megabytes: Count = 500
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvaluationRecipe:
+    """How students are trained from scratch; the same protocol for every row of the table.
+
+    Attributes:
+        student: timm architecture, or `transformers:<model type>` for a default configuration of that family.
+        seeds: One student per seed and row.
+        batch_size: Images per step.
+        epochs: Epochs of views to use; `null` uses all that the folder holds.
+        loss: Soft-label loss: `mse_ce`: MSE(student logits, stored logits) + ce_weight * CE; `kl`: KL at `temperature`.
+        ce_weight: Weight of the CE term of `mse_ce`.
+        temperature: Temperature of `kl`.
+        lr: AdamW learning rate; cosine to zero, no jump.
+        weight_decay: AdamW weight decay; none on one-dimensional parameters.
+        ema: Decay of an exponential moving average of the student's weights; 0 is off.
+        full_data_epochs: Epochs of the ceiling row (all real training images, hard labels); 0 leaves the row out and
+            the table says so.
+    """
+
+    student: Name
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    batch_size: Annotated[int, Field(ge=2)] = 50
+    epochs: Count | None = None
+    loss: Literal["mse_ce", "kl"] = "mse_ce"
+    ce_weight: NonNegative = 0.1
+    temperature: Positive = 20.0
+    lr: Positive = 1.0e-3
+    weight_decay: NonNegative = 0.01
+    ema: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    full_data_epochs: Index = 20
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must differ, got {list(self.seeds)}")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Recipe:
+    """One distilled data set, from source to table.
+
+    Attributes:
+        name: Names the run and its default output folder.
+        seed: Seed of every draw that is not a student's.
+        data: The real data.
+        teachers: Who supervises what.
+        synthesis: How pixels are optimised.
+        relabel: Who labels, under which views.
+        evaluation: How students are trained and scored.
+        squeeze: How `squeeze:` teachers are trained.
+        packaging: How the result is stored.
+
+    Example:
+        >>> recipe = load_recipe("recipes/digits/prism_ipc10.yaml", ["synthesis.iterations=20"])
+        >>> recipe.synthesis.ipc
+        10
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+    data: DataRecipe
+    teachers: TeachersRecipe
+    synthesis: SynthesisRecipe
+    relabel: RelabelRecipe
+    evaluation: EvaluationRecipe
+    seed: Index = 0
+    squeeze: SqueezeRecipe = Field(default_factory=SqueezeRecipe)
+    packaging: PackagingRecipe = Field(default_factory=PackagingRecipe)
+
+    def __post_init__(self) -> None:
+        synthesis = self.synthesis
+        images = synthesis.ipc * self.data.num_classes
+        if self.relabel.batch_size > images:
+            raise ValueError(
+                f"relabel.batch_size is {self.relabel.batch_size} but there are {images} images; lower the batch size"
+            )
+        if synthesis.slots_per_batch > synthesis.ipc:
+            raise ValueError(
+                f"slots_per_batch is {synthesis.slots_per_batch} but ipc is {synthesis.ipc}; lower slots_per_batch"
+            )
+        if synthesis.batch_order == "cross_class" and synthesis.batch_size > (
+            limit := synthesis.slots_per_batch * self.data.num_classes
+        ):
+            raise ValueError(
+                f"synthesis.batch_size is {synthesis.batch_size}, but a cross_class batch of "
+                f"{synthesis.slots_per_batch} slot(s) holds at most {limit} images; lower batch_size, or raise "
+                "slots_per_batch"
+            )
+        if synthesis.batch_size > images:
+            raise ValueError(f"synthesis.batch_size is {synthesis.batch_size} but there are {images} images; lower it")
+        if self.evaluation.epochs is not None and self.evaluation.epochs > self.relabel.epochs:
+            raise ValueError(
+                f"evaluation.epochs is {self.evaluation.epochs} but relabel stores {self.relabel.epochs} epochs of "
+                "views; lower the first or raise the second"
+            )
+
+    @property
+    def num_images(self) -> int:
+        """How many images are distilled: ipc * K."""
+        return self.synthesis.ipc * self.data.num_classes
+
+    @property
+    def squeezed_teachers(self) -> tuple[str, ...]:
+        """`squeeze:` teachers named anywhere in the recipe, each once, in order of first mention."""
+        named = (*self.teachers.synthesis_names, *self.relabel.teachers, self.teachers.verifier or "")
+        return tuple(dict.fromkeys(n for n in named if n.startswith(SQUEEZE_PREFIX)))
+
+    def fingerprint(self, *sections: str) -> str:
+        """Sixteen hex digits of the SHA-256 of the recipe's values, or of the named sections and the seed.
+
+        The name is left out: renaming a recipe changes no result.
+        """
+        values = to_dict(self)
+        chosen = sections or tuple(k for k in values if k != "name")
+        text = json.dumps({k: values[k] for k in (*chosen, "seed")}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def to_dict(recipe: Recipe) -> dict[str, object]:
+    """The resolved recipe as plain YAML types."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def parse_recipe(values: object, *, origin: str = "recipe") -> Recipe:
+    """Check plain values and turn them into a `Recipe`.
+
+    Raises:
+        RecipeError: One line that names every wrong key, what was expected and what came.
+    """
+    if not isinstance(values, dict):
+        raise RecipeError(f"{origin}: expected a mapping of sections, got {type(values).__name__}")
+    try:
+        return TypeAdapter(Recipe).validate_json(json.dumps(values))
+    except TypeError as error:
+        raise RecipeError(f"{origin}: {error}; use plain YAML values (quote dates)") from error
+    except ValidationError as error:
+        problems = "; ".join(_explain(e) for e in error.errors())
+        raise RecipeError(f"{origin}: {problems}") from error
+
+
+def _explain(error: object) -> str:
+    assert isinstance(error, dict)
+    path = ".".join(str(part) for part in error["loc"])
+    kind = error["type"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _keys_at(error["loc"][:-1])
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"unknown key {path!r}, {hint}"
+    if kind in ("missing", "missing_argument"):
+        return f"{path!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message}, got {json.dumps(error['input'])[:80]}"
+
+
+def _keys_at(path: Sequence[object]) -> list[str]:
+    section: type = Recipe
+    for part in path:
+        fields = {f.name: f for f in dataclasses.fields(section)}
+        section = _SECTIONS.get(str(fields[str(part)].name), section) if str(part) in fields else section
+        if str(part) == "view":
+            section = SynthesisView if path[0] == "synthesis" else RelabelView
+    return [f.name for f in dataclasses.fields(section)]
+
+
+_SECTIONS: dict[str, type] = {
+    "data": DataRecipe,
+    "teachers": TeachersRecipe,
+    "squeeze": SqueezeRecipe,
+    "synthesis": SynthesisRecipe,
+    "relabel": RelabelRecipe,
+    "packaging": PackagingRecipe,
+    "evaluation": EvaluationRecipe,
+    "ladder": Ladder,
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from YAML and apply `dotted.key=value` overrides (values are YAML).
+
+    Raises:
+        RecipeError: The file is not there or no YAML, or a value is wrong.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"recipe {str(path)!r} not found; give the path of a YAML file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {str(path)!r} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    for override in overrides:
+        _apply(values, override)
+    return parse_recipe(values, origin=str(path))
+
+
+def _apply(values: object, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: expected dotted.key=value, for example synthesis.iterations=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML") from error
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(values, dict):
+            break
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+    if not isinstance(values, dict):
+        raise RecipeError(f"override {override!r}: {key.rpartition('.')[0]!r} is a value, not a section")
+    values[last] = value
+
+
+def differing_keys(a: Recipe, b: Recipe) -> list[str]:
+    """Dotted keys whose values differ between two recipes, the name aside."""
+
+    def flat(values: object, prefix: str) -> dict[str, object]:
+        if not isinstance(values, dict):
+            return {prefix: values}
+        return {
+            k: v for key, value in values.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()
+        }
+
+    left, right = flat(to_dict(a), ""), flat(to_dict(b), "")
+    keys = [k for k in {**left, **right} if left.get(k) != right.get(k) and k != "name"]
+    return keys

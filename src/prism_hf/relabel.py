@@ -1,0 +1,112 @@
+"""What the teachers say about each view of the shipped images: views are drawn, recorded and labelled, batch by batch.
+
+Legend: T teachers, B images of a batch, K classes, C channels, H W pixels.
+
+Labels are computed on the decoded bytes that ship. The published code labels 8-bit JPEGs that nobody keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import TeacherError
+from .pixels import to_reference
+from .plan import batch_ranges, derived_seed
+from .recipe import RelabelRecipe
+from .teachers import Teacher
+from .views import apply_views, draw_views, to_columns
+
+
+def combine_logits(logits: Tensor, rule: str, weights: Sequence[float] | None = None) -> Tensor:
+    """One label from several teachers.
+
+    Args:
+        logits: Raw logits of one batch, (T, B, K), float.
+        rule: `mean`; `norm_balanced_mean` (G-VBSM, arXiv 2311.17950, as PRISM uses it): each teacher's (B, K) matrix is
+            rescaled to the mean Frobenius norm over the teachers, then averaged; `weighted`.
+        weights: One per teacher, for `weighted`; divided by their sum.
+
+    Returns:
+        (B, K), dtype of `logits`.
+    """
+    match rule:
+        case "mean":
+            return logits.mean(0)
+        case "norm_balanced_mean":
+            norms = logits.flatten(1).norm(dim=1)
+            if not bool((norms > 0).all()):
+                raise TeacherError("a teacher answers all zeros, so its norm cannot be balanced; use ensemble mean")
+            return (logits * (norms.mean() / norms).view(-1, 1, 1)).mean(0)
+        case "weighted":
+            assert weights is not None
+            share = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
+            return torch.einsum("t,tbk->bk", share / share.sum(), logits)
+    raise ValueError(f"unknown ensemble rule {rule!r}")
+
+
+@torch.no_grad()
+def ask_teachers(images: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe) -> Tensor:
+    """The combined raw logits of a batch: reference normalisation (B, C, H, W) -> (B, K) float16 on the CPU.
+
+    Raises:
+        TeacherError: A logit does not fit into float16.
+    """
+    logits = torch.stack([teacher.logits(images).float() for teacher in teachers])
+    label = combine_logits(logits, settings.ensemble, settings.weights).half().cpu()
+    if not bool(label.isfinite().all()):
+        raise TeacherError(
+            f"teachers {', '.join(t.name for t in teachers)} answer with logits beyond float16 (65504) or not finite; "
+            "they cannot label these images"
+        )
+    return label
+
+
+def relabel_epoch(
+    epoch: int, images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe, *, seed: int
+) -> dict[str, np.ndarray]:
+    """One view of every image, with its label: one epoch of the views table.
+
+    Args:
+        epoch: Seeds the draws, together with `seed`; epochs are independent of each other.
+        images_uint8: All images, decoded, (N, C, H, W), on the device to compute on.
+        teachers: Who labels, in the order of the weights.
+        settings: Views, batch size, ensemble rule.
+        seed: The recipe's seed.
+
+    Returns:
+        Columns of N rows in training order: `epoch` and `batch` int32, those of `views.to_columns`, and
+        `teacher_logits` (N, K) float16.
+    """
+    generator = torch.Generator().manual_seed(derived_seed(seed, "relabel", epoch))
+    order = torch.randperm(len(images_uint8), generator=generator)
+    batches: list[dict[str, np.ndarray]] = []
+    for part in batch_ranges(len(order), settings.batch_size):
+        rows = order[part.start : part.stop]
+        view = draw_views(
+            len(rows),
+            images_uint8.shape[-1],
+            generator,
+            crop_scale=settings.view.crop_scale,
+            flip=settings.view.flip,
+            mix=settings.view.mix,
+            mix_alpha=settings.view.mix_alpha,
+        )
+        shown = apply_views(to_reference(images_uint8[rows.to(images_uint8.device)]), view)
+        columns = {"epoch": np.full(len(rows), epoch, np.int32), "batch": np.full(len(rows), len(batches), np.int32)}
+        columns |= to_columns(view, rows)
+        columns["teacher_logits"] = ask_teachers(shown, teachers, settings).numpy()
+        batches.append(columns)
+    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def label_images(images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe) -> Tensor:
+    """Labels of the images themselves, without a view: (N, K) float16; batches in table order, as the recipe sizes them."""
+    parts = [
+        ask_teachers(to_reference(images_uint8[part.start : part.stop]), teachers, settings)
+        for part in batch_ranges(len(images_uint8), settings.batch_size)
+    ]
+    return torch.cat(parts)

@@ -1,0 +1,186 @@
+"""How teachers are trained on a data set that has none on the Hub (SRe2L stage 1, "squeeze").
+
+A squeezed teacher is a folder that both timm (`local-dir:`) and transformers load: config.json and model.safetensors,
+beside squeeze.json with what it was trained on. Its name carries a fingerprint, so that recipes share teachers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from .data import SourceData
+from .errors import TeacherError
+from .pixels import REFERENCE, reference_mean_std, to_reference
+from .plan import derived_seed
+from .recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
+from .teachers import Teacher, load_teacher
+from .training import build_network, fit, score, seeded
+from .views import draw_views, resample
+
+
+def teacher_folder(name: str, recipe: Recipe, root: Path) -> Path:
+    """Where a `squeeze:` teacher of a recipe lives: the architecture and a fingerprint of data, settings and seed."""
+    architecture = name.removeprefix(SQUEEZE_PREFIX)
+    text = f"{architecture}/{recipe.fingerprint('data', 'squeeze')}"
+    return root / f"{architecture}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def is_squeezed(folder: Path) -> bool:
+    """Whether a folder holds a finished teacher (it is renamed into place as a whole)."""
+    return all((folder / name).is_file() for name in ("config.json", "model.safetensors", "squeeze.json"))
+
+
+def check_architectures(recipe: Recipe) -> None:
+    """Fail before any training if a `squeeze:` name is no timm architecture.
+
+    Raises:
+        TeacherError: Names the teacher.
+    """
+    for name in recipe.squeezed_teachers:
+        if not timm.is_model(name.removeprefix(SQUEEZE_PREFIX)):
+            raise TeacherError(f"teacher {name!r}: timm knows no such architecture; timm.list_models() lists all")
+
+
+def squeeze_teacher(
+    name: str, recipe: Recipe, data: SourceData, root: Path, *, device: torch.device
+) -> dict[str, object]:
+    """Train one `squeeze:` teacher and store it; a finished one with the same fingerprint is left as it is.
+
+    Args:
+        name: `squeeze:<timm architecture>`.
+        recipe: Gives data, settings and seed.
+        data: The real data.
+        root: Folder of all squeezed teachers.
+        device: Where to train.
+
+    Returns:
+        The contents of squeeze.json: `teacher`, `fingerprint`, `test_top1`, `wall_time_s`, `settings`.
+    """
+    folder = teacher_folder(name, recipe, root)
+    if is_squeezed(folder):
+        return json.loads((folder / "squeeze.json").read_text(encoding="utf-8"))
+    started = time.perf_counter()
+    architecture = name.removeprefix(SQUEEZE_PREFIX)
+    seed = derived_seed(recipe.seed, "squeeze", architecture)
+    settings, split = recipe.squeeze, data.train
+    if len(split) < settings.batch_size:
+        raise TeacherError(
+            f"squeeze.batch_size is {settings.batch_size}, but there are {len(split)} training images; lower it"
+        )
+    steps = settings.epochs * (len(split) // settings.batch_size)
+    with seeded(seed, device):
+        network = build_network(architecture, num_classes=data.num_classes, channels=3)
+        network.to(device, memory_format=torch.channels_last)
+        batches = _batches(
+            split_images=split.images, labels=torch.from_numpy(split.labels), settings=settings, seed=seed
+        )
+        on_device = ((_as_rgb(images.to(device)), labels.to(device)) for images, labels in batches)
+        fit(
+            network,
+            on_device,
+            F.cross_entropy,
+            steps=steps,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            schedule="one_cycle",
+        )
+    top1 = score(lambda x: network(_as_rgb(x)), data.test, device=device)
+    report: dict[str, object] = {
+        "teacher": name,
+        "fingerprint": folder.name.rpartition("-")[2],
+        "test_top1": top1,
+        "wall_time_s": round(time.perf_counter() - started, 2),
+        "settings": {"seed": recipe.seed, "data": recipe.data.source, "steps": steps},
+    }
+    _store(network, architecture, recipe, data, folder, report)
+    return report
+
+
+def _as_rgb(images: Tensor) -> Tensor:
+    """Reference-normalised images -> the RGB reference normalisation, in which squeezed teachers work.
+
+    Grey is copied to three channels: the stored teacher then takes what everybody feeds a classifier.
+    """
+    mean, std = reference_mean_std(images.shape[1], like=images)
+    rgb_mean, rgb_std = reference_mean_std(3, like=images)
+    return ((images * std + mean) - rgb_mean) / rgb_std
+
+
+def _batches(*, split_images, labels: Tensor, settings: SqueezeRecipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[no-untyped-def]
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(settings.epochs):
+        order = torch.randperm(len(labels), generator=generator)
+        for start in range(0, len(labels) - settings.batch_size + 1, settings.batch_size):
+            rows = order[start : start + settings.batch_size]
+            images = to_reference(split_images(rows))
+            view = draw_views(
+                len(rows), images.shape[-1], generator, crop_scale=settings.crop_scale, flip=settings.flip
+            )
+            images = resample(images, view.crop, view.flip)
+            yield _noisy(images, settings.noise_std, generator), labels[rows]
+
+
+def _noisy(images: Tensor, noise_std: float, generator: torch.Generator) -> Tensor:
+    _, std = reference_mean_std(images.shape[1])
+    strength = noise_std * torch.rand((len(images), 1, 1, 1), generator=generator) / std
+    return images + strength * torch.randn(images.shape, generator=generator)
+
+
+def _store(
+    network: nn.Module, architecture: str, recipe: Recipe, data: SourceData, folder: Path, report: dict[str, object]
+) -> None:
+    """Write a complete folder under another name, then rename it: a reader sees all of it or nothing."""
+    size = recipe.data.size
+    config = {
+        "num_classes": data.num_classes,
+        "label_names": list(data.class_names),
+        "pretrained_cfg": {
+            **network.pretrained_cfg,
+            "input_size": [3, size, size],
+            "test_input_size": None,
+            "num_classes": data.num_classes,
+            "mean": REFERENCE[3][0],
+            "std": REFERENCE[3][1],
+            "crop_pct": 1.0,
+            "test_crop_pct": None,
+            "interpolation": "bilinear",
+            "license": "apache-2.0",
+            "label_names": list(data.class_names),
+        },
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        network.cpu().to(memory_format=torch.contiguous_format)
+        save_for_hf(network, str(draft), model_config=config, safe_serialization=True)
+        _repair_config(draft / "config.json")
+        (draft / "squeeze.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        draft.chmod(0o755)
+        os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _repair_config(path: Path) -> None:
+    # timm writes model_args.num_classes, which transformers then passes twice (timm 1.0.31, transformers 5.23).
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_squeezed(name: str, recipe: Recipe, root: Path, *, device: torch.device) -> Teacher:
+    """Load a finished `squeeze:` teacher of a recipe."""
+    return load_teacher(name, device=device, squeezed={name: teacher_folder(name, recipe, root)})

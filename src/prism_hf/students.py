@@ -1,0 +1,183 @@
+"""How good a data set is: students trained from scratch on it, scored on real test images, beside their controls.
+
+Legend: B images, C channels, H W pixels, K classes.
+
+The controls answer the field's criticism (arXiv 2604.18811, 2502.06434): random real images under the very same
+relabelling and protocol, hard labels only, and the full training set. Last epoch, several seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import ImageSplit
+from .errors import DataError
+from .packaging import DistilledDataset
+from .pixels import to_reference
+from .plan import batch_ranges, derived_seed
+from .recipe import EvaluationRecipe, RelabelView
+from .training import build_network, fit, seeded
+from .views import draw_views, resample
+
+Labels = Literal["soft", "hard"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        images: `distilled`, `random_real` or `full`.
+        labels: `soft` (stored logits of the views) or `hard` (the class, mixed as the view mixes).
+    """
+
+    images: Literal["distilled", "random_real", "full"]
+    labels: Labels
+
+    @property
+    def key(self) -> str:
+        """Name in files and reports."""
+        return f"{self.images}-{self.labels}"
+
+
+ROWS = (
+    Row("distilled", "soft"),
+    Row("random_real", "soft"),
+    Row("distilled", "hard"),
+    Row("random_real", "hard"),
+    Row("full", "hard"),
+)
+
+
+def soft_label_loss(logits: Tensor, teacher_logits: Tensor, class_shares: Tensor, settings: EvaluationRecipe) -> Tensor:
+    """The loss of a student on stored logits, a scalar.
+
+    Args:
+        logits: The student's, (B, K).
+        teacher_logits: Stored raw logits of the same views, (B, K).
+        class_shares: The classes in the view, (B, K), rows sum to 1.
+        settings: `mse_ce`: mean squared error of the logits + ce_weight * CE (G-VBSM, PRISM; here CE knows the mix
+            partner, which the published code ignores). `kl`: KL(teacher || student) at the temperature, times its square
+            (SRe2L; arXiv 1503.02531), so that the gradient does not vanish with it.
+    """
+    if settings.loss == "kl":
+        t = settings.temperature
+        target, guess = F.log_softmax(teacher_logits / t, dim=1), F.log_softmax(logits / t, dim=1)
+        return F.kl_div(guess, target, reduction="batchmean", log_target=True) * t * t
+    return F.mse_loss(logits, teacher_logits) + settings.ce_weight * F.cross_entropy(logits, class_shares)
+
+
+def train_student(
+    source: DistilledDataset, settings: EvaluationRecipe, *, labels: Labels, seed: int, device: torch.device
+) -> nn.Module:
+    """Train one student on what a data set folder contains: images, labels, views; nothing else.
+
+    Args:
+        source: The distilled (or control) data set.
+        settings: Architecture, loss, optimiser.
+        labels: `soft`: the stored logits; `hard`: plain CE on the classes, same views, same steps.
+        seed: Of the weights; the order of images comes from the views.
+        device: Where to train.
+
+    Returns:
+        The student in eval mode, on `device`, taking the reference normalisation.
+
+    Raises:
+        DataError: The folder holds fewer epochs of views than `settings.epochs`.
+
+    Example:
+        >>> student = train_student(load_distilled(folder), recipe.evaluation, labels="soft", seed=0, device=device)
+    """
+    epochs = settings.epochs or source.num_epochs
+    if epochs > source.num_epochs:
+        raise DataError(
+            f"the data set holds {source.num_epochs} epochs of views, evaluation.epochs is {epochs}; lower it"
+        )
+    count, classes = len(source.images_uint8), len(source.class_names)
+    steps = epochs * len(batch_ranges(count, settings.batch_size))
+
+    def loss(logits: Tensor, teacher_logits: Tensor, shares: Tensor) -> Tensor:
+        if labels == "hard":
+            return F.cross_entropy(logits, shares)
+        return soft_label_loss(logits, teacher_logits, shares, settings)
+
+    return _train(
+        settings, _view_batches(source, epochs, settings.batch_size, device), loss, steps, seed, device,
+        num_classes=classes, channels=source.images_uint8.shape[1],
+    )  # fmt: skip
+
+
+def train_on_real(
+    split: ImageSplit,
+    settings: EvaluationRecipe,
+    view: RelabelView,
+    *,
+    num_classes: int,
+    seed: int,
+    device: torch.device,
+) -> nn.Module:
+    """The ceiling: the same student, optimiser and crops on all real training images, hard labels, no mixing."""
+    steps = settings.full_data_epochs * len(batch_ranges(len(split), settings.batch_size))
+    batches = _real_batches(split, settings, view, seed, device)
+    return _train(
+        settings, batches, F.cross_entropy, steps, seed, device, num_classes=num_classes, channels=split.channels
+    )
+
+
+def _train(settings, batches, loss, steps, seed, device, *, num_classes, channels) -> nn.Module:  # type: ignore[no-untyped-def]
+    with seeded(seed, device):
+        network = build_network(settings.student, num_classes=num_classes, channels=channels)
+        network.to(device, memory_format=torch.channels_last)
+        return fit(
+            network,
+            batches,
+            loss,
+            steps=steps,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            ema=settings.ema,
+        )
+
+
+def class_shares(labels: Tensor, partner_labels: Tensor, weight: Tensor, num_classes: int) -> Tensor:
+    """Hard labels of mixed views: (B,), (B,), (B,) -> (B, K) float32, `weight` for the image, the rest for its partner."""
+    own, other = F.one_hot(labels, num_classes).float(), F.one_hot(partner_labels, num_classes).float()
+    return torch.lerp(other, own, weight.view(-1, 1))
+
+
+def _view_batches(
+    source: DistilledDataset, epochs: int, batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    images = to_reference(source.images_uint8.to(device))
+    for epoch in range(epochs):
+        rows, logits = source.epoch(epoch)
+        for part in batch_ranges(len(logits), batch_size):
+            cut = rows[part.start : part.stop]
+            own = source.labels[cut.image_index]
+            partner = source.labels[cut.view.mix_with.clamp(min=0)]
+            shares = class_shares(own, partner, cut.view.mix_weight, len(source.class_names))
+            yield (
+                cut.replay(images),
+                logits[part.start : part.stop].to(device, torch.float32),
+                shares.to(device),
+            )
+
+
+def _real_batches(
+    split: ImageSplit, settings: EvaluationRecipe, view: RelabelView, seed: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(derived_seed(seed, "full data"))
+    labels = torch.from_numpy(split.labels)
+    for _ in range(settings.full_data_epochs):
+        order = torch.randperm(len(split), generator=generator)
+        for part in batch_ranges(len(split), settings.batch_size):
+            rows = order[part.start : part.stop]
+            drawn = draw_views(len(rows), split.size, generator, crop_scale=view.crop_scale, flip=view.flip)
+            images = to_reference(split.images(rows).to(device))
+            yield resample(images, drawn.crop, drawn.flip), labels[rows].to(device)

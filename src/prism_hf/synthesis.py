@@ -1,0 +1,255 @@
+"""How pixels are optimised: the PRISM objective, and one job's loop.
+
+Legend: B images of a job, C channels, H W pixels, K classes.
+
+Source: PRISM (arXiv 2511.09905), with A one random view for the whole batch:
+
+    L(x) = CE(f_p(A x), y)  +  bn_weight * (1 / |S|) * sum_{t in S} R_bn(f_t, A x)
+
+SRe2L (arXiv 2306.13092) is the row with an empty BN pool: S = {p}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .alignment import BNAlignment, Reduction
+from .errors import SynthesisError
+from .pixels import clamp_, to_reference, to_uint8
+from .plan import SynthesisJob
+from .recipe import SynthesisRecipe, SynthesisView
+from .teachers import Teacher
+from .views import draw_crop, resample
+
+CHECK_EVERY = 10
+"""Steps between looks at the losses; each look waits for the device, and finds the exact step that went wrong."""
+
+
+class Terms(NamedTuple):
+    """The two terms of the loss, unweighted scalars: cross entropy, and R_bn averaged over the BN teachers."""
+
+    ce: Tensor
+    bn: Tensor
+
+
+class Objective:
+    """The PRISM objective of one job; the hooks of its BN teachers live inside a `with` block.
+
+    Args:
+        teachers: Logit teacher and BN pool by name.
+        logit: Name of the logit teacher.
+        bn_names: Every BN teacher that may be drawn.
+        bn_weight: r_bn.
+        reduction: `sum` or `mean` over layers.
+        first_bn_multiplier: Weight of each teacher's first BN layer.
+    """
+
+    def __init__(
+        self,
+        teachers: Mapping[str, Teacher],
+        *,
+        logit: str,
+        bn_names: tuple[str, ...],
+        bn_weight: float,
+        reduction: Reduction = "sum",
+        first_bn_multiplier: float = 10.0,
+    ) -> None:
+        self._teachers, self._logit, self._bn_weight = teachers, logit, bn_weight
+        self._alignments = {
+            name: BNAlignment(
+                teachers[name].model, reduction=reduction, first_bn_multiplier=first_bn_multiplier, name=name
+            )
+            for name in bn_names
+        }
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Objective:
+        for alignment in self._alignments.values():
+            self._stack.enter_context(alignment)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def backward(self, view: Tensor, labels: Tensor, bn_teachers: tuple[str, ...]) -> Terms:
+        """Add the gradient of L to `view.grad`, one teacher at a time: only one network's activations are alive.
+
+        Args:
+            view: A x, a leaf that requires a gradient, (B, C, H, W) in the reference normalisation.
+            labels: y, (B,) int64.
+            bn_teachers: S of this step. May be empty: then there is no BN term.
+
+        Returns:
+            CE and the mean of R_bn over S (zero if S is empty), detached.
+        """
+        total_bn = torch.zeros((), device=view.device)
+        share = self._bn_weight / max(len(bn_teachers), 1)
+        for name in dict.fromkeys((self._logit, *bn_teachers)):
+            teacher, is_logit = self._teachers[name], name == self._logit
+            x = teacher.prepare(view)
+            loss = torch.zeros((), device=view.device)
+            if name in bn_teachers:
+                logits, mismatch = self._alignments[name](x, head=is_logit)
+                loss = loss + share * mismatch
+                total_bn = total_bn + mismatch.detach() / len(bn_teachers)
+            else:
+                logits = self._alone(name, x)
+            if is_logit:
+                assert logits is not None
+                ce = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+                loss = loss + ce
+            loss.backward()
+        return Terms(ce.detach(), total_bn)
+
+    def _alone(self, name: str, x: Tensor) -> Tensor:
+        # Its alignment may be hooked for other steps of this job; the collected terms are dropped.
+        return self._alignments[name](x).logits if name in self._alignments else self._teachers[name].model(x)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class JobResult:
+    """A finished job.
+
+    Attributes:
+        images_uint8: (B, C, H, W).
+        history: One dict each `CHECK_EVERY` steps: `step`, `ce`, `bn`, `lr`, and `verifier_top1` where it was asked.
+        logit_top1: Share of the shipped images that the logit teacher puts in their class.
+        verifier_top1: The same of the held-out verifier, or `None` without one.
+    """
+
+    images_uint8: Tensor
+    history: list[dict[str, float]]
+    logit_top1: float
+    verifier_top1: float | None
+
+
+def synthesize(
+    job: SynthesisJob,
+    settings: SynthesisRecipe,
+    initial: Tensor,
+    teachers: Mapping[str, Teacher],
+    *,
+    verifier: Teacher | None = None,
+    on_check: Callable[[dict[str, float]], None] | None = None,
+) -> JobResult:
+    """Optimise the images of one job.
+
+    Args:
+        job: Who teaches, for how long, with which seed.
+        settings: The objective and the optimiser.
+        initial: (B, C, H, W) in the reference normalisation, on the device to compute on; not changed.
+        teachers: Logit teacher and BN pool by name, on that device.
+        verifier: Asked each `verify_every` steps and at the end; never in the loss.
+        on_check: Called with each new entry of the history.
+
+    Raises:
+        SynthesisError: The loss is not finite (names job and step), or the device is out of memory.
+
+    Example:
+        >>> result = synthesize(job, recipe.synthesis, initial, teachers)
+        >>> result.images_uint8.dtype
+        torch.uint8
+    """
+    device = initial.device
+    labels = torch.tensor(job.classes, device=device)
+    images = initial.detach().clone().contiguous(memory_format=torch.channels_last).requires_grad_()
+    optimizer = torch.optim.Adam([images], lr=settings.lr, betas=settings.betas)
+    generator = torch.Generator().manual_seed(job.seed)
+    history, losses = [], []
+    try:
+        with _objective(job, settings, teachers) as objective:
+            for step in range(job.iterations):
+                lr = _set_lr(optimizer, settings, step, job.iterations)
+                view = draw_view(images, settings.view, generator)
+                leaf = view.detach().requires_grad_()
+                terms = objective.backward(leaf, labels, job.bn_teachers(step))
+                optimizer.zero_grad(set_to_none=True)
+                view.backward(leaf.grad)
+                optimizer.step()
+                if settings.clamp:
+                    clamp_(images.data)
+                losses.append(torch.stack(terms))
+                done = step + 1
+                if done % CHECK_EVERY == 0 or done == job.iterations:
+                    entry = _check(losses, job, done) | {"lr": lr}
+                    losses = []
+                    if verifier is not None and (done // settings.verify_every) > (
+                        (done - CHECK_EVERY) // settings.verify_every
+                    ):
+                        entry["verifier_top1"] = _top1(verifier, to_uint8(images.detach()), labels)
+                    history.append(entry)
+                    if on_check is not None:
+                        on_check(entry)
+    except torch.OutOfMemoryError as error:
+        raise SynthesisError(
+            f"job {job.id}: out of memory with a batch of {len(labels)} images and teachers "
+            f"{', '.join(job.teachers.synthesis_names)}; the batch is part of the method and is not shrunk: lower "
+            "synthesis.batch_size in the recipe, or use a device with more memory"
+        ) from error
+    final = to_uint8(images.detach())
+    logit = teachers[job.teachers.logit]
+    return JobResult(
+        images_uint8=final.cpu().contiguous(),
+        history=history,
+        logit_top1=_top1(logit, final, labels),
+        verifier_top1=None if verifier is None else _top1(verifier, final, labels),
+    )
+
+
+def draw_view(images: Tensor, view: SynthesisView, generator: torch.Generator) -> Tensor:
+    """A x: one crop, flip and roll for the whole batch, drawn on the CPU: the same on any device."""
+    crop = draw_crop(1, images.shape[-1], view.crop_scale, generator)
+    uniform = torch.rand(3, generator=generator)
+    flip = (uniform[:1] < 0.5) & view.flip
+    roll = (uniform[1:] * (view.jitter + 1)).long().clamp(max=view.jitter).tolist()
+    return resample(images, crop, flip, roll=(roll[0], roll[1]))
+
+
+def _objective(job: SynthesisJob, settings: SynthesisRecipe, teachers: Mapping[str, Teacher]) -> Objective:
+    rule = job.teachers
+    return Objective(
+        teachers,
+        logit=rule.logit,
+        bn_names=((rule.logit,) if rule.include_logit else ()) + (rule.bn_pool if rule.extras else ()),
+        bn_weight=settings.bn_weight,
+        reduction=settings.bn_reduction,
+        first_bn_multiplier=settings.first_bn_multiplier,
+    )
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, settings: SynthesisRecipe, step: int, steps: int) -> float:
+    factor = 1.0
+    if settings.lr_schedule == "cosine":
+        factor = 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / steps, dtype=torch.float64))))
+    for group in optimizer.param_groups:
+        group["lr"] = settings.lr * factor
+    return settings.lr * factor
+
+
+def _check(losses: list[Tensor], job: SynthesisJob, done: int) -> dict[str, float]:
+    values = torch.stack(losses).double().cpu()
+    bad = (~values.isfinite()).any(1).nonzero().flatten().tolist()
+    if bad:
+        step = done - len(losses) + bad[0]
+        ce, bn = values[bad[0]].tolist()
+        raise SynthesisError(
+            f"job {job.id}, iteration {step}: the loss is not finite (ce {ce}, bn {bn}); finished jobs are kept. "
+            "Lower synthesis.lr or synthesis.bn_weight, or keep synthesis.clamp on"
+        )
+    ce, bn = values[-1].tolist()
+    return {"step": done, "ce": ce, "bn": bn}
+
+
+@torch.no_grad()
+def _top1(teacher: Teacher, images_uint8: Tensor, labels: Tensor) -> float:
+    return float((teacher.logits(to_reference(images_uint8)).argmax(1) == labels).float().mean())

@@ -1,0 +1,258 @@
+"""How a random view is drawn, applied to a whole batch at once, and written to or read from a table row.
+
+Legend: B images, C channels, H W pixels of the source, S side of the result.
+
+A view is a crop box in whole source pixels, resized to S x S (bilinear with antialiasing), an optional flip, an
+optional roll, and an optional partner: pasted as a box (CutMix) or blended (MixUp). Crop, resize, flip and roll are one
+linear map along each axis, applied as `rows @ image @ columns^T`: exactly what
+`torch.nn.functional.interpolate(crop, mode="bilinear", antialias=True)` computes, for all images in one call.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ASPECT = (3 / 4, 4 / 3)
+"""Range of the aspect ratio of a random resized crop: torchvision's default, as in all published codes."""
+
+
+@dataclass(frozen=True)
+class View:
+    """The views of a batch, one row per image; all tensors on the CPU.
+
+    Attributes:
+        crop: Top, left, height, width in source pixels, (B, 4) int64.
+        flip: Horizontal flip after resizing, (B,) bool.
+        mix_with: Position in the batch of the partner, or -1, (B,) int64.
+        mix_box: Top, left, height, width in result pixels of the box that shows the partner; all zero for a blend.
+        mix_weight: Share of the image itself in the label and, for a blend, in the pixels, (B,) float32; 1 without mix.
+    """
+
+    crop: Tensor
+    flip: Tensor
+    mix_with: Tensor
+    mix_box: Tensor
+    mix_weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.crop)
+
+
+def draw_crop(count: int, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """Random resized crops of square images, (count, 4) int64: area share uniform in `scale`, aspect log-uniform.
+
+    torchvision draws again when a box does not fit; here the range of aspects narrows with the room that is left, so
+    that one draw is always four numbers.
+    """
+    uniform = torch.rand((4, count), generator=generator, dtype=torch.float64)
+    area = (scale[0] + (scale[1] - scale[0]) * uniform[0]) * size * size
+    low, high = math.log(_ASPECT[0]), math.log(_ASPECT[1])
+    room = torch.log(size * size / area)
+    aspect = torch.exp((low + (high - low) * uniform[1]).clamp(min=-room, max=room))
+    width = torch.sqrt(area * aspect).round().clamp(1, size).long()
+    height = torch.sqrt(area / aspect).round().clamp(1, size).long()
+    top = ((size - height + 1) * uniform[2]).long().clamp(max=size - height)
+    left = ((size - width + 1) * uniform[3]).long().clamp(max=size - width)
+    return torch.stack([top, left, height, width], dim=1)
+
+
+def draw_views(
+    count: int,
+    size: int,
+    generator: torch.Generator,
+    *,
+    crop_scale: tuple[float, float],
+    flip: bool,
+    mix: str = "none",
+    mix_alpha: float = 1.0,
+) -> View:
+    """Draw one view for each of `count` images of a batch; mixing uses one weight (and box) for the whole batch.
+
+    Args:
+        count: Images in the batch.
+        size: Side of the square images, of source and result alike.
+        generator: Where all randomness comes from; on the CPU.
+        crop_scale: Smallest and largest share of the area.
+        flip: Flip with probability 0.5.
+        mix: `cutmix` (arXiv 1905.04899), `mixup` (arXiv 1710.09412) or `none`.
+        mix_alpha: Both parameters of the Beta distribution.
+    """
+    crop = draw_crop(count, size, crop_scale, generator)
+    flips = torch.rand(count, generator=generator) < 0.5 if flip else torch.zeros(count, dtype=torch.bool)
+    partner = torch.full((count,), -1, dtype=torch.int64)
+    box = torch.zeros((count, 4), dtype=torch.int64)
+    weight = torch.ones(count)
+    if mix != "none":
+        partner = torch.randperm(count, generator=generator)
+        # numpy has the Beta distribution; seeded from our generator, so that one generator rules all draws.
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        share = np.random.Generator(np.random.PCG64(seed)).beta(mix_alpha, mix_alpha)
+        if mix == "cutmix":
+            box[:] = _cutmix_box(size, share, generator)
+            share = 1 - int(box[0, 2] * box[0, 3]) / size**2
+        weight[:] = share
+    return View(crop, flips, partner, box, weight)
+
+
+def _cutmix_box(size: int, share: float, generator: torch.Generator) -> Tensor:
+    side = int(size * math.sqrt(1 - share))
+    centre = torch.randint(size, (2,), generator=generator)
+    low = (centre - side // 2).clamp(0, size)
+    high = (centre - side // 2 + side).clamp(0, size)
+    return torch.cat([low, high - low])
+
+
+def axis_matrix(start: Tensor, length: Tensor, in_size: int, out_size: int) -> Tensor:
+    """The map from one source axis to one result axis: crop [start, start + length), resize to `out_size`.
+
+    Args:
+        start: First source pixel of each crop, (B,) int64.
+        length: Its length in pixels, (B,) int64.
+        in_size: Source pixels on the axis.
+        out_size: Result pixels on the axis.
+
+    Returns:
+        (B, out_size, in_size) float32 on the device of `start`; rows sum to 1. Triangle filter, widened when it shrinks
+        (antialiasing), border pixels renormalised: PyTorch's `interpolate(..., mode="bilinear", antialias=True)`.
+    """
+    start, length = start.double().view(-1, 1, 1), length.double().view(-1, 1, 1)
+    scale = length / out_size
+    support = scale.clamp(min=1)
+    centre = (torch.arange(out_size, device=start.device, dtype=torch.float64).view(1, -1, 1) + 0.5) * scale
+    pixel = torch.arange(in_size, device=start.device, dtype=torch.float64).view(1, 1, -1) - start
+    weight = (1 - (pixel + 0.5 - centre).abs() / support).clamp(min=0)
+    weight = weight * ((pixel >= 0) & (pixel < length))
+    return (weight / weight.sum(-1, keepdim=True)).float()
+
+
+def resample(
+    images: Tensor, crop: Tensor, flip: Tensor, *, out_size: int | None = None, roll: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """Crop, resize, flip and roll a batch of images, differentiably.
+
+    Args:
+        images: (B, C, H, W), float.
+        crop: (B, 4) or (1, 4) int64; one row serves the whole batch.
+        flip: (B,) or (1,) bool.
+        out_size: Side of the result; default W.
+        roll: Pixels to roll down and right, wrapping around.
+
+    Returns:
+        (B, C, S, S), dtype and device of `images`.
+    """
+    out_size = out_size or images.shape[-1]
+    crop, flip = crop.to(images.device), flip.to(images.device)
+    rows = axis_matrix(crop[:, 0], crop[:, 2], images.shape[-2], out_size)
+    columns = axis_matrix(crop[:, 1], crop[:, 3], images.shape[-1], out_size)
+    columns = torch.where(flip.view(-1, 1, 1), columns.flip(1), columns)
+    rows, columns = rows.roll(roll[0], dims=1), columns.roll(roll[1], dims=1)
+    return rows.unsqueeze(1).to(images) @ images @ columns.mT.unsqueeze(1).to(images)
+
+
+def apply_views(images: Tensor, view: View, partners: Tensor | None = None, partner_view: View | None = None) -> Tensor:
+    """The views of a batch: (B, C, H, W) float -> (B, C, H, W).
+
+    Args:
+        images: The images, in any normalisation (the map is linear and its rows sum to 1).
+        view: One row per image.
+        partners: Images of the mix partners, (B, C, H, W), with their own `partner_view`; by default partners are found
+            in the batch itself, at `view.mix_with`.
+        partner_view: Crop and flip of the partners.
+    """
+    shown = resample(images, view.crop, view.flip)
+    mixed = view.mix_with >= 0
+    if not bool(mixed.any()):
+        return shown
+    if partners is None or partner_view is None:
+        other = shown[view.mix_with.clamp(min=0).to(shown.device)]
+    else:
+        other = resample(partners, partner_view.crop, partner_view.flip)
+    return torch.lerp(other, shown, _own_share(view, shown.shape[-1]).to(shown))
+
+
+def _own_share(view: View, size: int) -> Tensor:
+    """Share of the image itself at each pixel, (B, 1, S, S) float32: 0 inside a CutMix box, a constant for a blend."""
+    top, left, height, width = view.mix_box.view(-1, 4, 1, 1).unbind(1)
+    y, x = torch.arange(size).view(1, -1, 1), torch.arange(size).view(1, 1, -1)
+    inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+    is_box = (view.mix_box[:, 2] * view.mix_box[:, 3] > 0).view(-1, 1, 1)
+    # A CutMix box may be empty (weight 1); a blend has an empty box and a weight below 1.
+    share = torch.where(is_box, (~inside).float(), view.mix_weight.view(-1, 1, 1))
+    return share.unsqueeze(1)
+
+
+def to_columns(view: View, image_index: Tensor) -> dict[str, np.ndarray]:
+    """One batch of views as table columns; a row alone is enough to replay its view.
+
+    Args:
+        view: The views of a batch.
+        image_index: Row in the image table of each image of the batch, (B,) int64.
+
+    Returns:
+        `image_index` and `mix_image_index` int32 (-1: no partner), `crop`, `mix_crop`, `mix_box` (B, 4) int16, `flip` and
+        `mix_flip` bool, `mix_weight` float32.
+    """
+    partner = view.mix_with.clamp(min=0)
+    mixed = view.mix_with >= 0
+    return {
+        "image_index": image_index.numpy().astype(np.int32),
+        "crop": view.crop.numpy().astype(np.int16),
+        "flip": view.flip.numpy(),
+        "mix_image_index": torch.where(mixed, image_index[partner], -1).numpy().astype(np.int32),
+        "mix_crop": torch.where(mixed[:, None], view.crop[partner], 0).numpy().astype(np.int16),
+        "mix_flip": (mixed & view.flip[partner]).numpy(),
+        "mix_box": view.mix_box.numpy().astype(np.int16),
+        "mix_weight": view.mix_weight.numpy().astype(np.float32),
+    }
+
+
+@dataclass(frozen=True)
+class ViewRows:
+    """Rows of the views table, as tensors: what a student trains on.
+
+    Attributes:
+        image_index: Row of the image, (N,) int64.
+        view: Its view; `mix_with` is the *image row* of the partner here, or -1.
+        partner: Crop and flip of the partner.
+    """
+
+    image_index: Tensor
+    view: View
+    partner: View
+
+    def __getitem__(self, rows: slice) -> ViewRows:
+        def cut(view: View) -> View:
+            return View(**{f.name: getattr(view, f.name)[rows] for f in fields(View)})
+
+        return ViewRows(self.image_index[rows], cut(self.view), cut(self.partner))
+
+    def replay(self, images: Tensor) -> Tensor:
+        """The recorded views of a table of images: (N_images, C, H, W) float -> (N, C, H, W)."""
+        partners = images[self.view.mix_with.clamp(min=0).to(images.device)]
+        return apply_views(images[self.image_index.to(images.device)], self.view, partners, self.partner)
+
+
+def from_columns(columns: dict[str, np.ndarray]) -> ViewRows:
+    """Table columns -> `ViewRows`; the inverse of `to_columns`."""
+
+    def integers(name: str) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(columns[name], dtype=np.int64))
+
+    view = View(
+        integers("crop"),
+        torch.from_numpy(np.array(columns["flip"], dtype=bool)),
+        integers("mix_image_index"),
+        integers("mix_box"),
+        torch.from_numpy(np.array(columns["mix_weight"], dtype=np.float32)),
+    )
+    # An unmixed row has an empty partner crop; give the replay a valid one, it has no weight in the result.
+    crop = torch.where((view.mix_with >= 0)[:, None], integers("mix_crop"), view.crop)
+    flip = torch.from_numpy(np.array(columns["mix_flip"], dtype=bool))
+    none = torch.full_like(view.mix_with, -1)
+    partner = View(crop, flip, none, torch.zeros_like(view.mix_box), torch.ones_like(view.mix_weight))
+    return ViewRows(integers("image_index"), view, partner)
