@@ -15,11 +15,13 @@ import json
 import sys
 from pathlib import Path
 
-from prism_hf.command import add_common, run_command, split_overrides
+# Python puts this folder first on its path, where our evaluate.py would hide the package of that name.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from prism_hf.command import add_common, quiet, run_command, split_overrides
 from prism_hf.errors import RecipeError
-from prism_hf.plan import describe_plan
+from prism_hf.plan import STAGES, TRACKERS, describe_plan
 from prism_hf.recipe import load_recipe
-from prism_hf.run import STAGES, TRACKERS, Run, claim_folder, make_accelerator, start_trackers
 
 DEFAULT = Path(__file__).parent / "digits" / "prism_ipc10.yaml"
 
@@ -44,22 +46,24 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         sys.stdout.write(describe_plan(recipe) + "\n")
         return
+    quiet()
     from prism_hf.report import summary
-    from prism_hf.squeeze import check_architectures
+    from prism_hf.run import Run, check_folder, claim_folder, make_accelerator, start_trackers
     from prism_hf.stages import Stages
 
-    check_architectures(recipe)
     folder = args.output or Path("outputs") / recipe.name
     # Teachers are shared between recipes in outputs/teachers; a named output keeps everything inside itself.
     teachers = args.teachers or (folder / "teachers" if args.output else Path("outputs") / "teachers")
+    check_folder(folder, recipe)
     accelerator = make_accelerator(folder, log_with=args.log_with, threads=args.threads)
+    run = Run(recipe, folder, teachers, accelerator)
+    stages = Stages(run)
+    stages.check()
+    # From here on something is written.
     if accelerator.is_main_process:
         claim_folder(folder, recipe)
     accelerator.wait_for_everyone()
-    run = Run(recipe, folder, teachers, accelerator)
     start_trackers(run)
-    stages = Stages(run)
-    stages.check()
     stages([args.stage] if args.stage else STAGES)
     accelerator.end_training()
     if accelerator.is_main_process:

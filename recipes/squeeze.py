@@ -10,10 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from prism_hf.command import add_common, run_command, split_overrides
+# Python puts this folder first on its path, where our evaluate.py would hide the package of that name.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from prism_hf.command import add_common, quiet, run_command, split_overrides
 from prism_hf.errors import RecipeError
 from prism_hf.recipe import load_recipe
-from prism_hf.run import Run, make_accelerator
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +35,8 @@ def main(args: argparse.Namespace) -> None:
     recipe = load_recipe(paths[0], overrides)
     if not recipe.squeezed_teachers:
         raise RecipeError(f"{paths[0]} names no `squeeze:` teacher, so there is nothing to train")
+    quiet()
+    from prism_hf.run import Run, make_accelerator
     from prism_hf.squeeze import check_architectures, teacher_folder
     from prism_hf.stages import Stages
 

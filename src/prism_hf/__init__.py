@@ -1,20 +1,44 @@
-"""Diverse dataset distillation with the Hugging Face stack: one recipe leaves one data set that explains itself."""
+"""Diverse dataset distillation with the Hugging Face stack: one recipe leaves one data set that explains itself.
 
-from .alignment import BNAlignment
-from .card import render_card
-from .diversity import Diversity, intra_class_similarity
-from .packaging import DistilledDataset, build_dataset, load_distilled
-from .plan import SynthesisJob, plan_jobs
-from .recipe import Recipe, load_recipe
-from .relabel import relabel_epoch
-from .students import train_student
-from .synthesis import synthesize
-from .teachers import Teacher, load_teachers
+Names are imported when first used, so that reading a recipe or printing a plan does not wait for torch.
+"""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .alignment import BNAlignment
+    from .card import render_card
+    from .diversity import intra_class_similarity
+    from .packaging import DistilledDataset, build_dataset, load_distilled
+    from .plan import SynthesisJob, plan_jobs
+    from .recipe import Recipe, load_recipe
+    from .relabel import relabel_epoch
+    from .students import train_student
+    from .synthesis import synthesize
+    from .teachers import Teacher, load_teachers
+
+__version__ = "0.1.0"
+_HOME = {
+    "BNAlignment": "alignment",
+    "DistilledDataset": "packaging",
+    "Recipe": "recipe",
+    "SynthesisJob": "plan",
+    "Teacher": "teachers",
+    "build_dataset": "packaging",
+    "intra_class_similarity": "diversity",
+    "load_distilled": "packaging",
+    "load_recipe": "recipe",
+    "load_teachers": "teachers",
+    "plan_jobs": "plan",
+    "relabel_epoch": "relabel",
+    "render_card": "card",
+    "synthesize": "synthesis",
+    "train_student": "students",
+}
 __all__ = [
     "BNAlignment",
     "DistilledDataset",
-    "Diversity",
     "Recipe",
     "SynthesisJob",
     "Teacher",
@@ -29,4 +53,9 @@ __all__ = [
     "synthesize",
     "train_student",
 ]
-__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -64,7 +64,6 @@ def channel_mismatch(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
 
     Source: PRISM (arXiv 2511.09905), BN alignment; after DeepInversion's feature regulariser.
     """
-    assert norm.running_mean is not None and norm.running_var is not None
     return _ChannelMismatch.apply(x, norm.running_mean, norm.running_var)
 
 
@@ -123,9 +122,7 @@ class BNAlignment:
         self._handles = [layer.register_forward_pre_hook(self._record) for layer in self._layers]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []

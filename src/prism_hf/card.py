@@ -82,9 +82,7 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
         True
     """
     template = files("prism_hf").joinpath("templates/dataset_card.md.jinja").read_text(encoding="utf-8")
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     evaluation = facts["evaluation"]
     recipe_yaml = dump_recipe(recipe)
     seeds = evaluation["rows"][0]["seeds"] if evaluation and evaluation["rows"] else []
@@ -115,8 +113,8 @@ def render_control_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
     header = yaml.safe_dump(metadata(facts, recipe), sort_keys=False, allow_unicode=True).strip()
     return (
         f"---\n{header}\n---\n\n# {recipe.name}: random real images\n\n"
-        f"{facts['tables']['default']['rows']} random real training images of {escape(recipe.data.source)}, relabelled by the "
-        "same teachers under the same protocol as the distilled set: its control. Not distilled.\n"
+        f"{facts['tables']['default']['rows']} random real training images of {escape(recipe.data.source)}, relabelled "
+        "by the same teachers under the same protocol as the distilled set: its control. Not distilled.\n"
     )
 
 

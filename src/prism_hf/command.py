@@ -7,9 +7,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-import datasets
-import transformers
-
 from .errors import PrismError
 
 INTERRUPTED = 130
@@ -17,7 +14,6 @@ INTERRUPTED = 130
 
 def run_command(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Run a command; an error of ours is one line on stderr and exit code 2, with a traceback only for `--debug`."""
-    quiet()
     try:
         main(args)
     except PrismError as error:
@@ -33,6 +29,10 @@ def run_command(main: Callable[[argparse.Namespace], None], args: argparse.Names
 
 def quiet() -> None:
     """Our log lines, without the progress bars and notices of the libraries below."""
+    # Imported here: a command that only reads a recipe does not wait for them.
+    import datasets
+    import transformers
+
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("prism_hf").setLevel(logging.INFO)
     logging.getLogger("timm").setLevel(logging.WARNING)

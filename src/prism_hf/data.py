@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -117,8 +117,7 @@ def load_source(recipe: DataRecipe) -> SourceData:
     Raises:
         DataError: Not found, no image or label column, or another number of classes.
     """
-    train, test = (_digits() if recipe.source == "digits" else _open(recipe)) or (None, None)
-    assert train is not None and test is not None
+    train, test = _digits() if recipe.source == "digits" else _open(recipe)
     image_column = _find(train, recipe.image_column, datasets.Image, "image_column")
     label_column = _find(train, recipe.label_column, datasets.ClassLabel, "label_column")
     names = _class_names(train, label_column, recipe)
@@ -145,6 +144,26 @@ def load_source(recipe: DataRecipe) -> SourceData:
                 f"{len(names) - 1}; use a labelled split (unlabelled test splits carry -1)"
             )
     return data
+
+
+def load_test_split(recipe: DataRecipe, source: str, split: str, class_names: Sequence[str]) -> ImageSplit:
+    """Another test set for the same classes: a Hub id or a folder, at the recipe's working size.
+
+    Raises:
+        DataError: Not found, no image or label column, or other classes.
+    """
+    other = replace(recipe, source=source, config=None, revision=None, test_split=split, validation_fraction=0.0)
+    rows = _open_split(other, split)
+    label_column = _find(rows, recipe.label_column, datasets.ClassLabel, "label_column")
+    _same_classes(rows, label_column, tuple(class_names), other)
+    return ImageSplit(
+        rows,
+        image_column=_find(rows, recipe.image_column, datasets.Image, "image_column"),
+        label_column=label_column,
+        size=recipe.size,
+        channels=recipe.channels,
+        name=split,
+    )
 
 
 def real_images(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) -> tuple[Tensor, Tensor]:
@@ -196,7 +215,7 @@ def _digits() -> tuple[datasets.Dataset, datasets.Dataset]:
 
 
 def _open(recipe: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset]:
-    return tuple(_open_split(recipe, name) for name in (recipe.train_split, recipe.test_split))  # type: ignore[return-value]
+    return _open_split(recipe, recipe.train_split), _open_split(recipe, recipe.test_split)
 
 
 def _open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
@@ -259,8 +278,8 @@ def _same_classes(rows: datasets.Dataset, column: str, names: tuple[str, ...], r
         raise DataError(f"split {recipe.test_split!r} has no column {column!r}, which the training split has")
     if isinstance(feature, datasets.ClassLabel) and tuple(feature.names) != names:
         raise DataError(
-            f"splits {recipe.train_split!r} and {recipe.test_split!r} list their classes in another order or number; "
-            "both must share one ClassLabel"
+            f"split {recipe.test_split!r} of {recipe.source!r} lists its classes in another order or number than the "
+            "training data; both must share one ClassLabel"
         )
 
 

@@ -76,9 +76,7 @@ def penultimate_features(
             f"network {teacher.name!r} has no linear layer, so no penultimate features; name another verifier"
         )
     seen: list[Tensor] = []
-    handle = classifiers[-1].register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu())
-    )
+    handle = classifiers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
     try:
         for start in range(0, count, batch_size):
             teacher.logits(to_reference(images(range(start, min(start + batch_size, count))).to(device)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -135,15 +136,17 @@ def _facts(
                 image_bytes=source.image_bytes,
                 label_bytes=source.label_bytes,
                 verifier_top1=_agreement(verifier, pixels, source.labels, device),
-                diversity=_diversity(
-                    network, lambda rows, pixels=pixels: pixels[rows.start : rows.stop], source.labels, classes, device
-                ),
+                diversity=_diversity(network, partial(_rows_of, pixels), source.labels, classes, device),
             )
     if contest.train is not None:
         labels = torch.from_numpy(contest.train.labels)
         diversity = _diversity(network, contest.train.images, labels, classes, device)
         sets["full"] = SetFacts(None, None, None, diversity)
     return sets
+
+
+def _rows_of(images: Tensor, rows: range) -> Tensor:
+    return images[rows.start : rows.stop]
 
 
 @torch.no_grad()

@@ -253,9 +253,7 @@ def data_files(folder: Path) -> list[Path]:
     own = ("provenance.json", "README.md")
     found = (p for p in sorted(folder.rglob("*")) if p.is_file())
     parts = ((p, p.relative_to(folder).parts) for p in found)
-    return [
-        p for p, part in parts if part[0] not in (*own, "assets") and not any(name.startswith(".") for name in part)
-    ]
+    return [p for p, part in parts if part[0] not in (*own, "assets") and not any(name.startswith(".") for name in part)]
 
 
 def versions() -> dict[str, str]:
@@ -307,13 +305,9 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
     """
     images = _load(source, "default", revision)
     views = _load(source, VIEWS, revision)
-    missing = set(view_features(2)) - set(views.column_names) | (
-        set(image_features(["a", "b"])) - set(images.column_names)
-    )
+    missing = set(view_features(2)) - set(views.column_names) | (set(image_features(["a", "b"])) - set(images.column_names))
     if missing:
-        raise DataError(
-            f"{str(source)!r} is no distilled data set of this format: no column {', '.join(sorted(missing))}"
-        )
+        raise DataError(f"{str(source)!r} is no distilled data set of this format: no column {', '.join(sorted(missing))}")
     recipe = _load_shipped_recipe(source, revision)
     raw = images.cast_column("image", datasets.Image(decode=False))
     encoded = [cell["bytes"] for cell in raw["image"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,7 +16,7 @@ from .diversity import Diversity
 from .storage import write_whole
 
 MAX_CLASSES, MAX_SLOTS = 20, 10
-_STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120}
+_STYLE: dict[Any, Any] = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120}
 
 
 def grid(images_uint8: Tensor, ipc: int) -> Tensor:
@@ -53,7 +54,7 @@ def draw_diversity(path: Path, sets: Mapping[str, Diversity], class_names: Seque
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 0.55 * len(sets) + 0.9), layout="constrained")
         axes = figure.add_subplot()
-        for height, (name, diversity) in enumerate(reversed(sets.items())):
+        for height, diversity in enumerate(reversed(list(sets.values()))):
             known = [v for v in diversity.per_class if v is not None]
             axes.plot(known, np.full(len(known), height), "o", alpha=0.5, markersize=5, markeredgewidth=0)
             if diversity.mean is not None:
@@ -61,11 +62,9 @@ def draw_diversity(path: Path, sets: Mapping[str, Diversity], class_names: Seque
                 axes.annotate(f"{diversity.mean:.3f}", (diversity.mean, height + 0.32), ha="center", va="bottom")
             else:
                 axes.annotate("one image per class: no pairs", (0.02, height), xycoords=("axes fraction", "data"))
-        axes.set_yticks(range(len(sets)), [_plain(n) for n in reversed(sets)])
+        axes.set_yticks(range(len(sets)), [_plain(n) for n in reversed(list(sets))])
         axes.set_ylim(-0.6, len(sets) - 0.2)
-        axes.set_xlabel(
-            f"cosine similarity of features inside a class ({len(class_names)} classes; lower is more diverse)"
-        )
+        axes.set_xlabel(f"cosine similarity of features inside a class ({len(class_names)} classes; lower is more diverse)")
         _save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""Which images are optimised together, under which teachers, with which seed: decided by the recipe alone, before any tensor.
+"""Which images are optimised together, under which teachers, with which seed: decided by the recipe alone.
 
 A job is one batch of images, independent of every other job; its result depends on the recipe and never on rank, process
 count, order or resume.
@@ -13,6 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .recipe import Recipe, TeachersRecipe
+
+STAGES = ("squeeze", "synthesize", "relabel", "package", "evaluate")
+"""What a run does, in order."""
+TRACKERS = ("tensorboard", "wandb", "trackio")
+"""Where its losses and pictures can be recorded, through Accelerate."""
 
 
 def derived_seed(*parts: object) -> int:

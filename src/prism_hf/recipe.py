@@ -235,9 +235,7 @@ class SynthesisRecipe:
         if max(self.betas) >= 1:
             raise ValueError(f"betas must be below 1, got {list(self.betas)}")
         if self.batch_order == "within_class" and self.slots_per_batch != 1:
-            raise ValueError(
-                "slots_per_batch needs batch_order cross_class; a within_class batch takes slots as they come"
-            )
+            raise ValueError("slots_per_batch needs batch_order cross_class; a within_class batch takes slots as they come")
         if self.ladder is not None:
             if self.batch_order == "within_class" or self.slots_per_batch != 1:
                 raise ValueError(
@@ -519,6 +517,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(values, origin=str(path))
 
 
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with `dotted.key=value` overrides applied, checked again."""
+    values = to_dict(recipe)
+    for override in overrides:
+        _apply(values, override)
+    return parse_recipe(values, origin=recipe.name)
+
+
 def _apply(values: object, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -545,9 +551,7 @@ def differing_keys(a: Recipe, b: Recipe) -> list[str]:
     def flat(values: object, prefix: str) -> dict[str, object]:
         if not isinstance(values, dict):
             return {prefix: values}
-        return {
-            k: v for key, value in values.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()
-        }
+        return {k: v for key, value in values.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}
 
     left, right = flat(to_dict(a), ""), flat(to_dict(b), "")
     keys = [k for k in {**left, **right} if left.get(k) != right.get(k) and k != "name"]

@@ -174,9 +174,10 @@ def bytes_text(count: object) -> str:
 def table_rows(evaluation: Mapping[str, object]) -> list[tuple[str, ...]]:
     """The table of a report's `evaluation`, header first: images, how many, labels, top-1, bytes, similarity, verifier."""
     header = ("images", "count", "labels", "top-1 %", "image bytes", "label bytes", "intra-class cos", "verifier %")
-    lines = [header]
+    lines: list[tuple[str, ...]] = [header]
     rows, sets = evaluation["rows"], evaluation["sets"]
-    assert isinstance(rows, list) and isinstance(sets, dict)
+    assert isinstance(rows, list)
+    assert isinstance(sets, dict)
     for row in rows:
         facts = sets.get(row["images"], {})
         similarity = (facts.get("intra_class_similarity") or {}).get("mean")

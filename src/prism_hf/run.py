@@ -26,13 +26,12 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from .errors import OutputError, RecipeError
+from .plan import STAGES, TRACKERS
 from .recipe import Recipe, differing_keys, dump_recipe, load_recipe, to_dict
 from .storage import write_bytes, write_json
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-STAGES = ("squeeze", "synthesize", "relabel", "package", "evaluate")
-TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +70,7 @@ class Run:
         return list(items[self.accelerator.process_index :: self.accelerator.num_processes])
 
     def say(self, text: str) -> None:
-        """One log line, from the main process only. (accelerate's logger would prefix each with the rank.)"""
+        """One log line, from the main process only; accelerate's own logger would prefix it with the rank."""
         if self.accelerator.is_main_process:
             log.info(text)
 
@@ -96,9 +95,7 @@ class Run:
             write_json(self.work / "times.json", {name: spent[name] for name in STAGES if name in spent})
 
 
-def make_accelerator(
-    folder: Path | None = None, *, log_with: str | None = None, threads: int | None = None
-) -> Accelerator:
+def make_accelerator(folder: Path | None = None, *, log_with: str | None = None, threads: int | None = None) -> Accelerator:
     """The processes of this launch, as `accelerate launch` set them up.
 
     Args:
@@ -132,8 +129,8 @@ def _check_tracker(name: str) -> None:
         raise RecipeError(f"--log-with {name}: the package is not installed; pip install {name}")
 
 
-def claim_folder(folder: Path, recipe: Recipe) -> None:
-    """Make `folder` the output of `recipe`, or find that it is already.
+def check_folder(folder: Path, recipe: Recipe) -> None:
+    """Find out whether `folder` is, or can become, the output of `recipe`; writes nothing.
 
     Raises:
         OutputError: It belongs to another recipe (names the keys that differ), or holds other things.
@@ -157,8 +154,14 @@ def claim_folder(folder: Path, recipe: Recipe) -> None:
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise OutputError(f"output {str(folder)!r} is not empty and holds no run; use another folder (--output DIR)")
+
+
+def claim_folder(folder: Path, recipe: Recipe) -> None:
+    """Make `folder` the output of `recipe`, or find that it is already; see `check_folder`."""
+    check_folder(folder, recipe)
     try:
-        write_bytes(marker, dump_recipe(recipe).encode())
+        if not (folder / "recipe.yaml").is_file():
+            write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
     except OSError as error:
         raise OutputError(f"output {str(folder)!r} cannot be written ({error.strerror}); use --output DIR") from error
 

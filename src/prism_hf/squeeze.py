@@ -21,11 +21,13 @@ import torch.nn.functional as F
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from .data import SourceData
+from .alignment import BNAlignment
+from .data import ImageSplit, SourceData
 from .errors import TeacherError
 from .pixels import REFERENCE, reference_mean_std, to_reference
 from .plan import derived_seed
 from .recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
+from .synthesis import bn_candidates
 from .teachers import Teacher, load_teacher
 from .training import build_network, fit, score, seeded
 from .views import draw_views, resample
@@ -44,19 +46,21 @@ def is_squeezed(folder: Path) -> bool:
 
 
 def check_architectures(recipe: Recipe) -> None:
-    """Fail before any training if a `squeeze:` name is no timm architecture.
+    """Fail before any training if a `squeeze:` name is no timm architecture, or could never align anything.
 
     Raises:
         TeacherError: Names the teacher.
     """
     for name in recipe.squeezed_teachers:
-        if not timm.is_model(name.removeprefix(SQUEEZE_PREFIX)):
+        architecture = name.removeprefix(SQUEEZE_PREFIX)
+        if not timm.is_model(architecture):
             raise TeacherError(f"teacher {name!r}: timm knows no such architecture; timm.list_models() lists all")
+        if name in bn_candidates(recipe.teachers):
+            with torch.device("meta"):
+                BNAlignment(build_network(architecture, num_classes=recipe.data.num_classes, channels=3), name=name)
 
 
-def squeeze_teacher(
-    name: str, recipe: Recipe, data: SourceData, root: Path, *, device: torch.device
-) -> dict[str, object]:
+def squeeze_teacher(name: str, recipe: Recipe, data: SourceData, root: Path, *, device: torch.device) -> dict[str, object]:
     """Train one `squeeze:` teacher and store it; a finished one with the same fingerprint is left as it is.
 
     Args:
@@ -83,10 +87,8 @@ def squeeze_teacher(
     steps = settings.epochs * (len(split) // settings.batch_size)
     with seeded(seed, device):
         network = build_network(architecture, num_classes=data.num_classes, channels=3)
-        network.to(device, memory_format=torch.channels_last)
-        batches = _batches(
-            split_images=split.images, labels=torch.from_numpy(split.labels), settings=settings, seed=seed
-        )
+        network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        batches = _batches(split, settings, seed)
         on_device = ((_as_rgb(images.to(device)), labels.to(device)) for images, labels in batches)
         fit(
             network,
@@ -119,16 +121,15 @@ def _as_rgb(images: Tensor) -> Tensor:
     return ((images * std + mean) - rgb_mean) / rgb_std
 
 
-def _batches(*, split_images, labels: Tensor, settings: SqueezeRecipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[no-untyped-def]
+def _batches(split: ImageSplit, settings: SqueezeRecipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    labels = torch.from_numpy(split.labels)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(settings.epochs):
         order = torch.randperm(len(labels), generator=generator)
         for start in range(0, len(labels) - settings.batch_size + 1, settings.batch_size):
             rows = order[start : start + settings.batch_size]
-            images = to_reference(split_images(rows))
-            view = draw_views(
-                len(rows), images.shape[-1], generator, crop_scale=settings.crop_scale, flip=settings.flip
-            )
+            images = to_reference(split.images(rows))
+            view = draw_views(len(rows), images.shape[-1], generator, crop_scale=settings.crop_scale, flip=settings.flip)
             images = resample(images, view.crop, view.flip)
             yield _noisy(images, settings.noise_std, generator), labels[rows]
 
@@ -144,11 +145,11 @@ def _store(
 ) -> None:
     """Write a complete folder under another name, then rename it: a reader sees all of it or nothing."""
     size = recipe.data.size
-    config = {
+    config: dict[str, object] = {
         "num_classes": data.num_classes,
         "label_names": list(data.class_names),
         "pretrained_cfg": {
-            **network.pretrained_cfg,
+            **network.pretrained_cfg,  # type: ignore[dict-item]
             "input_size": [3, size, size],
             "test_input_size": None,
             "num_classes": data.num_classes,

@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import tqdm
 from torch import Tensor
 
+from .alignment import BNAlignment
 from .card import card_facts, render_card, render_control_card
 from .data import SourceData, load_source, real_images
 from .errors import DataError, StageError
@@ -22,15 +23,16 @@ from .evaluation import Contest, collect, run_task
 from .packaging import Epoch, ImageTable, build_dataset, load_distilled, versions, write_provenance
 from .pictures import draw_diversity, draw_grid, grid
 from .pixels import decode, encode, noise, to_reference
-from .plan import SynthesisJob, plan_jobs, share_of
+from .plan import STAGES, SynthesisJob, plan_jobs, share_of
 from .recipe import to_dict
 from .relabel import label_images, relabel_epoch
 from .report import LABELS, Evaluation
-from .run import STAGES, Run, log_pictures
-from .squeeze import is_squeezed, squeeze_teacher, teacher_folder
+from .run import Run, log_pictures
+from .squeeze import check_architectures, is_squeezed, squeeze_teacher, teacher_folder
 from .storage import read_notes, read_tensors, write_bytes, write_json, write_tensors
-from .synthesis import synthesize
+from .synthesis import bn_candidates, synthesize
 from .teachers import Teacher, check_teacher, load_teachers
+from .training import build_network
 
 T = TypeVar("T")
 SETS = ("distilled", "random_real")
@@ -78,7 +80,17 @@ class Stages:
         Raises:
             PrismError: One line about what cannot be used.
         """
-        self.teachers([name for name in self._all_names() if name not in self.recipe.squeezed_teachers])
+        with torch.device("meta"):
+            build_network(
+                self.recipe.evaluation.student,
+                num_classes=self.recipe.data.num_classes,
+                channels=self.recipe.data.channels,
+            )
+        check_architectures(self.recipe)
+        there = [name for name in self._all_names() if name not in self.recipe.squeezed_teachers]
+        loaded = self.teachers(there)
+        for name in set(there) & set(bn_candidates(self.recipe.teachers)):
+            BNAlignment(loaded[name].model, name=name)
         if self.recipe.synthesis.init != "noise":
             self._real()
 
@@ -204,11 +216,31 @@ class Stages:
         """Encode the images, then label the decoded bytes: the distilled ones, and random real ones as the control."""
         if self.run.accelerator.is_main_process:
             self._encode("distilled", *self._synthesized())
-            control = self._control_images()
-            if control is not None:
-                self._encode("random_real", *control)
+            self._encode_control()
+        self._label(SETS)
+
+    def build_control(self) -> None:
+        """Only the control: random real images, labelled and packaged, for a data set that was distilled elsewhere.
+
+        Raises:
+            PrismError: The real data or the teachers cannot be reached.
+        """
+        if self.run.accelerator.is_main_process:
+            self._encode_control()
+        self._label(("random_real",))
         self.run.accelerator.wait_for_everyone()
-        sets = [name for name in SETS if self._encoded_file(name).is_file()]
+        if self.run.accelerator.is_main_process:
+            self._package_control()
+        self.run.accelerator.wait_for_everyone()
+
+    def _encode_control(self) -> None:
+        control = self._control_images()
+        if control is not None:
+            self._encode("random_real", *control)
+
+    def _label(self, names: Sequence[str]) -> None:
+        self.run.accelerator.wait_for_everyone()
+        sets = [name for name in names if self._encoded_file(name).is_file()]
         epochs = range(self.recipe.relabel.epochs)
         tasks = [(s, e) for s in sets for e in epochs if not self._epoch_file(s, e).is_file()]
         self.run.say(f"relabel: {len(tasks)} of {len(sets) * len(epochs)} epochs of views to label")
@@ -229,9 +261,7 @@ class Stages:
         jobs, data, ipc = plan_jobs(self.recipe), self.recipe.data, self.recipe.synthesis.ipc
         missing = [job.id for job in jobs if not self._finished(job)]
         if missing:
-            raise StageError(
-                f"{len(missing)} of {len(jobs)} synthesis jobs are not finished; run --stage synthesize first"
-            )
+            raise StageError(f"{len(missing)} of {len(jobs)} synthesis jobs are not finished; run --stage synthesize first")
         images = torch.zeros((data.num_classes * ipc, data.channels, data.size, data.size), dtype=torch.uint8)
         owner = torch.full((len(images),), -1)
         for job in jobs:
@@ -282,14 +312,17 @@ class Stages:
         if not self.run.accelerator.is_main_process:
             return
         self._build("distilled", self.run.dataset)
-        if self._encoded_file("random_real").is_file():
-            self._build("random_real", self.run.control)
-            facts = card_facts(self.run.control, self.recipe, self.data.class_names, None)
-            write_bytes(self.run.control / "README.md", render_control_card(facts, self.recipe).encode())
+        self._package_control()
         images = self._decoded("distilled")
         draw_grid(self.run.dataset / "assets" / "grid.png", images, self.data.class_names, self.recipe.synthesis.ipc)
         log_pictures(self.run.accelerator, "distilled", grid(images, self.recipe.synthesis.ipc), step=0)
         self._write_card(None)
+
+    def _package_control(self) -> None:
+        if self._encoded_file("random_real").is_file():
+            self._build("random_real", self.run.control)
+            facts = card_facts(self.run.control, self.recipe, self.data.class_names, None)
+            write_bytes(self.run.control / "README.md", render_control_card(facts, self.recipe).encode())
 
     def _build(self, name: str, folder: Path) -> None:
         encoded, jobs = self._read_encoded(name)
@@ -330,8 +363,9 @@ class Stages:
         if not (self.run.dataset / "README.md").is_file():
             raise StageError(f"{self.run.dataset} is not packaged yet; run --stage package first")
         contest = self._contest()
+        verifier = self._verifier()
         evaluation = evaluate_contest(
-            self.run, contest, verifier=self._verifier(), network=self._verifier() or self._logit_teacher()
+            self.run, contest, self.run.work / "students", verifier=verifier, network=verifier or self._logit_teacher()
         )
         if self.run.accelerator.is_main_process:
             sets = {LABELS[name]: facts.diversity for name, facts in evaluation.sets.items()}
@@ -384,9 +418,10 @@ class Stages:
         yield from tqdm(items, desc=name)
 
 
-def evaluate_contest(run: Run, contest: Contest, *, verifier: Teacher | None, network: Teacher | None) -> Evaluation:
-    """Train the students of a contest, shared over the processes, and collect the table."""
-    folder = run.work / "students"
+def evaluate_contest(
+    run: Run, contest: Contest, folder: Path, *, verifier: Teacher | None, network: Teacher | None
+) -> Evaluation:
+    """Train the students of a contest, shared over the processes, keep their scores in `folder`, collect the table."""
     device = run.accelerator.device
     for row, seed in tqdm(run.mine(contest.tasks()), desc="evaluate"):
         run_task(contest, row, seed, folder, device=device)

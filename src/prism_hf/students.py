@@ -8,7 +8,7 @@ relabelling and protocol, hard labels only, and the full training set. Last epoc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,9 +96,7 @@ def train_student(
     """
     epochs = settings.epochs or source.num_epochs
     if epochs > source.num_epochs:
-        raise DataError(
-            f"the data set holds {source.num_epochs} epochs of views, evaluation.epochs is {epochs}; lower it"
-        )
+        raise DataError(f"the data set holds {source.num_epochs} epochs of views, evaluation.epochs is {epochs}; lower it")
     count, classes = len(source.images_uint8), len(source.class_names)
     steps = epochs * len(batch_ranges(count, settings.batch_size))
 
@@ -107,10 +105,10 @@ def train_student(
             return F.cross_entropy(logits, shares)
         return soft_label_loss(logits, teacher_logits, shares, settings)
 
-    return _train(
-        settings, _view_batches(source, epochs, settings.batch_size, device), loss, steps, seed, device,
-        num_classes=classes, channels=source.images_uint8.shape[1],
-    )  # fmt: skip
+    batches = _view_batches(source, epochs, settings.batch_size, device)
+    with seeded(seed, device):
+        network = _student(settings, classes, source.images_uint8.shape[1], device)
+        return _fit(network, batches, loss, steps, settings)
 
 
 def train_on_real(
@@ -125,24 +123,25 @@ def train_on_real(
     """The ceiling: the same student, optimiser and crops on all real training images, hard labels, no mixing."""
     steps = settings.full_data_epochs * len(batch_ranges(len(split), settings.batch_size))
     batches = _real_batches(split, settings, view, seed, device)
-    return _train(
-        settings, batches, F.cross_entropy, steps, seed, device, num_classes=num_classes, channels=split.channels
-    )
-
-
-def _train(settings, batches, loss, steps, seed, device, *, num_classes, channels) -> nn.Module:  # type: ignore[no-untyped-def]
     with seeded(seed, device):
-        network = build_network(settings.student, num_classes=num_classes, channels=channels)
-        network.to(device, memory_format=torch.channels_last)
-        return fit(
-            network,
-            batches,
-            loss,
-            steps=steps,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            ema=settings.ema,
-        )
+        network = _student(settings, num_classes, split.channels, device)
+        return _fit(network, batches, F.cross_entropy, steps, settings)
+
+
+def _student(settings: EvaluationRecipe, num_classes: int, channels: int, device: torch.device) -> nn.Module:
+    network = build_network(settings.student, num_classes=num_classes, channels=channels).to(device)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _fit(
+    network: nn.Module,
+    batches: Iterator[tuple[Tensor, ...]],
+    loss: Callable[..., Tensor],
+    steps: int,
+    settings: EvaluationRecipe,
+) -> nn.Module:
+    rate, decay, ema = settings.lr, settings.weight_decay, settings.ema
+    return fit(network, batches, loss, steps=steps, lr=rate, weight_decay=decay, ema=ema)
 
 
 def class_shares(labels: Tensor, partner_labels: Tensor, weight: Tensor, num_classes: int) -> Tensor:

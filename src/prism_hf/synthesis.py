@@ -25,7 +25,7 @@ from .alignment import BNAlignment, Reduction
 from .errors import SynthesisError
 from .pixels import clamp_, to_reference, to_uint8
 from .plan import SynthesisJob
-from .recipe import SynthesisRecipe, SynthesisView
+from .recipe import SynthesisRecipe, SynthesisView, TeachersRecipe
 from .teachers import Teacher
 from .views import draw_crop, resample
 
@@ -64,9 +64,7 @@ class Objective:
     ) -> None:
         self._teachers, self._logit, self._bn_weight = teachers, logit, bn_weight
         self._alignments = {
-            name: BNAlignment(
-                teachers[name].model, reduction=reduction, first_bn_multiplier=first_bn_multiplier, name=name
-            )
+            name: BNAlignment(teachers[name].model, reduction=reduction, first_bn_multiplier=first_bn_multiplier, name=name)
             for name in bn_names
         }
         self._stack = ExitStack()
@@ -76,9 +74,7 @@ class Objective:
             self._stack.enter_context(alignment)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
     def backward(self, view: Tensor, labels: Tensor, bn_teachers: tuple[str, ...]) -> Terms:
@@ -215,12 +211,16 @@ def draw_view(images: Tensor, view: SynthesisView, generator: torch.Generator) -
     return resample(images, crop, flip, roll=(roll[0], roll[1]))
 
 
+def bn_candidates(rule: TeachersRecipe) -> tuple[str, ...]:
+    """Every BN teacher that may be drawn; each must have something to align."""
+    return ((rule.logit,) if rule.include_logit else ()) + (rule.bn_pool if rule.extras else ())
+
+
 def _objective(job: SynthesisJob, settings: SynthesisRecipe, teachers: Mapping[str, Teacher]) -> Objective:
-    rule = job.teachers
     return Objective(
         teachers,
-        logit=rule.logit,
-        bn_names=((rule.logit,) if rule.include_logit else ()) + (rule.bn_pool if rule.extras else ()),
+        logit=job.teachers.logit,
+        bn_names=bn_candidates(job.teachers),
         bn_weight=settings.bn_weight,
         reduction=settings.bn_reduction,
         first_bn_multiplier=settings.first_bn_multiplier,

@@ -102,7 +102,7 @@ def load_teacher(name: str, *, device: torch.device, squeezed: Mapping[str, Path
         loaded = _from_transformers(name)
     else:
         loaded = _from_timm(name, name)
-    loaded.model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    loaded.model.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return loaded
 
 

@@ -132,9 +132,7 @@ class Top1(evaluate.Metric):
 
 
 @torch.no_grad()
-def score(
-    logits: Callable[[Tensor], Tensor], split: ImageSplit, *, device: torch.device, batch_size: int = 256
-) -> float:
+def score(logits: Callable[[Tensor], Tensor], split: ImageSplit, *, device: torch.device, batch_size: int = 256) -> float:
     """Top-1 in [0, 1] on a split of real images.
 
     Args:

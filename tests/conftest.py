@@ -1,0 +1,111 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import hashlib  # noqa: E402
+from collections.abc import Callable, Mapping  # noqa: E402
+
+import pytest  # noqa: E402
+import timm  # noqa: E402
+import torch  # noqa: E402
+
+from prism_hf.recipe import Recipe, parse_recipe  # noqa: E402
+from prism_hf.teachers import Teacher, state_sha256  # noqa: E402
+
+torch.set_num_threads(1)
+
+TINY = {
+    "name": "tiny",
+    "seed": 0,
+    "data": {"source": "digits", "num_classes": 3, "size": 32, "channels": 3},
+    "teachers": {
+        "logit": "test_resnet",
+        "bn_pool": ["test_efficientnet", "test_byobnet"],
+        "extras": 1,
+        "draw_probability": 1.0,
+    },
+    "synthesis": {
+        "ipc": 2,
+        "init": "noise",
+        "batch_size": 3,
+        "iterations": 4,
+        "lr": 0.05,
+        "view": {"crop_scale": [0.5, 1.0], "flip": True, "jitter": 4},
+    },
+    "relabel": {"teachers": ["test_resnet", "test_byobnet"], "epochs": 2, "batch_size": 4},
+    "evaluation": {"student": "test_resnet", "seeds": [0, 1], "batch_size": 4, "lr": 0.01},
+}
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def tiny_values(changes: Mapping[str, object] | None = None) -> dict[str, object]:
+    """A minimal valid recipe as plain values, with dotted keys changed."""
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in TINY.items()}
+    for key, value in (changes or {}).items():
+        *parents, last = key.split(".")
+        section = values
+        for parent in parents:
+            section[parent] = dict(section.get(parent) or {})
+            section = section[parent]
+        section[last] = value
+    return values
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe() -> MakeRecipe:
+    """`tiny_recipe({"synthesis.lr": 0.1})` -> Recipe; `values=True` gives the plain values instead."""
+
+    def make(changes: Mapping[str, object] | None = None, *, values: bool = False) -> Recipe | dict[str, object]:
+        plain = tiny_values(changes)
+        return plain if values else parse_recipe(plain)
+
+    return make
+
+
+def make_teacher(name: str, *, seed: int = 0, size: int = 32, num_classes: int = 3, channels: int = 3) -> Teacher:
+    """A random-weight network whose running statistics have seen one batch of random data."""
+    architecture = name.partition("#")[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(hashlib.sha256(f"{name}{seed}".encode()).hexdigest()[:8], 16))
+        model = timm.create_model(architecture, pretrained=False, num_classes=num_classes, in_chans=channels)
+        model.train()
+        with torch.no_grad():
+            model(torch.randn(16, channels, size, size) * 0.7 + 0.3)
+    model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    shift = 0.05 * len(architecture) % 0.2
+    return Teacher(
+        name=name,
+        model=model,
+        mean=(0.4 + shift, 0.5, 0.45)[:channels],
+        std=(0.2, 0.25, 0.2 + shift)[:channels],
+        size=size,
+        num_classes=num_classes,
+        architecture=architecture,
+        licence="apache-2.0",
+        revision=None,
+        weights_sha256=state_sha256(model),
+        label_names=None,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_teachers() -> dict[str, Teacher]:
+    """Plain BatchNorm2d, BatchNormAct2d, and BatchNormAct2d at another input size; frozen, never changed by a test."""
+    sizes = {"test_resnet": 32, "test_efficientnet": 32, "test_byobnet": 40}
+    return {name: make_teacher(name, size=size) for name, size in sizes.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_verifier() -> Teacher:
+    return make_teacher("test_efficientnet#verifier", seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_images() -> torch.Tensor:
+    """Seven smooth random images, (7, 3, 32, 32) uint8."""
+    generator = torch.Generator().manual_seed(5)
+    coarse = torch.rand((7, 3, 6, 6), generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear", align_corners=False)
+    return (fine * 255).round().to(torch.uint8)

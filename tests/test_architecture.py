@@ -1,0 +1,122 @@
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import prism_hf
+
+ROOT = Path(__file__).parents[1]
+SRC = ROOT / "src" / "prism_hf"
+MODULES = sorted(SRC.glob("*.py"))
+# Low to high: a module imports only from modules before it. `__init__` sees all.
+ORDER = (
+    "errors storage recipe plan pixels views alignment data teachers training squeeze synthesis relabel diversity "
+    "packaging hub students report pictures card evaluation run stages command __init__"
+).split()
+TEST_FILE = {"command": "test_commands.py"}
+every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path):
+    """(top-level package, our module or None) of every import statement, those inside functions included."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name.split(".")[0], None
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0], None
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 1, f"{path.name}: import from above the package"
+            for module in [node.module] if node.module else [name.name for name in node.names]:
+                yield "prism_hf", module
+
+
+def test_every_module_has_a_place_in_the_order():
+    assert {p.stem for p in MODULES} <= set(ORDER)
+
+
+@every_module
+def test_imports_point_one_way(path):
+    back = [module for _, module in imports(path) if module and ORDER.index(module) >= ORDER.index(path.stem)]
+    assert not back, f"{path.stem} imports {back}, which stand above or beside it"
+
+
+@every_module
+def test_nothing_imports_recipes_tests_or_itself_by_name(path):
+    assert not {package for package, module in imports(path) if module is None} & {"recipes", "tests", "prism_hf"}
+
+
+@pytest.mark.parametrize("name", ["errors", "recipe", "plan", "report", "command"])
+def test_light_modules_import_no_torch_on_their_own(name):
+    seen, queue = set(), [name] if name not in ("report", "command") else []
+    while queue:
+        module = queue.pop()
+        for package, ours in imports(SRC / f"{module}.py"):
+            assert package not in ("torch", "numpy", "timm", "datasets", "transformers", "accelerate"), (name, module)
+            if ours and ours not in seen:
+                seen.add(ours)
+                queue.append(ours)
+    direct = {package for package, ours in imports(SRC / f"{name}.py") if ours is None}
+    assert "torch" not in direct
+
+
+@every_module
+def test_no_print_no_cuda_call_no_star_no_path_tricks(path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            called = node.func
+            assert not (isinstance(called, ast.Name) and called.id == "print"), f"{path.name}:{node.lineno} print"
+            assert not (isinstance(called, ast.Attribute) and called.attr == "cuda"), f"{path.name}:{node.lineno} .cuda("
+        if isinstance(node, ast.ImportFrom):
+            assert all(name.name != "*" for name in node.names), f"{path.name}:{node.lineno} star import"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) != ("sys", "path"), f"{path.name}:{node.lineno} sys.path"
+
+
+@every_module
+def test_no_global_seed_and_no_bare_except(path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{path.name}:{node.lineno} bare except"
+        if isinstance(node, ast.Attribute) and node.attr in ("manual_seed_all", "set_seed"):
+            pytest.fail(f"{path.name}:{node.lineno} touches the global random state")
+
+
+@every_module
+def test_each_module_says_what_it_is_for(path):
+    text = ast.get_docstring(tree(path))
+    assert text
+    assert text.splitlines()[0].rstrip().endswith((".", ";", ":")) or len(text.splitlines()) > 1
+
+
+def test_public_names_are_few_sorted_and_explained():
+    names = prism_hf.__all__
+    assert len(names) <= 16
+    assert names == sorted(names)
+    assert len(set(names)) == len(names)
+    for name in names:
+        value = getattr(prism_hf, name)
+        assert inspect.getdoc(value), name
+        assert value.__module__.startswith("prism_hf."), name
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.stem not in ("errors", "__init__")], ids=lambda p: p.stem)
+def test_each_module_has_its_tests(path):
+    assert (ROOT / "tests" / TEST_FILE.get(path.stem, f"test_{path.stem}.py")).is_file()
+
+
+def test_no_drawer_modules():
+    assert not {"utils", "helpers", "common", "base", "misc"} & {p.stem for p in MODULES}
+
+
+def test_every_error_is_a_prism_error():
+    from prism_hf import errors
+
+    kinds = [value for value in vars(errors).values() if inspect.isclass(value)]
+    assert len(kinds) > 5
+    assert all(issubclass(kind, errors.PrismError) and inspect.getdoc(kind) for kind in kinds)

@@ -1,0 +1,342 @@
+import ast
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prism_hf import plan, recipe
+from prism_hf.errors import RecipeError
+from prism_hf.recipe import Recipe, differing_keys, dump_recipe, load_recipe, parse_recipe, to_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = sorted(
+    path
+    for path in (ROOT / "recipes").rglob("*.yaml")
+    if isinstance(values := yaml.safe_load(path.read_text()), dict) and "synthesis" in values
+)
+# Every optional section and value set, so that a walk over the fields meets each of them.
+FULL = {
+    "synthesis.ladder": {"step": 1, "period": 2},
+    "teachers.verifier": "test_resnet#v",
+    "relabel.ensemble": "weighted",
+    "relabel.weights": [1.0, 2.0],
+}
+
+
+def leaves(section: object, prefix: str = "") -> list[str]:
+    found = []
+    for field in dataclasses.fields(section):
+        value, key = getattr(section, field.name), f"{prefix}{field.name}"
+        found += leaves(value, f"{key}.") if dataclasses.is_dataclass(value) else [key]
+    return found
+
+
+def other(value: object) -> object:
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case str():
+            return value + "x"
+        case tuple():
+            return (*value, value[0]) if value else ("x",)
+        case None:
+            return "x"
+    raise TypeError(type(value))
+
+
+LEAVES = leaves(parse_recipe(yaml.safe_load((ROOT / "recipes/digits/prism_ipc10.yaml").read_text())))
+LEAVES += ["synthesis.ladder.step", "synthesis.ladder.period"]
+LEAVES.remove("synthesis.ladder")
+
+
+def test_shipped_recipes_are_found():
+    assert SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_shipped_recipe_loads_and_plans(path):
+    loaded = load_recipe(path)
+    assert sum(len(job.classes) for job in plan.plan_jobs(loaded)) == loaded.num_images
+
+
+@pytest.mark.parametrize("key", LEAVES)
+def test_changing_any_leaf_changes_the_fingerprint(tiny_recipe, key):
+    base = tiny_recipe(FULL)
+    changed = copy.deepcopy(base)
+    *parents, last = key.split(".")
+    section = changed
+    for parent in parents:
+        section = getattr(section, parent)
+    # Past validation on purpose: the fingerprint must see every leaf, whatever values are allowed today.
+    object.__setattr__(section, last, other(getattr(section, last)))
+    assert (changed.fingerprint() == base.fingerprint()) == (key == "name")
+    assert differing_keys(base, changed) == ([] if key == "name" else [key])
+
+
+def test_the_walk_meets_every_leaf_of_the_resolved_recipe(tiny_recipe):
+    def flat(values: dict[str, object], prefix: str = "") -> set[str]:
+        found = set()
+        for key, value in values.items():
+            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"}
+        return found
+
+    assert flat(to_dict(tiny_recipe(FULL))) == set(LEAVES)
+
+
+def test_section_fingerprint_sees_its_section_and_the_seed_only(tiny_recipe):
+    base = tiny_recipe()
+    assert base.fingerprint("squeeze") == tiny_recipe({"synthesis.lr": 1.0}).fingerprint("squeeze")
+    assert base.fingerprint("squeeze") != tiny_recipe({"squeeze.epochs": 1}).fingerprint("squeeze")
+    assert base.fingerprint("squeeze") != tiny_recipe({"seed": 1}).fingerprint("squeeze")
+
+
+def test_fingerprint_is_pinned(tiny_recipe):
+    # A changed default or digest makes every finished folder "another recipe": that must be a decision, not an accident.
+    base = tiny_recipe()
+    assert base.fingerprint() == parse_recipe(to_dict(base)).fingerprint()
+    assert len(base.fingerprint()) == 16
+    assert int(base.fingerprint(), 16) >= 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("synthesis.iteration", 3, "unknown key 'synthesis.iteration', did you mean 'iterations'?"),
+        ("synthesis.view.jiter", 3, "unknown key 'synthesis.view.jiter', did you mean 'jitter'?"),
+        ("relabel.view.mix_alhpa", 3, "did you mean 'mix_alpha'?"),
+        ("synthesis.ladder", {"step": 1, "periods": 2}, "did you mean 'period'?"),
+        ("teacher", {}, "unknown key 'teacher', did you mean 'teachers'?"),
+        ("data.zzz", 1, "known here: source, num_classes"),
+    ],
+)
+def test_unknown_key_gets_a_suggestion(tiny_recipe, key, value, message):
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(tiny_recipe({key: value}, values=True))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("synthesis.iterations", "20"),
+        ("synthesis.iterations", 20.5),
+        ("synthesis.iterations", True),
+        ("synthesis.iterations", 0),
+        ("synthesis.clamp", 1),
+        ("synthesis.clamp", "yes"),
+        ("synthesis.lr", "fast"),
+        ("synthesis.lr", 0),
+        ("synthesis.lr", float("nan")),
+        ("synthesis.lr", "inf"),
+        ("synthesis.lr", None),
+        ("synthesis.betas", [0.5]),
+        ("synthesis.init", "real"),
+        ("synthesis.batch_size", 1),
+        ("synthesis.view", {"crop_scale": [0, 1]}),
+        ("data.channels", 2),
+        ("data.num_classes", 1),
+        ("data.size", 7),
+        ("data.validation_fraction", 1.0),
+        ("teachers.logit", 3),
+        ("teachers.logit", ""),
+        ("teachers.bn_pool", "test_byobnet"),
+        ("teachers.draw_probability", 1.5),
+        ("relabel.teachers", []),
+        ("packaging.jpeg_quality", 101),
+        ("evaluation.ema", 1.0),
+        ("evaluation.seeds", []),
+        ("name", "a/b"),
+        ("seed", -1),
+        ("synthesis", None),
+    ],
+)
+def test_wrong_value_is_an_error_that_names_the_key(tiny_recipe, key, value):
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(tiny_recipe({key: value}, values=True), origin="x.yaml")
+    assert str(error.value).startswith("x.yaml: ")
+    assert key in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teachers.bn_pool": ["a", "a"]}, "bn_pool names a teacher twice"),
+        ({"teachers.bn_pool": ["test_resnet"]}, "bn_pool contains the logit teacher 'test_resnet'"),
+        ({"teachers.verifier": "test_byobnet"}, "verifier 'test_byobnet' is also a teacher"),
+        ({"teachers.verifier": "test_resnet"}, "verifier 'test_resnet' is also a teacher"),
+        ({"teachers.bn_pool": [], "teachers.include_logit": False}, "no BN teacher"),
+        ({"squeeze.crop_scale": [1.0, 0.5]}, "squeeze.crop_scale must be [smallest, largest]"),
+        ({"synthesis.view.crop_scale": [1.0, 0.5]}, "synthesis.view.crop_scale must be [smallest, largest]"),
+        ({"relabel.view.crop_scale": [1.0, 0.5]}, "relabel.view.crop_scale must be [smallest, largest]"),
+        ({"synthesis.betas": [0.5, 1.0]}, "betas must be below 1"),
+        ({"synthesis.batch_order": "within_class", "synthesis.slots_per_batch": 2}, "slots_per_batch needs batch_order"),
+        ({"synthesis.batch_order": "within_class", "synthesis.ladder": {"step": 1, "period": 2}}, "ladder gives every"),
+        ({"synthesis.slots_per_batch": 2, "synthesis.ladder": {"step": 1, "period": 2}}, "ladder gives every slot"),
+        ({"synthesis.ladder": {"step": 2, "period": 3}}, "ladder leaves 0 iterations"),
+        ({"relabel.teachers": ["a", "a"]}, "relabel.teachers names a teacher twice"),
+        ({"relabel.ensemble": "weighted"}, "weights belong to ensemble weighted"),
+        ({"relabel.weights": [1.0, 1.0]}, "weights belong to ensemble weighted"),
+        ({"relabel.ensemble": "weighted", "relabel.weights": [1.0]}, "1 weights for 2 teachers"),
+        ({"relabel.batch_size": 7}, "relabel.batch_size is 7 but there are 6 images"),
+        ({"synthesis.slots_per_batch": 3}, "slots_per_batch is 3 but ipc is 2"),
+        ({"synthesis.batch_size": 4}, "holds at most 3 images"),
+        ({"synthesis.batch_order": "within_class", "synthesis.batch_size": 7}, "synthesis.batch_size is 7 but there are 6"),
+        ({"evaluation.epochs": 3}, "evaluation.epochs is 3 but relabel stores 2"),
+        ({"evaluation.seeds": [1, 1]}, "seeds must differ"),
+    ],
+)
+def test_impossible_mix_says_what_to_do(tiny_recipe, changes, message):
+    with pytest.raises(RecipeError) as error:
+        tiny_recipe(changes)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_all_problems_are_named_at_once(tiny_recipe):
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(tiny_recipe({"synthesis.lr": "fast", "data.size": "big", "relabel.epoch": 1}, values=True))
+    assert all(part in str(error.value) for part in ("synthesis.lr", "data.size", "relabel.epoch"))
+
+
+def test_missing_key_is_named(tiny_recipe):
+    values = tiny_recipe(values=True)
+    del values["teachers"], values["synthesis"]["lr"]
+    with pytest.raises(RecipeError, match="'teachers' is missing.*'synthesis.lr' is missing"):
+        parse_recipe(values)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "0.001"])
+def test_floats_may_be_written_without_a_dot(tiny_recipe, text):
+    assert parse_recipe(tiny_recipe({"synthesis.lr": yaml.safe_load(text)}, values=True)).synthesis.lr == 1e-3
+
+
+def test_integers_are_accepted_for_floats(tiny_recipe):
+    lr = tiny_recipe({"synthesis.lr": 1}).synthesis.lr
+    assert lr == 1.0
+    assert isinstance(lr, float)
+
+
+def test_dump_and_load_round_trip(tiny_recipe, tmp_path):
+    recipe_ = tiny_recipe({**FULL, "data.licence": "très libre"})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe_), encoding="utf-8")
+    again = load_recipe(path)
+    assert again == recipe_
+    assert again.fingerprint() == recipe_.fingerprint()
+    assert differing_keys(again, recipe_) == []
+
+
+@pytest.fixture
+def tiny_yaml(tiny_recipe, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe(values=True)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("synthesis.iterations=20", ("synthesis", "iterations"), 20),
+        ("synthesis.lr=1e-3", ("synthesis", "lr"), 1e-3),
+        ("synthesis.view.flip=false", ("synthesis", "view", "flip"), False),
+        ("synthesis.view.crop_scale=[0.2, 0.4]", ("synthesis", "view", "crop_scale"), (0.2, 0.4)),
+        ("synthesis.ladder.step=1", None, None),
+        ("synthesis.ladder={step: 1, period: 2}", ("synthesis", "ladder", "period"), 2),
+        ("teachers.bn_pool=[]", ("teachers", "bn_pool"), ()),
+        ("relabel.view.mix=none", ("relabel", "view", "mix"), "none"),
+        ("evaluation.epochs=null", ("evaluation", "epochs"), None),
+        ("data.source=a=b", ("data", "source"), "a=b"),
+        ("seed=7", ("seed",), 7),
+        ("packaging.image_format=webp", ("packaging", "image_format"), "webp"),
+    ],
+)
+def test_override(tiny_yaml, override, key, value):
+    if key is None:
+        with pytest.raises(RecipeError, match="'synthesis.ladder.period' is missing"):
+            load_recipe(tiny_yaml, [override])
+        return
+    found: object = load_recipe(tiny_yaml, [override])
+    for part in key:
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_a_later_override_wins(tiny_yaml):
+    assert load_recipe(tiny_yaml, ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("synthesis.iterations", "expected dotted.key=value"),
+        ("=3", "expected dotted.key=value"),
+        ("", "expected dotted.key=value"),
+        ("synthesis.view=[", "not valid YAML"),
+        ("synthesis.lr.x=3", "'synthesis.lr' is a value, not a section"),
+        ("synthesis.itertions=3", "did you mean 'iterations'?"),
+        ("sythesis.iterations=3", "unknown key 'sythesis'"),
+        ("data.licence=2024-01-01", "quote dates"),
+    ],
+)
+def test_bad_override_is_one_line(tiny_yaml, override, message):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(tiny_yaml, [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "not found"),
+        (b"a: [", "not valid YAML"),
+        (b"- a\n", "expected a mapping of sections, got list"),
+        (b"", "expected a mapping of sections, got NoneType"),
+        (b"\xff\xfe\x00a", "cannot be read|not valid YAML"),
+    ],
+)
+def test_bad_file_is_one_line(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(RecipeError, match=message) as error:
+        load_recipe(path)
+    assert "\n" not in str(error.value)
+
+
+def test_squeezed_teachers_come_from_every_role(tiny_recipe):
+    made = tiny_recipe(
+        {
+            "teachers.logit": "squeeze:a",
+            "teachers.bn_pool": ["squeeze:b", "c"],
+            "teachers.verifier": "squeeze:v",
+            "relabel.teachers": ["squeeze:d", "squeeze:a"],
+        }
+    )
+    assert made.squeezed_teachers == ("squeeze:a", "squeeze:b", "squeeze:d", "squeeze:v")
+    assert made.teachers.synthesis_names == ("squeeze:a", "squeeze:b", "c")
+
+
+def test_recipe_is_frozen(tiny_recipe):
+    made = tiny_recipe()
+    assert isinstance(made, Recipe)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.seed = 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.synthesis.view.flip = False
+
+
+@pytest.mark.parametrize("module", [plan, recipe])
+def test_planning_needs_no_torch(module):
+    tree = ast.parse(Path(module.__file__).read_text())
+    named = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    named |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    heavy = {"torch", "timm", "numpy", "datasets", "transformers", "accelerate"}
+    relative = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level}
+    assert not named & heavy
+    assert relative <= {"errors", "recipe"}
