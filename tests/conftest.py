@@ -53,6 +53,11 @@ def tiny_values(changes: Mapping[str, object] | None = None) -> dict[str, object
     return values
 
 
+@pytest.fixture(autouse=True)
+def _same_random_numbers_in_any_order() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_recipe() -> MakeRecipe:
     """`tiny_recipe({"synthesis.lr": 0.1})` -> Recipe; `values=True` gives the plain values instead."""

@@ -88,3 +88,57 @@ def quiet_env():
 
 
 PYTHON = sys.executable
+
+
+def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", epochs=3, ipc=3, names=None, shard_mb=500,
+              classes=None, seed=0):  # fmt: skip
+    """A data set folder with tables, card-ready provenance left out; returns what went in."""
+    from prism_hf.packaging import ImageTable, build_dataset
+    from prism_hf.pixels import decode, encode
+    from prism_hf.plan import derived_seed
+    from prism_hf.views import draw_views, to_columns
+
+    names = list(names or [f"class {i}" for i in range(classes or 4)])
+    count, generator = len(names) * ipc, torch.Generator().manual_seed(seed)
+    recipe = tiny(
+        f"data.channels={channels}", f"data.size={size}", f"data.num_classes={len(names)}", f"synthesis.ipc={ipc}",
+        f"relabel.epochs={epochs}", "relabel.batch_size=2", "synthesis.batch_size=2", f"relabel.view.mix={mix}",
+        f"packaging.image_format={image_format}", f"packaging.shard_megabytes={shard_mb}",
+    )  # fmt: skip
+    pixels = torch.randint(256, (count, channels, size, size), dtype=torch.uint8, generator=generator)
+    encoded = [encode(image, image_format, jpeg_quality=90) for image in pixels]
+    table = ImageTable(
+        encoded=encoded,
+        labels=torch.arange(len(names)).repeat_interleave(ipc),
+        slots=torch.arange(ipc).repeat(len(names)),
+        jobs=torch.arange(count) % 3,
+        teacher_logits=torch.randn((count, len(names)), generator=generator).half(),
+    )
+    views = []
+    for epoch in range(epochs):
+        own = torch.Generator().manual_seed(derived_seed(seed, epoch))
+        order, parts = torch.randperm(count, generator=own), []
+        for number, rows in enumerate(order.split(6)):
+            view = draw_views(len(rows), size, own, crop_scale=(0.3, 1.0), flip=True, mix=mix)
+            columns = {"epoch": np.full(len(rows), epoch, np.int32), "batch": np.full(len(rows), number, np.int32)}
+            columns |= to_columns(view, rows)
+            columns["teacher_logits"] = torch.randn((len(rows), len(names)), generator=own).half().numpy()
+            parts.append(columns)
+        views.append({key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
+    build_dataset(folder, table, iter(views), recipe=recipe, class_names=names)
+    shown = torch.stack([decode(data, channels) for data in encoded])
+    return recipe, names, table, views, shown
+
+
+def add_card(folder, recipe, names, *, teachers=None, report=None):
+    """Provenance and card of a `small_set`, so that plain `datasets` finds both configs."""
+    from prism_hf.card import card_facts, render_card
+    from prism_hf.packaging import write_provenance
+
+    write_provenance(
+        folder, recipe=recipe, teachers=teachers or {}, source_revision=None, squeezed_top1={},
+        hardware={"device": "cpu", "threads": 1, "precision": "float32"},
+    )  # fmt: skip
+    facts = card_facts(folder, recipe, names, report)
+    (folder / "README.md").write_text(render_card(facts, recipe), encoding="utf-8")
+    return facts

@@ -1,4 +1,5 @@
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -7,7 +8,15 @@ from PIL import Image
 
 from prism_hf.errors import DataError
 from prism_hf.pixels import (
-    REFERENCE, clamp_, decode, encode, from_pil, noise, reference_mean_std, to_reference, to_uint8,
+    REFERENCE,
+    clamp_,
+    decode,
+    encode,
+    from_pil,
+    noise,
+    reference_mean_std,
+    to_reference,
+    to_uint8,
 )  # fmt: skip
 
 
@@ -97,6 +106,7 @@ def test_grey_file_becomes_rgb_and_back():
 
 
 PNG = encode(every_value(3), "png")
+HUGE = b"IHDR" + b"\x00\x01\x00\x00" * 2 + PNG[24:29]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +124,7 @@ PNG = encode(every_value(3), "png")
             marks=pytest.mark.xfail(strict=True, reason="decode lets Pillow's ValueError (truncated IHDR) through"),
         ),
         pytest.param(
-            PNG[:16] + b"\x00\x01\x00\x00" * 2 + PNG[24:],
+            PNG[:12] + HUGE + zlib.crc32(HUGE).to_bytes(4) + PNG[33:],
             marks=pytest.mark.xfail(strict=True, reason="decode lets Pillow's DecompressionBombError through"),
         ),
     ],

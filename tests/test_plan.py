@@ -13,11 +13,10 @@ def big(tiny_recipe, classes=7, ipc=5, size=4, **changes):
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 7])
-@pytest.mark.parametrize("order", ["cross_class", "within_class"])
-@pytest.mark.parametrize("slots", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("order", "slots"), [("within_class", 1), ("cross_class", 1), ("cross_class", 2), ("cross_class", 5)]
+)
 def test_every_image_is_in_exactly_one_job(tiny_recipe, size, order, slots):
-    if order == "within_class" and slots > 1:
-        pytest.skip("no such recipe")
     made = big(tiny_recipe, size=size, synthesis__batch_order=order, synthesis__slots_per_batch=slots)
     jobs = plan_jobs(made)
     images = [image for job in jobs for image in zip(job.classes, job.slots, strict=True)]
@@ -67,7 +66,7 @@ def test_seeds_differ_per_job_and_recipe_seed(tiny_recipe):
 
 def test_derived_seed_is_pinned():
     # The promise is "the same on every machine and Python", so the number itself is the test.
-    assert derived_seed(0, "job", 0) == 8137475188690213846
+    assert derived_seed(0, "job", 0) == 2902376216969448531
     assert derived_seed("a", "b") != derived_seed("b", "a")
 
 

@@ -3,7 +3,14 @@ import torch
 import torch.nn.functional as F
 
 from prism_hf.views import (
-    ViewRows, apply_views, axis_matrix, draw_crop, draw_views, from_columns, resample, to_columns,
+    ViewRows,
+    apply_views,
+    axis_matrix,
+    draw_crop,
+    draw_views,
+    from_columns,
+    resample,
+    to_columns,
 )  # fmt: skip
 
 

@@ -166,23 +166,20 @@ def load_test_split(recipe: DataRecipe, source: str, split: str, class_names: Se
     )
 
 
-def real_images(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) -> tuple[Tensor, Tensor]:
-    """`ipc` real training images per class, class-major.
+def real_rows(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) -> np.ndarray:
+    """Which `ipc` real training images per class to take, (K * ipc,) int64 row numbers, class-major.
 
     Args:
         data: The source.
         ipc: Images per class.
-        seed: Seed of the random choice, without replacement; init `real_random` and the random-real control use the same
-            choice, so that the table compares images before and after optimisation.
+        seed: Seed of the random choice, without replacement; init `real_random` and the random-real control use the
+            same choice, so that the table compares images before and after optimisation.
         by_index: Take the first `ipc` images of each class instead.
-
-    Returns:
-        Images (K * ipc, C, S, S) uint8 and labels (K * ipc,) int64.
 
     Raises:
         DataError: A class has fewer than `ipc` images.
     """
-    chosen: list[int] = []
+    chosen: list[np.ndarray] = []
     for label, rows in enumerate(data.train.rows_by_class(data.num_classes)):
         if len(rows) < ipc:
             raise DataError(
@@ -192,8 +189,8 @@ def real_images(data: SourceData, ipc: int, *, seed: int, by_index: bool = False
         if not by_index:
             generator = torch.Generator().manual_seed(derived_seed(seed, "real images", label))
             rows = rows[torch.randperm(len(rows), generator=generator).numpy()]
-        chosen += rows[:ipc].tolist()
-    return data.train.images(chosen), torch.from_numpy(data.train.labels[chosen])
+        chosen.append(rows[:ipc])
+    return np.concatenate(chosen)
 
 
 def _digits() -> tuple[datasets.Dataset, datasets.Dataset]:

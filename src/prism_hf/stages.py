@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from accelerate.utils import tqdm
 from torch import Tensor
 
 from .alignment import BNAlignment
 from .card import card_facts, render_card, render_control_card
-from .data import SourceData, load_source, real_images
+from .data import SourceData, load_source, real_rows
 from .errors import DataError, StageError
 from .evaluation import Contest, collect, run_task
 from .packaging import Epoch, ImageTable, build_dataset, load_distilled, versions, write_provenance
@@ -68,10 +69,13 @@ class Stages:
 
     @property
     def data(self) -> SourceData:
-        """The real data; the main process first, so that a download happens once."""
+        """The real data, loaded when first needed.
+
+        No barrier here: a process that needs no data in some stage must not keep the others waiting. Downloads are safe,
+        the libraries lock their caches.
+        """
         if self._data is None:
-            with self.run.accelerator.main_process_first():
-                self._data = load_source(self.recipe.data)
+            self._data = load_source(self.recipe.data)
         return self._data
 
     def check(self) -> None:
@@ -91,8 +95,9 @@ class Stages:
         loaded = self.teachers(there)
         for name in set(there) & set(bn_candidates(self.recipe.teachers)):
             BNAlignment(loaded[name].model, name=name)
+        assert self.data.num_classes == self.recipe.data.num_classes
         if self.recipe.synthesis.init != "noise":
-            self._real()
+            self._initial_rows()
 
     def teachers(self, names: Sequence[str]) -> dict[str, Teacher]:
         """Loaded and checked teachers, each once."""
@@ -103,8 +108,7 @@ class Stages:
                 raise StageError(f"teacher {name!r} is not trained yet in {folder.parent}; run --stage squeeze first")
             squeezed[name] = folder
         missing = [name for name in names if name not in self._teachers]
-        with self.run.accelerator.main_process_first():
-            self._teachers |= load_teachers(missing, device=self.run.accelerator.device, squeezed=squeezed)
+        self._teachers |= load_teachers(missing, device=self.run.accelerator.device, squeezed=squeezed)
         for name in missing:
             check_teacher(self._teachers[name], class_names=self.data.class_names, channels=self.recipe.data.channels)
         return {name: self._teachers[name] for name in names}
@@ -118,9 +122,9 @@ class Stages:
         name = self.recipe.teachers.verifier
         return self.teachers([name])[name] if name else None
 
-    def _real(self) -> tuple[Tensor, Tensor]:
+    def _initial_rows(self) -> np.ndarray:
         synthesis = self.recipe.synthesis
-        return real_images(self.data, synthesis.ipc, seed=self.recipe.seed, by_index=synthesis.init == "real_index")
+        return real_rows(self.data, synthesis.ipc, seed=self.recipe.seed, by_index=synthesis.init == "real_index")
 
     # -- squeeze ------------------------------------------------------------------------------------------------------
 
@@ -195,10 +199,9 @@ class Stages:
         if self.recipe.synthesis.init == "noise":
             generator = torch.Generator().manual_seed(job.seed + 1)
             return noise((len(job.classes), data.channels, data.size, data.size), generator)
-        images, _ = self._real()
         ipc = self.recipe.synthesis.ipc
         rows = [c * ipc + s for c, s in zip(job.classes, job.slots, strict=True)]
-        return to_reference(images[rows])
+        return to_reference(self.data.train.images(self._initial_rows()[rows]))
 
     def _synthesis_fingerprint(self) -> str:
         return self.recipe.fingerprint("data", "teachers", "squeeze", "synthesis")
@@ -273,12 +276,12 @@ class Stages:
 
     def _control_images(self) -> tuple[Tensor, Tensor] | None:
         try:
-            images, labels = real_images(self.data, self.recipe.synthesis.ipc, seed=self.recipe.seed)
+            rows = real_rows(self.data, self.recipe.synthesis.ipc, seed=self.recipe.seed)
         except DataError as error:
             # Only with init noise: the check before the run stops every other recipe here.
             self.run.say(f"no random-real control: {error}")
             return None
-        return images, torch.full((len(labels),), -1)
+        return self.data.train.images(rows), torch.full((len(rows),), -1)
 
     def _encoded_file(self, name: str) -> Path:
         return self.run.work / name / "encoded.safetensors"

@@ -1,0 +1,75 @@
+"""Keep a finished run as a benchmark: `python benchmarks/record.py outputs/NAME [--as LABEL]`.
+
+The JSON holds the command, versions, hardware, seeds, times and every figure, and all that the card says; README tables and
+the copies in cards/ are rendered from it (`make cards`).
+"""
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+from prism_hf.card import card_facts
+from prism_hf.recipe import differing_keys, load_recipe, to_dict
+from prism_hf.storage import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cpu() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def command_of(run: Path) -> str:
+    """The command that makes this run again: a shipped recipe, with the overrides that tell this run from it."""
+    recipe = load_recipe(run / "recipe.yaml")
+    shipped = {
+        p.relative_to(ROOT): load_recipe(p)
+        for p in sorted((ROOT / "recipes").glob("*/*.yaml"))
+        if p.parent.name != "accelerate"
+    }
+    path, nearest = min(
+        shipped.items(), key=lambda item: (item[1].name != recipe.name, len(differing_keys(item[1], recipe)))
+    )
+
+    def value(key: str) -> str:
+        found: object = to_dict(recipe)
+        for part in key.split("."):
+            found = found[part]  # type: ignore[index]
+        return json.dumps(found, separators=(",", ":"))
+
+    overrides = [f"{key}={value(key)}" for key in differing_keys(nearest, recipe)]
+    if recipe.name != nearest.name:
+        overrides.append(f"name={recipe.name}")
+    return " ".join(["accelerate launch recipes/prism.py", str(path), *overrides])
+
+
+def main() -> None:
+    """Write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--as", dest="label")
+    args = parser.parse_args()
+    recipe = load_recipe(args.run / "recipe.yaml")
+    report = json.loads((args.run / "report.json").read_text(encoding="utf-8"))
+    import datasets
+
+    names = datasets.load_dataset(str(args.run / "dataset"), split="train").features["label"].names
+    result = {
+        "command": command_of(args.run),
+        "hardware": {"cpu": cpu(), "cores": os.cpu_count(), **report["hardware"]},
+        "report": report,
+        "card_facts": card_facts(args.run / "dataset", recipe, names, report),
+    }
+    path = ROOT / "benchmarks" / "results" / f"{args.label or recipe.name}.json"
+    write_json(path, result)
+
+
+if __name__ == "__main__":
+    main()

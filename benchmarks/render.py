@@ -1,0 +1,119 @@
+"""Render cards/*.md and the tables between the markers of README.md from benchmarks/results/*.json.
+
+`python benchmarks/render.py` writes; `--check` only compares, and exits 1 when something is stale.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from prism_hf.card import render_card
+from prism_hf.recipe import load_recipe, parse_recipe
+from prism_hf.report import markdown_table, table_rows, top1_text
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKERS = re.compile(r"(<!-- results: (?P<what>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def results() -> dict[str, dict]:
+    """All run results by label."""
+    paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    loaded = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    return {label: value for label, value in loaded.items() if "report" in value}
+
+
+def rendered() -> dict[Path, str]:
+    """Every derived file and its right contents."""
+    found = results()
+    files = {}
+    for path in sorted((ROOT / "recipes").glob("*/*.yaml")):
+        if path.parent.name == "accelerate":
+            continue
+        recipe = load_recipe(path)
+        if recipe.name in found:
+            facts = found[recipe.name]["card_facts"]
+            files[ROOT / "cards" / f"{recipe.name}.md"] = render_card(facts, parse_recipe(facts["recipe"]))
+    for name in ("README.md", "docs/reproduction.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        files[ROOT / name] = MARKERS.sub(lambda m: m[1] + section(m["what"], found) + m[3], text)
+    return files
+
+
+def section(what: str, found: dict[str, dict]) -> str:
+    """One generated part of a document: a run's table by its label, or `comparison` over all runs."""
+    if what == "comparison":
+        return markdown_table(comparison(found)) + "\n"
+    result = found[what]
+    report = result["report"]
+    times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["wall_time_s"].items())
+    hardware = result["hardware"]
+    return (
+        f"`{result['command']}`\n\n"
+        f"{markdown_table(table_rows(report['evaluation']))}\n\n"
+        f"{report['evaluation']['in_words']}\n\n"
+        f"Time: {times}; {sum(report['wall_time_s'].values()):.0f} s in all ({hardware['cpu']}, "
+        f"{hardware['cores']} cores, {hardware['processes']} process).\n"
+    )
+
+
+def comparison(found: dict[str, dict]) -> list[tuple[str, ...]]:
+    """One line per run: soft and hard labels of the distilled set, verifier, similarity, time."""
+    lines: list[tuple[str, ...]] = [
+        (
+            "run",
+            "images",
+            "soft labels",
+            "hard labels",
+            "random real, soft",
+            "random real, hard",
+            "verifier %",
+            "cos",
+            "synthesis s",
+        )
+    ]
+    for label, result in found.items():
+        evaluation = result["report"]["evaluation"]
+        rows = {(row["images"], row["labels"]): top1_text(row) for row in evaluation["rows"]}
+        facts = evaluation["sets"]["distilled"]
+        similarity, verifier = facts["intra_class_similarity"]["mean"], facts["verifier_top1"]
+        lines.append(
+            (
+                f"`{label}`",
+                str(evaluation["rows"][0]["count"]),
+                *(
+                    rows.get(key, "-")
+                    for key in (
+                        ("distilled", "soft"),
+                        ("distilled", "hard"),
+                        ("random_real", "soft"),
+                        ("random_real", "hard"),
+                    )
+                ),
+                "-" if verifier is None else f"{100 * verifier:.1f}",
+                "-" if similarity is None else f"{similarity:.3f}",
+                f"{result['report']['wall_time_s']['synthesize']:.0f}",
+            )
+        )
+    return lines
+
+
+def main() -> int:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    stale = [p for p, text in rendered().items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
+    if args.check:
+        for path in stale:
+            sys.stderr.write(f"stale: {path.relative_to(ROOT)}; run `make cards`\n")
+        return 1 if stale else 0
+    for path, text in rendered().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
