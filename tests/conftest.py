@@ -62,23 +62,32 @@ def _same_random_numbers_in_any_order() -> None:
 def tiny_recipe() -> MakeRecipe:
     """`tiny_recipe({"synthesis.lr": 0.1})` -> Recipe; `values=True` gives the plain values instead."""
 
-    def make(changes: Mapping[str, object] | None = None, *, values: bool = False) -> Recipe | dict[str, object]:
+    def make(
+        changes: Mapping[str, object] | None = None, *, values: bool = False
+    ) -> Recipe | dict[str, object]:
         plain = tiny_values(changes)
         return plain if values else parse_recipe(plain)
 
     return make
 
 
-def make_teacher(name: str, *, seed: int = 0, size: int = 32, num_classes: int = 3, channels: int = 3) -> Teacher:
+def make_teacher(
+    name: str, *, seed: int = 0, size: int = 32, num_classes: int = 3, channels: int = 3
+) -> Teacher:
     """A random-weight network whose running statistics have seen one batch of random data."""
     architecture = name.partition("#")[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(hashlib.sha256(f"{name}{seed}".encode()).hexdigest()[:8], 16))
         model = timm.create_model(architecture, pretrained=False, num_classes=num_classes, in_chans=channels)
-        model.train()
+        images = torch.randn(16, channels, size, size) * 0.7 + 0.3
         with torch.no_grad():
-            model(torch.randn(16, channels, size, size) * 0.7 + 0.3)
-    model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+            model.train()(images)
+            # A fresh head answers almost the same to everything; real teachers do not.
+            logits, head = model.eval()(images), model.get_classifier()
+            scale = 2 / logits.std(0).mean()
+            head.weight.mul_(scale)
+            head.bias.copy_(scale * (head.bias - logits.mean(0)))
+    model.requires_grad_(False).to(memory_format=torch.channels_last)
     shift = 0.05 * len(architecture) % 0.2
     return Teacher(
         name=name,
@@ -97,7 +106,7 @@ def make_teacher(name: str, *, seed: int = 0, size: int = 32, num_classes: int =
 
 @pytest.fixture(scope="session")
 def tiny_teachers() -> dict[str, Teacher]:
-    """Plain BatchNorm2d, BatchNormAct2d, and BatchNormAct2d at another input size; frozen, never changed by a test."""
+    """Plain BatchNorm2d, BatchNormAct2d, and the same at another input size; frozen, no test changes them."""
     sizes = {"test_resnet": 32, "test_efficientnet": 32, "test_byobnet": 40}
     return {name: make_teacher(name, size=size) for name, size in sizes.items()}
 

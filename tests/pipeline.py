@@ -62,7 +62,8 @@ def mtimes(folder):
 
 def one_line(error):
     text = str(getattr(error, "value", error))
-    assert text and "\n" not in text, text
+    assert text
+    assert "\n" not in text, text
     return text
 
 

@@ -38,7 +38,7 @@ HOSTILE = [
     "```\n\n# title",
     "*bold* _it_ ~~del~~",
     "![i](http://e/i.png)",
-    "carpenter's \"kit\" & co",
+    'carpenter\'s "kit" & co',
     "a\\",
     "<http://e>",
     "--- ",
@@ -261,11 +261,9 @@ def test_a_fence_is_longer_than_what_it_holds(text, fence):
 @pytest.mark.parametrize("place", ["Classes: {}.", "({}) apply.", "| a | {} | b |", "words\n{}, more", "{}"])
 def test_escaped_text_shows_as_itself_wherever_it_stands(place, text):
     rule = "| h | h | h |\n| - | - | - |\n" if "|" in place else ""
-    expected = " ".join(text.split())
     body = rule + place.format(escape(text))
     assert shape(body) == shape(rule + place.format("word"))
-    clean = expected.replace("\x00", "\ufffd")
-    assert place.strip("| ").format(clean).split("\n")[-1] in shown(body).replace("\n\n", "") or clean in shown(body)
+    assert " ".join(text.split()).replace("\x00", "\ufffd") in shown(body)
 
 
 @pytest.mark.parametrize("text", HOSTILE)

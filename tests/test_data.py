@@ -1,5 +1,6 @@
 import hashlib
 import io
+from contextlib import suppress
 
 import datasets
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image as Pillow
 from pipeline import one_line, random_picture
 from sklearn.datasets import load_digits
 
-from prism_hf.data import load_source, real_images
+from prism_hf.data import load_source, load_test_split, real_rows
 from prism_hf.errors import DataError
 from prism_hf.recipe import DataRecipe
 
@@ -211,8 +212,7 @@ def test_splits_that_differ_are_one_line(tmp_path, test_features, words):
 @pytest.mark.parametrize("split", ["nope", "train[:0]"])
 def test_unknown_or_empty_parquet_split_is_one_line(parquet_folder, split):
     with pytest.raises(DataError) as error:
-        data = load_source(recipe(parquet_folder, train_split=split))
-        real_images(data, 1, seed=0)
+        real_rows(load_source(recipe(parquet_folder, train_split=split)), 1, seed=0)
     one_line(error)
 
 
@@ -262,7 +262,8 @@ def test_a_corrupt_image_names_its_row(tmp_path, broken):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
-def test_any_damage_is_a_data_error_or_a_picture(tmp_path, kind):
+def test_any_damage_is_a_data_error_or_a_picture(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("prism_hf.data._CACHE_BYTES", 0)
     buffer = io.BytesIO()
     random_picture(20, 18).save(buffer, kind)
     whole, rng, cells = buffer.getvalue(), np.random.default_rng(0), []
@@ -274,10 +275,8 @@ def test_any_damage_is_a_data_error_or_a_picture(tmp_path, kind):
     DatasetDict({"train": rows(20, image=cells), "test": rows(2)}).save_to_disk(tmp_path)
     split = load_source(recipe(tmp_path)).train
     for row in range(60):
-        try:
-            split._one(row)
-        except DataError as error:
-            assert f"row {row} " in one_line(error)
+        with suppress(DataError):
+            split.images([row])
 
 
 # -- validation_fraction ----------------------------------------------------------------------------------------------
@@ -313,34 +312,30 @@ def test_a_validation_part_too_small_is_one_line(parquet_folder, fraction):
 # -- real images ------------------------------------------------------------------------------------------------------
 
 
-def test_real_images_by_index_are_the_first_of_each_class(digits):
-    images, labels = real_images(digits, 3, seed=0, by_index=True)
-    assert labels.tolist() == [label for label in range(10) for _ in range(3)]
+def test_real_rows_by_index_are_the_first_of_each_class(digits):
+    rows = real_rows(digits, 3, seed=0, by_index=True)
     expected = [np.flatnonzero(digits.train.labels == label)[:3] for label in range(10)]
-    assert torch.equal(images, digits.train.images(np.concatenate(expected)))
-    assert torch.equal(images, real_images(digits, 3, seed=9, by_index=True)[0])
+    assert rows.tolist() == np.concatenate(expected).tolist()
+    assert rows.tolist() == real_rows(digits, 3, seed=9, by_index=True).tolist()
 
 
-def test_real_images_at_random_are_seeded_distinct_and_nested(digits):
+def test_real_rows_at_random_are_seeded_distinct_and_nested(digits):
     state = torch.get_rng_state()
-    images, labels = real_images(digits, 5, seed=0)
+    rows = real_rows(digits, 5, seed=0)
     assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(images, real_images(digits, 5, seed=0)[0])
-    assert not torch.equal(images, real_images(digits, 5, seed=1)[0])
-    assert len({image.numpy().tobytes() for image in images}) == 50
-    nested = real_images(digits, 2, seed=0)[0].view(10, 2, 1, 8, 8)
-    assert torch.equal(images.view(10, 5, 1, 8, 8)[:, :2], nested)
-    train = {image.numpy().tobytes() for image in digits.train.images(range(len(digits.train)))}
-    assert {image.numpy().tobytes() for image in images} <= train
+    assert rows.tolist() == real_rows(digits, 5, seed=0).tolist() != real_rows(digits, 5, seed=1).tolist()
+    assert digits.train.labels[rows].tolist() == [label for label in range(10) for _ in range(5)]
+    assert len(set(rows.tolist())) == 50
+    assert rows.reshape(10, 5)[:, :2].tolist() == real_rows(digits, 2, seed=0).reshape(10, 2).tolist()
 
 
 def test_a_class_with_too_few_images_is_one_line(tmp_path):
     part = rows(4, label=[0, 1, 1, 2] * 3)
     DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path)
     data = load_source(recipe(tmp_path))
-    assert len(real_images(data, 3, seed=0)[0]) == 9
+    assert len(real_rows(data, 3, seed=0)) == 9
     with pytest.raises(DataError) as error:
-        real_images(data, 4, seed=0)
+        real_rows(data, 4, seed=0)
     assert "'ant' has 3" in one_line(error)
 
 
@@ -348,6 +343,39 @@ def test_large_splits_are_decoded_on_demand_with_equal_result(parquet_folder, mo
     whole = load_source(recipe(parquet_folder)).train.images([3, 1, 3])
     monkeypatch.setattr("prism_hf.data._CACHE_BYTES", 0)
     assert torch.equal(whole, load_source(recipe(parquet_folder)).train.images([3, 1, 3]))
+
+
+# -- another test set -------------------------------------------------------------------------------------------------
+
+
+def test_another_test_set_of_the_same_classes(image_folder, parquet_folder):
+    split = load_test_split(recipe(parquet_folder), str(image_folder), "train", NAMES)
+    assert (len(split), split.name) == (12, "train")
+    assert split.images([0]).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "names", "words"),
+    [
+        ("/no/such/folder", "test", NAMES, ["/no/such/folder"]),
+        (None, "nope", NAMES, ["'nope'"]),
+        (None, "test", NAMES[::-1], ["another order"]),
+        (None, "test", [*NAMES, "dog"], ["'test'"]),
+    ],
+)
+def test_another_test_set_that_does_not_fit_is_one_line(parquet_folder, source, split, names, words):
+    with pytest.raises(DataError) as error:
+        load_test_split(recipe(parquet_folder), source or str(parquet_folder), split, names)
+    text = one_line(error)
+    assert all(word in text for word in words), text
+
+
+def test_another_test_set_has_labels_in_range(tmp_path):
+    part = rows(2, features=int_features, label=[0, 1, 2, 0, 3, 2])
+    DatasetDict({"test": part}).save_to_disk(tmp_path)
+    with pytest.raises(DataError) as error:
+        load_test_split(recipe(tmp_path, label_column="label"), str(tmp_path), "test", NAMES)
+    assert "label 3" in one_line(error)
 
 
 def test_datasets_is_offline():

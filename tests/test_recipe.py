@@ -174,9 +174,18 @@ def test_wrong_value_is_an_error_that_names_the_key(tiny_recipe, key, value):
         ({"synthesis.view.crop_scale": [1.0, 0.5]}, "synthesis.view.crop_scale must be [smallest, largest]"),
         ({"relabel.view.crop_scale": [1.0, 0.5]}, "relabel.view.crop_scale must be [smallest, largest]"),
         ({"synthesis.betas": [0.5, 1.0]}, "betas must be below 1"),
-        ({"synthesis.batch_order": "within_class", "synthesis.slots_per_batch": 2}, "slots_per_batch needs batch_order"),
-        ({"synthesis.batch_order": "within_class", "synthesis.ladder": {"step": 1, "period": 2}}, "ladder gives every"),
-        ({"synthesis.slots_per_batch": 2, "synthesis.ladder": {"step": 1, "period": 2}}, "ladder gives every slot"),
+        (
+            {"synthesis.batch_order": "within_class", "synthesis.slots_per_batch": 2},
+            "slots_per_batch needs batch_order",
+        ),
+        (
+            {"synthesis.batch_order": "within_class", "synthesis.ladder": {"step": 1, "period": 2}},
+            "ladder gives every",
+        ),
+        (
+            {"synthesis.slots_per_batch": 2, "synthesis.ladder": {"step": 1, "period": 2}},
+            "ladder gives every slot",
+        ),
         ({"synthesis.ladder": {"step": 2, "period": 3}}, "ladder leaves 0 iterations"),
         ({"relabel.teachers": ["a", "a"]}, "relabel.teachers names a teacher twice"),
         ({"relabel.ensemble": "weighted"}, "weights belong to ensemble weighted"),
@@ -185,7 +194,10 @@ def test_wrong_value_is_an_error_that_names_the_key(tiny_recipe, key, value):
         ({"relabel.batch_size": 7}, "relabel.batch_size is 7 but there are 6 images"),
         ({"synthesis.slots_per_batch": 3}, "slots_per_batch is 3 but ipc is 2"),
         ({"synthesis.batch_size": 4}, "holds at most 3 images"),
-        ({"synthesis.batch_order": "within_class", "synthesis.batch_size": 7}, "synthesis.batch_size is 7 but there are 6"),
+        (
+            {"synthesis.batch_order": "within_class", "synthesis.batch_size": 7},
+            "synthesis.batch_size is 7 but there are 6",
+        ),
         ({"evaluation.epochs": 3}, "evaluation.epochs is 3 but relabel stores 2"),
         ({"evaluation.seeds": [1, 1]}, "seeds must differ"),
     ],
@@ -199,7 +211,9 @@ def test_impossible_mix_says_what_to_do(tiny_recipe, changes, message):
 
 def test_all_problems_are_named_at_once(tiny_recipe):
     with pytest.raises(RecipeError) as error:
-        parse_recipe(tiny_recipe({"synthesis.lr": "fast", "data.size": "big", "relabel.epoch": 1}, values=True))
+        parse_recipe(
+            tiny_recipe({"synthesis.lr": "fast", "data.size": "big", "relabel.epoch": 1}, values=True)
+        )
     assert all(part in str(error.value) for part in ("synthesis.lr", "data.size", "relabel.epoch"))
 
 

@@ -26,7 +26,15 @@ def still(count):
     return torch.zeros(count, dtype=torch.bool)
 
 
-BOXES = [(0, 0, 20, 20), (3, 2, 10, 7), (0, 13, 20, 7), (19, 19, 1, 1), (5, 5, 2, 15), (1, 0, 19, 20), (10, 4, 3, 3)]
+BOXES = [
+    (0, 0, 20, 20),
+    (3, 2, 10, 7),
+    (0, 13, 20, 7),
+    (19, 19, 1, 1),
+    (5, 5, 2, 15),
+    (1, 0, 19, 20),
+    (10, 4, 3, 3),
+]
 
 
 @pytest.mark.parametrize("out_size", [20, 9, 31])
@@ -36,7 +44,9 @@ def test_resample_is_pytorchs_antialiased_interpolation(out_size):
     ours = resample(x, boxes, still(len(boxes)), out_size=out_size)
     for image, (top, left, height, width), result in zip(x, boxes.tolist(), ours, strict=True):
         crop = image[None, :, top : top + height, left : left + width]
-        expected = F.interpolate(crop, (out_size, out_size), mode="bilinear", antialias=True, align_corners=False)[0]
+        expected = F.interpolate(
+            crop, (out_size, out_size), mode="bilinear", antialias=True, align_corners=False
+        )[0]
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
@@ -148,7 +158,10 @@ def test_cutmix_shows_the_partner_in_the_box_and_nowhere_else():
     view = next(
         v
         for seed in range(50)
-        if 0.2 < float((v := draw_views(4, 20, seeded(seed), crop_scale=(0.3, 1), flip=True, mix="cutmix")).mix_weight[0])
+        if 0.2
+        < float(
+            (v := draw_views(4, 20, seeded(seed), crop_scale=(0.3, 1), flip=True, mix="cutmix")).mix_weight[0]
+        )
         and float(v.mix_weight[0]) < 0.8
     )
     top, left, height, width = view.mix_box[0].tolist()

@@ -163,28 +163,31 @@ class Stages:
             teachers = self.teachers(self.recipe.teachers.synthesis_names)
             verifier = self._verifier()
         with tqdm(total=sum(job.iterations for job in mine), desc="synthesize", unit="step") as bar:
-            for job in mine:
-                self._one_job(job, teachers, verifier, bar.update)
+            for number, job in enumerate(mine):
+                before = sum(earlier.iterations for earlier in mine[:number])
+                self._one_job(job, teachers, verifier, before, bar.update)
 
     def _one_job(
         self,
         job: SynthesisJob,
         teachers: dict[str, Teacher],
         verifier: Teacher | None,
+        before: int,
         advance: Callable[[int], object],
     ) -> None:
+        """Optimise one job and keep it; `before` counts the steps of earlier jobs, since trackers want rising steps."""
         done = 0
 
         def on_check(entry: dict[str, float]) -> None:
             nonlocal done
             advance(int(entry["step"]) - done)
             done = int(entry["step"])
-            values = {f"job{job.id}/{key}": value for key, value in entry.items() if key != "step"}
-            self.run.accelerator.log(values, step=done)
+            values = {f"synthesis/{key}": value for key, value in entry.items() if key != "step"}
+            self.run.accelerator.log(values | {"synthesis/job": job.id}, step=before + done)
 
         initial = self._initial(job).to(self.run.accelerator.device)
         result = synthesize(job, self.recipe.synthesis, initial, teachers, verifier=verifier, on_check=on_check)
-        log_pictures(self.run.accelerator, f"job{job.id}/images", grid(result.images_uint8, 1), step=done)
+        log_pictures(self.run.accelerator, "synthesis/images", grid(result.images_uint8, 1), step=before + done)
         notes = {
             "fingerprint": self._synthesis_fingerprint(),
             "job": job.id,
@@ -318,7 +321,8 @@ class Stages:
         self._package_control()
         images = self._decoded("distilled")
         draw_grid(self.run.dataset / "assets" / "grid.png", images, self.data.class_names, self.recipe.synthesis.ipc)
-        log_pictures(self.run.accelerator, "distilled", grid(images, self.recipe.synthesis.ipc), step=0)
+        steps = sum(job.iterations for job in plan_jobs(self.recipe))
+        log_pictures(self.run.accelerator, "distilled", grid(images, self.recipe.synthesis.ipc), step=steps)
         self._write_card(None)
 
     def _package_control(self) -> None:

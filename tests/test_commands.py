@@ -1,0 +1,262 @@
+import argparse
+import json
+import subprocess
+
+import pytest
+from pipeline import PYTHON, RECIPE, ROOT, TINY, command, launch, mtimes, quiet_env, save_timm, sha_tree
+
+from prism_hf.command import run_command, split_overrides
+from prism_hf.errors import DataError, RecipeError, SynthesisError
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def go(folder, *words):
+    return launch(*TINY, "--output", folder, "--threads", "1", *words)
+
+
+# -- run_command ------------------------------------------------------------------------------------------------------
+
+
+def raising(error):
+    def main(args):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("kind", [RecipeError, DataError, SynthesisError])
+def test_an_error_of_ours_is_one_line_and_two(capsys, kind):
+    assert run_command(raising(kind("what to do")), argparse.Namespace(debug=False)) == 2
+    assert capsys.readouterr().err == f"{kind.__name__}: what to do\n"
+
+
+def test_debug_keeps_the_traceback(capsys):
+    with pytest.raises(RecipeError):
+        run_command(raising(RecipeError("x")), argparse.Namespace(debug=True))
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    with pytest.raises(AssertionError):
+        run_command(raising(AssertionError("broken invariant")), argparse.Namespace(debug=False))
+
+
+def test_an_interrupt_says_how_to_go_on(capsys):
+    assert run_command(raising(KeyboardInterrupt()), argparse.Namespace(debug=False)) == 130
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_paths_and_overrides_are_told_apart():
+    words = ["a.yaml", "x.y=1", "b=c=d", "c.yaml"]
+    assert split_overrides(words) == (["a.yaml", "c.yaml"], ["x.y=1", "b=c=d"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["R.yaml", "a=1", "--threads", "2"], ["--threads", "2", "R.yaml", "a=1"], ["R.yaml", "--threads", "2", "a=1"]],
+)
+@pytest.mark.parametrize("name", ["prism", "squeeze"])
+def test_options_may_stand_anywhere(name, words):
+    args = command(name).parse(words)
+    assert (args.words, args.threads) == (["R.yaml", "a=1"], 2)
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_the_plan_and_creates_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert launch("--dry-run", *TINY, "data.source=nobody/knows", "--output", tmp_path / "out") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for word in ("fingerprint", "nobody/knows", "20 (2 per class)", "squeeze:test_efficientnet", "2 of up to 10 images"):
+        assert word in out, word
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_recipe_is_the_embedded_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert launch("--dry-run", recipe=None) == 0
+    assert "digits-prism-ipc10" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "unknown key": (["synthesis.iteration=3"], ["synthesis.iteration", "iterations"]),
+    "wrong type": (["synthesis.ipc=many"], ["synthesis.ipc", "many"]),
+    "two recipes": (["other.yaml"], ["one recipe"]),
+    "tracker": (["--log-with", "nonsense"], ["nonsense", "tensorboard"]),
+    "squeezed teacher": (["teachers.logit=squeeze:nonsense"], ["nonsense"]),
+    "hub teacher": (["teachers.logit=resnet18.tv_in1k"], ["resnet18.tv_in1k"]),
+    "local teacher": (["teachers.logit=local-dir:/no/such"], ["/no/such"]),
+    "student": (["evaluation.student=nonsense"], ["nonsense"]),
+    "transformers student": (["evaluation.student=transformers:nonsense"], ["nonsense"]),
+    "no source": (["data.source=/no/such/folder"], ["/no/such/folder"]),
+    "no source, noise": (["data.source=/no/such/folder", "synthesis.init=noise"], ["/no/such/folder"]),
+    "no source, tracker": (["data.source=/no/such/folder", "--log-with", "tensorboard"], ["/no/such/folder"]),
+    "class count": (["data.num_classes=11"], ["11", "10 classes"]),
+    "class count, noise": (["data.num_classes=11", "synthesis.init=noise"], ["11", "10 classes"]),
+    "ipc": (["synthesis.ipc=140"], ["140"]),
+    "squeeze batch": (["squeeze.batch_size=2000"], ["1347"]),
+    "BN teacher": (["teachers.bn_pool=[squeeze:test_vit]"], ["test_vit", "BatchNorm2d"]),
+}
+
+
+@pytest.mark.parametrize("kind", list(BAD))
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, kind):
+    words, expected = BAD[kind]
+    monkeypatch.chdir(tmp_path)
+    assert go(tmp_path / "out", *words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert all(word in line for word in expected), line
+    assert mtimes(tmp_path) == {}, "a corrected command would find a folder of another recipe"
+
+
+@pytest.mark.parametrize("name", ["prism", "squeeze"])
+def test_a_missing_recipe_is_one_line(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert launch(name=name, recipe="nowhere.yaml") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nowhere.yaml" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_of_other_classes_is_one_line_and_writes_nothing(tmp_path, capsys):
+    folder = save_timm(tmp_path / "teacher", classes=7)
+    assert go(tmp_path / "out", f"teachers.logit=local-dir:{folder}", f"relabel.teachers=['local-dir:{folder}']") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "7 classes" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_recipes_folder_and_a_foreign_folder_are_one_line(tmp_path, capsys):
+    assert go(tmp_path / "out", "--stage", "squeeze") == 0
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("precious")
+    before = mtimes(tmp_path)
+    capsys.readouterr()
+    assert go(tmp_path / "out", "synthesis.lr=0.5", "--stage", "squeeze") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "synthesis.lr" in line
+    assert go(tmp_path / "foreign") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "foreign" in line
+    assert mtimes(tmp_path) == before
+
+
+def test_a_real_launch_says_one_line_on_stderr_and_nothing_else(tmp_path):
+    words = [str(RECIPE), *TINY, "data.source=/no/such/folder", "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [PYTHON, str(ROOT / "recipes" / "prism.py"), *words], capture_output=True, text=True, env=quiet_env(), check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("DataError: ")
+
+
+# -- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run without its evaluation."""
+    folder = tmp_path_factory.mktemp("made") / "out"
+    for stage in ("squeeze", "synthesize", "relabel", "package"):
+        assert go(folder, "evaluation.full_data_epochs=0", "evaluation.seeds=[0]", "--stage", stage) == 0
+    return folder
+
+
+def evaluate(*words):
+    return launch(*words, "--threads", "1", name="evaluate", recipe=None)
+
+
+def test_evaluate_scores_a_folder_and_leaves_it_alone(made, tmp_path, capsys):
+    before = mtimes(made)
+    assert evaluate(made / "dataset", "--teachers", made / "teachers", "--seeds", "2", "--output", tmp_path / "e") == 0
+    assert mtimes(made) == before
+    out = capsys.readouterr().out
+    report = json.loads((tmp_path / "e" / "report.json").read_text())["evaluation"]
+    assert [(row["images"], row["labels"], row["seeds"]) for row in report["rows"]] == [
+        (images, labels, [0, 1]) for labels in ("soft", "hard") for images in ("distilled", "random_real")
+    ]
+    assert "random real" in out
+    assert str(tmp_path / "e" / "report.json") in out
+    assert sha_tree(tmp_path / "e" / "control" / "data") == sha_tree(made / "control" / "data")
+
+
+def test_evaluate_without_teachers_leaves_the_control_out_and_says_why(made, tmp_path, capsys):
+    words = [made / "dataset", "--teachers", tmp_path / "none", "--student", "test_resnet", "--output", tmp_path / "e"]
+    assert evaluate(*words) == 0
+    report = json.loads((tmp_path / "e" / "report.json").read_text())["evaluation"]
+    assert [row["images"] for row in report["rows"]] == ["distilled", "distilled"]
+    assert report["student"] == "test_resnet"
+    assert "not trained yet" in report["left_out"]["random real"]
+    assert "left out: random real" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["DATA", "synthesis.lr=1"], ["synthesis.lr", "evaluation.*"]),
+        (["DATA", "--seeds", "0"], ["--seeds"]),
+        (["DATA", "--student", "nonsense"], ["nonsense"]),
+        (["DATA", "--test", "/no/such/folder"], ["/no/such/folder"]),
+        (["DATA", "evaluation.epochs=9"], ["evaluation.epochs"]),
+        (["/no/such/folder"], ["/no/such/folder"]),
+        (["nobody-there/no-such-set"], ["nobody-there/no-such-set"]),
+        (["DATA", "OTHER"], ["one data set"]),
+    ],
+    ids=lambda value: value[-1].strip("/") if isinstance(value, list) else None,
+)
+def test_evaluate_with_bad_input_is_one_line(made, tmp_path, capsys, words, expected):
+    words = [str(made / "dataset") if word == "DATA" else word for word in words]
+    assert evaluate(*words, "--output", tmp_path / "e", "--teachers", made / "teachers") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in expected), line
+    assert mtimes(tmp_path) == {}
+
+
+# -- the other command, and trackers ----------------------------------------------------------------------------------
+
+
+def test_squeeze_trains_the_teachers_and_prism_finds_them(tmp_path, capsys):
+    teachers = tmp_path / "teachers"
+    assert launch(*TINY, "--output", teachers, "--threads", "1", name="squeeze") == 0
+    lines = capsys.readouterr().out.splitlines()
+    folders = {line.split()[0]: line.split()[1] for line in lines}
+    assert set(folders) == {"squeeze:test_byobnet", "squeeze:test_efficientnet"}
+    assert sorted(folders.values()) == sorted(str(path) for path in teachers.iterdir())
+    before = mtimes(teachers)
+    assert go(tmp_path / "out", "--teachers", teachers, "--stage", "squeeze") == 0
+    assert launch(*TINY, "--output", teachers, "--threads", "1", name="squeeze") == 0
+    assert mtimes(teachers) == before
+    assert not (tmp_path / "out" / "teachers").exists()
+
+
+def test_squeeze_without_a_squeezed_teacher_is_one_line(tmp_path, capsys):
+    words = ["teachers.logit=resnet18.tv_in1k", "teachers.bn_pool=[]", "relabel.teachers=[resnet18.tv_in1k]"]
+    assert launch(*TINY, *words, "--output", tmp_path / "t", name="squeeze") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "t").exists()
+
+
+def test_tensorboard_sees_losses_and_pictures(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = ["teachers.verifier=squeeze:test_resnet", "synthesis.verify_every=2", "--log-with", "tensorboard"]
+    for stage in ("squeeze", "synthesize"):
+        assert go(tmp_path / "out", *words, "--stage", stage) == 0
+    scalars, pictures = set(), set()
+    for file in (tmp_path / "out" / "logs").rglob("events*"):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        scalars |= set(events.Tags()["scalars"])
+        pictures |= set(events.Tags()["images"])
+    assert {f"synthesis/{term}" for term in ("ce", "bn", "lr", "verifier_top1")} <= scalars
+    assert "synthesis/images" in pictures

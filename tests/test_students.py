@@ -1,0 +1,249 @@
+import dataclasses
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from prism_hf.data import ImageSplit
+from prism_hf.errors import DataError
+from prism_hf.evaluation import Contest
+from prism_hf.packaging import DistilledDataset
+from prism_hf.relabel import label_images, relabel_epoch
+from prism_hf.students import ROWS, class_shares, soft_label_loss, train_on_real, train_student
+from prism_hf.views import from_columns
+
+CPU = torch.device("cpu")
+
+
+def settings_of(tiny_recipe, changes=None):
+    return tiny_recipe({f"evaluation.{key}": value for key, value in (changes or {}).items()}).evaluation
+
+
+@pytest.fixture(scope="module")
+def toy(tiny_recipe, tiny_teachers, tiny_images):
+    """A distilled data set in memory: seven images, two epochs of labelled views."""
+    settings = tiny_recipe().relabel
+    teachers = [tiny_teachers[name] for name in settings.teachers]
+    epochs = [relabel_epoch(number, tiny_images, teachers, settings, seed=0) for number in range(2)]
+    return DistilledDataset(
+        images_uint8=tiny_images,
+        labels=torch.tensor([0, 0, 1, 1, 2, 2, 2]),
+        class_names=("a", "b", "c"),
+        teacher_logits=label_images(tiny_images, teachers, settings),
+        num_epochs=2,
+        epoch=lambda number: (
+            from_columns(epochs[number]),
+            torch.from_numpy(epochs[number]["teacher_logits"]),
+        ),
+        image_bytes=1,
+        label_bytes=1,
+        recipe=None,
+    )
+
+
+@pytest.fixture(scope="module")
+def split(tiny_images):
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
+    )
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in tiny_images]
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [0, 0, 1, 1, 2, 2, 2]}, features=features)
+    return ImageSplit(rows, image_column="image", label_column="label", size=32, channels=3, name="train")
+
+
+@pytest.fixture(scope="module")
+def student(tiny_recipe, toy):
+    def train(changes=None, *, labels="soft", seed=0, source=toy):
+        network = train_student(
+            source, settings_of(tiny_recipe, changes), labels=labels, seed=seed, device=CPU
+        )
+        return {key: value.clone() for key, value in network.state_dict().items()}
+
+    return train
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def base(student):
+    return student()
+
+
+def literal_kl(logits, teacher_logits, temperature):
+    p, q = ((t / temperature).softmax(1) for t in (teacher_logits, logits))
+    return temperature**2 * (p * (p.log() - q.log())).sum(1).mean()
+
+
+def some_batch():
+    shares = torch.rand(5, 4, dtype=torch.float64).softmax(1)
+    return torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64), shares
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+def test_kl_is_the_formula_and_zero_at_its_optimum(tiny_recipe, temperature):
+    settings = settings_of(tiny_recipe, {"loss": "kl", "temperature": temperature})
+    logits, teacher_logits, shares = some_batch()
+    ours = soft_label_loss(logits, teacher_logits, shares, settings)
+    torch.testing.assert_close(ours, literal_kl(logits, teacher_logits, temperature))
+    # Softmax knows no offset, so any shifted copy of the teacher's logits is an optimum.
+    assert abs(float(soft_label_loss(teacher_logits + 3, teacher_logits, shares, settings))) < 1e-10
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.1, 2.0])
+def test_mse_ce_is_the_formula(tiny_recipe, ce_weight):
+    settings = settings_of(tiny_recipe, {"loss": "mse_ce", "ce_weight": ce_weight})
+    logits, teacher_logits, shares = some_batch()
+    mse = ((logits - teacher_logits) ** 2).mean()
+    ce = -(shares * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(
+        soft_label_loss(logits, teacher_logits, shares, settings), mse + ce_weight * ce
+    )
+
+
+@pytest.mark.parametrize(
+    ("start", "change"),
+    [({}, {"loss": "kl"}), ({}, {"ce_weight": 0.5}), ({"loss": "kl"}, {"loss": "kl", "temperature": 2.0})],
+)
+def test_every_switch_of_the_loss_changes_it(tiny_recipe, start, change):
+    batch = some_batch()
+    a, b = (soft_label_loss(*batch, settings_of(tiny_recipe, settings)) for settings in (start, change))
+    assert float(a) != pytest.approx(float(b))
+
+
+def test_class_shares_mix_the_two_classes():
+    shares = class_shares(torch.tensor([0, 1, 2]), torch.tensor([2, 1, 0]), torch.tensor([0.75, 0.3, 1.0]), 3)
+    torch.testing.assert_close(shares, torch.tensor([[0.75, 0, 0.25], [0, 1, 0], [0, 0, 1]]))
+    assert shares.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss": "kl"},
+        {"ce_weight": 1.0},
+        {"lr": 0.001},
+        {"weight_decay": 0.5},
+        {"ema": 0.9},
+        {"epochs": 1},
+        {"batch_size": 2},
+        {"student": "test_byobnet"},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_every_switch_changes_the_student(student, base, change):
+    assert not same(base, student(change))
+
+
+def test_temperature_changes_a_kl_student(student):
+    assert not same(student({"loss": "kl"}), student({"loss": "kl", "temperature": 1.0}))
+
+
+def test_another_seed_gives_another_student_and_the_same_seed_the_same(student, base):
+    assert same(base, student(seed=0))
+    assert not same(base, student(seed=1))
+
+
+def test_a_null_number_of_epochs_uses_them_all(student, base):
+    assert same(base, student({"epochs": 2}))
+
+
+def test_training_leaves_global_randomness_alone_and_does_not_depend_on_it(student, base):
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    assert same(base, student())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def other_logits(toy):
+    def epoch(number):
+        rows, logits = toy.epoch(number)
+        return rows, logits.flip(1) * 3
+
+    return dataclasses.replace(toy, epoch=epoch)
+
+
+def test_hard_labels_ignore_the_teachers_logits_and_soft_ones_do_not(student, base, toy):
+    changed = other_logits(toy)
+    hard = student(labels="hard")
+    assert same(hard, student(labels="hard", source=changed))
+    assert not same(base, student(source=changed))
+    assert not same(base, hard)
+
+
+def test_hard_labels_use_the_classes(student, toy):
+    relabelled = dataclasses.replace(toy, labels=toy.labels.flip(0))
+    assert not same(student(labels="hard"), student(labels="hard", source=relabelled))
+
+
+def test_student_learns_the_images(tiny_recipe, toy):
+    # Many passes over the same two epochs of views: the student must come to agree with the stored logits.
+    again = dataclasses.replace(toy, num_epochs=30, epoch=lambda number: toy.epoch(number % 2))
+    settings = dataclasses.replace(settings_of(tiny_recipe), epochs=None)
+    network = train_student(again, settings, labels="soft", seed=0, device=CPU)
+    rows, logits = toy.epoch(0)
+    with torch.no_grad():
+        answer = network(rows.replay((toy.images_uint8 / 255 - 0.449) / 0.226))
+    assert not network.training
+    assert answer.shape == (7, 3)
+    assert float((answer - logits).square().mean()) < 0.5 * float(logits.float().var(0).mean())
+
+
+def test_more_epochs_than_the_folder_holds_are_an_error(tiny_recipe, toy):
+    settings = tiny_recipe({"relabel.epochs": 9, "evaluation.epochs": 3}).evaluation
+    with pytest.raises(DataError, match="holds 2 epochs of views, evaluation.epochs is 3"):
+        train_student(toy, settings, labels="soft", seed=0, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def ceiling(tiny_recipe, split):
+    def train(changes=None, *, seed=0):
+        made = tiny_recipe({"evaluation.full_data_epochs": 1} | (changes or {}))
+        network = train_on_real(
+            split, made.evaluation, made.relabel.view, num_classes=3, seed=seed, device=CPU
+        )
+        return network.state_dict()
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"evaluation.full_data_epochs": 2},
+        {"evaluation.batch_size": 2},
+        {"evaluation.lr": 0.1},
+        {"relabel.view.crop_scale": [0.9, 1.0]},
+        {"relabel.view.flip": False},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_every_switch_changes_the_full_data_student(ceiling, change):
+    assert not same(ceiling(), ceiling(change))
+
+
+def test_full_data_student_is_reproducible_and_never_mixes(ceiling):
+    assert same(ceiling(), ceiling({"relabel.view.mix": "mixup"}))
+    assert not same(ceiling(), ceiling(seed=1))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "control", "keys"),
+    [
+        (1, True, {"full-hard", "random_real-hard", "distilled-hard", "random_real-soft", "distilled-soft"}),
+        (0, True, {"random_real-hard", "distilled-hard", "random_real-soft", "distilled-soft"}),
+        (1, False, {"full-hard", "distilled-hard", "distilled-soft"}),
+    ],
+)
+def test_full_data_epochs_and_seeds_decide_the_tasks(tiny_recipe, toy, split, epochs, control, keys):
+    settings = settings_of(tiny_recipe, {"full_data_epochs": epochs, "seeds": [3, 5]})
+    view = tiny_recipe().relabel.view
+    contest = Contest(toy, toy if control else None, split, split, settings, view, left_out={})
+    tasks = contest.tasks()
+    assert {row.key for row in contest.rows()} == keys
+    assert sorted((row.key, seed) for row, seed in tasks) == sorted(
+        (key, seed) for key in keys for seed in (3, 5)
+    )
+    assert len({row.key for row in ROWS}) == 5
