@@ -53,6 +53,8 @@ def main(args: argparse.Namespace) -> None:
     if len(words) != 1:
         raise RecipeError(f"expected one data set, got {len(words)}; protocol changes are written evaluation.key=value")
     quiet()
+    import torch
+
     from prism_hf.data import load_test_split
     from prism_hf.evaluation import Contest
     from prism_hf.packaging import DistilledDataset, load_distilled
@@ -61,6 +63,7 @@ def main(args: argparse.Namespace) -> None:
     from prism_hf.stages import Stages, evaluate_contest
     from prism_hf.storage import write_json
     from prism_hf.teachers import Teacher
+    from prism_hf.training import build_network
 
     accelerator = make_accelerator(threads=args.threads)
     with accelerator.main_process_first():
@@ -68,6 +71,8 @@ def main(args: argparse.Namespace) -> None:
     if distilled.recipe is None:
         raise DataError(f"{words[0]!r} has no recipe.yaml, which names the test data and the protocol")
     recipe = protocol(distilled.recipe, args, overrides)
+    with torch.device("meta"):
+        build_network(recipe.evaluation.student, num_classes=len(distilled.class_names), channels=recipe.data.channels)
     folder = args.output or Path("outputs") / "evaluate" / recipe.name
     run = Run(recipe, folder, args.teachers, accelerator)
     stages, left_out = Stages(run), {}

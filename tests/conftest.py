@@ -62,18 +62,14 @@ def _same_random_numbers_in_any_order() -> None:
 def tiny_recipe() -> MakeRecipe:
     """`tiny_recipe({"synthesis.lr": 0.1})` -> Recipe; `values=True` gives the plain values instead."""
 
-    def make(
-        changes: Mapping[str, object] | None = None, *, values: bool = False
-    ) -> Recipe | dict[str, object]:
+    def make(changes: Mapping[str, object] | None = None, *, values: bool = False) -> Recipe | dict[str, object]:
         plain = tiny_values(changes)
         return plain if values else parse_recipe(plain)
 
     return make
 
 
-def make_teacher(
-    name: str, *, seed: int = 0, size: int = 32, num_classes: int = 3, channels: int = 3
-) -> Teacher:
+def make_teacher(name: str, *, seed: int = 0, size: int = 32, num_classes: int = 3, channels: int = 3) -> Teacher:
     """A random-weight network whose running statistics have seen one batch of random data."""
     architecture = name.partition("#")[0]
     with torch.random.fork_rng(devices=[]):

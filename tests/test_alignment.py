@@ -84,9 +84,7 @@ def test_objective_is_the_equation(tiny_teachers, dtype, chosen, reduction, firs
     teachers, view = of_dtype(tiny_teachers, dtype), batch(dtype)
     settings = {"bn_weight": bn_weight, "reduction": reduction}
     names = tuple(teachers) if "test_resnet" in chosen else ("test_efficientnet", "test_byobnet")
-    with Objective(
-        teachers, logit="test_resnet", bn_names=names, first_bn_multiplier=first, **settings
-    ) as objective:
+    with Objective(teachers, logit="test_resnet", bn_names=names, first_bn_multiplier=first, **settings) as objective:
         terms = objective.backward(view, LABELS, chosen)
     literal = batch(dtype)
     ce, bn, loss = slow_objective(teachers, literal, LABELS, "test_resnet", chosen, first=first, **settings)
@@ -98,9 +96,7 @@ def test_objective_is_the_equation(tiny_teachers, dtype, chosen, reduction, firs
 
 def test_a_hooked_logit_teacher_left_out_of_s_gives_no_bn_term(tiny_teachers):
     view, literal = batch(), batch()
-    with Objective(
-        tiny_teachers, logit="test_resnet", bn_names=tuple(tiny_teachers), bn_weight=0.1
-    ) as objective:
+    with Objective(tiny_teachers, logit="test_resnet", bn_names=tuple(tiny_teachers), bn_weight=0.1) as objective:
         terms = objective.backward(view, LABELS, ("test_efficientnet",))
     ce, bn, loss = slow_objective(
         tiny_teachers,
@@ -268,9 +264,7 @@ def test_first_layer_is_the_first_that_runs_not_the_first_that_is_registered():
     ids=["no norm", "1d norm", "no running statistics"],
 )
 def test_a_network_with_nothing_to_align_is_an_error(model):
-    with pytest.raises(
-        TeacherError, match="'alexnet' has no BatchNorm2d layer with running statistics"
-    ) as error:
+    with pytest.raises(TeacherError, match="'alexnet' has no BatchNorm2d layer with running statistics") as error:
         BNAlignment(model, name="alexnet")
     assert "teachers.bn_pool" in str(error.value)
 
@@ -287,9 +281,7 @@ def test_each_teacher_runs_once_a_step(tiny_teachers, chosen):
 
     handles = [t.model.register_forward_pre_hook(count(n)) for n, t in tiny_teachers.items()]
     try:
-        with Objective(
-            tiny_teachers, logit="test_resnet", bn_names=tuple(tiny_teachers), bn_weight=0.1
-        ) as objective:
+        with Objective(tiny_teachers, logit="test_resnet", bn_names=tuple(tiny_teachers), bn_weight=0.1) as objective:
             for _ in range(2):
                 objective.backward(batch(), LABELS, chosen)
     finally:
@@ -300,9 +292,7 @@ def test_each_teacher_runs_once_a_step(tiny_teachers, chosen):
 
 def test_teachers_stay_frozen(tiny_teachers):
     before = {n: copy.deepcopy(t.model.state_dict()) for n, t in tiny_teachers.items()}
-    with Objective(
-        tiny_teachers, logit="test_resnet", bn_names=tuple(tiny_teachers), bn_weight=0.1
-    ) as objective:
+    with Objective(tiny_teachers, logit="test_resnet", bn_names=tuple(tiny_teachers), bn_weight=0.1) as objective:
         objective.backward(batch(), LABELS, tuple(tiny_teachers))
     for name, teacher in tiny_teachers.items():
         assert all(torch.equal(v, before[name][k]) for k, v in teacher.model.state_dict().items())

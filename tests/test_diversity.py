@@ -55,9 +55,7 @@ def test_features_are_the_input_of_the_classifier(tiny_teachers, tiny_images, na
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     classifier = teacher.model.get_classifier()
     assert not classifier._forward_pre_hooks
-    torch.testing.assert_close(
-        classifier(found), teacher.logits(to_reference(tiny_images)), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(classifier(found), teacher.logits(to_reference(tiny_images)), rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_without_a_linear_layer_is_an_error(tiny_teachers, tiny_images):

@@ -78,9 +78,7 @@ POOL = {"teachers.bn_pool": ["a", "b", "c"], "teachers.extras": 3, "teachers.dra
 
 
 def test_per_slot_draw_is_one_for_all_jobs_and_iterations_of_a_slot(tiny_recipe):
-    jobs = plan_jobs(
-        tiny_recipe(POOL | {"data.num_classes": 6, "synthesis.ipc": 8, "synthesis.batch_size": 2})
-    )
+    jobs = plan_jobs(tiny_recipe(POOL | {"data.num_classes": 6, "synthesis.ipc": 8, "synthesis.batch_size": 2}))
     draws = {}
     for job in jobs:
         draws.setdefault(job.slots[0], set()).update(job.bn_teachers(i) for i in range(5))
@@ -90,9 +88,7 @@ def test_per_slot_draw_is_one_for_all_jobs_and_iterations_of_a_slot(tiny_recipe)
 
 def test_per_iteration_draws_differ_between_iterations_and_jobs(tiny_recipe):
     jobs = plan_jobs(
-        tiny_recipe(
-            POOL | {"teachers.selection": "per_iteration", "data.num_classes": 6, "synthesis.batch_size": 3}
-        )
+        tiny_recipe(POOL | {"teachers.selection": "per_iteration", "data.num_classes": 6, "synthesis.batch_size": 3})
     )
     sequences = [tuple(job.bn_teachers(i) for i in range(20)) for job in jobs]
     assert len(set(sequences)) == len(jobs)

@@ -211,9 +211,7 @@ def test_impossible_mix_says_what_to_do(tiny_recipe, changes, message):
 
 def test_all_problems_are_named_at_once(tiny_recipe):
     with pytest.raises(RecipeError) as error:
-        parse_recipe(
-            tiny_recipe({"synthesis.lr": "fast", "data.size": "big", "relabel.epoch": 1}, values=True)
-        )
+        parse_recipe(tiny_recipe({"synthesis.lr": "fast", "data.size": "big", "relabel.epoch": 1}, values=True))
     assert all(part in str(error.value) for part in ("synthesis.lr", "data.size", "relabel.epoch"))
 
 

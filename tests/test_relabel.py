@@ -53,9 +53,7 @@ def test_an_all_zero_teacher_cannot_be_balanced():
 def label(tiny_recipe, tiny_teachers, tiny_images):
     def run(changes=None, *, epoch=0, seed=0):
         settings = tiny_recipe({"data.num_classes": 7} | (changes or {})).relabel
-        return relabel_epoch(
-            epoch, tiny_images, [tiny_teachers[n] for n in settings.teachers], settings, seed=seed
-        )
+        return relabel_epoch(epoch, tiny_images, [tiny_teachers[n] for n in settings.teachers], settings, seed=seed)
 
     return run
 
@@ -96,9 +94,7 @@ def test_every_switch_changes_what_it_should_and_nothing_else(label, change, mus
     # Later batches may differ in all columns: the stream of random numbers has shifted.
     first = base["batch"] == 0
     assert must <= changed(base, other)
-    assert not may_not & changed(
-        *({key: column[first] for key, column in columns.items()} for columns in (base, other))
-    )
+    assert not may_not & changed(*({key: column[first] for key, column in columns.items()} for columns in (base, other)))
 
 
 def test_weights_count_and_are_divided_by_their_sum(label):
@@ -139,9 +135,7 @@ def test_columns_have_the_documented_types(label):
 
 @pytest.mark.parametrize("mix", ["cutmix", "mixup", "none"])
 @pytest.mark.parametrize("ensemble", ["mean", "norm_balanced_mean"])
-def test_labels_are_the_teachers_logits_of_the_replayed_view(
-    label, tiny_teachers, tiny_images, mix, ensemble
-):
+def test_labels_are_the_teachers_logits_of_the_replayed_view(label, tiny_teachers, tiny_images, mix, ensemble):
     columns = label({"relabel.view.mix": mix, "relabel.ensemble": ensemble, "relabel.batch_size": 3})
     for number in range(2):
         batch = {key: column[columns["batch"] == number] for key, column in columns.items()}
@@ -167,9 +161,7 @@ def test_label_images_asks_in_table_order_and_recipe_batches(tiny_recipe, tiny_t
 
 
 @pytest.mark.parametrize("factor", [1e9, float("nan")])
-def test_logits_beyond_float16_are_an_error_that_names_the_teacher(
-    tiny_recipe, tiny_teachers, tiny_images, factor
-):
+def test_logits_beyond_float16_are_an_error_that_names_the_teacher(tiny_recipe, tiny_teachers, tiny_images, factor):
     teacher = tiny_teachers["test_resnet"]
     loud = dataclasses.replace(teacher, name="loud", model=copy.deepcopy(teacher.model))
     loud.model.fc.weight.mul_(factor)
@@ -181,9 +173,7 @@ def test_logits_beyond_float16_are_an_error_that_names_the_teacher(
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_epochs_is_the_number_of_views_per_image(tiny_recipe, label, tmp_path, epochs):
     made = tiny_recipe({"relabel.epochs": epochs})
-    table = ImageTable(
-        [b"x"] * 7, *(torch.zeros(7, dtype=torch.int64) for _ in range(3)), torch.zeros(7, 3).half()
-    )
+    table = ImageTable([b"x"] * 7, *(torch.zeros(7, dtype=torch.int64) for _ in range(3)), torch.zeros(7, 3).half())
     stream = (label(epoch=number) for number in range(made.relabel.epochs))
     build_dataset(tmp_path, table, stream, recipe=made, class_names=["a", "b", "c"])
     views = pq.read_table(tmp_path / "views")

@@ -77,9 +77,7 @@ def test_verdict_in_words(ours, control, verdict, points, labels):
 
 def test_level_means_within_two_standard_errors():
     def words(gap):
-        return in_words(
-            rows(score("distilled", "soft", 0.5 + gap, 0.52 + gap), score("random_real", "soft", 0.5, 0.52))
-        )
+        return in_words(rows(score("distilled", "soft", 0.5 + gap, 0.52 + gap), score("random_real", "soft", 0.5, 0.52)))
 
     # Each row has a standard error of 0.01, the difference has 0.0141.
     assert "are level" in words(0.027)
@@ -93,9 +91,6 @@ def test_missing_control_is_said():
     assert in_words(rows(score("random_real", "soft", 0.5))) == ""
 
 
-@pytest.mark.xfail(
-    strict=True, reason="one seed has no standard error, and is reported as level (standard error inf)"
-)
 def test_one_seed_gives_no_verdict():
     text = in_words(rows(score("distilled", "soft", 0.9), score("random_real", "soft", 0.1)))
     assert "level" not in text
@@ -117,16 +112,8 @@ def test_words_survive_json():
         (5_000_000, "5 MB"),
         (7_250_000_000, "7.25 GB"),
         (None, "-"),
-        pytest.param(
-            999_900,
-            "1 MB",
-            marks=pytest.mark.xfail(strict=True, reason="999.5 to 1000 of a unit prints as 1e+03"),
-        ),
-        pytest.param(
-            1_500_000_000_000,
-            "1500 GB",
-            marks=pytest.mark.xfail(strict=True, reason="above 1000 GB prints as 1.5e+03"),
-        ),
+        pytest.param(999_900, "1 MB"),
+        pytest.param(1_500_000_000_000, "1.5 TB"),
     ],
 )
 def test_bytes_in_words(count, text):

@@ -44,9 +44,7 @@ def toy(tiny_recipe, tiny_teachers, tiny_images):
 
 @pytest.fixture(scope="module")
 def split(tiny_images):
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
-    )
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in tiny_images]
     rows = datasets.Dataset.from_dict({"image": pictures, "label": [0, 0, 1, 1, 2, 2, 2]}, features=features)
     return ImageSplit(rows, image_column="image", label_column="label", size=32, channels=3, name="train")
@@ -55,9 +53,7 @@ def split(tiny_images):
 @pytest.fixture(scope="module")
 def student(tiny_recipe, toy):
     def train(changes=None, *, labels="soft", seed=0, source=toy):
-        network = train_student(
-            source, settings_of(tiny_recipe, changes), labels=labels, seed=seed, device=CPU
-        )
+        network = train_student(source, settings_of(tiny_recipe, changes), labels=labels, seed=seed, device=CPU)
         return {key: value.clone() for key, value in network.state_dict().items()}
 
     return train
@@ -98,9 +94,7 @@ def test_mse_ce_is_the_formula(tiny_recipe, ce_weight):
     logits, teacher_logits, shares = some_batch()
     mse = ((logits - teacher_logits) ** 2).mean()
     ce = -(shares * logits.log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(
-        soft_label_loss(logits, teacher_logits, shares, settings), mse + ce_weight * ce
-    )
+    torch.testing.assert_close(soft_label_loss(logits, teacher_logits, shares, settings), mse + ce_weight * ce)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +195,7 @@ def test_more_epochs_than_the_folder_holds_are_an_error(tiny_recipe, toy):
 def ceiling(tiny_recipe, split):
     def train(changes=None, *, seed=0):
         made = tiny_recipe({"evaluation.full_data_epochs": 1} | (changes or {}))
-        network = train_on_real(
-            split, made.evaluation, made.relabel.view, num_classes=3, seed=seed, device=CPU
-        )
+        network = train_on_real(split, made.evaluation, made.relabel.view, num_classes=3, seed=seed, device=CPU)
         return network.state_dict()
 
     return train
@@ -243,7 +235,5 @@ def test_full_data_epochs_and_seeds_decide_the_tasks(tiny_recipe, toy, split, ep
     contest = Contest(toy, toy if control else None, split, split, settings, view, left_out={})
     tasks = contest.tasks()
     assert {row.key for row in contest.rows()} == keys
-    assert sorted((row.key, seed) for row, seed in tasks) == sorted(
-        (key, seed) for key in keys for seed in (3, 5)
-    )
+    assert sorted((row.key, seed) for row, seed in tasks) == sorted((key, seed) for key in keys for seed in (3, 5))
     assert len({row.key for row in ROWS}) == 5

@@ -44,9 +44,7 @@ def test_resample_is_pytorchs_antialiased_interpolation(out_size):
     ours = resample(x, boxes, still(len(boxes)), out_size=out_size)
     for image, (top, left, height, width), result in zip(x, boxes.tolist(), ours, strict=True):
         crop = image[None, :, top : top + height, left : left + width]
-        expected = F.interpolate(
-            crop, (out_size, out_size), mode="bilinear", antialias=True, align_corners=False
-        )[0]
+        expected = F.interpolate(crop, (out_size, out_size), mode="bilinear", antialias=True, align_corners=False)[0]
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
@@ -158,10 +156,7 @@ def test_cutmix_shows_the_partner_in_the_box_and_nowhere_else():
     view = next(
         v
         for seed in range(50)
-        if 0.2
-        < float(
-            (v := draw_views(4, 20, seeded(seed), crop_scale=(0.3, 1), flip=True, mix="cutmix")).mix_weight[0]
-        )
+        if 0.2 < float((v := draw_views(4, 20, seeded(seed), crop_scale=(0.3, 1), flip=True, mix="cutmix")).mix_weight[0])
         and float(v.mix_weight[0]) < 0.8
     )
     top, left, height, width = view.mix_box[0].tolist()

@@ -49,7 +49,8 @@ class _ChannelMismatch(torch.autograd.Function):
         offset = grad * unit_mean / count - slope * batch_mean
         shape = (1, -1, 1, 1)
         # One pass over x: offset + slope * x, instead of centring first.
-        return torch.addcmul(offset.to(x.dtype).view(shape), slope.to(x.dtype).view(shape), x), None, None
+        # In the dtype of the statistics: rounded to half precision, the two terms would cancel badly.
+        return torch.addcmul(offset.view(shape), slope.view(shape), x.to(slope.dtype)).to(x.dtype), None, None
 
 
 def channel_mismatch(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:

@@ -152,7 +152,7 @@ def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
         VIEWS: _info(VIEWS, view_features(len(facts["class_names"])), facts["tables"][VIEWS]),
     }
     DatasetInfosDict(infos).to_dataset_card_data(data)
-    is_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.data.source) is not None
+    is_hub = re.fullmatch(r"[^\W_][\w.-]*/[^\W_][\w.-]*", recipe.data.source) is not None
     values: dict[str, Any] = {
         "pretty_name": recipe.name,
         "license": wanted if known else "other",
@@ -192,13 +192,16 @@ def _size_category(rows: int) -> str:
     return next((name for bound, name in bounds if rows < bound), "10M<n<100M")
 
 
+_LINE_START = re.compile(r"^(\d*)([-=.)])")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 
 
 def escape(text: object) -> str:
     """Text that shows as itself in one line of Markdown or HTML, inside a table too, whatever it contains."""
-    line = " ".join(str(text).split())
-    return _MARKDOWN.sub(r"\\\1", html.escape(line, quote=True))
+    line = _MARKDOWN.sub(r"\\\1", " ".join(str(text).split()))
+    # A dash, an equals sign or a number with a dot would open a list, a rule or a heading at the start of a line.
+    line = _LINE_START.sub(r"\1\\\2", line)
+    return html.escape(line, quote=False)
 
 
 def escape_all(value: Any) -> Any:

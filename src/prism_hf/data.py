@@ -17,13 +17,13 @@ import datasets
 import httpx2
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from .errors import DataError
-from .pixels import from_pil
+from .pixels import UNREADABLE, from_pil
 from .plan import derived_seed
 from .recipe import DataRecipe
 
@@ -78,7 +78,7 @@ class ImageSplit:
             source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
             with Image.open(source) as picture:
                 return from_pil(picture, self.channels, size=self.size)
-        except (UnidentifiedImageError, OSError, SyntaxError, TypeError) as error:
+        except (*UNREADABLE, TypeError) as error:
             raise DataError(
                 f"row {index} of split {self.name!r} is not a readable image ({type(error).__name__}); "
                 "remove or replace it in the source"
@@ -121,29 +121,38 @@ def load_source(recipe: DataRecipe) -> SourceData:
     image_column = _find(train, recipe.image_column, datasets.Image, "image_column")
     label_column = _find(train, recipe.label_column, datasets.ClassLabel, "label_column")
     names = _class_names(train, label_column, recipe)
-    _same_classes(test, label_column, names, recipe)
     if recipe.validation_fraction:
         train, test = _hold_out(train, label_column, recipe.validation_fraction)
+    assert test is not None
+    return SourceData(
+        train=_labelled(train, image_column, label_column, names, recipe, recipe.train_split),
+        test=_labelled(test, image_column, label_column, names, recipe, recipe.test_split),
+        class_names=names,
+        revision=_revision(train),
+    )
 
-    def split(rows: datasets.Dataset, name: str) -> ImageSplit:
-        return ImageSplit(
-            rows,
-            image_column=image_column,
-            label_column=label_column,
-            size=recipe.size,
-            channels=recipe.channels,
-            name=name,
+
+def _labelled(
+    rows: datasets.Dataset, image: str, label: str, names: Sequence[str], recipe: DataRecipe, split: str
+) -> ImageSplit:
+    """A split whose columns, class order and labels are those of the training data."""
+    missing = [column for column in (image, label) if column not in rows.features]
+    if missing:
+        raise DataError(f"split {split!r} of {recipe.source!r} has no column {missing[0]!r}, which the training split has")
+    feature = rows.features[label]
+    if isinstance(feature, datasets.ClassLabel) and tuple(feature.names) != tuple(names):
+        raise DataError(
+            f"split {split!r} of {recipe.source!r} lists its classes in another order or number than the training data; "
+            "both must share one ClassLabel"
         )
-
-    data = SourceData(split(train, recipe.train_split), split(test, recipe.test_split), names, _revision(train))
-    for part in (data.train, data.test):
-        wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(names)))
-        if len(wrong):
-            raise DataError(
-                f"row {wrong[0]} of split {part.name!r} has label {part.labels[wrong[0]]}, expected 0 to "
-                f"{len(names) - 1}; use a labelled split (unlabelled test splits carry -1)"
-            )
-    return data
+    part = ImageSplit(rows, image_column=image, label_column=label, size=recipe.size, channels=recipe.channels, name=split)
+    wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(names)))
+    if len(wrong):
+        raise DataError(
+            f"row {wrong[0]} of split {split!r} has label {part.labels[wrong[0]]}, expected 0 to {len(names) - 1}; "
+            "use a labelled split (unlabelled test splits carry -1)"
+        )
+    return part
 
 
 def load_test_split(recipe: DataRecipe, source: str, split: str, class_names: Sequence[str]) -> ImageSplit:
@@ -155,15 +164,8 @@ def load_test_split(recipe: DataRecipe, source: str, split: str, class_names: Se
     other = replace(recipe, source=source, config=None, revision=None, test_split=split, validation_fraction=0.0)
     rows = _open_split(other, split)
     label_column = _find(rows, recipe.label_column, datasets.ClassLabel, "label_column")
-    _same_classes(rows, label_column, tuple(class_names), other)
-    return ImageSplit(
-        rows,
-        image_column=_find(rows, recipe.image_column, datasets.Image, "image_column"),
-        label_column=label_column,
-        size=recipe.size,
-        channels=recipe.channels,
-        name=split,
-    )
+    image_column = _find(rows, recipe.image_column, datasets.Image, "image_column")
+    return _labelled(rows, image_column, label_column, class_names, other, split)
 
 
 def real_rows(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) -> np.ndarray:
@@ -211,8 +213,10 @@ def _digits() -> tuple[datasets.Dataset, datasets.Dataset]:
     return build(parts[0]), build(parts[1])
 
 
-def _open(recipe: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset]:
-    return _open_split(recipe, recipe.train_split), _open_split(recipe, recipe.test_split)
+def _open(recipe: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    # A held-out part of the training split takes the place of the test split, which is then never opened.
+    test = None if recipe.validation_fraction else _open_split(recipe, recipe.test_split)
+    return _open_split(recipe, recipe.train_split), test
 
 
 def _open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
@@ -269,20 +273,14 @@ def _class_names(rows: datasets.Dataset, column: str, recipe: DataRecipe) -> tup
     return names
 
 
-def _same_classes(rows: datasets.Dataset, column: str, names: tuple[str, ...], recipe: DataRecipe) -> None:
-    feature = rows.features.get(column)
-    if feature is None:
-        raise DataError(f"split {recipe.test_split!r} has no column {column!r}, which the training split has")
-    if isinstance(feature, datasets.ClassLabel) and tuple(feature.names) != names:
-        raise DataError(
-            f"split {recipe.test_split!r} of {recipe.source!r} lists its classes in another order or number than the "
-            "training data; both must share one ClassLabel"
-        )
-
-
 def _hold_out(rows: datasets.Dataset, column: str, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
     labels = np.asarray(rows.with_format("numpy")[column][:])
-    kept, held = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=0)
+    try:
+        kept, held = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=0)
+    except ValueError as error:
+        raise DataError(
+            f"data.validation_fraction {fraction} cannot be held out of {len(labels)} images: {error}"
+        ) from error
     return rows.select(np.sort(kept)), rows.select(np.sort(held))
 
 

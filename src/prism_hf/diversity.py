@@ -70,16 +70,26 @@ def penultimate_features(
     Raises:
         TeacherError: The network does not end in a linear layer.
     """
-    classifiers = [m for m in teacher.model.modules() if isinstance(m, nn.Linear)]
-    if not classifiers:
+    classifier = _classifier(teacher.model)
+    if classifier is None:
         raise TeacherError(
             f"network {teacher.name!r} has no linear layer, so no penultimate features; name another verifier"
         )
     seen: list[Tensor] = []
-    handle = classifiers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
+    handle = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
     try:
         for start in range(0, count, batch_size):
             teacher.logits(to_reference(images(range(start, min(start + batch_size, count))).to(device)))
     finally:
         handle.remove()
     return torch.cat(seen)
+
+
+def _classifier(model: nn.Module) -> nn.Linear | None:
+    """The layer that makes the logits: timm says which it is; elsewhere it is the last linear layer."""
+    named = getattr(model, "get_classifier", None)
+    if callable(named):
+        found = named()
+        return found if isinstance(found, nn.Linear) else None
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return linear[-1] if linear else None

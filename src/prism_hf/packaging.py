@@ -214,7 +214,7 @@ def write_provenance(
     }
     described = [
         {
-            "name": t.name,
+            "name": _without_path(t.name),
             "roles": [role for role, names in roles.items() if t.name in names],
             "architecture": t.architecture,
             "revision": t.revision,
@@ -246,6 +246,12 @@ def write_provenance(
             },
         },
     )
+
+
+def _without_path(name: str) -> str:
+    """A teacher's name for the public: of a local folder only its last part."""
+    scheme, colon, place = name.partition(":")
+    return f"{scheme}:{Path(place).name}" if colon and Path(place).is_absolute() else name
 
 
 def data_files(folder: Path) -> list[Path]:

@@ -23,6 +23,8 @@ REFERENCE = {
     3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     1: ((0.449,), (0.226,)),
 }
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for bytes that are no sane picture."""
 ImageFormat = Literal["png", "webp", "jpeg"]
 
 
@@ -83,12 +85,15 @@ def decode(data: bytes, channels: int) -> Tensor:
     try:
         with Image.open(io.BytesIO(data)) as picture:
             return from_pil(picture, channels)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise DataError(f"an image cannot be decoded ({error}); remove or replace it in the source") from error
 
 
 def from_pil(picture: Image.Image, channels: int, *, size: int | None = None) -> Tensor:
     """PIL -> (C, H, W) uint8; with `size`: shorter side to `size` (bilinear, antialiased), then the centre square."""
+    if picture.mode.startswith("I"):
+        # Pillow saturates 16-bit grey when it converts; scale it instead.
+        picture = Image.fromarray((np.asarray(picture, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     picture = picture.convert("L" if channels == 1 else "RGB")
     if size is not None and picture.size != (size, size):
         width, height = picture.size

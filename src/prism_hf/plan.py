@@ -164,8 +164,8 @@ def describe_plan(recipe: Recipe) -> str:
         f"relabel   {', '.join(relabel.teachers)} ({relabel.ensemble}), {relabel.epochs} epochs of views",
         f"squeeze   {', '.join(recipe.squeezed_teachers) or 'nothing'}",
         f"students  {recipe.evaluation.student}, {len(recipe.evaluation.seeds)} seeds",
-        f"bytes     images at most {_size(raw)} (raw pixels; {recipe.packaging.image_format} is smaller), "
-        f"labels about {_size(labels)} in {views:,} views",
+        f"bytes     images at most {size_text(raw)} (raw pixels; {recipe.packaging.image_format} is smaller), "
+        f"labels about {size_text(labels)} in {views:,} views",
     ]
     return "\n".join(lines)
 
@@ -174,9 +174,10 @@ VIEW_ROW_BYTES = 32
 """Bytes of one view beside its logits: two crops, a mix box, indices, flags (before compression)."""
 
 
-def _size(number: float) -> str:
+def size_text(count: float) -> str:
+    """A number of bytes for people: three digits and a decimal unit."""
     for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -98,8 +98,8 @@ class TeachersRecipe:
         include_logit: The logit teacher is always a BN teacher too (PRISM's published setting).
         extras: At most this many draws from the pool.
         draw_probability: Each draw is made with this probability; uniform, without replacement.
-        selection: `per_slot`: drawn once per slot (paper: pre-distillation); `per_iteration`: drawn anew each iteration
-            (intra-distillation).
+        selection: `per_slot`: drawn once per slot, or group of slots that share a batch (paper: pre-distillation); with
+            `within_class` batches once per batch. `per_iteration`: drawn anew each iteration (intra-distillation).
         verifier: A classifier outside logit teacher and pool that judges the synthetic images; never in the loss.
     """
 
@@ -129,6 +129,11 @@ class TeachersRecipe:
     def synthesis_names(self) -> tuple[str, ...]:
         """Teachers in the loss, logit teacher first."""
         return (self.logit, *self.bn_pool)
+
+    @property
+    def bn_candidates(self) -> tuple[str, ...]:
+        """Every BN teacher that may be drawn; each must have something to align."""
+        return ((self.logit,) if self.include_logit else ()) + (self.bn_pool if self.extras else ())
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -211,7 +216,7 @@ class SynthesisRecipe:
         first_bn_multiplier: Weight of each teacher's first BN layer.
         view: The random view of each step.
         clamp: Clamp to the valid pixel range after each step.
-        verify_every: Ask the verifier each this many iterations (and at the end); it is only logged.
+        verify_every: Ask the verifier each this many iterations, at steps of ten, and at the end; it is only logged.
     """
 
     ipc: Count
@@ -512,6 +517,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {str(path)!r} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {str(path)!r}: expected a mapping of sections, got {type(values).__name__}")
     for override in overrides:
         _apply(values, override)
     return parse_recipe(values, origin=str(path))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .diversity import Diversity
+from .plan import size_text
 
 LABELS = {"distilled": "distilled", "random_real": "random real", "full": "all real"}
 
@@ -131,6 +132,12 @@ def in_words(rows: Sequence[Mapping[str, object]]) -> str:
             sentences.append(f"With {labels} labels there is no random-real control to compare with.")
             continue
         difference, error = _difference(ours, control)
+        if not math.isfinite(error):
+            sentences.append(
+                f"With {labels} labels distilled minus random real is {100 * difference:+.1f} points; one seed allows no "
+                "verdict."
+            )
+            continue
         if abs(difference) <= 2 * error:
             verdict = "the distilled images and random real images are level"
         else:
@@ -163,12 +170,7 @@ def bytes_text(count: object) -> str:
     """`12.3 kB`."""
     if not isinstance(count, int):
         return "-"
-    number = float(count)
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} GB"
+    return size_text(count)
 
 
 def table_rows(evaluation: Mapping[str, object]) -> list[tuple[str, ...]]:

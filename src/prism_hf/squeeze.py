@@ -27,7 +27,6 @@ from .errors import TeacherError
 from .pixels import REFERENCE, reference_mean_std, to_reference
 from .plan import derived_seed
 from .recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
-from .synthesis import bn_candidates
 from .teachers import Teacher, load_teacher
 from .training import build_network, fit, score, seeded
 from .views import draw_views, resample
@@ -55,9 +54,21 @@ def check_architectures(recipe: Recipe) -> None:
         architecture = name.removeprefix(SQUEEZE_PREFIX)
         if not timm.is_model(architecture):
             raise TeacherError(f"teacher {name!r}: timm knows no such architecture; timm.list_models() lists all")
-        if name in bn_candidates(recipe.teachers):
+        if name in recipe.teachers.bn_candidates:
             with torch.device("meta"):
                 BNAlignment(build_network(architecture, num_classes=recipe.data.num_classes, channels=3), name=name)
+
+
+def check_batch(recipe: Recipe, data: SourceData) -> None:
+    """Fail before any training if there are fewer images than one batch.
+
+    Raises:
+        TeacherError: Says both numbers.
+    """
+    if recipe.squeezed_teachers and len(data.train) < recipe.squeeze.batch_size:
+        raise TeacherError(
+            f"squeeze.batch_size is {recipe.squeeze.batch_size}, but there are {len(data.train)} training images; lower it"
+        )
 
 
 def squeeze_teacher(name: str, recipe: Recipe, data: SourceData, root: Path, *, device: torch.device) -> dict[str, object]:
@@ -80,10 +91,7 @@ def squeeze_teacher(name: str, recipe: Recipe, data: SourceData, root: Path, *, 
     architecture = name.removeprefix(SQUEEZE_PREFIX)
     seed = derived_seed(recipe.seed, "squeeze", architecture)
     settings, split = recipe.squeeze, data.train
-    if len(split) < settings.batch_size:
-        raise TeacherError(
-            f"squeeze.batch_size is {settings.batch_size}, but there are {len(split)} training images; lower it"
-        )
+    check_batch(recipe, data)
     steps = settings.epochs * (len(split) // settings.batch_size)
     with seeded(seed, device):
         network = build_network(architecture, num_classes=data.num_classes, channels=3)
@@ -170,7 +178,10 @@ def _store(
         _repair_config(draft / "config.json")
         (draft / "squeeze.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         draft.chmod(0o755)
-        os.replace(draft, folder)
+        if folder.is_dir() and not is_squeezed(folder):
+            shutil.rmtree(folder)
+        if not folder.is_dir():
+            os.replace(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

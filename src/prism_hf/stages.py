@@ -29,9 +29,9 @@ from .recipe import to_dict
 from .relabel import label_images, relabel_epoch
 from .report import LABELS, Evaluation
 from .run import Run, log_pictures
-from .squeeze import check_architectures, is_squeezed, squeeze_teacher, teacher_folder
+from .squeeze import check_architectures, check_batch, is_squeezed, squeeze_teacher, teacher_folder
 from .storage import read_notes, read_tensors, write_bytes, write_json, write_tensors
-from .synthesis import bn_candidates, synthesize
+from .synthesis import synthesize
 from .teachers import Teacher, check_teacher, load_teachers
 from .training import build_network
 
@@ -93,9 +93,9 @@ class Stages:
         check_architectures(self.recipe)
         there = [name for name in self._all_names() if name not in self.recipe.squeezed_teachers]
         loaded = self.teachers(there)
-        for name in set(there) & set(bn_candidates(self.recipe.teachers)):
+        for name in set(there) & set(self.recipe.teachers.bn_candidates):
             BNAlignment(loaded[name].model, name=name)
-        assert self.data.num_classes == self.recipe.data.num_classes
+        check_batch(self.recipe, self.data)
         if self.recipe.synthesis.init != "noise":
             self._initial_rows()
 

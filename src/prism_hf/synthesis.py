@@ -25,7 +25,7 @@ from .alignment import BNAlignment, Reduction
 from .errors import SynthesisError
 from .pixels import clamp_, to_reference, to_uint8
 from .plan import SynthesisJob
-from .recipe import SynthesisRecipe, SynthesisView, TeachersRecipe
+from .recipe import SynthesisRecipe, SynthesisView
 from .teachers import Teacher
 from .views import draw_crop, resample
 
@@ -161,7 +161,9 @@ def synthesize(
     images = initial.detach().clone().contiguous(memory_format=torch.channels_last).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=settings.lr, betas=settings.betas)
     generator = torch.Generator().manual_seed(job.seed)
-    history, losses = [], []
+    history: list[dict[str, float]] = []
+    losses: list[Tensor] = []
+    last_look = 0
     try:
         with _objective(job, settings, teachers) as objective:
             for step in range(job.iterations):
@@ -179,10 +181,10 @@ def synthesize(
                 if done % CHECK_EVERY == 0 or done == job.iterations:
                     entry = _check(losses, job, done) | {"lr": lr}
                     losses = []
-                    if verifier is not None and (done // settings.verify_every) > (
-                        (done - CHECK_EVERY) // settings.verify_every
-                    ):
+                    due = done // settings.verify_every > last_look // settings.verify_every
+                    if verifier is not None and (due or done == job.iterations):
                         entry["verifier_top1"] = _top1(verifier, to_uint8(images.detach()), labels)
+                    last_look = done
                     history.append(entry)
                     if on_check is not None:
                         on_check(entry)
@@ -211,16 +213,11 @@ def draw_view(images: Tensor, view: SynthesisView, generator: torch.Generator) -
     return resample(images, crop, flip, roll=(roll[0], roll[1]))
 
 
-def bn_candidates(rule: TeachersRecipe) -> tuple[str, ...]:
-    """Every BN teacher that may be drawn; each must have something to align."""
-    return ((rule.logit,) if rule.include_logit else ()) + (rule.bn_pool if rule.extras else ())
-
-
 def _objective(job: SynthesisJob, settings: SynthesisRecipe, teachers: Mapping[str, Teacher]) -> Objective:
     return Objective(
         teachers,
         logit=job.teachers.logit,
-        bn_names=bn_candidates(job.teachers),
+        bn_names=job.teachers.bn_candidates,
         bn_weight=settings.bn_weight,
         reduction=settings.bn_reduction,
         first_bn_multiplier=settings.first_bn_multiplier,
@@ -240,7 +237,7 @@ def _check(losses: list[Tensor], job: SynthesisJob, done: int) -> dict[str, floa
     values = torch.stack(losses).double().cpu()
     bad = (~values.isfinite()).any(1).nonzero().flatten().tolist()
     if bad:
-        step = done - len(losses) + bad[0]
+        step = done - len(losses) + bad[0] + 1
         ce, bn = values[bad[0]].tolist()
         raise SynthesisError(
             f"job {job.id}, iteration {step}: the loss is not finite (ce {ce}, bn {bn}); finished jobs are kept. "

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -93,17 +94,22 @@ def load_teachers(
 
 def load_teacher(name: str, *, device: torch.device, squeezed: Mapping[str, Path] | None = None) -> Teacher:
     """Load one teacher; see `load_teachers`."""
-    if name.startswith(SQUEEZE_PREFIX):
-        folder = (squeezed or {}).get(name)
-        if folder is None:
-            raise TeacherError(f"teacher {name!r} is not trained yet; run recipes/squeeze.py on the recipe first")
-        loaded = _from_timm(f"{LOCAL_PREFIX}{folder}", name)
-    elif name.startswith(TRANSFORMERS_PREFIX):
-        loaded = _from_transformers(name)
-    else:
-        loaded = _from_timm(name, name)
+    # The libraries initialise weights at random before they load them.
+    with torch.random.fork_rng(devices=[]):
+        loaded = _load(name, squeezed or {})
     loaded.model.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return loaded
+
+
+def _load(name: str, squeezed: Mapping[str, Path]) -> Teacher:
+    if name.startswith(SQUEEZE_PREFIX):
+        folder = squeezed.get(name)
+        if folder is None:
+            raise TeacherError(f"teacher {name!r} is not trained yet; run recipes/squeeze.py on the recipe first")
+        return _from_timm(f"{LOCAL_PREFIX}{folder}", name)
+    if name.startswith(TRANSFORMERS_PREFIX):
+        return _from_transformers(name)
+    return _from_timm(name, name)
 
 
 def check_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int) -> None:
@@ -139,7 +145,7 @@ def state_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-_LOAD_ERRORS = (RuntimeError, ValueError, OSError, KeyError, HFValidationError, httpx2.HTTPError)
+_LOAD_ERRORS = (RuntimeError, ValueError, OSError, KeyError, SafetensorError, HFValidationError, httpx2.HTTPError)
 
 
 def _from_timm(source: str, name: str) -> Teacher:
@@ -189,7 +195,7 @@ def _check_folder(folder: Path, name: str) -> None:
         )
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))["architecture"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise TeacherError(f"teacher {name!r}: {folder}/config.json does not name a timm architecture") from error
 
 

@@ -40,6 +40,10 @@ def build_network(name: str, *, num_classes: int, channels: int) -> nn.Module:
     """
     if name.startswith("transformers:"):
         return _from_transformers(name.removeprefix("transformers:"), num_classes, channels)
+    if ":" in name or not timm.is_model(name):
+        raise RecipeError(
+            f"network {name!r} cannot be built: expected a timm architecture (no weights tag), or transformers:MODEL_TYPE"
+        )
     try:
         return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=channels)
     except (RuntimeError, TypeError) as error:
@@ -55,7 +59,9 @@ def _from_transformers(model_type: str, num_classes: int, channels: int) -> nn.M
         config = AutoConfig.for_model(model_type, num_labels=num_classes, num_channels=channels)
         return _LogitsOnly(AutoModelForImageClassification.from_config(config))
     except (ValueError, KeyError) as error:
-        raise RecipeError(f"network 'transformers:{model_type}' cannot be built: {error}") from error
+        raise RecipeError(
+            f"network 'transformers:{model_type}' cannot be built: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def fit(
