@@ -11,7 +11,8 @@ import platform
 from pathlib import Path
 
 from prism_hf.card import card_facts
-from prism_hf.recipe import differing_keys, load_recipe, to_dict
+from prism_hf.recipe import to_dict
+from prism_hf.recipe_file import differing_keys, load_recipe
 from prism_hf.storage import write_json
 
 ROOT = Path(__file__).resolve().parent.parent

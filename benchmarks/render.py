@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from prism_hf.card import render_card
-from prism_hf.recipe import load_recipe, parse_recipe
+from prism_hf.recipe_file import load_recipe, parse_recipe
 from prism_hf.report import markdown_table, table_rows, top1_text
 
 ROOT = Path(__file__).resolve().parent.parent

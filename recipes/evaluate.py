@@ -18,7 +18,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 
 from prism_hf.command import add_common, quiet, run_command, split_overrides
 from prism_hf.errors import DataError, PrismError, RecipeError, StageError, TeacherError
-from prism_hf.recipe import Recipe, override_recipe
+from prism_hf.recipe import Recipe
+from prism_hf.recipe_file import override_recipe
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
 
     from prism_hf.data import load_test_split
     from prism_hf.evaluation import Contest
-    from prism_hf.packaging import DistilledDataset, load_distilled
+    from prism_hf.reading import DistilledDataset, load_distilled
     from prism_hf.report import summary
     from prism_hf.run import Run, make_accelerator
     from prism_hf.stages import Stages, evaluate_contest

@@ -21,7 +21,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from prism_hf.command import add_common, quiet, run_command, split_overrides
 from prism_hf.errors import RecipeError
 from prism_hf.plan import STAGES, TRACKERS, describe_plan
-from prism_hf.recipe import load_recipe
+from prism_hf.recipe_file import load_recipe
 
 DEFAULT = Path(__file__).parent / "digits" / "prism_ipc10.yaml"
 

@@ -15,7 +15,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 
 from prism_hf.command import add_common, quiet, run_command, split_overrides
 from prism_hf.errors import RecipeError
-from prism_hf.recipe import load_recipe
+from prism_hf.recipe_file import load_recipe
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

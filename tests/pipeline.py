@@ -17,7 +17,7 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from prism_hf.command import run_command
-from prism_hf.recipe import load_recipe
+from prism_hf.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "digits" / "prism_ipc10.yaml"

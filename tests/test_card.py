@@ -20,7 +20,7 @@ from prism_hf.card import (
 )
 from prism_hf.diversity import Diversity
 from prism_hf.packaging import image_features, view_features
-from prism_hf.recipe import load_recipe
+from prism_hf.recipe_file import load_recipe
 from prism_hf.report import Evaluation, Score, SetFacts
 
 # markdown-it-py is there wherever huggingface-hub is (through typer and rich).

@@ -7,8 +7,8 @@ from conftest import make_teacher
 
 from prism_hf.data import load_source
 from prism_hf.evaluation import Contest, collect, run_task, task_file
-from prism_hf.packaging import DistilledDataset
-from prism_hf.recipe import load_recipe
+from prism_hf.reading import DistilledDataset
+from prism_hf.recipe_file import load_recipe
 from prism_hf.students import ROWS, Row
 from prism_hf.views import draw_views, from_columns, to_columns
 

@@ -8,7 +8,7 @@ from pipeline import mtimes, one_line, tiny
 
 from prism_hf.errors import OutputError, RecipeError
 from prism_hf.plan import STAGES, TRACKERS
-from prism_hf.recipe import load_recipe
+from prism_hf.recipe_file import load_recipe
 from prism_hf.run import Run, claim_folder, log_pictures, make_accelerator, start_trackers
 
 

@@ -11,8 +11,8 @@ from accelerate.state import AcceleratorState
 from pipeline import PYTHON, RECIPE, ROOT, TINY, launch, mtimes, quiet_env, random_picture, sha_tree, tiny
 
 from prism_hf.data import load_source, real_rows
-from prism_hf.packaging import load_distilled
 from prism_hf.plan import STAGES
+from prism_hf.reading import load_distilled
 from prism_hf.run import Run, make_accelerator
 from prism_hf.stages import Stages
 from prism_hf.storage import read_tensors

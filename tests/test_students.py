@@ -8,7 +8,7 @@ from PIL import Image
 from prism_hf.data import ImageSplit
 from prism_hf.errors import DataError
 from prism_hf.evaluation import Contest
-from prism_hf.packaging import DistilledDataset
+from prism_hf.reading import DistilledDataset
 from prism_hf.relabel import label_images, relabel_epoch
 from prism_hf.students import ROWS, class_shares, soft_label_loss, train_on_real, train_student
 from prism_hf.views import from_columns

@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from .alignment import BNAlignment
     from .card import render_card
     from .diversity import intra_class_similarity
-    from .packaging import DistilledDataset, build_dataset, load_distilled
+    from .packaging import build_dataset
     from .plan import SynthesisJob, plan_jobs
-    from .recipe import Recipe, load_recipe
+    from .reading import DistilledDataset, load_distilled
+    from .recipe import Recipe
+    from .recipe_file import load_recipe
     from .relabel import relabel_epoch
     from .students import train_student
     from .synthesis import synthesize
@@ -21,14 +23,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOME = {
     "BNAlignment": "alignment",
-    "DistilledDataset": "packaging",
+    "DistilledDataset": "reading",
     "Recipe": "recipe",
     "SynthesisJob": "plan",
     "Teacher": "teachers",
     "build_dataset": "packaging",
     "intra_class_similarity": "diversity",
-    "load_distilled": "packaging",
-    "load_recipe": "recipe",
+    "load_distilled": "reading",
+    "load_recipe": "recipe_file",
     "load_teachers": "teachers",
     "plan_jobs": "plan",
     "relabel_epoch": "relabel",

@@ -23,7 +23,8 @@ from huggingface_hub import DatasetCardData
 from jinja2 import Environment, StrictUndefined
 
 from .packaging import VIEWS, image_features, view_features
-from .recipe import Recipe, dump_recipe, to_dict
+from .recipe import Recipe, to_dict
+from .recipe_file import dump_recipe
 from .report import markdown_table, table_rows
 
 METADATA_KEYS = (
@@ -92,6 +93,7 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
         metadata=yaml.safe_dump(metadata(facts, recipe), sort_keys=False, allow_unicode=True).strip(),
         name=recipe.name,  # safe as it is: a recipe's name is letters, digits, dot, dash, underscore
         r=escape_all(facts["recipe"]),
+        student=recipe.evaluation.student if re.fullmatch(r"\w+", recipe.evaluation.student) else "resnet18",
         class_names=[escape(name) for name in facts["class_names"][:20]],
         class_count=len(facts["class_names"]),
         teachers=escape_all(facts["provenance"]["teachers"]),

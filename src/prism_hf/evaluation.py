@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .data import ImageSplit
 from .diversity import Diversity, intra_class_similarity, penultimate_features
-from .packaging import DistilledDataset
 from .pixels import to_reference
+from .reading import DistilledDataset
 from .recipe import EvaluationRecipe, RelabelView
 from .report import Evaluation, Score, SetFacts
 from .storage import write_json

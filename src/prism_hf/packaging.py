@@ -1,4 +1,4 @@
-"""How a distilled data set is stored and read: a folder that plain `datasets` loads, streams and explains.
+"""How a distilled data set is stored: a folder that plain `datasets` loads, streams and explains.
 
     data/train-*.parquet    config "default": image, label, slot, teacher_logits, job
     views/train-*.parquet   config "views": one row per image and epoch, with its label; sorted by epoch
@@ -11,27 +11,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
-import httpx2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor
 
-from .errors import DataError
-from .pixels import decode
-from .recipe import Recipe, dump_recipe, load_recipe
+from .recipe import Recipe
+from .recipe_file import dump_recipe
 from .storage import sha256_of, write_bytes, write_json, write_whole
 from .teachers import Teacher
-from .views import ViewRows, from_columns
 
 FORMAT_VERSION = 1
 VIEWS = "views"
@@ -265,120 +258,3 @@ def data_files(folder: Path) -> list[Path]:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a result."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-@dataclass(frozen=True, eq=False)
-class DistilledDataset:
-    """A distilled data set in memory; its views are read one epoch at a time.
-
-    Attributes:
-        images_uint8: (N, C, H, W).
-        labels: (N,) int64.
-        class_names: K.
-        teacher_logits: Raw logits of the images themselves, (N, K) float16.
-        num_epochs: Epochs of views.
-        epoch: Number of an epoch -> its views and their raw logits, (N, K) float16.
-        image_bytes: Bytes of the encoded images.
-        label_bytes: Bytes of everything else in the two tables' files.
-        recipe: The recipe in the folder, or `None`.
-    """
-
-    images_uint8: Tensor
-    labels: Tensor
-    class_names: tuple[str, ...]
-    teacher_logits: Tensor
-    num_epochs: int
-    epoch: Callable[[int], tuple[ViewRows, Tensor]]
-    image_bytes: int
-    label_bytes: int
-    recipe: Recipe | None
-
-
-def load_distilled(source: str | Path, *, revision: str | None = None, channels: int | None = None) -> DistilledDataset:
-    """Load a data set folder or a Hub data set of our format.
-
-    Args:
-        source: Folder, or Hub id.
-        revision: Of a Hub data set.
-        channels: 1 or 3; by default what the recipe in the folder says, else what the first image has.
-
-    Raises:
-        DataError: Not found, or not of this format; one line.
-
-    Example:
-        >>> load_distilled("outputs/digits-prism-ipc10/dataset").images_uint8.shape
-        torch.Size([100, 1, 32, 32])
-    """
-    images = _load(source, "default", revision)
-    views = _load(source, VIEWS, revision)
-    missing = set(view_features(2)) - set(views.column_names) | (set(image_features(["a", "b"])) - set(images.column_names))
-    if missing:
-        raise DataError(f"{str(source)!r} is no distilled data set of this format: no column {', '.join(sorted(missing))}")
-    recipe = _load_shipped_recipe(source, revision)
-    raw = images.cast_column("image", datasets.Image(decode=False))
-    encoded = [cell["bytes"] for cell in raw["image"]]
-    if channels is None:
-        channels = recipe.data.channels if recipe else _channels(images)
-    count = len(images)
-    if not count or len(views) % count:
-        raise DataError(f"{str(source)!r}: {len(views)} views of {count} images; expected whole epochs")
-    image_bytes = sum(map(len, encoded))
-    sizes = [images.info.download_size or 0, views.info.download_size or 0]
-    return DistilledDataset(
-        images_uint8=torch.stack([decode(data, channels) for data in encoded]),
-        labels=torch.tensor(images["label"][:]),
-        class_names=tuple(images.features["label"].names),
-        teacher_logits=torch.from_numpy(_matrix(images.with_format("arrow")[:]["teacher_logits"])),
-        num_epochs=len(views) // count,
-        epoch=_epoch_reader(views, count),
-        image_bytes=image_bytes,
-        label_bytes=max(0, sum(sizes) - image_bytes),
-        recipe=recipe,
-    )
-
-
-def _load(source: str | Path, config: str, revision: str | None) -> datasets.Dataset:
-    path = Path(source)
-    try:
-        return datasets.load_dataset(str(source), config, split="train", revision=None if path.is_dir() else revision)
-    except (ValueError, OSError, RuntimeError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"distilled data set {str(source)!r}, config {config!r}, cannot be loaded ({type(error).__name__}: {reason}); "
-            "give a folder with data/, views/ and README.md, or a Hub id"
-        ) from error
-
-
-def _load_shipped_recipe(source: str | Path, revision: str | None) -> Recipe | None:
-    if Path(source).is_dir():
-        path = Path(source) / "recipe.yaml"
-        return load_recipe(path) if path.is_file() else None
-    try:
-        return load_recipe(hf_hub_download(str(source), "recipe.yaml", repo_type="dataset", revision=revision))
-    except EntryNotFoundError:
-        return None
-    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-        raise DataError(f"recipe.yaml of {str(source)!r} cannot be fetched: {type(error).__name__}") from error
-
-
-def _channels(images: datasets.Dataset) -> int:
-    return 1 if images[0]["image"].mode in ("L", "1", "I;16") else 3
-
-
-def _epoch_reader(views: datasets.Dataset, count: int) -> Callable[[int], tuple[ViewRows, Tensor]]:
-    arrow = views.with_format("arrow")
-
-    def read(epoch: int) -> tuple[ViewRows, Tensor]:
-        table: Any = arrow[epoch * count : (epoch + 1) * count]
-        columns = {
-            name: _matrix(table[name]) if pa.types.is_fixed_size_list(table[name].type) else table[name].to_numpy()
-            for name in table.column_names
-        }
-        return from_columns(columns), torch.from_numpy(columns["teacher_logits"])
-
-    return read
-
-
-def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    width = column.type.list_size
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, width).copy()

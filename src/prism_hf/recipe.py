@@ -1,4 +1,4 @@
-"""What is to be distilled, and how: frozen dataclasses, read from one YAML and checked before anything runs.
+"""What is to be distilled, and how: frozen dataclasses whose values are checked when they are made.
 
 A recipe holds the science (every value that can change a result) and nothing about hardware: process count, threads,
 device, precision and paths are arguments of the commands. Two runs of one recipe give the same bytes on the CPU.
@@ -7,18 +7,12 @@ device, precision and paths are arguments of the commands. Two runs of one recip
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
-
-from .errors import RecipeError
 
 SQUEEZE_PREFIX = "squeeze:"
 
@@ -43,7 +37,6 @@ Name = Annotated[str, Field(min_length=1)]
 CropScale = tuple[Annotated[Float, Field(gt=0, le=1)], Annotated[Float, Field(gt=0, le=1)]]
 
 _STRICT = ConfigDict(strict=True, extra="forbid")
-T = TypeVar("T")
 
 
 def _ordered(key: str, pair: tuple[float, float]) -> None:
@@ -439,127 +432,3 @@ class Recipe:
 def to_dict(recipe: Recipe) -> dict[str, object]:
     """The resolved recipe as plain YAML types."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
-    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
-
-
-def parse_recipe(values: object, *, origin: str = "recipe") -> Recipe:
-    """Check plain values and turn them into a `Recipe`.
-
-    Raises:
-        RecipeError: One line that names every wrong key, what was expected and what came.
-    """
-    if not isinstance(values, dict):
-        raise RecipeError(f"{origin}: expected a mapping of sections, got {type(values).__name__}")
-    try:
-        return TypeAdapter(Recipe).validate_json(json.dumps(values))
-    except TypeError as error:
-        raise RecipeError(f"{origin}: {error}; use plain YAML values (quote dates)") from error
-    except ValidationError as error:
-        problems = "; ".join(_explain(e) for e in error.errors())
-        raise RecipeError(f"{origin}: {problems}") from error
-
-
-def _explain(error: object) -> str:
-    assert isinstance(error, dict)
-    path = ".".join(str(part) for part in error["loc"])
-    kind = error["type"]
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _keys_at(error["loc"][:-1])
-        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-        return f"unknown key {path!r}, {hint}"
-    if kind in ("missing", "missing_argument"):
-        return f"{path!r} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"{path}: {message}" if path else message
-    return f"{path}: {message}, got {json.dumps(error['input'])[:80]}"
-
-
-def _keys_at(path: Sequence[object]) -> list[str]:
-    section: type = Recipe
-    for part in path:
-        fields = {f.name: f for f in dataclasses.fields(section)}
-        section = _SECTIONS.get(str(fields[str(part)].name), section) if str(part) in fields else section
-        if str(part) == "view":
-            section = SynthesisView if path[0] == "synthesis" else RelabelView
-    return [f.name for f in dataclasses.fields(section)]
-
-
-_SECTIONS: dict[str, type] = {
-    "data": DataRecipe,
-    "teachers": TeachersRecipe,
-    "squeeze": SqueezeRecipe,
-    "synthesis": SynthesisRecipe,
-    "relabel": RelabelRecipe,
-    "packaging": PackagingRecipe,
-    "evaluation": EvaluationRecipe,
-    "ladder": Ladder,
-}
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from YAML and apply `dotted.key=value` overrides (values are YAML).
-
-    Raises:
-        RecipeError: The file is not there or no YAML, or a value is wrong.
-    """
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"recipe {str(path)!r} not found; give the path of a YAML file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {str(path)!r} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"recipe {str(path)!r}: expected a mapping of sections, got {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
-    return parse_recipe(values, origin=str(path))
-
-
-def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """A recipe with `dotted.key=value` overrides applied, checked again."""
-    values = to_dict(recipe)
-    for override in overrides:
-        _apply(values, override)
-    return parse_recipe(values, origin=recipe.name)
-
-
-def _apply(values: object, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"override {override!r}: expected dotted.key=value, for example synthesis.iterations=20")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML") from error
-    *parents, last = key.split(".")
-    for parent in parents:
-        if not isinstance(values, dict):
-            break
-        if values.get(parent) is None:
-            values[parent] = {}
-        values = values[parent]
-    if not isinstance(values, dict):
-        raise RecipeError(f"override {override!r}: {key.rpartition('.')[0]!r} is a value, not a section")
-    values[last] = value
-
-
-def differing_keys(a: Recipe, b: Recipe) -> list[str]:
-    """Dotted keys whose values differ between two recipes, the name aside."""
-
-    def flat(values: object, prefix: str) -> dict[str, object]:
-        if not isinstance(values, dict):
-            return {prefix: values}
-        return {k: v for key, value in values.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}
-
-    left, right = flat(to_dict(a), ""), flat(to_dict(b), "")
-    keys = [k for k in {**left, **right} if left.get(k) != right.get(k) and k != "name"]
-    return keys

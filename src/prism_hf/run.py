@@ -27,7 +27,8 @@ from torch import Tensor
 
 from .errors import OutputError, RecipeError
 from .plan import STAGES, TRACKERS
-from .recipe import Recipe, differing_keys, dump_recipe, load_recipe, to_dict
+from .recipe import Recipe, to_dict
+from .recipe_file import differing_keys, dump_recipe, load_recipe
 from .storage import write_bytes, write_json
 
 log = logging.getLogger(__name__)

@@ -21,10 +21,11 @@ from .card import card_facts, render_card, render_control_card
 from .data import SourceData, load_source, real_rows
 from .errors import DataError, StageError
 from .evaluation import Contest, collect, run_task
-from .packaging import Epoch, ImageTable, build_dataset, load_distilled, versions, write_provenance
+from .packaging import Epoch, ImageTable, build_dataset, versions, write_provenance
 from .pictures import draw_diversity, draw_grid, grid
 from .pixels import decode, encode, noise, to_reference
 from .plan import STAGES, SynthesisJob, plan_jobs, share_of
+from .reading import load_distilled
 from .recipe import to_dict
 from .relabel import label_images, relabel_epoch
 from .report import LABELS, Evaluation

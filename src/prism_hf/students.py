@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from .data import ImageSplit
 from .errors import DataError
-from .packaging import DistilledDataset
 from .pixels import to_reference
 from .plan import batch_ranges, derived_seed
+from .reading import DistilledDataset
 from .recipe import EvaluationRecipe, RelabelView
 from .training import build_network, fit, seeded
 from .views import draw_views, resample

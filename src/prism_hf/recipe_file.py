@@ -1,0 +1,145 @@
+"""How a recipe is read, written, overridden and compared: YAML on one side, a checked `Recipe` on the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from .errors import RecipeError
+from .recipe import (
+    DataRecipe,
+    EvaluationRecipe,
+    Ladder,
+    PackagingRecipe,
+    Recipe,
+    RelabelRecipe,
+    RelabelView,
+    SqueezeRecipe,
+    SynthesisRecipe,
+    SynthesisView,
+    TeachersRecipe,
+    to_dict,
+)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def parse_recipe(values: object, *, origin: str = "recipe") -> Recipe:
+    """Check plain values and turn them into a `Recipe`.
+
+    Raises:
+        RecipeError: One line that names every wrong key, what was expected and what came.
+    """
+    if not isinstance(values, dict):
+        raise RecipeError(f"{origin}: expected a mapping of sections, got {type(values).__name__}")
+    try:
+        return TypeAdapter(Recipe).validate_json(json.dumps(values))
+    except TypeError as error:
+        raise RecipeError(f"{origin}: {error}; use plain YAML values (quote dates)") from error
+    except ValidationError as error:
+        problems = "; ".join(_explain(e) for e in error.errors())
+        raise RecipeError(f"{origin}: {problems}") from error
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    kind = error["type"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [field.name for field in dataclasses.fields(_SECTIONS[tuple(error["loc"][:-1])])]
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"unknown key {path!r}, {hint}"
+    if kind in ("missing", "missing_argument"):
+        return f"{path!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message}, got {json.dumps(error['input'])[:80]}"
+
+
+_SECTIONS: dict[tuple[str, ...], type] = {
+    (): Recipe,
+    ("data",): DataRecipe,
+    ("teachers",): TeachersRecipe,
+    ("squeeze",): SqueezeRecipe,
+    ("synthesis",): SynthesisRecipe,
+    ("synthesis", "view"): SynthesisView,
+    ("synthesis", "ladder"): Ladder,
+    ("relabel",): RelabelRecipe,
+    ("relabel", "view"): RelabelView,
+    ("packaging",): PackagingRecipe,
+    ("evaluation",): EvaluationRecipe,
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from YAML and apply `dotted.key=value` overrides (values are YAML).
+
+    Raises:
+        RecipeError: The file is not there or no YAML, or a value is wrong.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"recipe {str(path)!r} not found; give the path of a YAML file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {str(path)!r} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {str(path)!r}: expected a mapping of sections, got {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return parse_recipe(values, origin=str(path))
+
+
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with `dotted.key=value` overrides applied, checked again."""
+    values = to_dict(recipe)
+    for override in overrides:
+        _apply(values, override)
+    return parse_recipe(values, origin=recipe.name)
+
+
+def _apply(values: object, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: expected dotted.key=value, for example synthesis.iterations=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML") from error
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(values, dict):
+            break
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+    if not isinstance(values, dict):
+        raise RecipeError(f"override {override!r}: {key.rpartition('.')[0]!r} is a value, not a section")
+    values[last] = value
+
+
+def differing_keys(a: Recipe, b: Recipe) -> list[str]:
+    """Dotted keys whose values differ between two recipes, the name aside."""
+
+    def flat(values: object, prefix: str) -> dict[str, object]:
+        if not isinstance(values, dict):
+            return {prefix: values}
+        return {k: v for key, value in values.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}
+
+    left, right = flat(to_dict(a), ""), flat(to_dict(b), "")
+    keys = [k for k in {**left, **right} if left.get(k) != right.get(k) and k != "name"]
+    return keys

@@ -1,0 +1,74 @@
+"""What people read: commands, tables and snippets in README, docs and cards are those of the code."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prism_hf.card import REPLAY
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md"]
+
+
+def commands():
+    for path in DOCUMENTS:
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                found = re.search(r"accelerate launch .*?(recipes/\w+\.py)(.*)", line.partition("  #")[0])
+                if found:
+                    yield pytest.param(path.name, found[1], found[2], id=f"{path.stem}-{line.strip()[:60]}")
+
+
+def script(path):
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+@pytest.mark.parametrize(("document", "name", "arguments"), list(commands()))
+def test_every_documented_command_parses(document, name, arguments):
+    args = script(ROOT / name).parse(shlex.split(arguments))
+    for word in args.words:
+        if word.endswith(".yaml") and "/" in word:
+            assert (ROOT / word).is_file(), f"{document}: {word}"
+
+
+def test_the_readme_names_the_commands_that_ci_runs():
+    readme, ci = (p.read_text(encoding="utf-8") for p in (ROOT / "README.md", ROOT / ".ci" / "run"))
+    assert "pip install -e . && accelerate launch recipes/prism.py" in readme
+    assert "pip install -e '.[test]' && pytest" in readme
+    assert "pip install -q -e '.[test]'" in ci
+    assert re.search(r"^accelerate launch recipes/prism\.py", ci, re.MULTILINE)
+    assert re.search(r"^pytest$", ci, re.MULTILINE)
+
+
+def test_the_replay_in_the_docs_is_the_one_that_is_tested():
+    assert f"```python\n{REPLAY.strip()}\n```" in (ROOT / "docs" / "dataset_format.md").read_text(encoding="utf-8")
+
+
+def test_links_inside_the_repository_exist():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_cards_and_tables_are_rendered_from_the_recorded_results():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/render.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_digits_recipe_has_its_recorded_result_and_card():
+    for path in sorted((ROOT / "recipes" / "digits").glob("*.yaml")):
+        name = re.search(r"^name: (\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)[1]
+        assert (ROOT / "benchmarks" / "results" / f"{name}.json").is_file(), name
+        assert (ROOT / "cards" / f"{name}.md").is_file(), name
