@@ -124,22 +124,24 @@ REPLAY = """\
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-def crop_and_flip(image, box, flip):                       # image: (C, H, W) float in [0, 1]
+
+def crop_and_flip(image, box, flip):  # image: (C, H, W) float in [0, 1]
     top, left, height, width = box
-    crop = image[None, :, top:top + height, left:left + width]
+    crop = image[None, :, top : top + height, left : left + width]
     view = interpolate(crop, image.shape[-2:], mode="bilinear", antialias=True)[0]
     return view.flip(-1) if flip else view
 
-def replay(row, images):                                   # row of "views", images = the "default" config
+
+def replay(row, images):  # row of "views", images = the "default" config
     image, partner = (pil_to_tensor(images[row[key]]["image"]) / 255 for key in ("image_index", "mix_image_index"))
     view = crop_and_flip(image, row["crop"], row["flip"])
-    if row["mix_image_index"] < 0:                         # no partner
+    if row["mix_image_index"] < 0:  # no partner
         return view
     other = crop_and_flip(partner, row["mix_crop"], row["mix_flip"])
     top, left, height, width = row["mix_box"]
-    if height * width == 0:                                # MixUp, or an empty CutMix box
+    if height * width == 0:  # MixUp, or an empty CutMix box
         return row["mix_weight"] * view + (1 - row["mix_weight"]) * other
-    view[:, top:top + height, left:left + width] = other[:, top:top + height, left:left + width]
+    view[:, top : top + height, left : left + width] = other[:, top : top + height, left : left + width]
     return view"""
 """The outsider's replay, shown in the card and the docs, and run by a test: no code of ours."""
 
