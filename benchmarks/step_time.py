@@ -1,0 +1,104 @@
+"""How much faster one synthesis step is than the equations written down plainly, side by side in one run.
+
+`python benchmarks/step_time.py` writes benchmarks/results/step_time.json. Plain means what published codes do: the logit
+teacher is run twice (once for its logits, once as a BN teacher), statistics are taken in two passes over a permuted copy,
+whole networks are run, in NCHW. Networks have random weights: time does not depend on them. Rounds alternate, the figure
+is the median of the ratios.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prism_hf.packaging import versions
+from prism_hf.storage import write_json
+from prism_hf.synthesis import Objective
+from prism_hf.teachers import Teacher
+
+RESULT = Path(__file__).resolve().parent / "results" / "step_time.json"
+CASES = {
+    "32 px, batch 20, test_resnet + test_byobnet + test_efficientnet": (
+        ("test_resnet", "test_byobnet", "test_efficientnet"),
+        32,
+        20,
+    ),
+    "224 px, batch 16, resnet18 + mobilenetv2_100": (("resnet18", "mobilenetv2_100"), 224, 16),
+}
+ROUNDS = 9
+
+
+def network(name: str, memory_format: torch.memory_format) -> nn.Module:
+    """A frozen network with random weights."""
+    model = timm.create_model(name, num_classes=10).eval().requires_grad_(False)
+    return model.to(memory_format=memory_format)
+
+
+def plain_step(models: list[nn.Module], images: Tensor, labels: Tensor) -> None:
+    """CE of the first network plus R_bn of all, as published codes compute it."""
+    x = images.detach().clone().requires_grad_()
+    loss = F.cross_entropy(models[0](x), labels)
+    for model in models:
+        terms: list[Tensor] = []
+
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], _output: object, terms: list[Tensor] = terms) -> None:
+            value = inputs[0]
+            mean = value.mean([0, 2, 3])
+            var = value.permute(1, 0, 2, 3).contiguous().view(value.shape[1], -1).var(1, unbiased=False)
+            terms.append(torch.norm(layer.running_var - var, 2) + torch.norm(layer.running_mean - mean, 2))
+
+        handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        model(x)
+        for handle in handles:
+            handle.remove()
+        loss = loss + 0.01 / len(models) * sum(terms)
+    loss.backward()
+
+
+def measure(names: tuple[str, ...], size: int, batch: int) -> dict[str, object]:
+    """Seconds of both, round by round, and the median ratio."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
+    plain = [network(name, torch.contiguous_format) for name in names]
+    ours = {}
+    for name in names:
+        model = network(name, torch.channels_last)
+        norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        ours[name] = Teacher(name, model, *norm, size, 10, name, "none", None, "", None)
+    seconds: dict[str, list[float]] = {"plain": [], "ours": []}
+    with Objective(ours, logit=names[0], bn_names=names, bn_weight=0.01) as objective:
+
+        def step() -> None:
+            leaf = images.detach().clone().contiguous(memory_format=torch.channels_last).requires_grad_()
+            objective.backward(leaf, labels, names)
+
+        for number in range(ROUNDS + 2):
+            for label, run in (("plain", lambda: plain_step(plain, images, labels)), ("ours", step)):
+                started = time.perf_counter()
+                run()
+                if number >= 2:  # the first rounds touch fresh memory
+                    seconds[label].append(time.perf_counter() - started)
+    ratios = [a / b for a, b in zip(seconds["plain"], seconds["ours"], strict=True)]
+    return {"seconds": seconds, "median_ratio": statistics.median(ratios), "ratios": ratios}
+
+
+def main() -> None:
+    """Measure all cases and write the JSON."""
+    cases = {label: measure(*case) for label, case in CASES.items()}
+    hardware = {"device": "cpu", "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    write_json(
+        RESULT,
+        {"command": "python benchmarks/step_time.py", "hardware": hardware, "versions": versions(), "cases": cases},
+    )
+    sys.stdout.write(json.dumps({label: round(case["median_ratio"], 2) for label, case in cases.items()}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
