@@ -217,8 +217,9 @@ def summary(report: Mapping[str, object]) -> str:
     evaluation = report["evaluation"]
     assert isinstance(evaluation, dict)
     seeds = evaluation["rows"][0]["seeds"] if evaluation["rows"] else []
+    students = f"{len(seeds)} seed" + ("" if len(seeds) == 1 else "s")
     parts = [
-        f"{report['recipe']}: student {evaluation['student']}, {len(seeds)} seed{'' if len(seeds) == 1 else 's'}, {evaluation['epochs']} epochs (last), "
+        f"{report['recipe']}: student {evaluation['student']}, {students}, {evaluation['epochs']} epochs (last), "
         f"{evaluation['test_count']} test images",
         plain_table(table_rows(evaluation)),
         evaluation["in_words"],
