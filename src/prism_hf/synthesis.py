@@ -234,7 +234,7 @@ def _set_lr(optimizer: torch.optim.Optimizer, settings: SynthesisRecipe, step: i
 
 
 def _check(losses: list[Tensor], job: SynthesisJob, done: int) -> dict[str, float]:
-    values = torch.stack(losses).double().cpu()
+    values = torch.stack(losses).cpu().double()
     bad = (~values.isfinite()).any(1).nonzero().flatten().tolist()
     if bad:
         step = done - len(losses) + bad[0] + 1
