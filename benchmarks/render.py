@@ -18,10 +18,9 @@ MARKERS = re.compile(r"(<!-- results: (?P<what>[\w-]+) -->\n).*?(<!-- end -->)",
 
 
 def results() -> dict[str, dict]:
-    """All run results by label."""
+    """All results by label."""
     paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-    loaded = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-    return {label: value for label, value in loaded.items() if "report" in value}
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def rendered() -> dict[Path, str]:
@@ -35,7 +34,7 @@ def rendered() -> dict[Path, str]:
         if recipe.name in found:
             facts = found[recipe.name]["card_facts"]
             files[ROOT / "cards" / f"{recipe.name}.md"] = render_card(facts, parse_recipe(facts["recipe"]))
-    for name in ("README.md", "docs/reproduction.md"):
+    for name in ("README.md", "docs/method.md", "docs/reproduction.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         files[ROOT / name] = MARKERS.sub(lambda m: m[1] + section(m["what"], found) + m[3], text)
     return files
@@ -46,6 +45,8 @@ def section(what: str, found: dict[str, dict]) -> str:
     if what == "comparison":
         return markdown_table(comparison(found)) + "\n"
     result = found[what]
+    if what == "step_time":
+        return step_times(result)
     report = result["report"]
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["wall_time_s"].items())
     hardware = result["hardware"]
@@ -58,8 +59,16 @@ def section(what: str, found: dict[str, dict]) -> str:
     )
 
 
+def step_times(result: dict) -> str:
+    """Median ratios of the plain step to ours."""
+    rows = [(label, f"{case['median_ratio']:.2f}") for label, case in result["cases"].items()]
+    hardware = result["hardware"]
+    where = f"{hardware['device']}, {hardware['threads']} thread"
+    return markdown_table([("case", f"plain / ours ({where})"), *rows]) + f"\n\n`{result['command']}`\n"
+
+
 def comparison(found: dict[str, dict]) -> list[tuple[str, ...]]:
-    """One line per run: soft and hard labels of the distilled set, verifier, similarity, time."""
+    """One line per run: soft and hard labels of the distilled set, verifier, similarity."""
     lines: list[tuple[str, ...]] = [
         (
             "run",
@@ -70,10 +79,11 @@ def comparison(found: dict[str, dict]) -> list[tuple[str, ...]]:
             "random real, hard",
             "verifier %",
             "cos",
-            "synthesis s",
         )
     ]
     for label, result in found.items():
+        if "report" not in result:
+            continue
         evaluation = result["report"]["evaluation"]
         rows = {(row["images"], row["labels"]): top1_text(row) for row in evaluation["rows"]}
         facts = evaluation["sets"]["distilled"]
@@ -93,7 +103,6 @@ def comparison(found: dict[str, dict]) -> list[tuple[str, ...]]:
                 ),
                 "-" if verifier is None else f"{100 * verifier:.1f}",
                 "-" if similarity is None else f"{similarity:.3f}",
-                f"{result['report']['wall_time_s']['synthesize']:.0f}",
             )
         )
     return lines
