@@ -99,17 +99,14 @@ class Objective:
                 loss = loss + share * mismatch
                 total_bn = total_bn + mismatch.detach() / len(bn_teachers)
             else:
-                logits = self._alone(name, x)
+                # The logit teacher is a BN teacher at every step or at none, so it carries no hooks here.
+                logits = teacher.model(x)
             if is_logit:
                 assert logits is not None
                 ce = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
                 loss = loss + ce
             loss.backward()
         return Terms(ce.detach(), total_bn)
-
-    def _alone(self, name: str, x: Tensor) -> Tensor:
-        # Its alignment may be hooked for other steps of this job; the collected terms are dropped.
-        return self._alignments[name](x).logits if name in self._alignments else self._teachers[name].model(x)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +116,7 @@ class JobResult:
     Attributes:
         images_uint8: (B, C, H, W).
         history: One dict each `CHECK_EVERY` steps: `step`, `ce`, `bn`, `lr`, and `verifier_top1` where it was asked.
-        logit_top1: Share of the shipped images that the logit teacher puts in their class.
+        logit_top1: Share of the final 8-bit images that the logit teacher puts in their class.
         verifier_top1: The same of the held-out verifier, or `None` without one.
     """
 
