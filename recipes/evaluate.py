@@ -18,8 +18,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 
 from prism_hf.command import add_common, quiet, run_command, split_overrides
 from prism_hf.errors import DataError, PrismError, RecipeError, StageError, TeacherError
-from prism_hf.recipe import Recipe
-from prism_hf.recipe_file import override_recipe
+from prism_hf.recipe import Recipe, to_dict
+from prism_hf.recipe_file import load_recipe, override_recipe, public_recipe
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,7 +29,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--student", metavar="NAME", help="timm architecture, or transformers:MODEL_TYPE")
     parser.add_argument("--test", metavar="DATA[:SPLIT]", help="test data: Hub id or folder; split `test` if not named")
     parser.add_argument("--seeds", type=int, metavar="N", help="students per row")
-    parser.add_argument("--teachers", type=Path, default=Path("outputs/teachers"), metavar="DIR", help="squeezed teachers")
+    where = "squeezed teachers; default: those beside DATASET, or outputs/teachers"
+    parser.add_argument("--teachers", type=Path, metavar="DIR", help=where)
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/evaluate/<recipe name>")
     add_common(parser)
     return parser.parse_intermixed_args(argv)
@@ -54,28 +55,35 @@ def main(args: argparse.Namespace) -> None:
     if len(words) != 1:
         raise RecipeError(f"expected one data set, got {len(words)}; protocol changes are written evaluation.key=value")
     quiet()
-    import torch
-
     from prism_hf.data import load_test_split
     from prism_hf.evaluation import Contest
+    from prism_hf.packaging import versions
     from prism_hf.reading import DistilledDataset, load_distilled
     from prism_hf.report import summary
     from prism_hf.run import Run, make_accelerator
     from prism_hf.stages import Stages, evaluate_contest
     from prism_hf.storage import write_json
     from prism_hf.teachers import Teacher
-    from prism_hf.training import build_network
+    from prism_hf.training import check_network
 
     accelerator = make_accelerator(threads=args.threads)
     with accelerator.main_process_first():
         distilled = load_distilled(words[0], revision=args.revision)
     if distilled.recipe is None:
         raise DataError(f"{words[0]!r} has no recipe.yaml, which names the test data and the protocol")
-    recipe = protocol(distilled.recipe, args, overrides)
-    with torch.device("meta"):
-        build_network(recipe.evaluation.student, num_classes=len(distilled.class_names), channels=recipe.data.channels)
+    recipe = protocol(run_recipe(Path(words[0]), distilled.recipe), args, overrides)
+    check_network(
+        recipe.evaluation.student,
+        num_classes=len(distilled.class_names),
+        channels=recipe.data.channels,
+        size=distilled.images_uint8.shape[-1],
+    )
     folder = args.output or Path("outputs") / "evaluate" / recipe.name
-    run = Run(recipe, folder, args.teachers, accelerator)
+    beside = Path(words[0]).parent / "teachers"
+    teachers = args.teachers or (beside if beside.is_dir() else Path("outputs") / "teachers")
+    # One place per set of images: another data set of the same name must not find this one's control or scores.
+    place = folder / distilled.content
+    run = Run(recipe, place, teachers, accelerator)
     stages, left_out = Stages(run), {}
 
     def or_left_out(row: str, error: PrismError) -> None:
@@ -90,8 +98,10 @@ def main(args: argparse.Namespace) -> None:
         or_left_out("random real", error)
         or_left_out("all real", error)
     if args.test is not None:
-        source, _, split = args.test.partition(":")
-        test = load_test_split(recipe.data, source, split or "test", distilled.class_names)
+        source, split = args.test, "test"
+        if ":" in source and not Path(source).exists():
+            source, _, split = source.rpartition(":")
+        test = load_test_split(recipe.data, source, split, distilled.class_names)
     assert test is not None
 
     control: DistilledDataset | None = None
@@ -121,14 +131,32 @@ def main(args: argparse.Namespace) -> None:
         view=recipe.relabel.view,
         left_out=left_out,
     )
-    # Scores are kept under a key of all that they depend on, so that another student never finds the wrong ones.
-    key = f"{words[0]}@{args.revision} {recipe.fingerprint()} {replace(recipe.evaluation, seeds=(0,))} {args.test}"
+    settings = to_dict(replace(recipe, evaluation=replace(recipe.evaluation, seeds=(0,))))["evaluation"]
+    key = json.dumps([settings, test.content, to_dict(recipe)["relabel"], "" if train is None else train.content])
     scores = run.work / f"students-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     evaluation = evaluate_contest(run, contest, scores, verifier=verifier, network=network)
     if accelerator.is_main_process:
-        report = {"recipe": recipe.name, "dataset": words[0], "evaluation": evaluation.as_dict()}
+        report = {
+            "recipe": recipe.name,
+            "dataset": words[0],
+            "test": args.test or recipe.data.source,
+            "evaluation": evaluation.as_dict(),
+            "settings": to_dict(recipe)["evaluation"],
+            "hardware": run.hardware,
+            "versions": versions(),
+        }
         write_json(folder / "report.json", report)
         sys.stdout.write(summary(report) + f"\nreport: {folder / 'report.json'}\n")
+
+
+def run_recipe(dataset: Path, shipped: Recipe) -> Recipe:
+    """The recipe that made a data set: beside its folder it still names local data by their full path."""
+    private = dataset.parent / "recipe.yaml"
+    if dataset.is_dir() and private.is_file():
+        recipe = load_recipe(private)
+        if public_recipe(recipe) == shipped:
+            return recipe
+    return shipped
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def main(args: argparse.Namespace) -> None:
     # From here on something is written.
     if accelerator.is_main_process:
         claim_folder(folder, recipe)
+        stages.record_inputs()
     accelerator.wait_for_everyone()
     start_trackers(run)
     stages([args.stage] if args.stage else STAGES)

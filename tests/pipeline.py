@@ -137,7 +137,7 @@ def add_card(folder, recipe, names, *, teachers=None, report=None):
     from prism_hf.packaging import write_provenance
 
     write_provenance(
-        folder, recipe=recipe, teachers=teachers or {}, source_revision=None, squeezed_top1={},
+        folder, recipe=recipe, teachers=teachers or {}, source_revision=None, source_on_hub=False, squeezed_top1={},
         hardware={"device": "cpu", "threads": 1, "precision": "float32"},
     )  # fmt: skip
     facts = card_facts(folder, recipe, names, report)

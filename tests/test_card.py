@@ -149,14 +149,13 @@ def test_licences_of_the_hub_are_known_and_others_named(packed, facts, licence, 
 
 
 @pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("org/name", "org/name"), ("digits", "extended|other"), ("/abs/path", "extended|other"),
-        ("./here", "extended|other"), ("../there", "extended|other"), ("~/mine", "extended|other"),
-    ],
-)  # fmt: skip
-def test_only_hub_sources_are_named_as_source_datasets(packed, facts, source, expected):
+    ("source", "on_hub", "expected"),
+    [("org/name", True, "org/name"), ("org/name", False, "extended|other"), ("digits", False, "extended|other")],
+)
+def test_only_hub_sources_are_named_as_source_datasets(packed, facts, source, on_hub, expected):
     recipe = load_recipe(packed[0] / "recipe.yaml", [f"data.source={source}"])
+    facts = copy.deepcopy(facts)
+    facts["provenance"]["source"]["on_hub"] = on_hub
     assert metadata(facts, recipe)["source_datasets"] == [expected]
 
 

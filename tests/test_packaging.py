@@ -14,7 +14,7 @@ from prism_hf.card import REPLAY
 from prism_hf.packaging import data_files, image_features, view_features, write_provenance
 from prism_hf.pixels import decode
 from prism_hf.reading import load_distilled
-from prism_hf.recipe_file import load_recipe
+from prism_hf.recipe_file import load_recipe, public_recipe
 from prism_hf.teachers import load_teachers
 
 NAMES = ["ant", "bee", "cat", "dog"]
@@ -217,13 +217,16 @@ def described(tmp_path_factory):
     path = root / "recipe.yaml"
     path.write_text((folder / "recipe.yaml").read_text())
     name = f"local-dir:{teacher_folder}"
-    recipe = load_recipe(path, [source, f"teachers.logit={name}", f"relabel.teachers=['{name}']"])
+    recipe = public_recipe(load_recipe(path, [source, f"teachers.logit={name}", f"relabel.teachers=['{name}']"]))
     teachers = load_teachers([name], device=torch.device("cpu"))
+    assert recipe.teachers.logit == f"local-dir:{teacher_folder.name}"
+    name, teacher = recipe.teachers.logit, teachers[name]
+    teachers = {name: teacher}
     write_provenance(
-        folder, recipe=recipe, teachers=teachers, source_revision="abc", squeezed_top1={name: 0.5},
+        folder, recipe=recipe, teachers=teachers, source_revision="abc", source_on_hub=True, squeezed_top1={name: 0.5},
         hardware={"device": "cpu", "threads": 1, "precision": "float32"},
     )  # fmt: skip
-    return root, folder, recipe, teachers[name], json.loads((folder / "provenance.json").read_text())
+    return root, folder, recipe, teacher, json.loads((folder / "provenance.json").read_text())
 
 
 def test_provenance_vouches_for_every_file(described):
@@ -237,7 +240,12 @@ def test_provenance_vouches_for_every_file(described):
 def test_provenance_says_who_made_it_from_what(described):
     *_, recipe, teacher, provenance = described
     assert provenance["recipe_fingerprint"] == recipe.fingerprint()
-    assert provenance["source"] == {"id": "flowers", "revision": "abc", "licence": "CC BY 4.0"}
+    assert provenance["source"] == {
+        "id": "flowers",
+        "on_hub": True,
+        "revision": "abc",
+        "licence": "CC BY 4.0",
+    }
     assert provenance["seed"] == 0
     assert provenance["student_seeds"] == [0, 1, 2]
     (described_teacher,) = provenance["teachers"]
@@ -252,8 +260,8 @@ def test_provenance_holds_no_path_token_or_time(described, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_token")
     before = (folder / "provenance.json").read_bytes()
     write_provenance(
-        folder, recipe=recipe, teachers={teacher.name: teacher}, source_revision="abc",
-        squeezed_top1={teacher.name: 0.5}, hardware={"device": "cpu", "threads": 1, "precision": "float32"},
+        folder, recipe=recipe, teachers={recipe.teachers.logit: teacher}, source_revision="abc", source_on_hub=True,
+        squeezed_top1={recipe.teachers.logit: 0.5}, hardware={"device": "cpu", "threads": 1, "precision": "float32"},
     )  # fmt: skip
     assert (folder / "provenance.json").read_bytes() == before
     text = before.decode()

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from prism_hf.errors import RecipeError
-from prism_hf.recipe_file import differing_keys, dump_recipe, load_recipe, parse_recipe
+from prism_hf.recipe_file import differing_keys, dump_recipe, load_recipe, parse_recipe, public_recipe
 
 
 @pytest.mark.parametrize(
@@ -127,3 +127,22 @@ def test_bad_file_is_one_line(tmp_path, text, message):
     with pytest.raises(RecipeError, match=message) as error:
         load_recipe(path)
     assert "\n" not in str(error.value)
+
+
+def test_what_ships_holds_no_absolute_path_and_is_otherwise_equal(tiny_recipe, tmp_path):
+    private = tiny_recipe({"data.source": str(tmp_path / "cats"), "teachers.logit": f"local-dir:{tmp_path / 'net'}"})
+    public = public_recipe(private)
+    assert (public.data.source, public.teachers.logit) == ("cats", "local-dir:net")
+    assert differing_keys(private, public) == ["data.source", "teachers.logit"]
+    assert public_recipe(tiny_recipe({})) == tiny_recipe({})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_torch_would_refuse_is_refused_here(tiny_recipe, seed):
+    with pytest.raises(RecipeError, match="evaluation.seeds"):
+        tiny_recipe({"evaluation.seeds": [seed]})
+
+
+def test_grey_webp_is_refused(tiny_recipe):
+    with pytest.raises(RecipeError, match="no grey mode"):
+        tiny_recipe({"packaging.image_format": "webp", "data.channels": 1})

@@ -43,7 +43,7 @@ def test_the_folder_says_what_it_was_trained_on(squeezed):
     assert folder.name == f"test_efficientnet-{report['fingerprint']}"
     config = json.loads((folder / "config.json").read_text())
     assert config["pretrained_cfg"]["label_names"] == list("0123456789")
-    assert config["pretrained_cfg"]["license"] == "apache-2.0"
+    assert config["pretrained_cfg"]["license"] == recipe.data.licence
     assert "num_classes" not in config.get("model_args", {})
     assert str(folder.parent) not in (folder / "squeeze.json").read_text() + (folder / "config.json").read_text()
 

@@ -39,6 +39,7 @@ def toy(tiny_recipe, tiny_teachers, tiny_images):
         image_bytes=1,
         label_bytes=1,
         recipe=None,
+        content="toy",
     )
 
 

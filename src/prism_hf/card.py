@@ -156,14 +156,14 @@ def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
         VIEWS: _info(VIEWS, view_features(len(facts["class_names"])), facts["tables"][VIEWS]),
     }
     DatasetInfosDict(infos).to_dataset_card_data(data)
-    is_hub = re.fullmatch(r"[^\W_][\w.-]*/[^\W_][\w.-]*", recipe.data.source) is not None
+    on_hub = facts["provenance"]["source"].get("on_hub", False)
     values: dict[str, Any] = {
         "pretty_name": recipe.name,
         "license": wanted if known else "other",
         "license_name": None if known else recipe.data.licence,
         "task_categories": ["image-classification"],
         "tags": ["dataset-distillation", "soft-labels", "prism", "prism-hf"],
-        "source_datasets": [recipe.data.source if is_hub else "extended|other"],
+        "source_datasets": [recipe.data.source if on_hub else "extended|other"],
         "size_categories": [_size_category(facts["tables"]["default"]["rows"])],
         "configs": [
             {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}], "default": True},
@@ -230,10 +230,13 @@ def method_in_words(recipe: Recipe) -> str:
     teachers = recipe.teachers
     if not teachers.bn_pool:
         return "one teacher gives both the classification loss and the batch-norm alignment (the SRe2L scheme)"
+    draws = min(teachers.extras, len(teachers.bn_pool))
+    if not teachers.include_logit and not (draws and teachers.draw_probability):
+        return "one logit teacher gives the classification loss, and no network gives batch-norm alignment"
     when = "once per slot" if teachers.selection == "per_slot" else "anew at each iteration"
     own = "the logit teacher itself and " if teachers.include_logit else ""
     return (
         "one logit teacher gives the classification loss; batch-norm alignment comes from "
-        f"{own}up to {teachers.extras} of {len(teachers.bn_pool)} other networks, each draw made with probability "
+        f"{own}up to {draws} of {len(teachers.bn_pool)} other networks, each draw made with probability "
         f"{teachers.draw_probability:g}, drawn {when} (the PRISM scheme)"
     )

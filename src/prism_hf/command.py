@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from .errors import PrismError
 
@@ -42,10 +43,17 @@ def quiet() -> None:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Options of every command."""
-    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads per process")
+    parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads per process")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Positional words -> (paths, `dotted.key=value` overrides)."""
-    return [w for w in words if "=" not in w], [w for w in words if "=" in w]
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    return [word for word in words if word not in overrides], overrides

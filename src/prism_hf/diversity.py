@@ -70,7 +70,7 @@ def penultimate_features(
     Raises:
         TeacherError: The network does not end in a linear layer.
     """
-    classifier = _classifier(teacher.model)
+    classifier = classifier_of(teacher.model)
     if classifier is None:
         raise TeacherError(
             f"network {teacher.name!r} has no linear layer, so no penultimate features; name another verifier"
@@ -85,7 +85,7 @@ def penultimate_features(
     return torch.cat(seen)
 
 
-def _classifier(model: nn.Module) -> nn.Linear | None:
+def classifier_of(model: nn.Module) -> nn.Linear | None:
     """The layer that makes the logits: timm says which it is; elsewhere it is the last linear layer."""
     named = getattr(model, "get_classifier", None)
     if callable(named):

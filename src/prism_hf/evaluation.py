@@ -121,7 +121,9 @@ def _count(contest: Contest, row: Row) -> int:
     if row.images == "full":
         assert contest.train is not None
         return len(contest.train)
-    return len(contest.distilled.labels)
+    source = contest.distilled if row.images == "distilled" else contest.control
+    assert source is not None
+    return len(source.labels)
 
 
 def _facts(

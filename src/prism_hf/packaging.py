@@ -192,10 +192,11 @@ def write_provenance(
     recipe: Recipe,
     teachers: Mapping[str, Teacher],
     source_revision: str | None,
+    source_on_hub: bool,
     hardware: Mapping[str, object],
     squeezed_top1: Mapping[str, float],
 ) -> None:
-    """Write provenance.json: versions, teachers, seeds, fingerprint, and the SHA-256 of every other file but README.md.
+    """Write provenance.json: versions, teachers, seeds, fingerprint, and the SHA-256 of tables and recipe.
 
     Holds no time, host name or path: the same recipe gives the same bytes.
     """
@@ -207,15 +208,15 @@ def write_provenance(
     }
     described = [
         {
-            "name": _without_path(t.name),
-            "roles": [role for role, names in roles.items() if t.name in names],
+            "name": name,
+            "roles": [role for role, names in roles.items() if name in names],
             "architecture": t.architecture,
             "revision": t.revision,
             "licence": t.licence,
             "weights_sha256": t.weights_sha256,
-            "test_top1": squeezed_top1.get(t.name),
+            "test_top1": squeezed_top1.get(name),
         }
-        for t in teachers.values()
+        for name, t in teachers.items()
     ]
     write_json(
         folder / "provenance.json",
@@ -226,7 +227,8 @@ def write_provenance(
             "seed": recipe.seed,
             "student_seeds": list(recipe.evaluation.seeds),
             "source": {
-                "id": Path(recipe.data.source).name if Path(recipe.data.source).is_absolute() else recipe.data.source,
+                "id": recipe.data.source,
+                "on_hub": source_on_hub,
                 "revision": source_revision,
                 "licence": recipe.data.licence,
             },
@@ -239,12 +241,6 @@ def write_provenance(
             },
         },
     )
-
-
-def _without_path(name: str) -> str:
-    """A teacher's name for the public: of a local folder only its last part."""
-    scheme, colon, place = name.partition(":")
-    return f"{scheme}:{Path(place).name}" if colon and Path(place).is_absolute() else name
 
 
 def data_files(folder: Path) -> list[Path]:

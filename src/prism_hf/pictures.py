@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from torch import Tensor
 
 from .diversity import Diversity
@@ -42,7 +43,8 @@ def draw_grid(path: Path, images_uint8: Tensor, class_names: Sequence[str], ipc:
         axes = figure.add_subplot()
         shown = picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
         axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_yticks(np.arange(classes) * side + side / 2, [_plain(n) for n in class_names[:classes]])
+        names = [_plain(name, f"class {k}") for k, name in enumerate(class_names[:classes])]
+        axes.set_yticks(np.arange(classes) * side + side / 2, names)
         axes.set_xticks([])
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
@@ -62,15 +64,19 @@ def draw_diversity(path: Path, sets: Mapping[str, Diversity], class_names: Seque
                 axes.annotate(f"{diversity.mean:.3f}", (diversity.mean, height + 0.32), ha="center", va="bottom")
             else:
                 axes.annotate("one image per class: no pairs", (0.02, height), xycoords=("axes fraction", "data"))
-        axes.set_yticks(range(len(sets)), [_plain(n) for n in reversed(list(sets))])
+        axes.set_yticks(range(len(sets)), [_plain(name, "set") for name in reversed(list(sets))])
         axes.set_ylim(-0.6, len(sets) - 0.2)
         axes.set_xlabel(f"cosine similarity of features inside a class ({len(class_names)} classes; lower is more diverse)")
         _save(figure, path)
 
 
-def _plain(text: str) -> str:
-    # matplotlib reads $...$ as mathematics; class names come from outside.
+def _plain(text: str, otherwise: str) -> str:
+    """A class name as matplotlib can draw it; `otherwise` for a script that its font does not have."""
+    glyphs = get_font(findfont("DejaVu Sans")).get_charmap()
+    if not all(ord(letter) in glyphs for letter in text):
+        return otherwise
     short = text if len(text) <= 24 else text[:23] + "…"
+    # matplotlib reads $...$ as mathematics; class names come from outside.
     return short.replace("$", r"\$")
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import DataError
@@ -61,7 +61,7 @@ def noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 def encode(image_uint8: Tensor, image_format: ImageFormat, *, jpeg_quality: int = 95) -> bytes:
     """One (C, H, W) uint8 image as file bytes; `png` and `webp` are lossless.
 
-    `webp` has no grey mode: a one-channel image is stored as RGB with three equal channels.
+    A recipe refuses `webp` for one channel: the format has no grey mode, and would come back as RGB.
     """
     array = image_uint8.cpu().numpy()
     picture = Image.fromarray(array[0], "L") if len(array) == 1 else Image.fromarray(array.transpose(1, 2, 0), "RGB")
@@ -90,8 +90,12 @@ def decode(data: bytes, channels: int) -> Tensor:
 
 
 def from_pil(picture: Image.Image, channels: int, *, size: int | None = None) -> Tensor:
-    """PIL -> (C, H, W) uint8; with `size`: shorter side to `size` (bilinear, antialiased), then the centre square."""
-    if picture.mode.startswith("I"):
+    """PIL -> (C, H, W) uint8, upright as EXIF says.
+
+    With `size`: the shorter side is resized to it (bilinear, antialiased), then the centre square is cut out.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):
         # Pillow saturates 16-bit grey when it converts; scale it instead.
         picture = Image.fromarray((np.asarray(picture, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     picture = picture.convert("L" if channels == 1 else "RGB")

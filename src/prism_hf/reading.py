@@ -5,6 +5,7 @@ Legend: N images, C channels, H W pixels, K classes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class DistilledDataset:
         image_bytes: Bytes of the encoded images.
         label_bytes: Bytes of everything else in the two tables' files.
         recipe: The recipe in the folder, or `None`.
+        content: Sixteen hex digits over images, labels and all views: whether this is the same data set.
     """
 
     images_uint8: Tensor
@@ -52,6 +54,7 @@ class DistilledDataset:
     image_bytes: int
     label_bytes: int
     recipe: Recipe | None
+    content: str
 
 
 def load_distilled(source: str | Path, *, revision: str | None = None, channels: int | None = None) -> DistilledDataset:
@@ -94,6 +97,7 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
         image_bytes=image_bytes,
         label_bytes=max(0, sum(sizes) - image_bytes),
         recipe=recipe,
+        content=_content(encoded, images, views),
     )
 
 
@@ -119,6 +123,19 @@ def _load_shipped_recipe(source: str | Path, revision: str | None) -> Recipe | N
         return None
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise DataError(f"recipe.yaml of {str(source)!r} cannot be fetched: {type(error).__name__}") from error
+
+
+def _content(encoded: list[bytes], images: datasets.Dataset, views: datasets.Dataset) -> str:
+    digest = hashlib.sha256()
+    for blob in encoded:
+        digest.update(hashlib.sha256(blob).digest())
+    for table in (images.select_columns(["label", "teacher_logits"]), views):
+        for batch in table.with_format("arrow").iter(batch_size=4096):
+            for column in batch.columns:
+                values = column.combine_chunks()
+                values = values.flatten() if pa.types.is_fixed_size_list(values.type) else values
+                digest.update(values.to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _channels(images: datasets.Dataset) -> int:

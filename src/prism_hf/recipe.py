@@ -33,6 +33,7 @@ NonNegative = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch.manual_seed takes
 Name = Annotated[str, Field(min_length=1)]
 CropScale = tuple[Annotated[Float, Field(gt=0, le=1)], Annotated[Float, Field(gt=0, le=1)]]
 
@@ -303,7 +304,7 @@ class PackagingRecipe:
     """How the images are encoded and the tables cut.
 
     Attributes:
-        image_format: `png` and `webp` are lossless; `jpeg` is not, and the labels are those of the decoded JPEG.
+        image_format: `png` and `webp` (RGB only) are lossless; `jpeg` is not, and the labels are those of the decoded JPEG.
         jpeg_quality: For `jpeg`.
         shard_megabytes: A new Parquet file is started when one has reached this size.
     """
@@ -333,7 +334,7 @@ class EvaluationRecipe:
     """
 
     student: Name
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     batch_size: Annotated[int, Field(ge=2)] = 50
     epochs: Count | None = None
     loss: Literal["mse_ce", "kl"] = "mse_ce"
@@ -376,7 +377,7 @@ class Recipe:
     synthesis: SynthesisRecipe
     relabel: RelabelRecipe
     evaluation: EvaluationRecipe
-    seed: Index = 0
+    seed: Seed = 0
     squeeze: SqueezeRecipe = Field(default_factory=SqueezeRecipe)
     packaging: PackagingRecipe = Field(default_factory=PackagingRecipe)
 
@@ -387,6 +388,8 @@ class Recipe:
             raise ValueError(
                 f"relabel.batch_size is {self.relabel.batch_size} but there are {images} images; lower the batch size"
             )
+        if self.packaging.image_format == "webp" and self.data.channels == 1:
+            raise ValueError("packaging.image_format webp has no grey mode, and data.channels is 1; use png")
         if synthesis.slots_per_batch > synthesis.ipc:
             raise ValueError(
                 f"slots_per_batch is {synthesis.slots_per_batch} but ipc is {synthesis.ipc}; lower slots_per_batch"

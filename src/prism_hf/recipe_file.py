@@ -132,6 +132,27 @@ def _apply(values: object, override: str) -> None:
     values[last] = value
 
 
+def public_recipe(recipe: Recipe) -> Recipe:
+    """The recipe that ships: absolute local paths of data and teachers are cut to their last part.
+
+    Everything else is equal, so recipes without such paths are shipped as they are.
+    """
+    values = to_dict(recipe)
+
+    def cut(text: str) -> str:
+        scheme, colon, place = text.rpartition(":")
+        return f"{scheme}{colon}{Path(place).name}" if Path(place).is_absolute() else text
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: walk(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        return cut(value) if isinstance(value, str) else value
+
+    return parse_recipe(walk(values), origin=f"{recipe.name}, for the public")
+
+
 def differing_keys(a: Recipe, b: Recipe) -> list[str]:
     """Dotted keys whose values differ between two recipes, the name aside."""
 

@@ -81,7 +81,7 @@ class Run:
         return {"device": self.accelerator.device.type, "threads": torch.get_num_threads(), "precision": "float32"}
 
     def times(self) -> dict[str, float]:
-        """Seconds spent in each stage so far, all launches added up."""
+        """Seconds spent in each stage so far, all launches added up (those that were killed outright left none)."""
         path = self.work / "times.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -89,11 +89,13 @@ class Run:
     def timed(self, stage: str) -> Iterator[None]:
         """Add the time of a stage to its record."""
         started = time.perf_counter()
-        yield
-        if self.accelerator.is_main_process:
-            spent = self.times()
-            spent[stage] = round(spent.get(stage, 0.0) + time.perf_counter() - started, 2)
-            write_json(self.work / "times.json", {name: spent[name] for name in STAGES if name in spent})
+        try:
+            yield
+        finally:
+            if self.accelerator.is_main_process:
+                spent = self.times()
+                spent[stage] = round(spent.get(stage, 0.0) + time.perf_counter() - started, 2)
+                write_json(self.work / "times.json", {name: spent[name] for name in STAGES if name in spent})
 
 
 def make_accelerator(folder: Path | None = None, *, log_with: str | None = None, threads: int | None = None) -> Accelerator:

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from .alignment import BNAlignment
 from .data import ImageSplit, SourceData
+from .diversity import classifier_of
 from .errors import TeacherError
 from .pixels import REFERENCE, reference_mean_std, to_reference
 from .plan import derived_seed
 from .recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
 from .teachers import Teacher, load_teacher
-from .training import build_network, fit, score, seeded
+from .training import build_network, check_network, fit, score, seeded
 from .views import draw_views, resample
 
 
@@ -44,6 +45,21 @@ def is_squeezed(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("config.json", "model.safetensors", "squeeze.json"))
 
 
+def read_squeezed(folder: Path, data: SourceData) -> dict[str, object]:
+    """squeeze.json of a finished teacher.
+
+    Raises:
+        TeacherError: It was trained on other images: the source has changed behind its name.
+    """
+    report = json.loads((folder / "squeeze.json").read_text(encoding="utf-8"))
+    if report["train_content"] != data.train.content:
+        raise TeacherError(
+            f"the teacher in {folder} was trained on other images than the source holds now; move it away, or use another "
+            "folder (--teachers DIR)"
+        )
+    return report
+
+
 def check_architectures(recipe: Recipe) -> None:
     """Fail before any training if a `squeeze:` name is no timm architecture, or could never align anything.
 
@@ -54,9 +70,14 @@ def check_architectures(recipe: Recipe) -> None:
         architecture = name.removeprefix(SQUEEZE_PREFIX)
         if not timm.is_model(architecture):
             raise TeacherError(f"teacher {name!r}: timm knows no such architecture; timm.list_models() lists all")
+        network = check_network(architecture, num_classes=recipe.data.num_classes, channels=3, size=recipe.data.size)
         if name in recipe.teachers.bn_candidates:
-            with torch.device("meta"):
-                BNAlignment(build_network(architecture, num_classes=recipe.data.num_classes, channels=3), name=name)
+            BNAlignment(network, name=name)
+        if name == (recipe.teachers.verifier or recipe.teachers.logit) and classifier_of(network) is None:
+            raise TeacherError(
+                f"teacher {name!r} has no linear classifier, so its features cannot measure similarity; "
+                "name another verifier"
+            )
 
 
 def check_batch(recipe: Recipe, data: SourceData) -> None:
@@ -82,11 +103,11 @@ def squeeze_teacher(name: str, recipe: Recipe, data: SourceData, root: Path, *, 
         device: Where to train.
 
     Returns:
-        The contents of squeeze.json: `teacher`, `fingerprint`, `test_top1`, `wall_time_s`, `settings`.
+        The contents of squeeze.json: `teacher`, `fingerprint`, `train_content`, `test_top1`, `wall_time_s`, `settings`.
     """
     folder = teacher_folder(name, recipe, root)
     if is_squeezed(folder):
-        return json.loads((folder / "squeeze.json").read_text(encoding="utf-8"))
+        return read_squeezed(folder, data)
     started = time.perf_counter()
     architecture = name.removeprefix(SQUEEZE_PREFIX)
     seed = derived_seed(recipe.seed, "squeeze", architecture)
@@ -111,6 +132,7 @@ def squeeze_teacher(name: str, recipe: Recipe, data: SourceData, root: Path, *, 
     report: dict[str, object] = {
         "teacher": name,
         "fingerprint": folder.name.rpartition("-")[2],
+        "train_content": data.train.content,
         "test_top1": top1,
         "wall_time_s": round(time.perf_counter() - started, 2),
         "settings": {"seed": recipe.seed, "data": recipe.data.source, "steps": steps},
@@ -166,7 +188,7 @@ def _store(
             "crop_pct": 1.0,
             "test_crop_pct": None,
             "interpolation": "bilinear",
-            "license": "apache-2.0",
+            "license": recipe.data.licence,  # weights are derived from the data; whoever shares them may know better
             "label_names": list(data.class_names),
         },
     }

@@ -7,7 +7,7 @@ the first one stopped, with any number of processes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,22 +19,24 @@ from torch import Tensor
 from .alignment import BNAlignment
 from .card import card_facts, render_card, render_control_card
 from .data import SourceData, load_source, real_rows
-from .errors import DataError, StageError
+from .diversity import classifier_of
+from .errors import DataError, OutputError, RecipeError, StageError, TeacherError
 from .evaluation import Contest, collect, run_task
 from .packaging import Epoch, ImageTable, build_dataset, versions, write_provenance
 from .pictures import draw_diversity, draw_grid, grid
 from .pixels import decode, encode, noise, to_reference
 from .plan import STAGES, SynthesisJob, plan_jobs, share_of
 from .reading import load_distilled
-from .recipe import to_dict
+from .recipe import SQUEEZE_PREFIX, Recipe, to_dict
+from .recipe_file import public_recipe
 from .relabel import label_images, relabel_epoch
 from .report import LABELS, Evaluation
 from .run import Run, log_pictures
-from .squeeze import check_architectures, check_batch, is_squeezed, squeeze_teacher, teacher_folder
+from .squeeze import check_architectures, check_batch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
 from .storage import read_notes, read_tensors, write_bytes, write_json, write_tensors
 from .synthesis import synthesize
 from .teachers import Teacher, check_teacher, load_teachers
-from .training import build_network
+from .training import check_network
 
 T = TypeVar("T")
 SETS = ("distilled", "random_real")
@@ -49,6 +51,7 @@ class Stages:
 
     def __init__(self, run: Run) -> None:
         self.run, self.recipe = run, run.recipe
+        self._public = public_recipe(run.recipe)
         self._data: SourceData | None = None
         self._teachers: dict[str, Teacher] = {}
 
@@ -85,20 +88,54 @@ class Stages:
         Raises:
             PrismError: One line about what cannot be used.
         """
-        with torch.device("meta"):
-            build_network(
-                self.recipe.evaluation.student,
-                num_classes=self.recipe.data.num_classes,
-                channels=self.recipe.data.channels,
-            )
-        check_architectures(self.recipe)
-        there = [name for name in self._all_names() if name not in self.recipe.squeezed_teachers]
+        recipe = self.recipe
+        data = recipe.data
+        check_network(recipe.evaluation.student, num_classes=data.num_classes, channels=data.channels, size=data.size)
+        check_architectures(recipe)
+        there = [name for name in _teacher_names(recipe) if name not in recipe.squeezed_teachers]
         loaded = self.teachers(there)
-        for name in set(there) & set(self.recipe.teachers.bn_candidates):
+        for name in set(there) & set(recipe.teachers.bn_candidates):
             BNAlignment(loaded[name].model, name=name)
-        check_batch(self.recipe, self.data)
-        if self.recipe.synthesis.init != "noise":
+        self._check_verifier(loaded)
+        check_batch(recipe, self.data)
+        if recipe.synthesis.init != "noise":
             self._initial_rows()
+        self._check_inputs()
+
+    def _check_verifier(self, loaded: Mapping[str, Teacher]) -> None:
+        """A verifier is another architecture than every network in the loss, whatever it is called."""
+        name = self.recipe.teachers.verifier
+        if name is None:
+            return
+
+        def architecture(teacher: str) -> str:
+            return loaded[teacher].architecture if teacher in loaded else teacher.removeprefix(SQUEEZE_PREFIX)
+
+        for teacher in self.recipe.teachers.synthesis_names:
+            if architecture(teacher) == architecture(name):
+                raise RecipeError(
+                    f"verifier {name!r} has the architecture of teacher {teacher!r} ({architecture(name)}); a verifier "
+                    "must be held out, name another architecture"
+                )
+        if name in loaded and classifier_of(loaded[name].model) is None:
+            raise TeacherError(f"verifier {name!r} has no linear classifier to take features from; name another one")
+
+    def _inputs(self) -> dict[str, object]:
+        loaded = {name: teacher.weights_sha256 for name, teacher in sorted(self._teachers.items())}
+        there = {name: sha for name, sha in loaded.items() if name not in self.recipe.squeezed_teachers}
+        return {"train": self.data.train.content, "test": self.data.test.content, "teachers": there}
+
+    def _check_inputs(self) -> None:
+        path = self.run.work / "inputs.json"
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != self._inputs():
+            raise OutputError(
+                f"the data or the teachers behind {self.run.folder} have changed since it was started (see {path}); what "
+                "is finished there would not fit. Use another folder (--output DIR)"
+            )
+
+    def record_inputs(self) -> None:
+        """Keep what the names in the recipe stood for, so that a later launch notices a change behind them."""
+        write_json(self.run.work / "inputs.json", self._inputs())
 
     def teachers(self, names: Sequence[str]) -> dict[str, Teacher]:
         """Loaded and checked teachers, each once."""
@@ -106,18 +143,17 @@ class Stages:
         for name in set(names) & set(self.recipe.squeezed_teachers):
             folder = teacher_folder(name, self.recipe, self.run.teachers_root)
             if not is_squeezed(folder):
-                raise StageError(f"teacher {name!r} is not trained yet in {folder.parent}; run --stage squeeze first")
+                raise StageError(
+                    f"teacher {name!r} is not trained yet in {folder.parent}; run recipes/squeeze.py (or --stage squeeze) "
+                    "first, or name its folder with --teachers DIR"
+                )
+            read_squeezed(folder, self.data)
             squeezed[name] = folder
         missing = [name for name in names if name not in self._teachers]
         self._teachers |= load_teachers(missing, device=self.run.accelerator.device, squeezed=squeezed)
         for name in missing:
             check_teacher(self._teachers[name], class_names=self.data.class_names, channels=self.recipe.data.channels)
         return {name: self._teachers[name] for name in names}
-
-    def _all_names(self) -> list[str]:
-        recipe = self.recipe
-        verifier = [recipe.teachers.verifier] if recipe.teachers.verifier else []
-        return list(dict.fromkeys([*recipe.teachers.synthesis_names, *recipe.relabel.teachers, *verifier]))
 
     def _verifier(self) -> Teacher | None:
         name = self.recipe.teachers.verifier
@@ -133,7 +169,10 @@ class Stages:
         """Train the `squeeze:` teachers that are not there yet."""
         root = self.run.teachers_root
         names = self.recipe.squeezed_teachers
-        missing = [name for name in names if not is_squeezed(teacher_folder(name, self.recipe, root))]
+        folders = {name: teacher_folder(name, self.recipe, root) for name in names}
+        missing = [name for name in names if not is_squeezed(folders[name])]
+        for name in set(names) - set(missing):
+            read_squeezed(folders[name], self.data)
         self.run.say(f"squeeze: {len(missing)} of {len(names)} teachers to train, in {root}")
         # Everybody knows what is missing before anybody finishes one.
         self.run.accelerator.wait_for_everyone()
@@ -146,8 +185,8 @@ class Stages:
     def _squeezed_top1(self) -> dict[str, float]:
         result = {}
         for name in self.recipe.squeezed_teachers:
-            path = teacher_folder(name, self.recipe, self.run.teachers_root) / "squeeze.json"
-            result[name] = float(json.loads(path.read_text(encoding="utf-8"))["test_top1"])
+            report = read_squeezed(teacher_folder(name, self.recipe, self.run.teachers_root), self.data)
+            result[name] = float(report["test_top1"])  # type: ignore[arg-type]
         return result
 
     # -- synthesize ---------------------------------------------------------------------------------------------------
@@ -329,8 +368,8 @@ class Stages:
     def _package_control(self) -> None:
         if self._encoded_file("random_real").is_file():
             self._build("random_real", self.run.control)
-            facts = card_facts(self.run.control, self.recipe, self.data.class_names, None)
-            write_bytes(self.run.control / "README.md", render_control_card(facts, self.recipe).encode())
+            facts = card_facts(self.run.control, self._public, self.data.class_names, None)
+            write_bytes(self.run.control / "README.md", render_control_card(facts, self._public).encode())
 
     def _build(self, name: str, folder: Path) -> None:
         encoded, jobs = self._read_encoded(name)
@@ -346,12 +385,14 @@ class Stages:
             jobs=jobs,
             teacher_logits=read_tensors(logits)[0]["teacher_logits"],
         )
-        build_dataset(folder, table, self._epochs(name), recipe=self.recipe, class_names=self.data.class_names)
+        build_dataset(folder, table, self._epochs(name), recipe=self._public, class_names=self.data.class_names)
+        loaded = self.teachers(_teacher_names(self.recipe))
         write_provenance(
             folder,
-            recipe=self.recipe,
-            teachers=self.teachers(self._all_names()),
+            recipe=self._public,
+            teachers=dict(zip(_teacher_names(self._public), loaded.values(), strict=True)),
             source_revision=self.data.revision,
+            source_on_hub=self.data.on_hub,
             hardware=self.run.hardware,
             squeezed_top1=self._squeezed_top1(),
         )
@@ -361,8 +402,8 @@ class Stages:
             yield {k: v.numpy() for k, v in read_tensors(self._epoch_file(name, epoch))[0].items()}
 
     def _write_card(self, report: dict[str, object] | None) -> None:
-        facts = card_facts(self.run.dataset, self.recipe, self.data.class_names, report)
-        write_bytes(self.run.dataset / "README.md", render_card(facts, self.recipe).encode())
+        facts = card_facts(self.run.dataset, self._public, self.data.class_names, report)
+        write_bytes(self.run.dataset / "README.md", render_card(facts, self._public).encode())
 
     # -- evaluate -----------------------------------------------------------------------------------------------------
 
@@ -424,6 +465,12 @@ class Stages:
 
     def _bar(self, items: Sequence[T], name: str) -> Iterator[T]:
         yield from tqdm(items, desc=name)
+
+
+def _teacher_names(recipe: Recipe) -> list[str]:
+    """Every network of a recipe, each once: logit teacher, pool, labellers, verifier."""
+    verifier = [recipe.teachers.verifier] if recipe.teachers.verifier else []
+    return list(dict.fromkeys([*recipe.teachers.synthesis_names, *recipe.relabel.teachers, *verifier]))
 
 
 def evaluate_contest(

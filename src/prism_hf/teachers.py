@@ -241,8 +241,9 @@ def _from_transformers(name: str) -> Teacher:
         raise _cannot_load(name, error) from error
     config = model.config
     timm_cfg = getattr(config, "pretrained_cfg", None)
-    size = timm_cfg["input_size"][-1] if timm_cfg else _side(processor.size)
-    mean, std = (timm_cfg["mean"], timm_cfg["std"]) if timm_cfg else (processor.image_mean, processor.image_std)
+    size, mean, std = (
+        (timm_cfg["input_size"][-1], timm_cfg["mean"], timm_cfg["std"]) if timm_cfg else _input_of(processor, name)
+    )
     labels = [config.id2label[i] for i in range(config.num_labels)]
     generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
     return Teacher(
@@ -260,8 +261,23 @@ def _from_transformers(name: str) -> Teacher:
     )
 
 
-def _side(size: Mapping[str, int]) -> int:
-    for key in ("crop_size", "height", "shortest_edge"):
-        if size.get(key):
-            return int(size[key])
-    raise TeacherError(f"the image processor states no input size, only {dict(size)}; use the model through timm")
+def _input_of(processor: object, name: str) -> tuple[int, Sequence[float], Sequence[float]]:
+    """Side, mean and std that a transformers image processor prepares, in [0, 1] pixel units.
+
+    Raises:
+        TeacherError: It does something else to pixels (another channel order or scale), or states no size.
+    """
+    scale = getattr(processor, "rescale_factor", None)
+    if getattr(processor, "do_flip_channel_order", False) or (scale is not None and abs(scale * 255 - 1) > 1e-6):
+        raise TeacherError(
+            f"teacher {name!r} wants its channels or pixel values in another order or scale than RGB in [0, 1]; "
+            "use the model through timm, or another teacher"
+        )
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    stated = crop or getattr(processor, "size", None) or {}
+    sides = [stated[key] for key in ("height", "shortest_edge") if key in stated and stated[key]]
+    if not sides:
+        raise TeacherError(f"teacher {name!r}: its image processor states no input size; use the model through timm")
+    if not getattr(processor, "do_normalize", True):
+        return int(sides[0]), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return int(sides[0]), processor.image_mean, processor.image_std  # type: ignore[attr-defined]

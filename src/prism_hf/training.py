@@ -50,6 +50,27 @@ def build_network(name: str, *, num_classes: int, channels: int) -> nn.Module:
         raise RecipeError(f"network {name!r} cannot be built: {' '.join(str(error).split())[:200]}") from error
 
 
+def check_network(name: str, *, num_classes: int, channels: int, size: int) -> nn.Module:
+    """Build a network and show it two blank images, so that one that cannot take them fails before any work.
+
+    Raises:
+        RecipeError: It cannot be built, or cannot take images of this size.
+    """
+    with seeded(0, torch.device("cpu")), torch.no_grad():
+        network = build_network(name, num_classes=num_classes, channels=channels).eval()
+        try:
+            logits = network(torch.zeros(2, channels, size, size))
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise RecipeError(
+                f"network {name!r} cannot take {channels} x {size} x {size} images ({reason}); name another architecture, "
+                "or change data.size"
+            ) from error
+    if logits.shape != (2, num_classes):
+        raise RecipeError(f"network {name!r} answers with shape {tuple(logits.shape)}, expected (2, {num_classes})")
+    return network
+
+
 def _from_transformers(model_type: str, num_classes: int, channels: int) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageClassification
 
