@@ -1,7 +1,10 @@
 import argparse
 import json
+import shutil
 import subprocess
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from pipeline import PYTHON, RECIPE, ROOT, TINY, command, launch, mtimes, quiet_env, save_timm, sha_tree
 
@@ -260,3 +263,21 @@ def test_tensorboard_sees_losses_and_pictures(tmp_path):
         pictures |= set(events.Tags()["images"])
     assert {f"synthesis/{term}" for term in ("ce", "bn", "lr", "verifier_top1")} <= scalars
     assert "synthesis/images" in pictures
+
+
+def test_a_data_set_that_changed_gets_its_own_control_and_scores(made, tmp_path):
+    folder = Path(shutil.copytree(made / "dataset", tmp_path / "copy"))
+    words = ["--teachers", made / "teachers", "--seeds", "1", "--output", tmp_path / "e"]
+    assert evaluate(folder, *words) == 0
+    path = next((folder / "data").glob("*.parquet"))
+    table = pq.read_table(path)
+    labels = table["label"].to_numpy()[::-1].copy()
+    pq.write_table(table.set_column(1, table.schema.field("label"), [labels]), path)
+    assert evaluate(folder, *words) == 0
+    assert len([p for p in (tmp_path / "e").iterdir() if p.is_dir()]) == 2
+
+
+def test_paths_with_an_equals_sign_are_paths(tmp_path):
+    odd = tmp_path / "lr=0.1"
+    odd.mkdir()
+    assert split_overrides([str(odd), "a.b=1"]) == ([str(odd)], ["a.b=1"])

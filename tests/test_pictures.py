@@ -85,3 +85,8 @@ def test_pictures_leave_matplotlibs_settings_alone(tmp_path):
     before = dict(matplotlib.rcParams)
     draw_grid(tmp_path / "grid.png", images(2, 2), ["a", "b"], 2)
     assert dict(matplotlib.rcParams) == before
+
+
+def test_a_name_that_the_font_cannot_draw_becomes_a_number(tmp_path, recwarn):
+    draw_grid(tmp_path / "grid.png", images(2, 2), ["日本", "plain"], 2)
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]

@@ -154,3 +154,14 @@ def test_without_size_pixels_are_kept():
     assert np.array_equal(from_pil(source, 3).numpy().transpose(1, 2, 0), np.asarray(source))
     square = picture("RGB", (16, 16))
     assert torch.equal(from_pil(square, 3, size=16), from_pil(square, 3))
+
+
+def test_photos_are_turned_upright(tmp_path):
+    picture = Image.new("RGB", (8, 4))
+    picture.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    picture.save(tmp_path / "a.png", exif=exif)
+    shown = from_pil(Image.open(tmp_path / "a.png"), 3)
+    assert shown.shape == (3, 8, 4)
+    assert shown[0, 0, 3] == 255

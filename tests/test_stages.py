@@ -256,3 +256,63 @@ def test_two_processes_give_the_same_bytes_as_one(done, tmp_path):
     assert (ours["hardware"]["processes"], theirs["hardware"]["processes"]) == (2, 1)
     weights = [p.read_bytes() for root in (two, done) for p in (root / "teachers").glob("test_byobnet*/*.safetensors")]
     assert weights[0] == weights[1]
+
+
+# -- what stands behind a name ----------------------------------------------------------------------------------------
+
+
+def grey_folder(folder, *, shift):
+    """A Parquet folder of four classes; `shift` rotates the labels."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("abcd"))})
+    for split, per_class in (("train", 40), ("test", 4)):
+        count = 4 * per_class
+        rows = {
+            "image": [random_picture(16, 16, "L", seed=i) for i in range(count)],
+            "label": [(i + shift) % 4 for i in range(count)],
+        }
+        path = folder / "data" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    return folder
+
+
+@pytest.mark.parametrize("where", ["same output", "new output"])
+def test_data_that_changed_behind_their_name_are_noticed(tmp_path, capsys, where):
+    source = grey_folder(tmp_path / "source", shift=0)
+    words = [f"data.source={source}", "data.num_classes=4", "relabel.batch_size=8", "synthesis.batch_size=4", *LIGHT]
+    teachers = tmp_path / "teachers"
+    assert go(tmp_path / "first", *words, "--stage", "squeeze", teachers=teachers) == 0
+    grey_folder(source, shift=1)
+    capsys.readouterr()
+    folder = tmp_path / ("first" if where == "same output" else "second")
+    assert go(folder, *words, "--stage", "squeeze", teachers=teachers) == 2
+    error = capsys.readouterr().err
+    assert ("have changed" if where == "same output" else "trained on other images") in error
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("evaluation.student=vit_tiny_patch16_224", "cannot take 1 x 16 x 16 images"),
+        ("teachers.bn_pool=[squeeze:vit_tiny_patch16_224]", "cannot take 3 x 16 x 16 images"),
+        ("teachers.verifier=squeeze:dpn48b", "no linear classifier"),
+    ],
+)
+def test_a_network_that_cannot_do_its_part_fails_before_any_work(tmp_path, capsys, override, words):
+    assert go(tmp_path / "run", override) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_verifier_under_another_name_is_found_out(done, tmp_path, capsys):
+    twin = next((done / "teachers").glob("test_byobnet-*"))
+    assert go(tmp_path / "run", f"teachers.verifier=local-dir:{twin}") == 2
+    assert "has the architecture of teacher 'squeeze:test_byobnet'" in capsys.readouterr().err
+
+
+def test_times_of_an_interrupted_stage_are_kept(tmp_path):
+    AcceleratorState._reset_state(True)
+    run = Run(tiny(), tmp_path, tmp_path, make_accelerator(tmp_path, threads=1))
+    with pytest.raises(KeyboardInterrupt), run.timed("squeeze"):
+        raise KeyboardInterrupt
+    assert "squeeze" in run.times()

@@ -1,5 +1,8 @@
+import json
 import pickle
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -284,3 +287,24 @@ def test_image_processor_and_prepare_agree_on_a_picture_of_the_right_size(resnet
     processor = AutoImageProcessor.from_pretrained(resnet_folder)
     expected = processor([p.permute(1, 2, 0).numpy() for p in pixels], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(teacher.prepare(to_reference(pixels)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"do_center_crop": True, "crop_size": {"height": 20, "width": 20}}, (20, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))),
+        ({"do_normalize": False}, (24, (0.0,) * 3, (1.0,) * 3)),
+        ({"do_flip_channel_order": True}, None),
+        ({"rescale_factor": 1 / 127.5}, None),
+    ],
+)
+def test_what_an_image_processor_does_is_honoured_or_refused(resnet_folder, tmp_path, changes, expected):
+    folder = Path(shutil.copytree(resnet_folder, tmp_path / "net"))
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    if expected is None:
+        with pytest.raises(TeacherError, match="another order or scale"):
+            load_teacher(f"transformers:{folder}", device=CPU)
+    else:
+        teacher = load_teacher(f"transformers:{folder}", device=CPU)
+        assert (teacher.size, teacher.mean, teacher.std) == expected

@@ -27,6 +27,7 @@ from .errors import DataError
 from .pixels import UNREADABLE, from_pil
 from .plan import derived_seed
 from .recipe import DataRecipe
+from .storage import folder_state
 
 _CACHE_BYTES = 2**31
 """Splits whose working images fit in this many bytes are decoded once and kept as one uint8 tensor."""
@@ -227,6 +228,11 @@ def _digits() -> tuple[datasets.Dataset, datasets.Dataset]:
     return build(parts[0]), build(parts[1])
 
 
+def local_cache(folder: Path) -> str:
+    """Where `datasets` may cache a local folder in its present state."""
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "prism-hf" / folder_state(folder))
+
+
 def _open(recipe: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     # A held-out part of the training split takes the place of the test split, which is then never opened.
     test = None if recipe.validation_fraction else _open_split(recipe, recipe.test_split)
@@ -247,8 +253,9 @@ def _open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
             if isinstance(saved, datasets.Dataset):
                 raise DataError(f"{where} was saved as one Dataset without splits; save a DatasetDict with {name!r}")
             return saved[name]
-        source = str(folder) if folder.is_dir() else recipe.source
-        return datasets.load_dataset(source, recipe.config, split=name, revision=recipe.revision)
+        if folder.is_dir():
+            return datasets.load_dataset(str(folder), recipe.config, split=name, cache_dir=local_cache(folder))
+        return datasets.load_dataset(recipe.source, recipe.config, split=name, revision=recipe.revision)
     except DataError:
         raise
     except (KeyError, ValueError, OSError, RuntimeError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:

@@ -20,6 +20,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import Tensor
 
+from .data import local_cache
 from .errors import DataError
 from .packaging import VIEWS, image_features, view_features
 from .pixels import decode
@@ -104,7 +105,9 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
 def _load(source: str | Path, config: str, revision: str | None) -> datasets.Dataset:
     path = Path(source)
     try:
-        return datasets.load_dataset(str(source), config, split="train", revision=None if path.is_dir() else revision)
+        if path.is_dir():
+            return datasets.load_dataset(str(path), config, split="train", cache_dir=local_cache(path))
+        return datasets.load_dataset(str(source), config, split="train", revision=revision)
     except (ValueError, OSError, RuntimeError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(

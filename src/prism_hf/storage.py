@@ -65,3 +65,16 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_state(folder: Path) -> str:
+    """Sixteen hex digits over names, sizes and modification times of all files below a folder.
+
+    `datasets` keys its cache of a local folder with a card by the card alone: a rewritten table would come back as it was.
+    Readers of local folders put this into the cache's path.
+    """
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        state = path.stat()
+        digest.update(f"{path.relative_to(folder)} {state.st_size} {state.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
