@@ -82,7 +82,7 @@ def comparison(found: dict[str, dict]) -> list[tuple[str, ...]]:
         )
     ]
     for label, result in found.items():
-        if "report" not in result:
+        if "report" not in result:  # step times, tuning
             continue
         evaluation = result["report"]["evaluation"]
         rows = {(row["images"], row["labels"]): top1_text(row) for row in evaluation["rows"]}
