@@ -10,16 +10,24 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Python puts this folder first on its path, where our evaluate.py would hide the package of that name.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from prism_hf.command import add_common, quiet, run_command, split_overrides
-from prism_hf.errors import DataError, PrismError, RecipeError, StageError, TeacherError
+from prism_hf.errors import DataError, RecipeError, StageError, TeacherError
 from prism_hf.recipe import Recipe, to_dict
 from prism_hf.recipe_file import load_recipe, override_recipe, public_recipe
+
+if TYPE_CHECKING:
+    from prism_hf.data import ImageSplit
+    from prism_hf.reading import DistilledDataset
+    from prism_hf.stages import Stages
+    from prism_hf.teachers import Teacher
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,15 +63,13 @@ def main(args: argparse.Namespace) -> None:
     if len(words) != 1:
         raise RecipeError(f"expected one data set, got {len(words)}; protocol changes are written evaluation.key=value")
     quiet()
-    from prism_hf.data import load_test_split
     from prism_hf.evaluation import Contest
     from prism_hf.packaging import versions
-    from prism_hf.reading import DistilledDataset, load_distilled
+    from prism_hf.reading import load_distilled
     from prism_hf.report import summary
     from prism_hf.run import Run, make_accelerator
     from prism_hf.stages import Stages, evaluate_contest
     from prism_hf.storage import write_json
-    from prism_hf.teachers import Teacher
     from prism_hf.training import check_network
 
     accelerator = make_accelerator(threads=args.threads)
@@ -72,56 +78,21 @@ def main(args: argparse.Namespace) -> None:
     if distilled.recipe is None:
         raise DataError(f"{words[0]!r} has no recipe.yaml, which names the test data and the protocol")
     recipe = protocol(run_recipe(Path(words[0]), distilled.recipe), args, overrides)
-    check_network(
-        recipe.evaluation.student,
-        num_classes=len(distilled.class_names),
-        channels=recipe.data.channels,
-        size=distilled.images_uint8.shape[-1],
-    )
+    channels, size = distilled.images_uint8.shape[1], distilled.images_uint8.shape[-1]
+    check_network(recipe.evaluation.student, num_classes=len(distilled.class_names), channels=channels, size=size)
     folder = args.output or Path("outputs") / "evaluate" / recipe.name
     beside = Path(words[0]).parent / "teachers"
     teachers = args.teachers or (beside if beside.is_dir() else Path("outputs") / "teachers")
-    # One place per set of images: another data set of the same name must not find this one's control or scores.
-    place = folder / distilled.content
+    left_out: dict[str, str] = {}
+    train, test = real_parts(args, recipe, distilled.class_names, left_out)
+    # One place for all that control and scores depend on: another data set of the same name must not find them.
+    real = "" if train is None else train.content
+    settings = to_dict(replace(recipe, evaluation=replace(recipe.evaluation, seeds=(0,))))["evaluation"]
+    place = folder / digest(distilled.content, real)
     run = Run(recipe, place, teachers, accelerator)
-    stages, left_out = Stages(run), {}
-
-    def or_left_out(row: str, error: PrismError) -> None:
-        left_out[row] = f"not yet run: {error}"
-
-    train = test = None
-    try:
-        train, test = stages.data.train, stages.data.test
-    except DataError as error:
-        if args.test is None:
-            raise
-        or_left_out("random real", error)
-        or_left_out("all real", error)
-    if args.test is not None:
-        source, split = args.test, "test"
-        if ":" in source and not Path(source).exists():
-            source, _, split = source.rpartition(":")
-        test = load_test_split(recipe.data, source, split, distilled.class_names)
-    assert test is not None
-
-    control: DistilledDataset | None = None
-    verifier: Teacher | None = None
-    network: Teacher | None = None
-    if train is not None:
-        try:
-            stages.build_control()
-            with accelerator.main_process_first():
-                control = load_distilled(run.control)
-        except (TeacherError, StageError, DataError) as error:
-            or_left_out("random real", error)
-        try:
-            judge = recipe.teachers.verifier or recipe.teachers.logit
-            network = stages.teachers([judge])[judge]
-            verifier = network if recipe.teachers.verifier else None
-        except (TeacherError, StageError) as error:
-            or_left_out("verifier and similarity", error)
-    if train is not None and not recipe.evaluation.full_data_epochs:
-        left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
+    stages = Stages(run)
+    control = None if train is None else find_control(stages, distilled, left_out)
+    network = None if train is None else find_judge(stages, left_out)
     contest = Contest(
         distilled=distilled,
         control=control,
@@ -131,9 +102,8 @@ def main(args: argparse.Namespace) -> None:
         view=recipe.relabel.view,
         left_out=left_out,
     )
-    settings = to_dict(replace(recipe, evaluation=replace(recipe.evaluation, seeds=(0,))))["evaluation"]
-    key = json.dumps([settings, test.content, to_dict(recipe)["relabel"], "" if train is None else train.content])
-    scores = run.work / f"students-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    scores = run.work / f"students-{digest(json.dumps(settings), test.content)}"
+    verifier = network if recipe.teachers.verifier else None
     evaluation = evaluate_contest(run, contest, scores, verifier=verifier, network=network)
     if accelerator.is_main_process:
         report = {
@@ -147,6 +117,64 @@ def main(args: argparse.Namespace) -> None:
         }
         write_json(folder / "report.json", report)
         sys.stdout.write(summary(report) + f"\nreport: {folder / 'report.json'}\n")
+
+
+def real_parts(
+    args: argparse.Namespace, recipe: Recipe, class_names: Sequence[str], left_out: dict[str, str]
+) -> tuple["ImageSplit | None", "ImageSplit"]:
+    """The real training images, where they can be reached, and the test part that was asked for."""
+    from prism_hf.data import load_source, load_test_split
+
+    train = test = None
+    try:
+        data = load_source(recipe.data)
+        train, test = data.train, data.test
+        if not recipe.evaluation.full_data_epochs:
+            left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
+    except DataError as error:
+        if args.test is None:
+            raise
+        left_out |= {row: f"not yet run: {error}" for row in ("random real", "all real")}
+    if args.test is not None:
+        source, split = args.test, "test"
+        if ":" in source and not Path(source).exists():
+            source, _, split = source.rpartition(":")
+        test = load_test_split(recipe.data, source, split, class_names)
+    assert test is not None
+    return train, test
+
+
+def find_control(stages: "Stages", distilled: "DistilledDataset", left_out: dict[str, str]) -> "DistilledDataset | None":
+    """Random real images labelled by the very teachers that labelled the data set, or the reason why there are none."""
+    from prism_hf.reading import load_distilled
+
+    try:
+        public = public_recipe(stages.recipe).relabel.teachers
+        loaded = stages.teachers(stages.recipe.relabel.teachers)
+        for name, teacher in zip(public, loaded.values(), strict=True):
+            if distilled.teacher_weights.get(name) != teacher.weights_sha256:
+                raise TeacherError(f"teacher {name!r} here has other weights than the one that labelled the data set")
+        stages.build_control()
+        with stages.run.accelerator.main_process_first():
+            return load_distilled(stages.run.control)
+    except (TeacherError, StageError, DataError) as error:
+        left_out["random real"] = f"not yet run: {error}"
+        return None
+
+
+def find_judge(stages: "Stages", left_out: dict[str, str]) -> "Teacher | None":
+    """The network that judges images and measures their similarity, where it can be reached."""
+    judge = stages.recipe.teachers.verifier or stages.recipe.teachers.logit
+    try:
+        return stages.teachers([judge])[judge]
+    except (TeacherError, StageError) as error:
+        left_out["verifier and similarity"] = f"not yet run: {error}"
+        return None
+
+
+def digest(*parts: str) -> str:
+    """Sixteen hex digits that name a combination of parts."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def run_recipe(dataset: Path, shipped: Recipe) -> Recipe:

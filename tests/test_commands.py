@@ -281,3 +281,15 @@ def test_paths_with_an_equals_sign_are_paths(tmp_path):
     odd = tmp_path / "lr=0.1"
     odd.mkdir()
     assert split_overrides([str(odd), "a.b=1"]) == ([str(odd)], ["a.b=1"])
+
+
+def test_the_control_is_labelled_by_the_very_same_teachers_or_left_out(made, tmp_path):
+    folder = Path(shutil.copytree(made / "dataset", tmp_path / "copy"))
+    provenance = json.loads((folder / "provenance.json").read_text())
+    for teacher in provenance["teachers"]:
+        teacher["weights_sha256"] = "0" * 64
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    assert evaluate(folder, "--teachers", made / "teachers", "--seeds", "1", "--output", tmp_path / "e") == 0
+    report = json.loads((tmp_path / "e" / "report.json").read_text())["evaluation"]
+    assert {row["images"] for row in report["rows"]} == {"distilled"}
+    assert "other weights" in report["left_out"]["random real"]

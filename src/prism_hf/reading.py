@@ -6,8 +6,9 @@ Legend: N images, C channels, H W pixels, K classes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class DistilledDataset:
         label_bytes: Bytes of everything else in the two tables' files.
         recipe: The recipe in the folder, or `None`.
         content: Sixteen hex digits over images, labels and all views: whether this is the same data set.
+        teacher_weights: SHA-256 of the weights of each teacher, as provenance.json tells.
     """
 
     images_uint8: Tensor
@@ -56,6 +58,7 @@ class DistilledDataset:
     label_bytes: int
     recipe: Recipe | None
     content: str
+    teacher_weights: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_distilled(source: str | Path, *, revision: str | None = None, channels: int | None = None) -> DistilledDataset:
@@ -78,7 +81,8 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
     missing = set(view_features(2)) - set(views.column_names) | (set(image_features(["a", "b"])) - set(images.column_names))
     if missing:
         raise DataError(f"{str(source)!r} is no distilled data set of this format: no column {', '.join(sorted(missing))}")
-    recipe = _load_shipped_recipe(source, revision)
+    shipped = _shipped(source, "recipe.yaml", revision)
+    recipe = load_recipe(shipped) if shipped else None
     raw = images.cast_column("image", datasets.Image(decode=False))
     encoded = [cell["bytes"] for cell in raw["image"]]
     if channels is None:
@@ -99,6 +103,7 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
         label_bytes=max(0, sum(sizes) - image_bytes),
         recipe=recipe,
         content=_content(encoded, images, views),
+        teacher_weights=_teacher_weights(_shipped(source, "provenance.json", revision)),
     )
 
 
@@ -116,16 +121,24 @@ def _load(source: str | Path, config: str, revision: str | None) -> datasets.Dat
         ) from error
 
 
-def _load_shipped_recipe(source: str | Path, revision: str | None) -> Recipe | None:
+def _shipped(source: str | Path, name: str, revision: str | None) -> Path | None:
+    """A file beside the tables, fetched if the data set is on the Hub; `None` if it has no such file."""
     if Path(source).is_dir():
-        path = Path(source) / "recipe.yaml"
-        return load_recipe(path) if path.is_file() else None
+        path = Path(source) / name
+        return path if path.is_file() else None
     try:
-        return load_recipe(hf_hub_download(str(source), "recipe.yaml", repo_type="dataset", revision=revision))
+        return Path(hf_hub_download(str(source), name, repo_type="dataset", revision=revision))
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-        raise DataError(f"recipe.yaml of {str(source)!r} cannot be fetched: {type(error).__name__}") from error
+        raise DataError(f"{name} of {str(source)!r} cannot be fetched: {type(error).__name__}") from error
+
+
+def _teacher_weights(provenance: Path | None) -> dict[str, str]:
+    if provenance is None:
+        return {}
+    teachers = json.loads(provenance.read_text(encoding="utf-8"))["teachers"]
+    return {teacher["name"]: teacher["weights_sha256"] for teacher in teachers}
 
 
 def _content(encoded: list[bytes], images: datasets.Dataset, views: datasets.Dataset) -> str:
