@@ -63,12 +63,12 @@ def main(args: argparse.Namespace) -> None:
     if len(words) != 1:
         raise RecipeError(f"expected one data set, got {len(words)}; protocol changes are written evaluation.key=value")
     quiet()
-    from prism_hf.evaluation import Contest
+    from prism_hf.evaluation import Contest, evaluate_contest
     from prism_hf.packaging import versions
     from prism_hf.reading import load_distilled
     from prism_hf.report import summary
     from prism_hf.run import Run, make_accelerator
-    from prism_hf.stages import Stages, evaluate_contest
+    from prism_hf.stages import Stages
     from prism_hf.storage import write_json
     from prism_hf.training import check_network
 

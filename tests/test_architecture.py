@@ -14,7 +14,8 @@ MODULES = sorted(SRC.glob("*.py"))
 # Low to high: a module imports only from modules before it. `__init__` sees all.
 ORDER = (
     "errors storage recipe recipe_file plan pixels views alignment data teachers training synthesis diversity "
-    "squeeze relabel packaging reading hub students report pictures card evaluation run stages command __init__"
+    "squeeze relabel packaging reading hub students report pictures card run evaluation preflight "
+    "stages command __init__"
 ).split()
 TEST_FILE = {"command": "test_commands.py"}
 every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import tqdm
 from torch import Tensor
 
 from .data import ImageSplit
@@ -17,6 +18,7 @@ from .pixels import to_reference
 from .reading import DistilledDataset
 from .recipe import EvaluationRecipe, RelabelView
 from .report import Evaluation, Score, SetFacts
+from .run import Run
 from .storage import write_json
 from .students import ROWS, Row, train_on_real, train_student
 from .teachers import Teacher
@@ -84,6 +86,17 @@ def run_task(contest: Contest, row: Row, seed: int, folder: Path, *, device: tor
         assert source is not None
         student = train_student(source, contest.settings, labels=row.labels, seed=seed, device=device)
     write_json(path, {"top1": score(student, contest.test, device=device)})
+
+
+def evaluate_contest(
+    run: Run, contest: Contest, folder: Path, *, verifier: Teacher | None, network: Teacher | None
+) -> Evaluation:
+    """Train the students of a contest, shared over the processes, keep their scores in `folder`, collect the table."""
+    device = run.accelerator.device
+    for row, seed in tqdm(run.mine(contest.tasks()), desc="evaluate"):
+        run_task(contest, row, seed, folder, device=device)
+    run.accelerator.wait_for_everyone()
+    return collect(contest, folder, verifier=verifier, network=network, device=device)
 
 
 def collect(

@@ -418,8 +418,13 @@ class Recipe:
     @property
     def squeezed_teachers(self) -> tuple[str, ...]:
         """`squeeze:` teachers named anywhere in the recipe, each once, in order of first mention."""
-        named = (*self.teachers.synthesis_names, *self.relabel.teachers, self.teachers.verifier or "")
-        return tuple(dict.fromkeys(n for n in named if n.startswith(SQUEEZE_PREFIX)))
+        return tuple(name for name in self.all_teachers if name.startswith(SQUEEZE_PREFIX))
+
+    @property
+    def all_teachers(self) -> tuple[str, ...]:
+        """Every network of the recipe, each once: logit teacher, pool, labellers, verifier."""
+        verifier = (self.teachers.verifier,) if self.teachers.verifier else ()
+        return tuple(dict.fromkeys((*self.teachers.synthesis_names, *self.relabel.teachers, *verifier)))
 
     def fingerprint(self, *sections: str) -> str:
         """Sixteen hex digits of the SHA-256 of the recipe's values, or of the named sections and the seed.

@@ -7,7 +7,7 @@ the first one stopped, with any number of processes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,15 +19,15 @@ from torch import Tensor
 from .alignment import BNAlignment
 from .card import card_facts, render_card, render_control_card
 from .data import SourceData, load_source, real_rows
-from .diversity import classifier_of
-from .errors import DataError, OutputError, RecipeError, StageError, TeacherError
-from .evaluation import Contest, collect, run_task
+from .errors import DataError, StageError
+from .evaluation import Contest, evaluate_contest
 from .packaging import Epoch, ImageTable, build_dataset, versions, write_provenance
 from .pictures import draw_diversity, draw_grid, grid
 from .pixels import decode, encode, noise, to_reference
 from .plan import STAGES, SynthesisJob, plan_jobs, share_of
+from .preflight import check_inputs, check_verifier, inputs_of
 from .reading import load_distilled
-from .recipe import SQUEEZE_PREFIX, Recipe, to_dict
+from .recipe import to_dict
 from .recipe_file import public_recipe
 from .relabel import label_images, relabel_epoch
 from .report import LABELS, Evaluation
@@ -92,50 +92,19 @@ class Stages:
         data = recipe.data
         check_network(recipe.evaluation.student, num_classes=data.num_classes, channels=data.channels, size=data.size)
         check_architectures(recipe)
-        there = [name for name in _teacher_names(recipe) if name not in recipe.squeezed_teachers]
+        there = [name for name in recipe.all_teachers if name not in recipe.squeezed_teachers]
         loaded = self.teachers(there)
         for name in set(there) & set(recipe.teachers.bn_candidates):
             BNAlignment(loaded[name].model, name=name)
-        self._check_verifier(loaded)
+        check_verifier(recipe, loaded)
         check_batch(recipe, self.data)
         if recipe.synthesis.init != "noise":
             self._initial_rows()
-        self._check_inputs()
-
-    def _check_verifier(self, loaded: Mapping[str, Teacher]) -> None:
-        """A verifier is another architecture than every network in the loss, whatever it is called."""
-        name = self.recipe.teachers.verifier
-        if name is None:
-            return
-
-        def architecture(teacher: str) -> str:
-            return loaded[teacher].architecture if teacher in loaded else teacher.removeprefix(SQUEEZE_PREFIX)
-
-        for teacher in self.recipe.teachers.synthesis_names:
-            if architecture(teacher) == architecture(name):
-                raise RecipeError(
-                    f"verifier {name!r} has the architecture of teacher {teacher!r} ({architecture(name)}); a verifier "
-                    "must be held out, name another architecture"
-                )
-        if name in loaded and classifier_of(loaded[name].model) is None:
-            raise TeacherError(f"verifier {name!r} has no linear classifier to take features from; name another one")
-
-    def _inputs(self) -> dict[str, object]:
-        loaded = {name: teacher.weights_sha256 for name, teacher in sorted(self._teachers.items())}
-        there = {name: sha for name, sha in loaded.items() if name not in self.recipe.squeezed_teachers}
-        return {"train": self.data.train.content, "test": self.data.test.content, "teachers": there}
-
-    def _check_inputs(self) -> None:
-        path = self.run.work / "inputs.json"
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != self._inputs():
-            raise OutputError(
-                f"the data or the teachers behind {self.run.folder} have changed since it was started (see {path}); what "
-                "is finished there would not fit. Use another folder (--output DIR)"
-            )
+        check_inputs(self.run.work / "inputs.json", inputs_of(recipe, self.data, loaded))
 
     def record_inputs(self) -> None:
         """Keep what the names in the recipe stood for, so that a later launch notices a change behind them."""
-        write_json(self.run.work / "inputs.json", self._inputs())
+        write_json(self.run.work / "inputs.json", inputs_of(self.recipe, self.data, self._teachers))
 
     def teachers(self, names: Sequence[str]) -> dict[str, Teacher]:
         """Loaded and checked teachers, each once."""
@@ -386,11 +355,11 @@ class Stages:
             teacher_logits=read_tensors(logits)[0]["teacher_logits"],
         )
         build_dataset(folder, table, self._epochs(name), recipe=self._public, class_names=self.data.class_names)
-        loaded = self.teachers(_teacher_names(self.recipe))
+        loaded = self.teachers(self.recipe.all_teachers)
         write_provenance(
             folder,
             recipe=self._public,
-            teachers=dict(zip(_teacher_names(self._public), loaded.values(), strict=True)),
+            teachers=dict(zip(self._public.all_teachers, loaded.values(), strict=True)),
             source_revision=self.data.revision,
             source_on_hub=self.data.on_hub,
             hardware=self.run.hardware,
@@ -465,20 +434,3 @@ class Stages:
 
     def _bar(self, items: Sequence[T], name: str) -> Iterator[T]:
         yield from tqdm(items, desc=name)
-
-
-def _teacher_names(recipe: Recipe) -> list[str]:
-    """Every network of a recipe, each once: logit teacher, pool, labellers, verifier."""
-    verifier = [recipe.teachers.verifier] if recipe.teachers.verifier else []
-    return list(dict.fromkeys([*recipe.teachers.synthesis_names, *recipe.relabel.teachers, *verifier]))
-
-
-def evaluate_contest(
-    run: Run, contest: Contest, folder: Path, *, verifier: Teacher | None, network: Teacher | None
-) -> Evaluation:
-    """Train the students of a contest, shared over the processes, keep their scores in `folder`, collect the table."""
-    device = run.accelerator.device
-    for row, seed in tqdm(run.mine(contest.tasks()), desc="evaluate"):
-        run_task(contest, row, seed, folder, device=device)
-    run.accelerator.wait_for_everyone()
-    return collect(contest, folder, verifier=verifier, network=network, device=device)

@@ -1,0 +1,62 @@
+"""What can be found wrong before anything costs time, beyond a single module's own checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from .data import SourceData
+from .diversity import classifier_of
+from .errors import OutputError, RecipeError, TeacherError
+from .recipe import SQUEEZE_PREFIX, Recipe
+from .teachers import Teacher
+
+
+def check_verifier(recipe: Recipe, loaded: Mapping[str, Teacher]) -> None:
+    """A verifier is another architecture than every network in the loss, whatever it is called.
+
+    Args:
+        recipe: Names verifier and teachers.
+        loaded: Those of them that are not squeezed.
+
+    Raises:
+        RecipeError: The same architecture teaches.
+        TeacherError: It has no features to measure similarity with.
+    """
+    name = recipe.teachers.verifier
+    if name is None:
+        return
+
+    def architecture(teacher: str) -> str:
+        return loaded[teacher].architecture if teacher in loaded else teacher.removeprefix(SQUEEZE_PREFIX)
+
+    for teacher in recipe.teachers.synthesis_names:
+        if architecture(teacher) == architecture(name):
+            raise RecipeError(
+                f"verifier {name!r} has the architecture of teacher {teacher!r} ({architecture(name)}); a verifier must be "
+                "held out, name another architecture"
+            )
+    if name in loaded and classifier_of(loaded[name].model) is None:
+        raise TeacherError(f"verifier {name!r} has no linear classifier to take features from; name another one")
+
+
+def inputs_of(recipe: Recipe, data: SourceData, loaded: Mapping[str, Teacher]) -> dict[str, object]:
+    """What the names in a recipe stand for now: contents of the data, weights of the teachers that are not squeezed."""
+    weights = {
+        name: teacher.weights_sha256 for name, teacher in sorted(loaded.items()) if name not in recipe.squeezed_teachers
+    }
+    return {"train": data.train.content, "test": data.test.content, "teachers": weights}
+
+
+def check_inputs(path: Path, inputs: Mapping[str, object]) -> None:
+    """Compare with what an earlier launch recorded at `path`, if there was one.
+
+    Raises:
+        OutputError: Data or teachers have changed behind their names.
+    """
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != inputs:
+        raise OutputError(
+            f"the data or the teachers of this run have changed since it was started (see {path}); what is finished there "
+            "would not fit. Use another folder (--output DIR)"
+        )

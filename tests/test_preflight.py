@@ -1,0 +1,49 @@
+import dataclasses
+import json
+
+import pytest
+from conftest import make_teacher
+from pipeline import tiny
+
+from prism_hf.data import load_source
+from prism_hf.errors import OutputError, RecipeError, TeacherError
+from prism_hf.preflight import check_inputs, check_verifier, inputs_of
+
+
+def named(name, architecture="test_byobnet"):
+    return dataclasses.replace(make_teacher(architecture, num_classes=10), name=name)
+
+
+def test_a_verifier_of_another_architecture_passes():
+    check_verifier(tiny("teachers.verifier=squeeze:test_resnet"), {})
+    check_verifier(tiny("teachers.verifier=null"), {})
+
+
+@pytest.mark.parametrize("role", ["logit", "bn_pool"])
+def test_an_architecture_in_the_loss_is_no_verifier(role):
+    architecture = {"logit": "test_byobnet", "bn_pool": "test_efficientnet"}[role]
+    recipe = tiny("teachers.verifier=local-dir:somewhere")
+    with pytest.raises(RecipeError, match=f"has the architecture of teacher 'squeeze:{architecture}'"):
+        check_verifier(recipe, {"local-dir:somewhere": named("local-dir:somewhere", architecture)})
+
+
+def test_a_verifier_needs_a_linear_classifier():
+    judge = named("local-dir:x", "test_resnet")
+    judge.model.fc = None
+    with pytest.raises(TeacherError, match="no linear classifier"):
+        check_verifier(tiny("teachers.verifier=local-dir:x"), {"local-dir:x": judge})
+
+
+def test_changed_inputs_are_noticed(tmp_path):
+    recipe = tiny()
+    data = load_source(recipe.data)
+    other = named("local-dir:x")
+    before = inputs_of(recipe, data, {"local-dir:x": other, "squeeze:test_byobnet": other})
+    assert set(before["teachers"]) == {"local-dir:x"}
+    path = tmp_path / "inputs.json"
+    check_inputs(path, before)
+    path.write_text(json.dumps(before))
+    check_inputs(path, before)
+    for change in ({"train": "0"}, {"test": "0"}, {"teachers": {"local-dir:x": "0"}}):
+        with pytest.raises(OutputError, match="have changed"):
+            check_inputs(path, before | change)
