@@ -201,7 +201,8 @@ def test_the_lines_of_the_card_load_and_train(tmp_path):
     outside = {}
     exec(code, outside)
     assert outside["loss"].isfinite()
-    assert next(iter(outside["views"]))["image_index"] < 100
+    # To its end: leaving a stream early can abort the interpreter at exit (datasets#7357).
+    assert sum(row["image_index"] < 100 for row in outside["views"]) == 300
 
 
 # -- provenance -------------------------------------------------------------------------------------------------------
