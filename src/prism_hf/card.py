@@ -121,27 +121,24 @@ def render_control_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
 
 
 REPLAY = """\
+import torch
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 
-def crop_and_flip(image, box, flip):  # image: (C, H, W) float in [0, 1]
+def shown(image, box, flip):  # image: (C, H, W) float in [0, 1]
     top, left, height, width = box
     crop = image[None, :, top : top + height, left : left + width]
-    view = interpolate(crop, image.shape[-2:], mode="bilinear", antialias=True)[0]
-    return view.flip(-1) if flip else view
+    return interpolate(crop, image.shape[-2:], mode="bilinear", antialias=True)[0].flip([-1] if flip else [])
 
 
 def replay(row, images):  # row of "views", images = the "default" config
-    image, partner = (pil_to_tensor(images[row[key]]["image"]) / 255 for key in ("image_index", "mix_image_index"))
-    view = crop_and_flip(image, row["crop"], row["flip"])
-    if row["mix_image_index"] < 0:  # no partner
-        return view
-    other = crop_and_flip(partner, row["mix_crop"], row["mix_flip"])
-    top, left, height, width = row["mix_box"]
-    if height * width == 0:  # MixUp, or an empty CutMix box
-        return row["mix_weight"] * view + (1 - row["mix_weight"]) * other
-    view[:, top : top + height, left : left + width] = other[:, top : top + height, left : left + width]
+    own, partner = (pil_to_tensor(images[row[key]]["image"]) / 255 for key in ("image_index", "mix_image_index"))
+    view, (top, left, height, width) = shown(own, row["crop"], row["flip"]), row["mix_box"]
+    if row["mix_image_index"] >= 0:
+        share = torch.full_like(view, 1.0 if height * width else row["mix_weight"])  # CutMix, or a blend
+        share[:, top : top + height, left : left + width] = 0
+        view = share * view + (1 - share) * shown(partner, row["mix_crop"], row["mix_flip"])
     return view"""
 """The outsider's replay, shown in the card and the docs, and run by a test: no code of ours."""
 
