@@ -9,8 +9,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from prism_hf.data import load_source
 from prism_hf.errors import TeacherError
 from prism_hf.pixels import to_reference
-from prism_hf.squeeze import check_architectures, is_squeezed, load_squeezed, squeeze_teacher, teacher_folder
-from prism_hf.teachers import check_teacher
+from prism_hf.squeeze import check_architectures, is_squeezed, squeeze_teacher, teacher_folder
+from prism_hf.teachers import check_teacher, load_teacher
 
 CPU, NAME = torch.device("cpu"), "squeeze:test_efficientnet"
 FAST = ("data.size=8", "squeeze.batch_size=256")
@@ -20,6 +20,10 @@ def train(root, *overrides, name=NAME):
     recipe = tiny(*FAST, *overrides)
     report = squeeze_teacher(name, recipe, load_source(recipe.data), root, device=CPU)
     return recipe, teacher_folder(name, recipe, root), report
+
+
+def load_squeezed(name, recipe, root, *, device):
+    return load_teacher(name, device=device, squeezed={name: teacher_folder(name, recipe, root)})
 
 
 def weights(root, *overrides):

@@ -28,7 +28,6 @@ from .errors import TeacherError
 from .pixels import REFERENCE, reference_mean_std, to_reference
 from .plan import derived_seed
 from .recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
-from .teachers import Teacher, load_teacher
 from .training import build_network, check_network, fit, score, seeded
 from .views import draw_views, resample
 
@@ -213,8 +212,3 @@ def _repair_config(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config.get("model_args", {}).pop("num_classes", None)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def load_squeezed(name: str, recipe: Recipe, root: Path, *, device: torch.device) -> Teacher:
-    """Load a finished `squeeze:` teacher of a recipe."""
-    return load_teacher(name, device=device, squeezed={name: teacher_folder(name, recipe, root)})

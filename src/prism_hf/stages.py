@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +38,6 @@ from .synthesis import synthesize
 from .teachers import Teacher, check_teacher, load_teachers
 from .training import check_network
 
-T = TypeVar("T")
 SETS = ("distilled", "random_real")
 
 
@@ -99,7 +98,7 @@ class Stages:
         check_verifier(recipe, loaded)
         check_batch(recipe, self.data)
         if recipe.synthesis.init != "noise":
-            self._initial_rows()
+            assert len(self._initial_rows) == recipe.num_images
         check_inputs(self.run.work / "inputs.json", inputs_of(recipe, self.data, loaded))
 
     def record_inputs(self) -> None:
@@ -128,6 +127,7 @@ class Stages:
         name = self.recipe.teachers.verifier
         return self.teachers([name])[name] if name else None
 
+    @cached_property
     def _initial_rows(self) -> np.ndarray:
         synthesis = self.recipe.synthesis
         return real_rows(self.data, synthesis.ipc, seed=self.recipe.seed, by_index=synthesis.init == "real_index")
@@ -145,7 +145,7 @@ class Stages:
         self.run.say(f"squeeze: {len(missing)} of {len(names)} teachers to train, in {root}")
         # Everybody knows what is missing before anybody finishes one.
         self.run.accelerator.wait_for_everyone()
-        for name in self._bar(self.run.mine(missing), "squeeze"):
+        for name in tqdm(self.run.mine(missing), desc="squeeze"):
             squeeze_teacher(name, self.recipe, self.data, root, device=self.run.accelerator.device)
         self.run.accelerator.wait_for_everyone()
         for name, top1 in self._squeezed_top1().items():
@@ -172,9 +172,10 @@ class Stages:
             teachers = self.teachers(self.recipe.teachers.synthesis_names)
             verifier = self._verifier()
         with tqdm(total=sum(job.iterations for job in mine), desc="synthesize", unit="step") as bar:
-            for number, job in enumerate(mine):
-                before = sum(earlier.iterations for earlier in mine[:number])
+            before = 0
+            for job in mine:
                 self._one_job(job, teachers, verifier, before, bar.update)
+                before += job.iterations
 
     def _one_job(
         self,
@@ -213,7 +214,7 @@ class Stages:
             return noise((len(job.classes), data.channels, data.size, data.size), generator)
         ipc = self.recipe.synthesis.ipc
         rows = [c * ipc + s for c, s in zip(job.classes, job.slots, strict=True)]
-        return to_reference(self.data.train.images(self._initial_rows()[rows]))
+        return to_reference(self.data.train.images(self._initial_rows[rows]))
 
     def _synthesis_fingerprint(self) -> str:
         return self.recipe.fingerprint("data", "teachers", "squeeze", "synthesis")
@@ -263,7 +264,7 @@ class Stages:
         teachers = list(self.teachers(self.recipe.relabel.teachers).values())
         device, settings = self.run.accelerator.device, self.recipe.relabel
         images = {name: self._decoded(name).to(device) for name in sets}
-        for name, epoch in self._bar(self.run.mine(tasks), "relabel"):
+        for name, epoch in tqdm(self.run.mine(tasks), desc="relabel"):
             columns = relabel_epoch(epoch, images[name], teachers, settings, seed=self.recipe.seed)
             tensors = {key: torch.from_numpy(value) for key, value in columns.items()}
             write_tensors(self._epoch_file(name, epoch), tensors, {})
@@ -431,6 +432,3 @@ class Stages:
             "versions": versions(),
             "settings": to_dict(self.recipe),
         }
-
-    def _bar(self, items: Sequence[T], name: str) -> Iterator[T]:
-        yield from tqdm(items, desc=name)

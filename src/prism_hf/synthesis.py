@@ -186,11 +186,7 @@ def synthesize(
                     if on_check is not None:
                         on_check(entry)
     except torch.OutOfMemoryError as error:
-        raise SynthesisError(
-            f"job {job.id}: out of memory with a batch of {len(labels)} images and teachers "
-            f"{', '.join(job.teachers.synthesis_names)}; the batch is part of the method and is not shrunk: lower "
-            "synthesis.batch_size in the recipe, or use a device with more memory"
-        ) from error
+        raise _out_of_memory(job) from error
     final = to_uint8(images.detach())
     logit = teachers[job.teachers.logit]
     return JobResult(
@@ -218,6 +214,14 @@ def _objective(job: SynthesisJob, settings: SynthesisRecipe, teachers: Mapping[s
         bn_weight=settings.bn_weight,
         reduction=settings.bn_reduction,
         first_bn_multiplier=settings.first_bn_multiplier,
+    )
+
+
+def _out_of_memory(job: SynthesisJob) -> SynthesisError:
+    return SynthesisError(
+        f"job {job.id}: out of memory with a batch of {len(job.classes)} images and teachers "
+        f"{', '.join(job.teachers.synthesis_names)}; the batch is part of the method and is not shrunk: lower "
+        "synthesis.batch_size in the recipe, or use a device with more memory"
     )
 
 
