@@ -24,7 +24,7 @@ from prism_hf.recipe import Recipe, to_dict
 from prism_hf.recipe_file import load_recipe, override_recipe, public_recipe
 
 if TYPE_CHECKING:
-    from prism_hf.data import ImageSplit
+    from prism_hf.data import ImageSplit, SourceData
     from prism_hf.reading import DistilledDataset
     from prism_hf.stages import Stages
     from prism_hf.teachers import Teacher
@@ -64,12 +64,14 @@ def main(args: argparse.Namespace) -> None:
         raise RecipeError(f"expected one data set, got {len(words)}; protocol changes are written evaluation.key=value")
     quiet()
     from prism_hf.evaluation import Contest, evaluate_contest
+    from prism_hf.model_folder import scored_on, source_facts
     from prism_hf.packaging import versions
     from prism_hf.reading import load_distilled
     from prism_hf.report import summary
     from prism_hf.run import Run, make_accelerator
     from prism_hf.stages import Stages
     from prism_hf.storage import write_json
+    from prism_hf.students import Keep
     from prism_hf.training import check_network
 
     accelerator = make_accelerator(threads=args.threads)
@@ -84,7 +86,8 @@ def main(args: argparse.Namespace) -> None:
     beside = Path(words[0]).parent / "teachers"
     teachers = args.teachers or (beside if beside.is_dir() else Path("outputs") / "teachers")
     left_out: dict[str, str] = {}
-    train, test = real_parts(args, recipe, distilled.class_names, left_out)
+    data, test = real_parts(args, recipe, distilled.class_names, left_out)
+    train = None if data is None else data.train
     # One place for all that control and scores depend on: another data set of the same name must not find them.
     real = "" if train is None else train.content
     settings = to_dict(replace(recipe, evaluation=replace(recipe.evaluation, seeds=(0,))))["evaluation"]
@@ -102,9 +105,16 @@ def main(args: argparse.Namespace) -> None:
         view=recipe.relabel.view,
         left_out=left_out,
     )
-    scores = run.work / f"students-{digest(json.dumps(settings), test.content)}"
+    protocol_key = digest(json.dumps(settings), test.content)
+    scores = run.work / f"students-{protocol_key}"
+    keep = Keep(
+        place / f"student-{protocol_key}",
+        source_facts(recipe, data),
+        scored_on(tested_recipe(recipe, args.test)),
+        dataset_id=None if Path(words[0]).is_dir() else words[0],
+    )
     verifier = network if recipe.teachers.verifier else None
-    evaluation = evaluate_contest(run, contest, scores, verifier=verifier, network=network)
+    evaluation = evaluate_contest(run, contest, scores, verifier=verifier, network=network, keep=keep)
     if accelerator.is_main_process:
         report = {
             "recipe": recipe.name,
@@ -117,18 +127,20 @@ def main(args: argparse.Namespace) -> None:
         }
         write_json(folder / "report.json", report)
         sys.stdout.write(summary(report) + f"\nreport: {folder / 'report.json'}\n")
+        if keep.folder.is_dir():
+            sys.stdout.write(f"student: {keep.folder}\n")
 
 
 def real_parts(
     args: argparse.Namespace, recipe: Recipe, class_names: Sequence[str], left_out: dict[str, str]
-) -> tuple["ImageSplit | None", "ImageSplit"]:
-    """The real training images, where they can be reached, and the test part that was asked for."""
+) -> tuple["SourceData | None", "ImageSplit"]:
+    """The real data, where they can be reached, and the test part that was asked for."""
     from prism_hf.data import load_source, load_test_split
 
-    train = test = None
+    data = test = None
     try:
         data = load_source(recipe.data)
-        train, test = data.train, data.test
+        test = data.test
         if not recipe.evaluation.full_data_epochs:
             left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
     except DataError as error:
@@ -136,12 +148,25 @@ def real_parts(
             raise
         left_out |= {row: f"not yet run: {error}" for row in ("random real", "all real")}
     if args.test is not None:
-        source, split = args.test, "test"
-        if ":" in source and not Path(source).exists():
-            source, _, split = source.rpartition(":")
-        test = load_test_split(recipe.data, source, split, class_names)
+        test = load_test_split(recipe.data, *named_test(args.test), class_names)
     assert test is not None
-    return train, test
+    return data, test
+
+
+def named_test(text: str) -> tuple[str, str]:
+    """Source and split of DATA[:SPLIT]."""
+    source, split = text, "test"
+    if ":" in source and not Path(source).exists():
+        source, _, split = source.rpartition(":")
+    return source, split
+
+
+def tested_recipe(recipe: Recipe, test: str | None) -> Recipe:
+    """The recipe with the test data that were asked for."""
+    if test is None:
+        return recipe
+    source, split = named_test(test)
+    return replace(recipe, data=replace(recipe.data, source=source, test_split=split, validation_fraction=0.0))
 
 
 def find_control(stages: "Stages", distilled: "DistilledDataset", left_out: dict[str, str]) -> "DistilledDataset | None":

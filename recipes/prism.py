@@ -6,6 +6,7 @@
     accelerate launch recipes/prism.py RECIPE.yaml --stage evaluate       # one stage, from what the earlier ones left
     accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
         recipes/prism.py RECIPE.yaml                                      # two processes: GPUs, or CPU without one
+    accelerate launch recipes/prism.py RECIPE.yaml --push-to-hub ORG/NAME # share it; private unless --public
 
 The same command goes on where an interrupted run stopped.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 # Python puts this folder first on its path, where our evaluate.py would hide the package of that name.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from prism_hf.command import add_common, quiet, run_command, split_overrides
+from prism_hf.command import add_common, add_target, quiet, run_command, split_overrides
 from prism_hf.errors import RecipeError
 from prism_hf.plan import STAGES, TRACKERS, describe_plan
 from prism_hf.recipe_file import load_recipe
@@ -34,8 +35,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage", choices=STAGES, help="run one stage only")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--log-with", metavar="|".join(TRACKERS), help="record losses, verifier accuracy and pictures")
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO", help="publish the data set in one commit; REPO is made if not there"
+    )
+    add_target(parser)
     add_common(parser)
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.push_to_hub is None and (args.public or args.revision != "main" or args.create_pr or args.replace):
+        parser.error("--public, --revision, --create-pr and --replace belong to --push-to-hub REPO")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -47,6 +55,8 @@ def main(args: argparse.Namespace) -> None:
         sys.stdout.write(describe_plan(recipe) + "\n")
         return
     quiet()
+    from prism_hf.bundle import bundle_of
+    from prism_hf.hub import Target, prepare, publish
     from prism_hf.report import summary
     from prism_hf.run import Run, check_folder, claim_folder, make_accelerator, start_trackers
     from prism_hf.stages import Stages
@@ -58,6 +68,16 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(folder, log_with=args.log_with, threads=args.threads)
     run = Run(recipe, folder, teachers, accelerator)
     stages = Stages(run)
+    target = None
+    if args.push_to_hub is not None and accelerator.is_main_process:
+        wanted = Target(
+            args.push_to_hub,
+            public=args.public,
+            revision=args.revision,
+            create_pr=args.create_pr,
+            replace_other=args.replace,
+        )
+        target = prepare(wanted, recipe.name)
     stages.check()
     # From here on something is written.
     if accelerator.is_main_process:
@@ -73,6 +93,8 @@ def main(args: argparse.Namespace) -> None:
             sys.stdout.write(summary(json.loads(report.read_text(encoding="utf-8"))) + "\n")
         if run.dataset.is_dir():
             sys.stdout.write(f"data set: {run.dataset}\n")
+        if target is not None:
+            sys.stdout.write(f"{publish(bundle_of(run.dataset), target).url}\n")
 
 
 if __name__ == "__main__":

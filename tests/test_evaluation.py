@@ -1,15 +1,20 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_teacher
+from pipeline import sha_tree
 
+from prism_hf import evaluation
 from prism_hf.data import load_source
 from prism_hf.evaluation import Contest, collect, run_task, task_file
+from prism_hf.pixels import to_reference
 from prism_hf.reading import DistilledDataset
 from prism_hf.recipe_file import load_recipe
-from prism_hf.students import ROWS, Row
+from prism_hf.students import KEPT, ROWS, Keep, Row
+from prism_hf.teachers import load_teacher
 from prism_hf.views import draw_views, from_columns, to_columns
 
 DEVICE = torch.device("cpu")
@@ -80,6 +85,81 @@ def test_scores_are_kept_and_not_computed_again(source, tmp_path):
     path.write_text('{"top1": 0.125}')
     run_task(made, row, 0, tmp_path, device=DEVICE)
     assert json.loads(path.read_text())["top1"] == 0.125
+
+
+def keep_in(folder):
+    source = {"id": "digits", "on_hub": False, "revision": None, "licence": "CC BY 4.0"}
+    return Keep(folder / "student", source, {"id": "digits", "split": "test"}, dataset_id="org/set")
+
+
+@pytest.fixture(scope="module")
+def kept(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept")
+    made = contest(source)
+    run_task(made, *made.kept(), folder, device=DEVICE, keep=keep_in(folder))
+    return made, folder
+
+
+def test_the_kept_student_scores_what_its_facts_and_its_score_say(kept):
+    made, folder = kept
+    facts = json.loads((folder / "student" / "student.json").read_text())
+    assert facts["test_top1"] == json.loads(task_file(folder, *made.kept()).read_text())["top1"]
+    assert facts["test_count"] == len(made.test) == 450
+    student = load_teacher(f"local-dir:{folder / 'student'}", device=DEVICE)
+    with torch.no_grad():
+        guesses = student.logits(to_reference(made.test.images(range(450)))).argmax(1)
+    assert float((guesses == torch.from_numpy(made.test.labels)).double().mean()) == pytest.approx(facts["test_top1"])
+    assert student.label_names == tuple("0123456789")
+    assert student.licence == "CC BY 4.0"
+    assert student.size == 32
+
+
+@pytest.mark.parametrize(
+    ("row", "seed", "there"),
+    [*((row, 0, row == KEPT) for row in ROWS), (KEPT, 1, False)],
+    ids=lambda value: value.key if isinstance(value, Row) else str(value),
+)
+def test_only_the_first_student_of_the_soft_distilled_row_is_kept(source, kept, tmp_path, row, seed, there):
+    run_task(contest(source), row, seed, tmp_path, device=DEVICE, keep=keep_in(tmp_path))
+    assert task_file(tmp_path, row, seed).is_file()
+    assert (tmp_path / "student").is_dir() == there
+    if there:
+        assert sha_tree(tmp_path) == sha_tree(kept[1])
+
+
+def test_the_first_seed_is_that_of_the_settings(source, tmp_path):
+    settings = load_recipe("recipes/digits/prism_ipc10.yaml", [*TINY, "evaluation.seeds=[7,0]"]).evaluation
+    for seed in (0, 7):
+        run_task(contest(source, settings=settings), KEPT, seed, tmp_path, device=DEVICE, keep=keep_in(tmp_path))
+        assert (tmp_path / "student").is_dir() == (seed == 7)
+    assert json.loads((tmp_path / "student" / "student.json").read_text())["seed"] == 7
+
+
+def test_no_student_is_kept_unless_asked(source, tmp_path):
+    run_task(contest(source), KEPT, 0, tmp_path, device=DEVICE)
+    assert list(sha_tree(tmp_path)) == ["distilled-soft-seed0.json"]
+
+
+def test_a_run_killed_between_student_and_score_makes_both_again(source, kept, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_task(contest(source), KEPT, 0, tmp_path, device=DEVICE, keep=keep_in(tmp_path))
+    assert (tmp_path / "student" / "student.json").is_file()
+    (tmp_path / "student" / "student.json").write_text("{}")
+    run_task(contest(source), KEPT, 0, tmp_path, device=DEVICE, keep=keep_in(tmp_path))
+    assert sha_tree(tmp_path) == sha_tree(kept[1])
+
+
+def test_a_score_without_its_student_is_left_as_it_is(source, kept, tmp_path):
+    """A run of an older version."""
+    shutil.copytree(kept[1], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "student")
+    run_task(contest(source), KEPT, 0, tmp_path, device=DEVICE, keep=keep_in(tmp_path))
+    assert list(sha_tree(tmp_path)) == ["distilled-soft-seed0.json"]
 
 
 def test_collect_reads_every_score_into_its_own_row(source, tmp_path):

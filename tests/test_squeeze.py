@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -41,8 +43,14 @@ def test_the_folder_says_what_it_was_trained_on(squeezed):
     assert is_squeezed(folder)
     assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name], "no draft is left"
     assert json.loads((folder / "squeeze.json").read_text()) == report
-    assert {"teacher", "fingerprint", "test_top1", "wall_time_s", "settings"} <= set(report)
+    assert report["kind"] == "teacher"
     assert report["teacher"] == NAME
+    assert report["architecture"] == "test_efficientnet"
+    assert (report["train_count"], report["test_count"], report["channels"]) == (1347, 450, 1)
+    assert report["source"] == {"id": "digits", "on_hub": False, "revision": None, "licence": recipe.data.licence}
+    assert report["test"] == {"id": "digits", "split": "test"}
+    assert report["settings"] == {"seed": 0, "data": "digits", "steps": 5, "epochs": 1}
+    assert report["wall_time_s"] > 0
     assert 0 <= report["test_top1"] <= 1
     assert folder.name == f"test_efficientnet-{report['fingerprint']}"
     config = json.loads((folder / "config.json").read_text())
@@ -50,6 +58,27 @@ def test_the_folder_says_what_it_was_trained_on(squeezed):
     assert config["pretrained_cfg"]["license"] == recipe.data.licence
     assert "num_classes" not in config.get("model_args", {})
     assert str(folder.parent) not in (folder / "squeeze.json").read_text() + (folder / "config.json").read_text()
+
+
+def test_a_local_source_is_named_without_its_path(tmp_path):
+    """The folder may be shared."""
+    recipe = tiny(*FAST)
+    data = load_source(recipe.data)
+    private = tiny(*FAST, "data.source=/home/someone/pictures")
+    report = squeeze_teacher(NAME, private, data, tmp_path, device=CPU)
+    assert report["source"]["id"] == report["settings"]["data"] == report["test"]["id"] == "pictures"
+    assert "someone" not in "".join(p.read_text() for p in teacher_folder(NAME, private, tmp_path).glob("*.json"))
+
+
+def test_a_teacher_of_an_older_version_still_teaches(squeezed, tmp_path):
+    recipe, folder, report = squeezed
+    old = Path(shutil.copytree(folder, tmp_path / folder.name))
+    kept = ("teacher", "fingerprint", "train_content", "test_top1", "wall_time_s")
+    settings = {key: report["settings"][key] for key in ("seed", "data", "steps")}
+    older = {key: report[key] for key in kept} | {"settings": settings}
+    (old / "squeeze.json").write_text(json.dumps(older))
+    assert train(tmp_path)[2] == older
+    assert load_squeezed(NAME, recipe, tmp_path, device=CPU).num_classes == 10
 
 
 def test_timm_transformers_and_we_load_it_with_equal_logits(squeezed):

@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
 from pipeline import PYTHON, RECIPE, ROOT, TINY, launch, mtimes, quiet_env, random_picture, sha_tree, tiny
@@ -69,7 +70,9 @@ def test_the_folder_is_complete(done):
     assert {"recipe.yaml", "report.json", "work/times.json"} <= files
     assert {Path(f).name for f in files if f.startswith("work/jobs")} == {f"job-{i:05d}.safetensors" for i in range(2)}
     rest = {f.split("/")[0] for f in files}
-    assert rest == {"recipe.yaml", "report.json", "dataset", "control", "work", "teachers"}
+    assert rest == {"recipe.yaml", "report.json", "dataset", "control", "student", "work", "teachers"}
+    student = {f.removeprefix("student/") for f in files if f.startswith("student/")}
+    assert student == {"config.json", "model.safetensors", "student.json"}
 
 
 def test_the_report_is_complete(done):
@@ -97,6 +100,20 @@ def test_the_report_is_complete(done):
     assert report["hardware"]["threads"] == 1
     assert report["evaluation"]["left_out"] == {}
     assert "distilled minus random real" in report["evaluation"]["in_words"]
+
+
+def test_the_student_is_the_first_one_of_the_table(done):
+    facts, report = (json.loads((done / name).read_text()) for name in ("student/student.json", "report.json"))
+    row = report["evaluation"]["rows"][0]
+    assert (row["images"], row["labels"]) == ("distilled", "soft")
+    assert (facts["seed"], facts["test_top1"], facts["test_count"]) == (row["seeds"][0], row["top1"][0], 450)
+    assert (facts["architecture"], facts["epochs"], facts["channels"]) == ("test_byobnet", 2, 1)
+    distilled = load_distilled(done / "dataset")
+    name = tiny().name
+    assert facts["dataset"] == {"name": name, "content": distilled.content, "images": 20, "hub_id": None}
+    assert facts["source"] == json.loads((done / "dataset" / "provenance.json").read_text())["source"]
+    assert facts["recipe_fingerprint"] == tiny().fingerprint()
+    assert timm.create_model(f"local-dir:{done / 'student'}", pretrained=True).num_classes == 10
 
 
 def test_data_set_and_control_hold_what_they_say(done):
@@ -133,7 +150,7 @@ def test_the_card_is_the_evaluated_one_without_times(done):
 
 
 def test_a_second_launch_changes_no_byte_and_trains_nothing(done):
-    kept = ("teachers", "work/jobs", "work/distilled/epoch", "work/distilled/encoded", "work/students")
+    kept = ("teachers", "work/jobs", "work/distilled/epoch", "work/distilled/encoded", "work/students", "student")
     dataset, control = sha_tree(done / "dataset"), sha_tree(done / "control")
     before = {path: time for path, time in mtimes(done).items() if any(f"done/{part}" in path for part in kept)}
     assert len(before) > 20
@@ -148,6 +165,7 @@ def test_stage_by_stage_gives_the_same_bytes_as_all_at_once(light, tmp_path):
         assert go(tmp_path / "out", *LIGHT, "--stage", stage) == 0
     assert sha_tree(tmp_path / "out" / "dataset") == sha_tree(light / "dataset")
     assert sha_tree(tmp_path / "out" / "control") == sha_tree(light / "control")
+    assert sha_tree(tmp_path / "out" / "student") == sha_tree(light / "student")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(report["wall_time_s"]) == list(STAGES)
     assert report["evaluation"] == json.loads((light / "report.json").read_text())["evaluation"]
@@ -157,7 +175,8 @@ def test_stage_by_stage_gives_the_same_bytes_as_all_at_once(light, tmp_path):
     "gone",
     [
         "work/jobs/job-00001.safetensors", "work/distilled/epoch-00001.safetensors",
-        "work/random_real/epoch-00000.safetensors", "work/students/distilled-soft-seed1.json", "dataset", "work",
+        "work/random_real/epoch-00000.safetensors", "work/students/distilled-soft-seed1.json",
+        "work/students/distilled-soft-seed0.json", "dataset", "work",
     ],
 )  # fmt: skip
 def test_what_is_missing_is_made_again_with_the_same_bytes(light, copied, done, gone):
@@ -167,6 +186,7 @@ def test_what_is_missing_is_made_again_with_the_same_bytes(light, copied, done, 
     assert go(copied, *LIGHT, teachers=done / "teachers") == 0
     assert sha_tree(copied / "dataset") == sha_tree(light / "dataset")
     assert sha_tree(copied / "control") == sha_tree(light / "control")
+    assert sha_tree(copied / "student") == sha_tree(light / "student")
     assert sha_tree(copied / "work" / "jobs") == sha_tree(light / "work" / "jobs")
     assert {p: mtimes(copied)[p] for p in left} == left, "a finished job is not touched"
     ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (copied, light))
@@ -249,7 +269,7 @@ def test_two_processes_give_the_same_bytes_as_one(done, tmp_path):
         capture_output=True, text=True, env=quiet_env(), check=False, timeout=300,
     )  # fmt: skip
     assert done_two.returncode == 0, done_two.stderr[-4000:]
-    for folder in ("dataset", "control", "work/jobs", "work/students"):
+    for folder in ("dataset", "control", "work/jobs", "work/students", "student"):
         assert sha_tree(two / "out" / folder) == sha_tree(one / folder), folder
     ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (two / "out", one))
     assert ours["evaluation"] == theirs["evaluation"]

@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import logging
 
 import datasets
 import pytest
@@ -10,7 +12,16 @@ from prism_hf.errors import DataError
 from prism_hf.evaluation import Contest
 from prism_hf.reading import DistilledDataset
 from prism_hf.relabel import label_images, relabel_epoch
-from prism_hf.students import ROWS, class_shares, soft_label_loss, train_on_real, train_student
+from prism_hf.students import (
+    ROWS,
+    Keep,
+    class_shares,
+    keep_student,
+    soft_label_loss,
+    train_on_real,
+    train_student,
+)
+from prism_hf.training import build_network
 from prism_hf.views import from_columns
 
 CPU = torch.device("cpu")
@@ -238,3 +249,49 @@ def test_full_data_epochs_and_seeds_decide_the_tasks(tiny_recipe, toy, split, ep
     assert {row.key for row in contest.rows()} == keys
     assert sorted((row.key, seed) for row, seed in tasks) == sorted((key, seed) for key in keys for seed in (3, 5))
     assert len({row.key for row in ROWS}) == 5
+
+
+def keep(tiny_recipe, toy, folder, changes=None):
+    settings = settings_of(tiny_recipe, changes)
+    student = build_network(settings.student, num_classes=3, channels=3).eval()
+    source = {"id": "org/real", "on_hub": True, "revision": "abc", "licence": "mit"}
+    place = Keep(folder / "student", source, {"id": "org/real", "split": "val"}, dataset_id="org/set")
+    keep_student(student, toy, settings, place, seed=5, top1=0.25, test_count=450)
+
+
+def test_the_facts_of_a_kept_student_are_complete(tiny_recipe, toy, tmp_path):
+    recipe = tiny_recipe()
+    keep(tiny_recipe, dataclasses.replace(toy, recipe=recipe), tmp_path, {"ema": 0.5})
+    assert json.loads((tmp_path / "student" / "student.json").read_text()) == {
+        "kind": "student",
+        "architecture": "test_resnet",
+        "labels": "soft",
+        "epochs": 2,
+        "channels": 3,
+        "dataset": {"name": "tiny", "content": "toy", "images": 7, "hub_id": "org/set"},
+        "source": {"id": "org/real", "on_hub": True, "revision": "abc", "licence": "mit"},
+        "test": {"id": "org/real", "split": "val"},
+        "recipe_fingerprint": recipe.fingerprint(),
+        "settings": {
+            "batch_size": 4, "loss": "mse_ce", "ce_weight": 0.1, "temperature": 20.0, "lr": 0.01, "weight_decay": 0.01,
+            "ema": 0.5,
+        },
+        "seed": 5,
+        "test_top1": 0.25,
+        "test_count": 450,
+    }  # fmt: skip
+
+
+def test_without_a_recipe_its_name_and_fingerprint_are_null(tiny_recipe, toy, tmp_path):
+    keep(tiny_recipe, toy, tmp_path, {"epochs": 1})
+    facts = json.loads((tmp_path / "student" / "student.json").read_text())
+    assert (facts["dataset"]["name"], facts["recipe_fingerprint"], facts["epochs"]) == (None, None, 1)
+
+
+def test_a_transformers_student_is_left_with_one_log_line(tiny_recipe, toy, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="prism_hf"):
+        keep(tiny_recipe, toy, tmp_path, {"student": "transformers:resnet"})
+    (line,) = (record.message for record in caplog.records)
+    assert "only timm architectures" in line
+    assert "transformers:resnet" in line
+    assert not any(tmp_path.iterdir())

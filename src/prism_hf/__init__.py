@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .alignment import BNAlignment
     from .card import render_card
     from .diversity import intra_class_similarity
+    from .hub import push_folder
     from .packaging import build_dataset
     from .plan import SynthesisJob, plan_jobs
     from .reading import DistilledDataset, load_distilled
@@ -33,6 +34,7 @@ _HOME = {
     "load_recipe": "recipe_file",
     "load_teachers": "teachers",
     "plan_jobs": "plan",
+    "push_folder": "hub",
     "relabel_epoch": "relabel",
     "render_card": "card",
     "synthesize": "synthesis",
@@ -50,6 +52,7 @@ __all__ = [
     "load_recipe",
     "load_teachers",
     "plan_jobs",
+    "push_folder",
     "relabel_epoch",
     "render_card",
     "synthesize",

@@ -23,6 +23,7 @@ from huggingface_hub import DatasetCardData
 from jinja2 import Environment, StrictUndefined
 
 from .packaging import VIEWS, image_features, view_features
+from .readme import block_of
 from .recipe import Recipe, to_dict
 from .recipe_file import dump_recipe
 from .report import markdown_table, table_rows
@@ -87,10 +88,10 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
     evaluation = facts["evaluation"]
     recipe_yaml = dump_recipe(recipe)
     seeds = evaluation["rows"][0]["seeds"] if evaluation and evaluation["rows"] else []
-    return environment.from_string(
+    body = environment.from_string(
         template
     ).render(
-        metadata=yaml.safe_dump(metadata(facts, recipe), sort_keys=False, allow_unicode=True).strip(),
+        placeholder=_placeholder(recipe.name),
         name=recipe.name,  # safe as it is: a recipe's name is letters, digits, dot, dash, underscore
         r=escape_all(facts["recipe"]),
         student=recipe.evaluation.student if re.fullmatch(r"\w+", recipe.evaluation.student) else "resnet18",
@@ -108,16 +109,39 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
         replay=REPLAY,
         method=method_in_words(recipe),
     )
+    return f"---\n{_header(facts, recipe)}---\n\n{block_of(body)}"
+
+
+def _header(facts: Mapping[str, Any], recipe: Recipe) -> str:
+    return yaml.safe_dump(metadata(facts, recipe), sort_keys=False, allow_unicode=True)
 
 
 def render_control_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
     """A short card for the control folder: random real images, so that plain `datasets` loads it the same way."""
-    header = yaml.safe_dump(metadata(facts, recipe), sort_keys=False, allow_unicode=True).strip()
     return (
-        f"---\n{header}\n---\n\n# {recipe.name}: random real images\n\n"
+        f"---\n{_header(facts, recipe)}---\n\n# {recipe.name}: random real images\n\n"
         f"{facts['tables']['default']['rows']} random real training images of {escape(recipe.data.source)}, relabelled "
         "by the same teachers under the same protocol as the distilled set: its control. Not distilled.\n"
     )
+
+
+def address_card(text: str, name: str, repo_id: str, revision: str | None = None) -> str:
+    """The card with the place where it will stand, instead of `ORG/NAME`.
+
+    Args:
+        text: From `render_card`.
+        name: Of the recipe.
+        repo_id: Hub id of the data set.
+        revision: Branch, unless it is the main one: the lines that load the data then name it.
+    """
+    text = text.replace(_placeholder(name), f'repo = "{repo_id}"', 1)
+    if revision is not None:
+        text = text.replace("load_dataset(repo, ", f"load_dataset(repo, revision={json.dumps(revision)}, ")
+    return text
+
+
+def _placeholder(name: str) -> str:
+    return f'repo = "ORG/{name}"  # a Hub id, or the path of this folder'
 
 
 REPLAY = """\

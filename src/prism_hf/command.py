@@ -13,10 +13,10 @@ from .errors import PrismError
 INTERRUPTED = 130
 
 
-def run_command(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
     """Run a command; an error of ours is one line on stderr and exit code 2, with a traceback only for `--debug`."""
     try:
-        main(args)
+        return main(args) or 0
     except PrismError as error:
         if args.debug:
             raise
@@ -25,13 +25,13 @@ def run_command(main: Callable[[argparse.Namespace], None], args: argparse.Names
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on where this run stopped\n")
         return INTERRUPTED
-    return 0
 
 
 def quiet() -> None:
     """Our log lines, without the progress bars and notices of the libraries below."""
     # Imported here: a command that only reads a recipe does not wait for them.
     import datasets
+    import huggingface_hub
     import transformers
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -39,12 +39,29 @@ def quiet() -> None:
     logging.getLogger("timm").setLevel(logging.WARNING)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Options of every command."""
+    """Options of every command that computes."""
     parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads per process")
+    add_debug(parser)
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """The option of every command."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Options of a push to the Hub."""
+    visible = parser.add_mutually_exclusive_group()
+    visible.add_argument("--private", dest="public", action="store_false", help="only you and your organisation (default)")
+    visible.add_argument("--public", action="store_true", help="everybody can read it")
+    parser.add_argument("--revision", metavar="BRANCH", default="main", help="push to a branch, made if not there")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of changing the branch")
+    parser.add_argument("--replace", action="store_true", help="publish even over something else that the repo holds")
+    parser.set_defaults(public=False)
 
 
 def _positive(text: str) -> int:

@@ -31,3 +31,7 @@ class StageError(PrismError, FileNotFoundError):
 
 class OutputError(PrismError, OSError):
     """The output folder cannot be used: it belongs to another recipe, or is not a run folder."""
+
+
+class HubError(PrismError, RuntimeError):
+    """The Hub cannot be used as asked: no token, no permission, a name that is taken, or no answer after several tries."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import tqdm
-from torch import Tensor
+from torch import Tensor, nn
 
 from .data import ImageSplit
 from .diversity import Diversity, intra_class_similarity, penultimate_features
@@ -20,7 +20,7 @@ from .recipe import EvaluationRecipe, RelabelView
 from .report import Evaluation, Score, SetFacts
 from .run import Run
 from .storage import write_json
-from .students import ROWS, Row, train_on_real, train_student
+from .students import KEPT, ROWS, Keep, Row, keep_student, train_on_real, train_student
 from .teachers import Teacher
 from .training import score
 
@@ -60,41 +60,70 @@ class Contest:
         """(row, seed), the long ceiling runs first, so that processes finish together."""
         return [(row, seed) for row in reversed(self.rows()) for seed in self.settings.seeds]
 
+    def kept(self) -> tuple[Row, int]:
+        """(row, seed) of the one student that may be kept: soft labels of the distilled images, first seed."""
+        return KEPT, self.settings.seeds[0]
+
 
 def task_file(folder: Path, row: Row, seed: int) -> Path:
     """Where the score of one student is kept."""
     return folder / f"{row.key}-seed{seed}.json"
 
 
-def run_task(contest: Contest, row: Row, seed: int, folder: Path, *, device: torch.device) -> None:
-    """Train and score one student, and keep its score; a score that is there already is left as it is."""
+def run_task(
+    contest: Contest, row: Row, seed: int, folder: Path, *, device: torch.device, keep: Keep | None = None
+) -> None:
+    """Train and score one student, and keep its score; a score that is there already is left as it is.
+
+    Args:
+        contest: What is compared.
+        row: The student's row.
+        seed: The student's seed.
+        folder: Where scores are kept.
+        device: Where to train.
+        keep: Where to keep the student itself, if it is the one of `Contest.kept`. It is stored before its score: a run
+            that is killed between the two makes both again.
+    """
     path = task_file(folder, row, seed)
     if path.is_file():
         return
-    if row.images == "full":
-        assert contest.train is not None
-        student = train_on_real(
-            contest.train,
-            contest.settings,
-            contest.view,
-            num_classes=len(contest.distilled.class_names),
-            seed=seed,
-            device=device,
-        )
-    else:
+    student = _train(contest, row, seed, device)
+    top1 = score(student, contest.test, device=device)
+    if keep is not None and (row, seed) == contest.kept():
+        count = len(contest.test)
+        keep_student(student, contest.distilled, contest.settings, keep, seed=seed, top1=top1, test_count=count)
+    write_json(path, {"top1": top1})
+
+
+def _train(contest: Contest, row: Row, seed: int, device: torch.device) -> nn.Module:
+    if row.images != "full":
         source = contest.distilled if row.images == "distilled" else contest.control
         assert source is not None
-        student = train_student(source, contest.settings, labels=row.labels, seed=seed, device=device)
-    write_json(path, {"top1": score(student, contest.test, device=device)})
+        return train_student(source, contest.settings, labels=row.labels, seed=seed, device=device)
+    assert contest.train is not None
+    return train_on_real(
+        contest.train,
+        contest.settings,
+        contest.view,
+        num_classes=len(contest.distilled.class_names),
+        seed=seed,
+        device=device,
+    )
 
 
 def evaluate_contest(
-    run: Run, contest: Contest, folder: Path, *, verifier: Teacher | None, network: Teacher | None
+    run: Run,
+    contest: Contest,
+    folder: Path,
+    *,
+    verifier: Teacher | None,
+    network: Teacher | None,
+    keep: Keep | None = None,
 ) -> Evaluation:
     """Train the students of a contest, shared over the processes, keep their scores in `folder`, collect the table."""
     device = run.accelerator.device
     for row, seed in tqdm(run.mine(contest.tasks()), desc="evaluate"):
-        run_task(contest, row, seed, folder, device=device)
+        run_task(contest, row, seed, folder, device=device, keep=keep)
     run.accelerator.wait_for_everyone()
     return collect(contest, folder, verifier=verifier, network=network, device=device)
 

@@ -76,8 +76,8 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
         >>> load_distilled("outputs/digits-prism-ipc10/dataset").images_uint8.shape
         torch.Size([100, 1, 32, 32])
     """
-    images = _load(source, "default", revision)
-    views = _load(source, VIEWS, revision)
+    images = open_table(source, "default", revision=revision)
+    views = open_table(source, VIEWS, revision=revision)
     missing = set(view_features(2)) - set(views.column_names) | (set(image_features(["a", "b"])) - set(images.column_names))
     if missing:
         raise DataError(f"{str(source)!r} is no distilled data set of this format: no column {', '.join(sorted(missing))}")
@@ -107,7 +107,17 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
     )
 
 
-def _load(source: str | Path, config: str, revision: str | None) -> datasets.Dataset:
+def open_table(source: str | Path, config: str, *, revision: str | None = None) -> datasets.Dataset:
+    """One table of a data set folder or a Hub data set of our format, as plain `datasets` opens it.
+
+    Args:
+        source: Folder, or Hub id.
+        config: "default" (the images) or "views".
+        revision: Of a Hub data set.
+
+    Raises:
+        DataError: Not found, or no such table; one line.
+    """
     path = Path(source)
     try:
         if path.is_dir():

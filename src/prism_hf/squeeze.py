@@ -1,16 +1,13 @@
 """How teachers are trained on a data set that has none on the Hub (SRe2L stage 1, "squeeze").
 
-A squeezed teacher is a folder that both timm (`local-dir:`) and transformers load: config.json and model.safetensors,
-beside squeeze.json with what it was trained on. Its name carries a fingerprint, so that recipes share teachers.
+A squeezed teacher is a model folder (see `model_folder`) whose squeeze.json says what it was trained on. The folder's name
+carries a fingerprint, so that recipes share teachers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,16 +15,17 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from .alignment import BNAlignment
 from .data import ImageSplit, SourceData
 from .diversity import classifier_of
 from .errors import TeacherError
-from .pixels import REFERENCE, reference_mean_std, to_reference
+from .model_folder import is_stored, scored_on, source_facts, store_network
+from .pixels import reference_mean_std, to_reference
 from .plan import derived_seed
 from .recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
+from .recipe_file import public_recipe
 from .training import build_network, check_network, fit, score, seeded
 from .views import draw_views, resample
 
@@ -41,7 +39,7 @@ def teacher_folder(name: str, recipe: Recipe, root: Path) -> Path:
 
 def is_squeezed(folder: Path) -> bool:
     """Whether a folder holds a finished teacher (it is renamed into place as a whole)."""
-    return all((folder / name).is_file() for name in ("config.json", "model.safetensors", "squeeze.json"))
+    return is_stored(folder, "squeeze")
 
 
 def read_squeezed(folder: Path, data: SourceData) -> dict[str, object]:
@@ -102,42 +100,76 @@ def squeeze_teacher(name: str, recipe: Recipe, data: SourceData, root: Path, *, 
         device: Where to train.
 
     Returns:
-        The contents of squeeze.json: `teacher`, `fingerprint`, `train_content`, `test_top1`, `wall_time_s`, `settings`.
+        The contents of squeeze.json; see `_report`.
     """
     folder = teacher_folder(name, recipe, root)
     if is_squeezed(folder):
         return read_squeezed(folder, data)
     started = time.perf_counter()
-    architecture = name.removeprefix(SQUEEZE_PREFIX)
+    check_batch(recipe, data)
+    network = _train(name.removeprefix(SQUEEZE_PREFIX), recipe, data, device)
+    top1 = score(lambda x: network(_as_rgb(x)), data.test, device=device)
+    report = _report(name, recipe, data) | {
+        "fingerprint": folder.name.rpartition("-")[2],
+        "test_top1": top1,
+        "wall_time_s": round(time.perf_counter() - started, 2),
+    }
+    store_network(
+        network,
+        folder,
+        architecture=name.removeprefix(SQUEEZE_PREFIX),
+        size=recipe.data.size,
+        channels=3,
+        class_names=data.class_names,
+        licence=recipe.data.licence,
+        facts=report,
+        facts_name="squeeze",
+    )
+    return report
+
+
+def _steps(settings: SqueezeRecipe, split: ImageSplit) -> int:
+    return settings.epochs * (len(split) // settings.batch_size)
+
+
+def _train(architecture: str, recipe: Recipe, data: SourceData, device: torch.device) -> nn.Module:
     seed = derived_seed(recipe.seed, "squeeze", architecture)
     settings, split = recipe.squeeze, data.train
-    check_batch(recipe, data)
-    steps = settings.epochs * (len(split) // settings.batch_size)
     with seeded(seed, device):
         network = build_network(architecture, num_classes=data.num_classes, channels=3)
         network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         batches = _batches(split, settings, seed)
         on_device = ((_as_rgb(images.to(device)), labels.to(device)) for images, labels in batches)
-        fit(
+        return fit(
             network,
             on_device,
             F.cross_entropy,
-            steps=steps,
+            steps=_steps(settings, split),
             lr=settings.lr,
             weight_decay=settings.weight_decay,
             schedule="one_cycle",
         )
-    top1 = score(lambda x: network(_as_rgb(x)), data.test, device=device)
-    report: dict[str, object] = {
+
+
+def _report(name: str, recipe: Recipe, data: SourceData) -> dict[str, object]:
+    """What squeeze.json says beside the result; a local source only by the last part of its path, since it is shared."""
+    return {
+        "kind": "teacher",
         "teacher": name,
-        "fingerprint": folder.name.rpartition("-")[2],
+        "architecture": name.removeprefix(SQUEEZE_PREFIX),
         "train_content": data.train.content,
-        "test_top1": top1,
-        "wall_time_s": round(time.perf_counter() - started, 2),
-        "settings": {"seed": recipe.seed, "data": recipe.data.source, "steps": steps},
+        "train_count": len(data.train),
+        "test_count": len(data.test),
+        "channels": recipe.data.channels,
+        "source": source_facts(recipe, data),
+        "test": scored_on(recipe),
+        "settings": {
+            "seed": recipe.seed,
+            "data": public_recipe(recipe).data.source,
+            "steps": _steps(recipe.squeeze, data.train),
+            "epochs": recipe.squeeze.epochs,
+        },
     }
-    _store(network, architecture, recipe, data, folder, report)
-    return report
 
 
 def _as_rgb(images: Tensor) -> Tensor:
@@ -167,48 +199,3 @@ def _noisy(images: Tensor, noise_std: float, generator: torch.Generator) -> Tens
     _, std = reference_mean_std(images.shape[1])
     strength = noise_std * torch.rand((len(images), 1, 1, 1), generator=generator) / std
     return images + strength * torch.randn(images.shape, generator=generator)
-
-
-def _store(
-    network: nn.Module, architecture: str, recipe: Recipe, data: SourceData, folder: Path, report: dict[str, object]
-) -> None:
-    """Write a complete folder under another name, then rename it: a reader sees all of it or nothing."""
-    size = recipe.data.size
-    config: dict[str, object] = {
-        "num_classes": data.num_classes,
-        "label_names": list(data.class_names),
-        "pretrained_cfg": {
-            **network.pretrained_cfg,  # type: ignore[dict-item]
-            "input_size": [3, size, size],
-            "test_input_size": None,
-            "num_classes": data.num_classes,
-            "mean": REFERENCE[3][0],
-            "std": REFERENCE[3][1],
-            "crop_pct": 1.0,
-            "test_crop_pct": None,
-            "interpolation": "bilinear",
-            "license": recipe.data.licence,  # weights are derived from the data; whoever shares them may know better
-            "label_names": list(data.class_names),
-        },
-    }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        network.cpu().to(memory_format=torch.contiguous_format)
-        save_for_hf(network, str(draft), model_config=config, safe_serialization=True)
-        _repair_config(draft / "config.json")
-        (draft / "squeeze.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        draft.chmod(0o755)
-        if folder.is_dir() and not is_squeezed(folder):
-            shutil.rmtree(folder)
-        if not folder.is_dir():
-            os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _repair_config(path: Path) -> None:
-    # timm writes model_args.num_classes, which transformers then passes twice (timm 1.0.31, transformers 5.23).
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config.get("model_args", {}).pop("num_classes", None)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from .card import card_facts, render_card, render_control_card
 from .data import SourceData, load_source, real_rows
 from .errors import DataError, StageError
 from .evaluation import Contest, evaluate_contest
+from .model_folder import scored_on, source_facts
 from .packaging import Epoch, ImageTable, build_dataset, versions, write_provenance
 from .pictures import draw_diversity, draw_grid, grid
 from .pixels import decode, encode, noise, to_reference
@@ -34,6 +35,7 @@ from .report import LABELS, Evaluation
 from .run import Run, log_pictures
 from .squeeze import check_architectures, check_batch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
 from .storage import read_notes, read_tensors, write_bytes, write_json, write_tensors
+from .students import Keep
 from .synthesis import synthesize
 from .teachers import Teacher, check_teacher, load_teachers
 from .training import check_network
@@ -378,13 +380,18 @@ class Stages:
     # -- evaluate -----------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> None:
-        """Train all students of the table, write report.json, and complete the card."""
+        """Train all students of the table, keep one in DIR/student, write report.json, and complete the card."""
         if not (self.run.dataset / "README.md").is_file():
             raise StageError(f"{self.run.dataset} is not packaged yet; run --stage package first")
         contest = self._contest()
         verifier = self._verifier()
         evaluation = evaluate_contest(
-            self.run, contest, self.run.work / "students", verifier=verifier, network=verifier or self._logit_teacher()
+            self.run,
+            contest,
+            self.run.work / "students",
+            verifier=verifier,
+            network=verifier or self._logit_teacher(),
+            keep=Keep(self.run.folder / "student", source_facts(self.recipe, self.data), scored_on(self.recipe)),
         )
         if self.run.accelerator.is_main_process:
             sets = {LABELS[name]: facts.diversity for name, facts in evaluation.sets.items()}

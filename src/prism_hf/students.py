@@ -8,8 +8,10 @@ relabelling and protocol, hard labels only, and the full training set. Last epoc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import ImageSplit
-from .errors import DataError
+from .errors import DataError, RecipeError
+from .model_folder import store_network
 from .pixels import to_reference
 from .plan import batch_ranges, derived_seed
 from .reading import DistilledDataset
@@ -25,6 +28,7 @@ from .recipe import EvaluationRecipe, RelabelView
 from .training import build_network, fit, seeded
 from .views import draw_views, resample
 
+log = logging.getLogger(__name__)
 Labels = Literal["soft", "hard"]
 
 
@@ -53,6 +57,8 @@ ROWS = (
     Row("random_real", "hard"),
     Row("full", "hard"),
 )
+KEPT = Row("distilled", "soft")
+"""The row whose first student is kept for others to use."""
 
 
 def soft_label_loss(logits: Tensor, teacher_logits: Tensor, class_shares: Tensor, settings: EvaluationRecipe) -> Tensor:
@@ -180,3 +186,83 @@ def _real_batches(
             drawn = draw_views(len(rows), split.size, generator, crop_scale=view.crop_scale, flip=view.flip)
             images = to_reference(split.images(rows).to(device))
             yield resample(images, drawn.crop, drawn.flip), labels[rows].to(device)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Where a student is kept for others to use, and what its facts say that its training does not know.
+
+    Attributes:
+        folder: The model folder; see `store_network`.
+        source: The real data behind the distilled set, from `source_facts`.
+        tested_on: The test part, from `scored_on`.
+        dataset_id: Hub id of the distilled set, or `None` if it is a local folder.
+    """
+
+    folder: Path
+    source: Mapping[str, object]
+    tested_on: Mapping[str, object]
+    dataset_id: str | None = None
+
+
+def keep_student(
+    student: nn.Module,
+    distilled: DistilledDataset,
+    settings: EvaluationRecipe,
+    keep: Keep,
+    *,
+    seed: int,
+    top1: float,
+    test_count: int,
+) -> None:
+    """Store a student of row `KEPT` as a model folder; one that cannot be stored (not of timm) is left, with a log line.
+
+    Args:
+        student: From `train_student` with soft labels.
+        distilled: What it was trained on.
+        settings: How.
+        keep: Where to.
+        seed: Of the student.
+        top1: Its score, in [0, 1].
+        test_count: On how many images.
+    """
+    _, channels, _, size = distilled.images_uint8.shape
+    facts = _student_facts(distilled, settings, keep) | {"seed": seed, "test_top1": top1, "test_count": test_count}
+    try:
+        store_network(
+            student,
+            keep.folder,
+            architecture=settings.student,
+            size=size,
+            channels=channels,
+            class_names=distilled.class_names,
+            licence=str(keep.source["licence"]),
+            facts=facts,
+            facts_name="student",
+            replace=True,  # one that is there belongs to a score that is gone, or to other seeds
+        )
+    except RecipeError as error:
+        log.info("student not kept: %s", error)
+
+
+def _student_facts(distilled: DistilledDataset, settings: EvaluationRecipe, keep: Keep) -> dict[str, object]:
+    """student.json beside the result. No hardware and no times: the same recipe gives the same bytes."""
+    recipe = distilled.recipe
+    elsewhere = ("student", "seeds", "epochs", "full_data_epochs")
+    return {
+        "kind": "student",
+        "architecture": settings.student,
+        "labels": KEPT.labels,
+        "epochs": settings.epochs or distilled.num_epochs,
+        "channels": distilled.images_uint8.shape[1],
+        "dataset": {
+            "name": recipe.name if recipe else None,
+            "content": distilled.content,
+            "images": len(distilled.labels),
+            "hub_id": keep.dataset_id,
+        },
+        "source": dict(keep.source),
+        "test": dict(keep.tested_on),
+        "recipe_fingerprint": recipe.fingerprint() if recipe else None,
+        "settings": {key: value for key, value in asdict(settings).items() if key not in elsewhere},
+    }

@@ -10,23 +10,28 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import httpx2
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from .errors import TeacherError
 from .pixels import reference_mean_std
 from .recipe import SQUEEZE_PREFIX
+from .weights import CONFIG, INDEX, WEIGHTS, HubFiles, fetch, shard_names
 
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 LOCAL_PREFIX = "local-dir:"
 TRANSFORMERS_PREFIX = "transformers:"
+ADAPTER = "adapter_config.json"
+PICKLED_DEFAULT = "pytorch_model.bin"
+"""What timm calls weights whose safe twin is model.safetensors."""
+_BESIDE_TRANSFORMERS = ("preprocessor_config.json", "processor_config.json", ADAPTER)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +87,8 @@ def load_teachers(
     """Load each named teacher once.
 
     Args:
-        names: `squeeze:arch`, a timm name, `hf-hub:org/name@revision`, `local-dir:path` or `transformers:org/name`.
+        names: `squeeze:arch`, a timm name, `hf-hub:org/name@revision`, `local-dir:path` or
+            `transformers:org/name@revision`.
         device: Where the networks go.
         squeezed: Folder of each `squeeze:` teacher.
 
@@ -106,10 +112,15 @@ def _load(name: str, squeezed: Mapping[str, Path]) -> Teacher:
         folder = squeezed.get(name)
         if folder is None:
             raise TeacherError(f"teacher {name!r} is not trained yet; run recipes/squeeze.py on the recipe first")
-        return _from_timm(f"{LOCAL_PREFIX}{folder}", name)
+        return _from_folder(folder, name)
+    if name.startswith(LOCAL_PREFIX):
+        return _from_folder(Path(name.removeprefix(LOCAL_PREFIX)), name)
     if name.startswith(TRANSFORMERS_PREFIX):
         return _from_transformers(name)
-    return _from_timm(name, name)
+    if name.startswith(HUB_PREFIXES):
+        hub = fetch(name, name.partition(":")[2])
+        return _from_folder(hub.folder, name, hub)
+    return _from_registry(name)
 
 
 def check_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int) -> None:
@@ -145,78 +156,102 @@ def state_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-_LOAD_ERRORS = (RuntimeError, ValueError, OSError, KeyError, SafetensorError, HFValidationError, httpx2.HTTPError)
+# A foreign config.json reaches the constructors of timm and transformers as keyword arguments: anything can follow.
+_LOAD_ERRORS = (
+    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError, OSError, SafetensorError,
+)  # fmt: skip
 
 
-def _from_timm(source: str, name: str) -> Teacher:
-    if source.startswith(LOCAL_PREFIX):
-        _check_folder(Path(source.removeprefix(LOCAL_PREFIX)), name)
-    elif not source.startswith(("hf-hub:", "hf_hub:")):
-        _check_timm_name(source)
+def _from_folder(folder: Path, name: str, hub: HubFiles | None = None) -> Teacher:
+    _check_folder(folder, name)
+    return _from_timm(f"{LOCAL_PREFIX}{folder}", name, hub)
+
+
+def _from_registry(name: str) -> Teacher:
+    """A plain timm name: timm knows architecture, classes and normalisation, the Hub has the weights."""
+    cfg = _registered(name)
+    file = cfg.hf_hub_filename or PICKLED_DEFAULT
+    weights = WEIGHTS if file == PICKLED_DEFAULT else file
+    if not weights.endswith(".safetensors"):
+        raise TeacherError(f"teacher {name!r}: timm loads it from {file}, and only safetensors are opened; use another one")
+    hub = fetch(name, cfg.hf_hub_id, needed=(), weights=(weights,))
+    return _from_timm(name, name, hub, {"file": str(hub.folder / hub.weights)})
+
+
+def _from_timm(source: str, name: str, hub: HubFiles | None, overlay: dict[str, str] | None = None) -> Teacher:
     try:
-        model = timm.create_model(source, pretrained=True)
+        model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay)
+        config, cfg = resolve_model_data_config(model), model.pretrained_cfg
+        classes, labels = int(model.num_classes), cfg.get("label_names")
     except _LOAD_ERRORS as error:
         raise _cannot_load(name, error) from error
-    config, cfg = resolve_model_data_config(model), model.pretrained_cfg
-    labels = cfg.get("label_names")
+    if classes != cfg["num_classes"]:
+        # timm drops the stored head then, and leaves a random one.
+        raise TeacherError(
+            f"teacher {name!r}: its config builds {classes} classes for weights of {cfg['num_classes']}; "
+            "make num_classes the same in model_args and pretrained_cfg"
+        )
     return Teacher(
         name=name,
         model=model,
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         size=int(config["input_size"][-1]),
-        num_classes=int(model.num_classes),
+        num_classes=classes,
         architecture=str(cfg.get("architecture", source)),
-        licence=str(cfg.get("license") or "unknown"),
-        revision=_hub_commit(cfg.get("hf_hub_id")),
+        licence=str(cfg.get("license") or (hub and hub.licence) or "unknown"),
+        revision=hub.commit if hub else None,
         weights_sha256=state_sha256(model),
         label_names=tuple(labels) if labels else None,
     )
 
 
-def _check_timm_name(source: str) -> None:
-    if ":" in source or "/" in source:
+def _registered(name: str) -> PretrainedCfg:
+    architecture = name.split(".")[0]
+    if ":" in name or "/" in name:
         raise TeacherError(
-            f"teacher {source!r} is no timm name; other sources are squeeze:ARCH, hf-hub:ORG/NAME[@REVISION], "
-            "local-dir:PATH and transformers:ORG/NAME"
+            f"teacher {name!r} is no timm name; other sources are squeeze:ARCH, hf-hub:ORG/NAME[@REVISION], "
+            "local-dir:PATH and transformers:ORG/NAME[@REVISION]"
         )
-    if not timm.is_model(source.split(".")[0]):
-        close = timm.list_models(f"{source.split('.')[0][:6]}*")[:4]
+    if not timm.is_model(architecture):
+        close = timm.list_models(f"{architecture[:6]}*")[:4]
         hint = f"similar: {', '.join(close)}" if close else "timm.list_models() lists all"
-        raise TeacherError(f"teacher {source!r}: timm knows no such architecture; {hint}")
+        raise TeacherError(f"teacher {name!r}: timm knows no such architecture; {hint}")
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        cfg = None  # no such tag
+    if cfg is None or not cfg.hf_hub_id:
+        tags = [known for known in timm.list_pretrained(f"{architecture}.*") if timm.get_pretrained_cfg(known).hf_hub_id]
+        hint = f"timm has {', '.join(tags[:4])}" if tags else "timm.list_pretrained() lists what it has"
+        raise TeacherError(f"teacher {name!r}: timm knows no weights of that name on the Hub; {hint}")
+    return cfg
 
 
 def _check_folder(folder: Path, name: str) -> None:
-    missing = [f for f in ("config.json", "model.safetensors") if not (folder / f).is_file()]
+    missing = [f for f in (CONFIG, WEIGHTS) if not (folder / f).is_file()]
     if missing:
         raise TeacherError(
             f"teacher {name!r}: {folder} has no {' and no '.join(missing)}; expected a timm folder with config.json and "
             "model.safetensors (pickled weights are not loaded)"
         )
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))["architecture"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise TeacherError(f"teacher {name!r}: {folder}/config.json does not name a timm architecture") from error
+        architecture = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise TeacherError(
+            f"teacher {name!r}: {folder}/config.json does not name a timm architecture; "
+            "a model of transformers is transformers:ORG/NAME"
+        ) from error
+    if not (isinstance(architecture, str) and timm.is_model(architecture)):
+        raise TeacherError(f"teacher {name!r}: timm knows no architecture {architecture!r}, as {folder}/config.json names")
 
 
 def _cannot_load(name: str, error: Exception) -> TeacherError:
     reason = " ".join(str(error).split())[:200]
     return TeacherError(
-        f"teacher {name!r} could not be fetched or loaded ({type(error).__name__}: {reason}); "
-        "check the name, the network and HF_HUB_OFFLINE, or use local-dir:PATH"
+        f"teacher {name!r} cannot be loaded ({type(error).__name__}: {reason}); expected config.json and safetensors that "
+        "fit each other, as timm or transformers saves them"
     )
-
-
-def _hub_commit(repo: str | None) -> str | None:
-    """The commit of the cached weights: the Hub cache keeps each in a folder named after it."""
-    if not repo:
-        return None
-    repo = repo.partition("@")[0]
-    for file in ("model.safetensors", "config.json", "pytorch_model.bin"):
-        cached = try_to_load_from_cache(repo, file)
-        if isinstance(cached, str):
-            return Path(cached).parent.name
-    return None
 
 
 class _LogitsOnly(nn.Module):
@@ -233,12 +268,24 @@ class _LogitsOnly(nn.Module):
 def _from_transformers(name: str) -> Teacher:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    repo, _, revision = name.removeprefix(TRANSFORMERS_PREFIX).partition("@")
+    source = name.removeprefix(TRANSFORMERS_PREFIX)
+    hub = None if Path(source).is_dir() else fetch(name, source, weights=(WEIGHTS, INDEX), welcome=_BESIDE_TRANSFORMERS)
+    folder = hub.folder if hub else Path(source)
+    _check_transformers_folder(folder, name)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        model = AutoModelForImageClassification.from_pretrained(repo, revision=revision or "main", use_safetensors=True)
-        processor = AutoImageProcessor.from_pretrained(repo, revision=revision or "main")
+        model, report = AutoModelForImageClassification.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **local
+        )
+        processor = AutoImageProcessor.from_pretrained(folder, **local)
     except _LOAD_ERRORS as error:
         raise _cannot_load(name, error) from error
+    if absent := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
+        # transformers would fill them with random numbers.
+        raise TeacherError(
+            f"teacher {name!r}: its weights lack {len(absent)} tensors of the model, {absent[0]!r} first; "
+            "use a checkpoint trained to classify images"
+        )
     config = model.config
     timm_cfg = getattr(config, "pretrained_cfg", None)
     size, mean, std = (
@@ -254,11 +301,21 @@ def _from_transformers(name: str) -> Teacher:
         size=int(size),
         num_classes=int(config.num_labels),
         architecture=str(getattr(config, "architecture", None) or config.model_type),
-        licence=str((timm_cfg or {}).get("license") or "unknown"),
-        revision=getattr(config, "_commit_hash", None),
+        licence=str((timm_cfg or {}).get("license") or (hub and hub.licence) or "unknown"),
+        revision=hub.commit if hub else None,
         weights_sha256=state_sha256(model),
         label_names=None if generic else tuple(labels),
     )
+
+
+def _check_transformers_folder(folder: Path, name: str) -> None:
+    if (folder / ADAPTER).is_file():
+        raise TeacherError(f"teacher {name!r} adapts another model ({ADAPTER}); merge the two and save the whole model")
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        try:
+            shard_names(folder / INDEX)
+        except (OSError, ValueError) as error:
+            raise _cannot_load(name, error) from error
 
 
 def _input_of(processor: object, name: str) -> tuple[int, Sequence[float], Sequence[float]]:

@@ -1,0 +1,187 @@
+# ruff: noqa: F811
+"""A machine that has never seen us: a fresh process with an empty cache loads what was pushed, and finds the same bits."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+from hub_fixtures import connected, hub, online, transport  # noqa: F401
+from huggingface_hub import ModelCard
+from pipeline import add_card, random_picture, small_set, tiny
+
+from prism_hf.console import main
+from prism_hf.data import load_source
+from prism_hf.squeeze import squeeze_teacher, teacher_folder
+
+SET, TEACHER = "org/small-set", "org/small-teacher"
+
+FRESH = """
+import hashlib, json, sys
+import datasets, numpy as np
+
+def digest(rows):
+    out = {}
+    for column in rows.column_names:
+        if column == "image":
+            blobs = [cell["bytes"] for cell in rows.cast_column("image", datasets.Image(decode=False))["image"]]
+            out[column] = hashlib.sha256(b"".join(blobs)).hexdigest()
+        else:
+            values = rows.with_format("arrow")[:][column].combine_chunks()
+            values = values.flatten() if hasattr(values, "flatten") else values
+            out[column] = [str(values.type), hashlib.sha256(values.to_numpy(zero_copy_only=False).tobytes()).hexdigest()]
+    return out
+
+def streamed(rows):
+    out = {}
+    for row in rows:  # to its end: leaving a stream early can abort the interpreter
+        for key, value in row.items():
+            kind = np.float16 if key == "teacher_logits" else np.float64
+            out.setdefault(key, hashlib.sha256()).update(np.asarray(value, kind).tobytes())
+    return {key: value.hexdigest() for key, value in out.items()}
+"""
+
+LOAD = (
+    FRESH
+    + """
+repo, old = sys.argv[1:]
+images = datasets.load_dataset(repo)["train"]
+views = datasets.load_dataset(repo, "views", split="train")
+print(json.dumps({
+    "configs": datasets.get_dataset_config_names(repo),
+    "names": images.features["label"].names,
+    "images": digest(images),
+    "views": digest(views),
+    "streamed": streamed(datasets.load_dataset(repo, "views", streaming=True)["train"]),
+    "old": digest(datasets.load_dataset(repo, revision=old, split="train")),
+    "ours": "prism_hf" in sys.modules,
+}))
+"""
+)
+
+MODEL = """
+import json, sys
+import timm, torch
+from PIL import Image
+from transformers import AutoModelForImageClassification, pipeline
+
+repo, file = sys.argv[1:]
+names = {"timm": timm.create_model(f"hf-hub:{repo}", pretrained=True).eval()}
+names["transformers"] = AutoModelForImageClassification.from_pretrained(repo).eval()
+x = torch.linspace(-2, 2, 3 * 16 * 16).view(1, 3, 16, 16)
+with torch.no_grad():
+    logits = {"timm": names["timm"](x), "transformers": names["transformers"](x).logits}
+told = pipeline("image-classification", model=repo, device="cpu")(file)
+print(json.dumps({key: value[0].tolist() for key, value in logits.items()} | {"pipeline": told}))
+"""
+
+
+def fresh(hub, home, transport, code, *args):
+    env = hub.env(token="hf_readers", home=home, xet=transport == "xet")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], env=env, cwd=home, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def reader(connected, tmp_path):
+    """Somebody of the organisation with a read token, on a new machine."""
+    connected.add_user("rita", token="hf_readers", role="read", orgs=(("org", "read"),))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+def here(folder, config):
+    """The same digests from the files that were pushed, read with pyarrow alone."""
+    space = {"datasets": datasets, "np": np, "hashlib": hashlib}
+    exec(FRESH, space)  # noqa: S102
+    table = pa.concat_tables(pq.read_table(path) for path in sorted((folder / config).glob("train-*.parquet")))
+    rows = datasets.Dataset(table)
+    if "image" in rows.column_names:
+        rows = rows.cast_column("image", datasets.Image())
+    return space["digest"](rows), space["streamed"]
+
+
+def test_a_data_set_comes_back_bit_for_bit(connected, transport, reader, tmp_path):
+    pushed = []
+    for number, channels in ((0, 1), (1, 3)):
+        folder = tmp_path / f"set-{number}"
+        names = ["ant", "<b>bee</b>", "c|at", "d`o`g: #1"]
+        recipe, *_ = small_set(folder, seed=number, channels=channels, names=names, epochs=4 - number, shard_mb=1)
+        add_card(folder, recipe, names)
+        assert main(["push", str(folder), SET]) == 0
+        pushed.append((folder, connected.history("datasets", SET)[0]))
+    (older, commit), (newer, _) = pushed
+    found = fresh(connected, reader, transport, LOAD, SET, commit)
+    assert found["configs"] == ["default", "views"]
+    assert found["names"] == names
+    assert not found["ours"]
+    assert found["images"] == here(newer, "data")[0]
+    views, streamed = here(newer, "views")
+    assert found["views"] == views
+    assert found["streamed"] == streamed(datasets.Dataset(pq.read_table(newer / "views" / "train-00000-of-00001.parquet")))
+    assert found["old"] == here(older, "data")[0]
+    assert found["images"]["teacher_logits"][0] == "halffloat"
+    kinds = {r.kind for r in connected.requests}
+    assert ("xet_reconstruction" in kinds) == (transport == "xet")
+
+
+def test_a_flipped_bit_on_the_hub_is_seen_by_verify(connected, tmp_path, capsys):
+    folder = tmp_path / "set"
+    recipe, names, *_ = small_set(folder)
+    add_card(folder, recipe, names)
+    assert main(["push", str(folder), SET]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{connected.url}/datasets/{SET}/commit/")
+    assert main(["verify", SET]) == 0
+    assert "12 rows in 'default', 36 rows in 'views'; no differences" in capsys.readouterr().out
+    connected.corrupt("datasets", SET, "views/train-00000-of-00001.parquet")
+    assert main(["verify", SET]) == 1
+    assert "views/train-00000-of-00001.parquet: other content" in capsys.readouterr().out
+
+
+def test_what_is_missing_on_the_hub_is_seen_by_verify(connected, tmp_path, capsys):
+    folder = tmp_path / "set"
+    recipe, names, *_ = small_set(folder)
+    add_card(folder, recipe, names)
+    assert main(["push", str(folder), SET]) == 0
+    connected.commit("datasets", SET, {"data/train-00001-of-00002.parquet": b"PAR1"}, ["recipe.yaml"])
+    assert main(["verify", SET]) == 1
+    told = capsys.readouterr().out
+    assert "recipe.yaml: missing" in told
+    assert "data/train-00001-of-00002.parquet: a table that provenance.json does not list" in told
+    assert main(["verify", "org/nothing"]) == 2
+    assert "not found" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    recipe, root = tiny("data.size=16", "squeeze.batch_size=256"), tmp_path_factory.mktemp("teachers")
+    squeeze_teacher("squeeze:test_byobnet", recipe, load_source(recipe.data), root, device=torch.device("cpu"))
+    return teacher_folder("squeeze:test_byobnet", recipe, root)
+
+
+def test_a_teacher_comes_back_for_timm_and_transformers(connected, transport, reader, teacher, tmp_path):
+    picture = tmp_path / "digit.png"
+    random_picture(16, 16).save(picture)
+    assert main(["push", str(teacher), TEACHER]) == 0
+    found = fresh(connected, reader, transport, MODEL, TEACHER, str(picture))
+    with torch.no_grad():
+        x = torch.linspace(-2, 2, 3 * 16 * 16).view(1, 3, 16, 16)
+        expected = timm.create_model(f"local-dir:{teacher}", pretrained=True).eval()(x)[0]
+    for client in ("timm", "transformers"):
+        torch.testing.assert_close(torch.tensor(found[client]), expected, rtol=1e-5, atol=1e-5)
+    assert {entry["label"] for entry in found["pipeline"]} <= set("0123456789")
+    card = ModelCard(connected.files("models", TEACHER)["README.md"].decode())
+    assert card.data.library_name == "timm"
+    assert card.data.eval_results[0].metric_value == json.loads((teacher / "squeeze.json").read_text())["test_top1"]
+    assert main(["push", str(teacher), TEACHER]) == 0
+    assert len(connected.history("models", TEACHER)) == 2, "nothing has changed"
