@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from prism_hf.card import REPLAY
+from prism_hf.console import parse
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md"]
@@ -39,6 +40,18 @@ def test_every_documented_command_parses(document, name, arguments):
     for word in args.words:
         if word.endswith(".yaml") and "/" in word:
             assert (ROOT / word).is_file(), f"{document}: {word}"
+
+
+def shared():
+    for path in DOCUMENTS:
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+            for line in re.findall(r"^prism-hf (.*)$", block, re.MULTILINE):
+                yield pytest.param(line.partition("  #")[0], id=f"{path.stem}-{line[:50]}")
+
+
+@pytest.mark.parametrize("arguments", list(shared()))
+def test_every_documented_sharing_command_parses(arguments):
+    assert parse(shlex.split(arguments)).run
 
 
 def test_the_readme_names_the_commands_that_ci_runs():

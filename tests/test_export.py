@@ -208,7 +208,7 @@ def test_a_target_that_is_in_use_is_refused(plain, tmp_path, kind, layout):
     before = mtimes(tmp_path), sha_tree(tmp_path)
     with pytest.raises(OutputError) as error:
         export(plain, target, format=layout)
-    assert str(target) in one_line(error)
+    assert all(word in one_line(error) for word in (str(target), "; give "))
     assert (mtimes(tmp_path), sha_tree(tmp_path)) == before
 
 
@@ -219,6 +219,14 @@ def test_an_empty_folder_is_filled(plain, tmp_path, layout):
     assert any((tmp_path / "target").iterdir())
     with pytest.raises(OutputError, match="not empty"):
         export(plain, tmp_path / "target", format=layout)
+
+
+def test_the_folder_where_one_stands_can_be_filled(plain, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(plain, ".", format="imagefolder")
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["classes.json", "train"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "set"]
 
 
 @every_format
@@ -232,8 +240,9 @@ def test_a_failure_half_way_leaves_nothing(plain, tmp_path, monkeypatch, layout,
 
     def half(*args):
         for number, picture in enumerate(read(*args)):
-            # Were the process killed here, the target would be as it was.
+            # Were the process killed here, the target would be as it was, and a hidden folder would stay beside it.
             seen.append(target.exists() and any(target.iterdir()))
+            assert any(path.name.startswith(".target-") for path in target.parent.iterdir())
             if number == 5:
                 raise failure
             yield picture
@@ -292,7 +301,7 @@ def change(folder, *, rows=None, **columns):
 
 def cells(folder, data):
     first, *others = pq.read_table(folder / "data" / "train-00000-of-00001.parquet")["image"].to_pylist()
-    return [first | {"bytes": data}, *others]
+    return [None if data == "no cell" else first | {"bytes": data}, *others]
 
 
 def bmp():
@@ -309,6 +318,7 @@ def bmp():
         ({"slot": [0, 0, 0, 1, 0, 1, 0, 1]}, ["several images of class 'class 0' in slot 0"]),
         (b"no picture", ["row 0", "no picture"]),
         (None, ["row 0", "no picture"]),
+        ("no cell", ["row 0", "no picture"]),
         ("bmp", ["row 0", "BMP", "expected PNG"]),
     ],
 )

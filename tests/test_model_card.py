@@ -374,3 +374,10 @@ def test_hostile_text_breaks_neither_header_nor_table_nor_html(tmp_path, place, 
     assert header["license"] == ("other" if place == "source.licence" else "cc-by-4.0")
     assert header.get("license_name") == (text if place == "source.licence" else None)
     assert header.get("datasets") == (None if place == "source.id" else ["org/pets"])
+
+
+def test_on_a_branch_the_lines_that_load_name_it(made):
+    main, branch = (render_model_card(made["teacher"], repo_id="me/net", revision=name) for name in (None, "v2"))
+    assert 'timm.create_model("hf-hub:me/net"' in main
+    assert 'timm.create_model("hf-hub:me/net@v2"' in branch
+    assert 'model="me/net", revision="v2")' in branch

@@ -206,3 +206,10 @@ def test_facts_of_the_test_part_tell_a_held_out_share_from_a_test_split():
     assert scored_on(tiny("data.source=/home/someone/pets", "data.test_split=val")) == {"id": "pets", "split": "val"}
     held = scored_on(tiny("data.validation_fraction=0.1", "data.test_split=val"))
     assert held == {"id": "digits", "split": "train, 0.1 of it held out"}
+
+
+def test_the_config_does_not_claim_weights_of_timms(tmp_path):
+    store(tmp_path / "net", network_of("resnet18"), architecture="resnet18")
+    cfg = json.loads((tmp_path / "net" / "config.json").read_text())["pretrained_cfg"]
+    assert not {"hf_hub_id", "tag", "origin_url", "url"} & set(cfg)
+    assert "timm/" not in json.dumps(cfg)

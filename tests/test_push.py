@@ -2,14 +2,16 @@
 """`recipes/prism.py --push-to-hub` and what follows: the commands as users type them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hub_fixtures import connected, hub, online, transport  # noqa: F401
-from pipeline import ROOT, TINY, command, launch, tiny
+from huggingface_hub import ModelCard
+from pipeline import ROOT, TINY, command, launch
+
+from prism_hf.console import main
 
 REPO = "org/tiny-prism"
 SMALL = (*TINY, "evaluation.seeds=[0]", "squeeze.batch_size=256")
@@ -17,46 +19,40 @@ lfs_only = pytest.mark.parametrize("transport", ["lfs"], indirect=True)
 xet_only = pytest.mark.parametrize("transport", ["xet"], indirect=True)
 
 
-def run(hub, home, *words, token="hf_secret_token"):
-    """One `accelerate launch` on a machine that knows nothing."""
-    env = hub.env(token=token, home=home, xet=True) | {"TQDM_DISABLE": "1"}
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("accelerate")), "launch", *map(str, words)],
-        env=env, cwd=home, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert "hf_secret_token" not in done.stdout + done.stderr
-    return done
-
-
 @xet_only
-def test_distil_push_load_evaluate(connected, tmp_path):
-    maker, reader = tmp_path / "maker", tmp_path / "reader"
-    maker.mkdir()
+def test_distil_push_load_evaluate(connected, tmp_path, capsys):
+    run, reader = tmp_path / "run", tmp_path / "reader"
     reader.mkdir()
-    recipe = ROOT / "recipes" / "digits" / "prism_ipc10.yaml"
-    done = run(connected, maker, ROOT / "recipes/prism.py", recipe, *SMALL, "--output", "run", "--push-to-hub", REPO)
-    assert done.returncode == 0, done.stderr[-3000:]
-    commit = connected.history("datasets", REPO)[0]
-    assert done.stdout.splitlines()[-1] == f"{connected.url}/datasets/{REPO}/commit/{commit}"
-    assert len(connected.history("datasets", REPO)) == 2
+    assert launch("--output", run, *SMALL, "--push-to-hub", REPO) == 0
+    told = capsys.readouterr()
+    commits = connected.history("datasets", REPO)
+    assert told.out.splitlines()[-1] == f"{connected.url}/datasets/{REPO}/commit/{commits[0]}"
+    assert len(commits) == 2
     assert connected.repo("datasets", REPO).private
-    there = connected.files("datasets", REPO)
-    folder = maker / "run" / "dataset"
+    there, folder = connected.files("datasets", REPO), run / "dataset"
     local = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    assert {k: v for k, v in there.items() if k not in (".gitattributes", "README.md")} == {
-        k: v for k, v in local.items() if k != "README.md"
-    }
-    for place in (maker / "run", *[maker / "huggingface"]):
-        leaked = [p for p in place.rglob("*") if p.is_file() and b"hf_secret_token" in p.read_bytes()]
-        assert not leaked
-    done = run(connected, reader, ROOT / "recipes/evaluate.py", REPO, "--output", "out")
+    beside = (".gitattributes", "README.md")
+    assert {k: v for k, v in there.items() if k not in beside} == {k: v for k, v in local.items() if k not in beside}
+    assert not [p for p in run.rglob("*") if p.is_file() and b"hf_secret_token" in p.read_bytes()]
+    assert "hf_secret_token" not in told.out + told.err
+    # Somebody else, elsewhere, with the command as it is typed.
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("accelerate")), "launch", str(ROOT / "recipes/evaluate.py"), REPO, "--output", "out"],
+        env=connected.env(token="hf_secret_token", home=reader, xet=True) | {"TQDM_DISABLE": "1"},
+        cwd=reader, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads((reader / "out" / "report.json").read_text())
-    own = json.loads((maker / "run" / "report.json").read_text())
-    scores = {(row["images"], row["labels"]): row for row in report["evaluation"]["rows"]}
-    for row in own["evaluation"]["rows"]:
-        if row["images"] == "distilled":
-            assert scores[row["images"], row["labels"]]["top1"] == row["top1"], "the same data give the same score"
+    assert "hf_secret_token" not in done.stdout + done.stderr
+    report, own = (json.loads((place / "report.json").read_text()) for place in (reader / "out", run))
+    scores = {(row["images"], row["labels"]): row["top1"] for row in report["evaluation"]["rows"]}
+    mine = [row for row in own["evaluation"]["rows"] if row["images"] == "distilled"]
+    assert len(mine) == 2
+    assert all(scores[row["images"], row["labels"]] == row["top1"] for row in mine), "the same data give the same score"
+    # The student that the run kept, with a link to what it learned from.
+    assert main(["push", str(run / "student"), "org/tiny-student", "--dataset", REPO]) == 0
+    card = ModelCard(connected.files("models", "org/tiny-student")["README.md"].decode())
+    assert card.data.datasets == [REPO]
+    assert card.data.eval_results[0].metric_value == mine[0]["top1"][0]
 
 
 def refused(connected, tmp_path, *words):
@@ -102,8 +98,3 @@ def test_options_of_a_push_need_a_push(option, capsys):
 def test_private_and_public_exclude_each_other(capsys):
     with pytest.raises(SystemExit):
         command().parse(["--push-to-hub", "a/b", "--public", "--private"])
-
-
-def test_the_name_of_the_recipe_is_what_the_repo_is_checked_for():
-    assert tiny().name == "digits-prism-ipc10"
-    assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -146,3 +146,9 @@ def test_a_seed_that_torch_would_refuse_is_refused_here(tiny_recipe, seed):
 def test_grey_webp_is_refused(tiny_recipe):
     with pytest.raises(RecipeError, match="no grey mode"):
         tiny_recipe({"packaging.image_format": "webp", "data.channels": 1})
+
+
+@pytest.mark.parametrize("licence", ["https://creativecommons.org/licenses/by/4.0/", "CC BY 4.0", "custom: see /TERMS"])
+def test_a_licence_ships_as_it_is(tiny_recipe, licence):
+    recipe = tiny_recipe({"data.licence": licence})
+    assert public_recipe(recipe).data.licence == licence

@@ -399,6 +399,7 @@ def test_an_incomplete_cache_is_completed_online(server, timm_folder):
     expected = sha256(f"hf-hub:{REPO}")
     (snapshot(commit) / "model.safetensors").unlink()
     assert sha256(f"hf-hub:{REPO}@{commit}") == expected
+    assert [path.name for path in (snapshot(commit).parents[1] / "refs").iterdir()] == ["main"]
 
 
 def test_a_missing_shard_is_named(server, monkeypatch, tmp_path):
@@ -502,6 +503,14 @@ def test_another_refusal_names_the_status(server, naps, timm_folder, fault, word
     server.fault("repo_info", fault, times=None)
     refused(f"hf-hub:{REPO}", *words)
     assert naps == []
+
+
+def test_a_password_in_the_address_of_the_hub_is_not_shown(server, monkeypatch, naps):
+    speak_to(monkeypatch, server.url.replace("//", f"//me:{SECRET}@"))
+    server.fault("repo_info", Status(403, headers={"X-Error-Code": "GatedRepo"}))
+    refused(f"hf-hub:{REPO}", f"{server.url}/{REPO}")
+    server.fault("repo_info", Status(503), times=None)
+    refused(f"hf-hub:{REPO}", f"{server.url} answers 503")
 
 
 @pytest.mark.parametrize("character", ["\u20ac", "\x0bx"])

@@ -92,7 +92,9 @@ def _model(folder: Path, facts: str, dataset_id: str | None) -> Bundle:
         kind="model",
         name=_model_name(facts, (folder / facts).read_bytes()) or facts,
         files={path: _plain(folder, path) for path in listed},
-        readme=lambda repo_id, _: render_model_card(folder, repo_id=repo_id, dataset_id=dataset_id),
+        readme=lambda repo_id, revision: render_model_card(
+            folder, repo_id=repo_id, dataset_id=dataset_id, revision=revision
+        ),
         owned_keys=MODEL_METADATA_KEYS,
     )
 

@@ -169,8 +169,6 @@ def replay(row, images):  # row of "views", images = the "default" config
 
 def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """The YAML header, from an allow-list; `configs` and `dataset_info` make plain `load_dataset` work."""
-    wanted = recipe.data.licence.strip().lower().replace(" ", "-")
-    known = wanted in _LICENCES
     data = DatasetCardData()
     infos = {
         "default": _info("default", image_features(facts["class_names"]), facts["tables"]["default"]),
@@ -180,8 +178,7 @@ def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     on_hub = facts["provenance"]["source"].get("on_hub", False)
     values: dict[str, Any] = {
         "pretty_name": recipe.name,
-        "license": wanted if known else "other",
-        "license_name": None if known else recipe.data.licence,
+        **licence_keys(recipe.data.licence),
         "task_categories": ["image-classification"],
         "tags": ["dataset-distillation", "soft-labels", "prism", "prism-hf"],
         "source_datasets": [recipe.data.source if on_hub else "extended|other"],
@@ -197,6 +194,13 @@ def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
         raise ValueError(f"metadata keys {sorted(extra)} are not in the allow-list")
     # Through JSON: plain types only, whatever the library put into its classes.
     return json.loads(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def licence_keys(licence: str) -> dict[str, str | None]:
+    """`license` and `license_name` of a card's header: an id of the Hub, or `other` with the name as it was given."""
+    wanted = licence.strip().lower().replace(" ", "-")
+    known = wanted in _LICENCES
+    return {"license": wanted if known else "other", "license_name": None if known else licence}
 
 
 def _info(config: str, features: datasets.Features, table: Mapping[str, int]) -> DatasetInfo:

@@ -106,7 +106,7 @@ def _check_target(target: Path, source: str | Path) -> None:
 
 def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder beside `target`, then rename it: all of it is there, or nothing."""
-    draft: Path | None = None
+    draft, target = None, target.absolute()  # "." has neither name nor parent
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -147,8 +147,8 @@ def _images(source: str | Path, revision: str | None) -> datasets.Dataset:
 
 def _pictures(table: datasets.Dataset, source: str | Path) -> Iterator[_Picture]:
     for row, cells in enumerate(table):
-        data = cells["image"]["bytes"]
         try:
+            data = cells["image"]["bytes"]
             with Image.open(io.BytesIO(data)) as picture:
                 kind, mode = str(picture.format), picture.mode
         except (*UNREADABLE, TypeError) as error:

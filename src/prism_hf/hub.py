@@ -21,7 +21,7 @@ from huggingface_hub.utils import sha, validate_repo_id  # type: ignore[attr-def
 
 from .bundle import LABELS, Bundle, Kind, bundle_of, name_in, stale
 from .errors import HubError
-from .patience import PAUSES, again
+from .patience import PAUSES, SHORT, again
 from .readme import merge_readme
 from .storage import sha256_of
 
@@ -89,7 +89,7 @@ def push_folder(folder: Path, target: Target, *, dataset_id: str | None = None) 
 # -- before the work --------------------------------------------------------------------------------------------------
 
 
-def prepare(target: Target, name: str, *, pauses: Sequence[float] = PAUSES) -> Target:
+def prepare(target: Target, name: str, *, pauses: Sequence[float] = SHORT) -> Target:
     """Find out whether `target` can be published to, and reserve its name, hours before anything is sent.
 
     Checks the name, the token and its right to write, and that the repo is new, empty or holds an older version of `name`.
@@ -165,8 +165,8 @@ def _reserve(repo: _Repo, name: str, spaces: Collection[str]) -> None:
 def _check_visibility(target: Target, info: DatasetInfo | ModelInfo) -> None:
     if not target.public and info.private is False:
         raise HubError(
-            f"{target.repo_id!r} is public, and a push is private unless it says --public; say so, or make the repo private "
-            "in its settings first"
+            f"{target.repo_id!r} is public, and a push is private unless it says --public; say so, or make the repo "
+            "private in its settings first"
         )
 
 

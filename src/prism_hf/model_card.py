@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined
 
-from .card import _LICENCES, escape, escape_all
+from .card import escape, escape_all, licence_keys
 from .errors import HubError
 from .model_folder import KINDS
 
@@ -40,13 +40,14 @@ _FACTS_KEYS = {
 }  # fmt: skip
 
 
-def render_model_card(folder: Path, *, repo_id: str, dataset_id: str | None = None) -> str:
+def render_model_card(folder: Path, *, repo_id: str, dataset_id: str | None = None, revision: str | None = None) -> str:
     """The card, README.md of a model repo.
 
     Args:
         folder: A model folder; see `model_folder.store_network`.
         repo_id: Hub id under which the network is shared.
         dataset_id: Hub id of the distilled data set, if a student's facts do not know it yet.
+        revision: Branch, unless it is the main one: the lines that load the network then name it.
 
     Raises:
         HubError: A file is missing, incomplete or names a local path (it is named), or an id is no Hub id.
@@ -63,19 +64,19 @@ def render_model_card(folder: Path, *, repo_id: str, dataset_id: str | None = No
     if facts["kind"] == "student":
         facts["dataset"] = {**facts["dataset"], "hub_id": dataset_id or facts["dataset"]["hub_id"]}
     header = yaml.safe_dump(_metadata(facts, repo_id), sort_keys=False, allow_unicode=True)
-    return f"---\n{header}---\n\n{_body(facts, config, repo_id, facts_file)}"
+    return f"---\n{header}---\n\n{_body(facts, config, repo_id, facts_file, revision)}"
 
 
-def _body(facts: Mapping[str, Any], config: Mapping[str, Any], repo_id: str, facts_file: str) -> str:
+def _body(facts: Mapping[str, Any], config: Mapping[str, Any], repo_id: str, facts_file: str, revision: str | None) -> str:
     template = files("prism_hf").joinpath("templates/model_card.md.jinja").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters["or_dash"] = lambda value: "-" if value is None else value
     dataset, cfg = facts.get("dataset", {}), config["pretrained_cfg"]
-    return environment.from_string(
-        template
-    ).render(
+    page = environment.from_string(template)
+    return page.render(
         name=escape(repo_id.rpartition("/")[2]),
-        repo_id=repo_id,  # safe as it is, inside code too: a checked Hub id
+        repo_id=repo_id,  # safe as it is, inside code too: a checked Hub id, and a checked branch
+        revision=revision,
         facts_file=facts_file,
         f=escape_all(facts),
         at=f" (revision {escape(facts['source']['revision'])})" if facts["source"]["revision"] else "",
@@ -90,12 +91,12 @@ def _body(facts: Mapping[str, Any], config: Mapping[str, Any], repo_id: str, fac
 
 def _metadata(facts: Mapping[str, Any], repo_id: str) -> dict[str, Any]:
     """The YAML header, from an allow-list; the accuracy on the real test part stands in `model-index`."""
-    licence, source = str(facts["source"]["licence"]), facts["source"]
-    wanted = licence.strip().lower().replace(" ", "-")
+    source = facts["source"]
+    licence = licence_keys(str(source["licence"]))
     trained_on = [facts.get("dataset", {}).get("hub_id"), source["id"] if source["on_hub"] else None]
     data = ModelCardData(
-        license=wanted if wanted in _LICENCES else "other",
-        license_name=None if wanted in _LICENCES else licence,
+        license=licence["license"],
+        license_name=licence["license_name"],
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "transformers", "dataset-distillation", "prism-hf"],

@@ -32,6 +32,9 @@ KINDS = {"squeeze": "teacher", "student": "student"}
 """Name of the facts file -> which kind of network it describes."""
 
 
+_ORIGIN = ("tag", "url", "file", "hf_hub_id", "hf_hub_filename", "source", "origin_url", "paper_name", "paper_ids", "notes")
+
+
 def is_stored(folder: Path, facts_name: str) -> bool:
     """Whether a folder holds a finished network (it is renamed into place as a whole)."""
     return all((folder / name).is_file() for name in ("config.json", "model.safetensors", f"{facts_name}.json"))
@@ -123,6 +126,9 @@ def _repair_config(path: Path) -> None:
     # timm writes model_args.num_classes, which transformers then passes twice (timm 1.0.31, transformers 5.23).
     config = json.loads(path.read_text(encoding="utf-8"))
     config.get("model_args", {}).pop("num_classes", None)
+    # It also names the weights that it would download for this architecture; these are others.
+    cfg = config["pretrained_cfg"]
+    config["pretrained_cfg"] = {key: value for key, value in cfg.items() if key not in _ORIGIN}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

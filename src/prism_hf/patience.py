@@ -22,6 +22,9 @@ T = TypeVar("T")
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0)
 """Seconds between tries: four minutes in all, time enough for a restart of the Hub or of a router."""
 
+SHORT = (1.0, 2.0, 4.0, 8.0)
+"""For a check that somebody is waiting for."""
+
 HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, ValueError)
 """All that the Hub's clients raise: LFS wraps into RuntimeError, Xet into ConnectionError, and an HTML page where JSON was
 expected makes a JSONDecodeError, which is a ValueError."""

@@ -140,6 +140,8 @@ def public_recipe(recipe: Recipe) -> Recipe:
     values = to_dict(recipe)
 
     def cut(text: str) -> str:
+        if "://" in text:  # an address, as of a licence, says nothing about this machine
+            return text
         scheme, colon, place = text.rpartition(":")
         return f"{scheme}{colon}{Path(place).name}" if Path(place).is_absolute() else text
 

@@ -3,6 +3,7 @@
 DIR/recipe.yaml     whose folder this is
 DIR/dataset/        the Hub-ready folder
 DIR/control/        random real images, packaged the same way
+DIR/student/        one student, for timm and transformers
 DIR/report.json     every figure of the table
 DIR/work/           what the stages leave for each other
 DIR/logs/           trackers
@@ -60,6 +61,11 @@ class Run:
     def control(self) -> Path:
         """Random real images, packaged the same way."""
         return self.folder / "control"
+
+    @property
+    def student(self) -> Path:
+        """One student, for timm and transformers."""
+        return self.folder / "student"
 
     @property
     def work(self) -> Path:

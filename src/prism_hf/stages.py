@@ -391,7 +391,7 @@ class Stages:
             self.run.work / "students",
             verifier=verifier,
             network=verifier or self._logit_teacher(),
-            keep=Keep(self.run.folder / "student", source_facts(self.recipe, self.data), scored_on(self.recipe)),
+            keep=Keep(self.run.student, source_facts(self.recipe, self.data), scored_on(self.recipe)),
         )
         if self.run.accelerator.is_main_process:
             sets = {LABELS[name]: facts.diversity for name, facts in evaluation.sets.items()}

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import HfApi, RepoCard
 
 from .packaging import FORMAT_VERSION, VIEWS
-from .patience import PAUSES, again
+from .patience import SHORT, again
 from .storage import sha256_of
 
 TABLES = {"default": "data", VIEWS: VIEWS}
@@ -122,7 +122,7 @@ def _check_counts(folder: Path, rows: Mapping[str, int]) -> Iterator[str]:
         yield f"{views} views of {images} images; expected whole epochs"
 
 
-def verify(source: str | Path, *, revision: str | None = None, pauses: Sequence[float] = PAUSES) -> Verification:
+def verify(source: str | Path, *, revision: str | None = None, pauses: Sequence[float] = SHORT) -> Verification:
     """Check a data set folder, or download a Hub data set afresh and check that.
 
     Args:

@@ -259,7 +259,7 @@ def _ask(want: _Want) -> ModelInfo:
         TeacherError: The Hub says no.
         _HubIsAwayError: The Hub says nothing, or nothing yet.
     """
-    hub = f"the Hub at {re.sub('//[^/@]*@', '//', constants.ENDPOINT)}"
+    hub = f"the Hub at {_endpoint()}"
     # No text of a network error is shown: it can quote the header that holds the token.
     for pause_s in (*PAUSES_S, None):
         try:
@@ -287,11 +287,16 @@ def _ask(want: _Want) -> ModelInfo:
     raise _HubIsAwayError(reason)
 
 
+def _endpoint() -> str:
+    """Where the Hub is, without a password that the address may hold."""
+    return re.sub("//[^/@]*@", "//", constants.ENDPOINT)
+
+
 def _refusal(want: _Want, error: HfHubHTTPError) -> TeacherError:
     repo, status = want.repo, error.response.status_code
     if isinstance(error, GatedRepoError):
         return want.error(
-            f"{repo} is gated ({status}); ask for access at {constants.ENDPOINT}/{repo}, then set HF_TOKEN or run "
+            f"{repo} is gated ({status}); ask for access at {_endpoint()}/{repo}, then set HF_TOKEN or run "
             "`hf auth login` with the account that has it"
         )
     if isinstance(error, RepositoryNotFoundError):
