@@ -274,6 +274,18 @@ def test_an_unknown_layout_is_one_line(plain, tmp_path):
     assert not (tmp_path / "target").exists()
 
 
+def test_a_hub_set_is_read_at_its_revision(plain, tmp_path, monkeypatch):
+    asked, read = [], module.open_table
+
+    def record(source, config, *, revision):
+        asked.append((source, config, revision))
+        return read(plain, config)
+
+    monkeypatch.setattr(module, "open_table", record)
+    export("org/set", tmp_path / "target", format="imagefolder", revision="v1")
+    assert asked == [("org/set", "default", "v1")]
+
+
 @every_format
 def test_a_foreign_data_set_is_one_line(tmp_path, layout):
     (tmp_path / "foreign").mkdir()
@@ -315,6 +327,8 @@ def bmp():
     ("damage", "words"),
     [
         ({"rows": [0, 1, 4, 5, 6, 7]}, ["no image of class 'class 1'"]),
+        ({"label": [0, 0, 1, 1, 2, 2, 3, -1]}, ["class -1", "0 to 3"]),
+        ({"label": [0, 0, 1, 1, 2, 2, 3, None]}, ["class None", "0 to 3"]),
         ({"slot": [0, 0, 0, 1, 0, 1, 0, 1]}, ["several images of class 'class 0' in slot 0"]),
         (b"no picture", ["row 0", "no picture"]),
         (None, ["row 0", "no picture"]),

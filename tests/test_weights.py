@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from hub_fixtures import hub, online, transport  # noqa: F401
+from hub_fixtures import fast_retries, hub, online, transport  # noqa: F401
 from hub_server import CutBody, Reset, Status
 from huggingface_hub import HfApi
 from pipeline import one_line, save_timm
@@ -56,8 +56,6 @@ def server(hub, online, monkeypatch, tmp_path):
     """The tests' Hub, as the only one that the clients in this process know, and an empty cache."""
     speak_to(monkeypatch, hub.url)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    # Else the first request of a day asks the Hub which programs drive its clients.
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
     return hub
 
 
@@ -693,7 +691,8 @@ def test_a_download_that_breaks_off_is_one_line(server, naps, timm_folder, trans
     load_teacher(f"{kind}:{REPO}", device=CPU)
 
 
-def test_half_a_cache_is_no_download(server, timm_folder):
+def test_half_a_cache_is_no_download(server, monkeypatch, timm_folder):
+    fast_retries(monkeypatch)
     create(server, timm_folder)
     huggingface_hub.hf_hub_download(REPO, "config.json")
     server.fault("tree", Status(500), times=None)  # the client falls back to what it has

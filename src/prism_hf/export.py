@@ -134,7 +134,10 @@ def _images(source: str | Path, revision: str | None) -> datasets.Dataset:
     table = table.select_columns(["image", "label", "slot"]).cast_column("image", datasets.Image(decode=False))
     counts = Counter(zip(table["label"], table["slot"], strict=True))
     names = table.features["label"].names
-    if bare := sorted(set(range(len(names))) - {label for label, _ in counts}):
+    found, known = {label for label, _ in counts}, set(range(len(names)))
+    if strays := found - known:
+        raise DataError(f"{str(source)!r} has an image of class {strays.pop()}; expected 0 to {len(names) - 1}")
+    if bare := sorted(known - found):
         raise DataError(
             f"{str(source)!r} has no image of class {names[bare[0]]!r}; its index would be given to the next class"
         )
