@@ -43,6 +43,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.push_to_hub is None and (args.public or args.revision != "main" or args.create_pr or args.replace):
         parser.error("--public, --revision, --create-pr and --replace belong to --push-to-hub REPO")
+    if args.push_to_hub is not None and args.stage in ("squeeze", "synthesize", "relabel"):
+        parser.error(f"--stage {args.stage} leaves no data set to push; leave out --stage, or push after --stage package")
     return args
 
 

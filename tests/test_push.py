@@ -36,8 +36,9 @@ def test_distil_push_load_evaluate(connected, tmp_path, capsys):
     assert not [p for p in run.rglob("*") if p.is_file() and b"hf_secret_token" in p.read_bytes()]
     assert "hf_secret_token" not in told.out + told.err
     # Somebody else, elsewhere, with the command as it is typed.
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("accelerate")), "launch", str(ROOT / "recipes/evaluate.py"), REPO, "--output", "out"],
+        [accelerate, "launch", str(ROOT / "recipes/evaluate.py"), REPO, "--output", "out"],
         env=connected.env(token="hf_secret_token", home=reader, xet=True) | {"TQDM_DISABLE": "1"},
         cwd=reader, capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -93,6 +94,13 @@ def test_options_of_a_push_need_a_push(option, capsys):
     with pytest.raises(SystemExit):
         command().parse(option)
     assert "--push-to-hub" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["squeeze", "synthesize", "relabel"])
+def test_a_stage_that_packages_nothing_has_nothing_to_push(stage, capsys):
+    with pytest.raises(SystemExit):
+        command().parse(["--push-to-hub", "a/b", "--stage", stage])
+    assert "--stage" in capsys.readouterr().err
 
 
 def test_private_and_public_exclude_each_other(capsys):
