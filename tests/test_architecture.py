@@ -90,6 +90,22 @@ def test_no_print_no_cuda_call_no_star_no_path_tricks(path):
             assert (node.value.id, node.attr) != ("sys", "path"), f"{path.name}:{node.lineno} sys.path"
 
 
+WRITES = {
+    "create_repo", "create_commit", "create_branch", "create_tag", "create_pull_request", "create_discussion", "upload_file",
+    "upload_folder", "preupload_lfs_files", "delete_repo", "delete_file", "delete_folder", "delete_branch", "push_to_hub",
+    "push_to_hf_hub", "metadata_update", "update_repo_settings", "change_discussion_status", "merge_pull_request",
+}  # fmt: skip
+
+
+def hub_writes(path):
+    return {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)} & WRITES
+
+
+def test_only_hub_writes_to_the_network():
+    assert "create_commit" in hub_writes(SRC / "hub.py")
+    assert not {path.stem: found for path in MODULES if path.stem != "hub" and (found := hub_writes(path))}
+
+
 @every_module
 def test_no_global_seed_and_no_bare_except(path):
     for node in ast.walk(tree(path)):
