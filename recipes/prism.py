@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
         return
     quiet()
     from prism_hf.bundle import bundle_of
-    from prism_hf.hub import Target, prepare, publish
+    from prism_hf.hub import Target, check_here, check_target, publish, reserve
     from prism_hf.report import summary
     from prism_hf.run import Run, check_folder, claim_folder, make_accelerator, start_trackers
     from prism_hf.stages import Stages
@@ -67,22 +67,26 @@ def main(args: argparse.Namespace) -> None:
     # Teachers are shared between recipes in outputs/teachers; a named output keeps everything inside itself.
     teachers = args.teachers or (folder / "teachers" if args.output else Path("outputs") / "teachers")
     check_folder(folder, recipe)
-    accelerator = make_accelerator(folder, log_with=args.log_with, threads=args.threads)
-    run = Run(recipe, folder, teachers, accelerator)
-    stages = Stages(run)
     target = None
-    if args.push_to_hub is not None and accelerator.is_main_process:
-        wanted = Target(
+    if args.push_to_hub is not None:
+        target = Target(
             args.push_to_hub,
             public=args.public,
             revision=args.revision,
             create_pr=args.create_pr,
             replace_other=args.replace,
         )
-        target = prepare(wanted, recipe.name)
+        check_here(target)
+    accelerator = make_accelerator(folder, log_with=args.log_with, threads=args.threads)
+    run = Run(recipe, folder, teachers, accelerator)
+    stages = Stages(run)
+    if target is not None and accelerator.is_main_process:
+        target = check_target(target, recipe.name)
     stages.check()
     # From here on something is written.
     if accelerator.is_main_process:
+        if target is not None:
+            reserve(target)
         claim_folder(folder, recipe)
         stages.record_inputs()
     accelerator.wait_for_everyone()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -711,9 +712,11 @@ class HubServer:
     def _preupload(self, call: Call) -> Json:
         tree = self._writable(call).at(call.rev).tree
         answers = []
+        ignored = self._read(tree[".gitignore"].oid).decode().split() if ".gitignore" in tree else []
         for file in call.json["files"]:
             mode = "lfs" if is_lfs(file["path"], file["size"]) else "regular"
-            answer = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+            ignore = any(fnmatch(file["path"], pattern) for pattern in ignored)
+            answer = {"path": file["path"], "uploadMode": mode, "shouldIgnore": ignore}
             present = tree.get(file["path"])
             answers.append(answer | ({"oid": present.oid} if present else {}))
         return {"files": answers}

@@ -132,13 +132,14 @@ def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", 
     return recipe, names, table, views, shown
 
 
-def add_card(folder, recipe, names, *, teachers=None, report=None):
+def add_card(folder, recipe, names, *, teachers=None, report=None, images="distilled"):
     """Provenance and card of a `small_set`, so that plain `datasets` finds both configs."""
     from prism_hf.card import card_facts, render_card
     from prism_hf.packaging import write_provenance
 
     write_provenance(
         folder, recipe=recipe, teachers=teachers or {}, source_revision=None, source_on_hub=False, squeezed_top1={},
+        images=images,
         hardware={"device": "cpu", "threads": 1, "precision": "float32"},
     )  # fmt: skip
     facts = card_facts(folder, recipe, names, report)

@@ -91,9 +91,10 @@ def test_no_print_no_cuda_call_no_star_no_path_tricks(path):
 
 
 WRITES = {
-    "create_repo", "create_commit", "create_branch", "create_tag", "create_pull_request", "create_discussion", "upload_file",
-    "upload_folder", "preupload_lfs_files", "delete_repo", "delete_file", "delete_folder", "delete_branch", "push_to_hub",
-    "push_to_hf_hub", "metadata_update", "update_repo_settings", "change_discussion_status", "merge_pull_request",
+    "create_repo", "create_commit", "create_branch", "create_tag", "create_pull_request", "create_discussion",
+    "upload_file", "upload_folder", "preupload_lfs_files", "delete_repo", "delete_file", "delete_folder",
+    "delete_branch", "push_to_hub", "push_to_hf_hub", "metadata_update", "update_repo_settings",
+    "change_discussion_status", "merge_pull_request",
 }  # fmt: skip
 
 

@@ -69,14 +69,22 @@ def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path, path):
 @pytest.mark.parametrize(
     ("label", "content", "name"),
     [
-        ("provenance.json", b'{"format_version": 1, "files": {}, "recipe": "x"}', "x"),
+        ("provenance.json", b'{"format_version": 1, "files": {"a": 1}, "recipe": "x"}', "x"),
+        ("provenance.json", b'{"format_version": 1, "files": {"a": 1}, "recipe": "x", "images": "distilled"}', "x"),
+        (
+            "provenance.json",
+            b'{"format_version": 1, "files": {"a": 1}, "recipe": "x", "images": "random_real"}',
+            "x (random real images)",
+        ),
         ("provenance.json", b'{"recipe": "x"}', None),
-        ("provenance.json", b'{"format_version": "1", "files": {}, "recipe": "x"}', None),
+        ("provenance.json", b'{"format_version": "1", "files": {"a": 1}, "recipe": "x"}', None),
         ("provenance.json", b"[]", None),
         ("provenance.json", b"\xff", None),
-        ("squeeze.json", b'{"teacher": "squeeze:resnet18"}', "squeeze:resnet18"),
+        ("squeeze.json", b'{"teacher": "squeeze:a", "source": {"id": "digits"}}', "squeeze:a of digits"),
+        ("squeeze.json", b'{"teacher": "squeeze:a", "settings": {"data": "digits"}}', "squeeze:a of digits"),
         ("squeeze.json", b"{}", None),
-        ("student.json", b'{"architecture": "resnet18"}', "student resnet18"),
+        ("student.json", b'{"architecture": "a", "dataset": {"name": "x"}}', "student a of x"),
+        ("student.json", b'{"architecture": "a"}', None),
         ("student.json", b"nonsense", None),
     ],
 )
@@ -85,10 +93,14 @@ def test_what_a_repo_holds(label, content, name):
 
 
 def test_tables_that_would_be_mixed_in_are_stale_and_others_are_not(folder):
-    there = [*bundle_of(folder).files, "data/train-00001-of-00009.parquet", "views/train-x.parquet", "assets/diversity.png",
-             "data/test-0.parquet", "data/sub/train-0.parquet", "LICENSE", "README.md", ".gitattributes"]  # fmt: skip
+    there = [
+        *bundle_of(folder).files, "data/train-00001-of-00009.parquet", "views/train-x.parquet", "assets/diversity.png",
+        "data/test-0.parquet", "data/train-notes.csv", "data/train-dir/x.parquet", "data/sub/train-0.parquet", "LICENSE",
+        "README.md", ".gitattributes",
+    ]  # fmt: skip
     assert stale(bundle_of(folder), there) == [
-        "assets/diversity.png", "data/train-00001-of-00009.parquet", "views/train-x.parquet",
+        "assets/diversity.png", "data/train-00001-of-00009.parquet", "data/train-dir/x.parquet", "data/train-notes.csv",
+        "views/train-x.parquet",
     ]  # fmt: skip
 
 

@@ -1,22 +1,25 @@
 # ruff: noqa: F811
+import json
 import logging
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import time
 
+import httpx2
 import huggingface_hub
 import pytest
 import yaml
 from hub_fixtures import connected, hub, online, transport  # noqa: F401
-from hub_server import LostAnswer, Rival, Status
+from hub_server import Delay, LostAnswer, Rival, Status
 from huggingface_hub import HfApi
 from pipeline import add_card, one_line, sha_tree, small_set
 
 from prism_hf.bundle import bundle_of
 from prism_hf.errors import HubError
-from prism_hf.hub import Publication, Target, prepare, publish
+from prism_hf.hub import Publication, Target, check_target, publish, reserve
 from prism_hf.readme import BEGIN, END
 
 REPO, KIND = "org/small", "datasets"
@@ -40,7 +43,7 @@ def newer(tmp_path_factory):
 
 def push(folder, repo=REPO, *, pauses=(0, 0), **options):
     bundle = bundle_of(folder)
-    return publish(bundle, prepare(Target(repo, bundle.kind, **options), bundle.name, pauses=pauses), pauses=pauses)
+    return publish(bundle, check_target(Target(repo, bundle.kind, **options), bundle.name, pauses=pauses), pauses=pauses)
 
 
 def local(folder):
@@ -168,7 +171,9 @@ def test_public_is_said_and_a_private_repo_becomes_public_after_its_data_are_the
     assert "--public" in one_line(error)
 
 
-def test_a_new_public_repo_is_public(connected, folder):
+def test_a_new_public_repo_is_private_until_its_data_are_there(connected, folder):
+    ready(public=True)
+    assert connected.repo(KIND, REPO).private
     push(folder, public=True)
     assert not connected.repo(KIND, REPO).private
 
@@ -181,10 +186,12 @@ def test_a_name_without_namespace_is_the_users(connected, folder):
 
 
 def ready(repo=REPO, name="digits-prism-ipc10", **options):
-    return prepare(Target(repo, **options), name, pauses=(0, 0))
+    target = check_target(Target(repo, **options), name, pauses=(0, 0))
+    reserve(target, pauses=(0, 0))
+    return target
 
 
-def test_prepare_reserves_a_private_name_once(connected):
+def test_a_private_name_is_reserved_once(connected):
     assert ready() == Target(REPO)
     assert connected.repo(KIND, REPO).private
     assert ready() == Target(REPO)
@@ -294,7 +301,9 @@ def test_a_pull_request_needs_a_repo_but_no_right_to_write(connected, folder, ne
         ready("org/nothing", create_pr=True)
     push(folder, public=True)
     monkeypatch.setenv("HF_TOKEN", connected.add_user("guest", token="hf_guest"))
-    assert push(newer, create_pr=True).url.endswith("/discussions/1")
+    with pytest.raises(HubError, match="--public"):
+        push(newer, create_pr=True)
+    assert push(newer, create_pr=True, public=True).url.endswith("/discussions/1")
 
 
 # -- faults that the matrix does not have -----------------------------------------------------------------------------
@@ -304,7 +313,7 @@ def test_a_pull_request_needs_a_repo_but_no_right_to_write(connected, folder, ne
 @pytest.mark.parametrize(
     "action", [Status(503), Status(502, b"<html>", html=True), LostAnswer()], ids=["503", "html", "lost"]
 )
-def test_prepare_waits_for_what_passes(connected, folder, kind, action):
+def test_the_check_waits_for_what_passes(connected, folder, kind, action):
     if kind in ("auth_check", "tree"):
         push(folder)
     connected.fault(kind, action)
@@ -340,6 +349,86 @@ def test_a_folder_that_changed_since_it_was_packaged_is_not_pushed(connected, tm
         push(folder)
     assert "data/train-00000-of-00001.parquet" in one_line(error)
     assert not connected.requests
+
+
+def test_files_that_the_repo_ignores_are_not_left_out_without_a_word(connected, folder, newer):
+    push(folder)
+    connected.commit(KIND, REPO, {".gitignore": b"views/*.parquet\n"})
+    before = connected.files(KIND, REPO)
+    with pytest.raises(HubError) as error:
+        push(newer)
+    assert "views/train-00000-of-00001.parquet" in one_line(error)
+    assert ".gitignore" in one_line(error)
+    assert connected.files(KIND, REPO) == before
+
+
+def test_a_folder_that_is_packaged_anew_during_the_push_is_noticed(connected, folder, newer, tmp_path):
+    place = tmp_path / "set"
+    shutil.copytree(folder, place)
+    ready()
+
+    def package():
+        shutil.rmtree(place)
+        shutil.copytree(newer, place)
+
+    connected.fault("preupload", Rival(package))
+    with pytest.raises(HubError) as error:
+        push(place)
+    assert "changed while it was being sent" in one_line(error)
+    assert commits(connected) == 1
+
+
+def test_a_control_does_not_take_the_place_of_its_data_set(connected, folder, tmp_path):
+    push(folder)
+    control = tmp_path / "control"
+    recipe, names, *_ = small_set(control, seed=5)
+    add_card(control, recipe, names, images="random_real")
+    with pytest.raises(HubError, match="random real images"):
+        push(control)
+    push(control, "org/control")
+
+
+def test_a_repo_made_public_while_files_are_sent_gets_no_commit(connected, folder, newer):
+    push(folder)
+    connected.fault("preupload", Rival(lambda: HfApi().update_repo_settings(REPO, repo_type="dataset", private=False)))
+    with pytest.raises(HubError, match="--public"):
+        push(newer)
+    assert commits(connected) == 2
+
+
+def test_a_name_that_is_taken_by_what_we_cannot_see_is_one_line(connected, folder):
+    connected.fault("repo_info", Status(404, headers={"X-Error-Code": "RepoNotFound"}), times=None)
+    taken = json.dumps({"url": f"{connected.url}/datasets/{REPO}"}).encode()
+    connected.fault("create_repo", Status(409, taken), times=None)
+    with pytest.raises(HubError) as error:
+        publish(bundle_of(folder), Target(REPO), pauses=())
+    assert "not for this token" in one_line(error)
+
+
+def test_a_tag_and_a_commit_are_no_branches(connected, folder):
+    commit = push(folder).commit
+    connected.repo(KIND, REPO).refs["refs/tags/v1"] = commit
+    with pytest.raises(HubError, match="--revision"):
+        ready(revision=commit)
+
+
+@pytest.mark.parametrize("answer", [{}, {"name": None}, {"name": "ann", "orgs": None, "auth": None},
+                                    {"name": "ann", "orgs": [{"name": "org"}], "auth": {"accessToken": None}}])  # fmt: skip
+def test_a_strange_whoami_is_one_line_or_no_matter(connected, answer):
+    connected.fault("whoami", Status(200, json.dumps(answer).encode()))
+    if answer.get("orgs"):
+        ready()
+        return
+    with pytest.raises(HubError) as error:
+        ready()
+    one_line(error)
+
+
+def test_a_silent_hub_is_not_waited_for_without_end(connected, folder, monkeypatch):
+    monkeypatch.setattr("prism_hf.patience._TIMEOUT", httpx2.Timeout(0.3))
+    connected.fault("repo_info", Delay(1.0))
+    assert push(folder).changed
+    assert commits(connected) == 2
 
 
 def killed(folder, url, transport, env):

@@ -206,7 +206,7 @@ def naive(world):
     """What a publisher does that has not thought about faults: data, then card, each in a commit of its own."""
     api, bundle = HfApi(), world.new
     api.create_repo(REPO, repo_type="dataset", exist_ok=True)
-    files = [CommitOperationAdd(path, local) for path, local in bundle.files.items()]
+    files = [CommitOperationAdd(path, entry.source) for path, entry in bundle.files.items()]
     card = CommitOperationAdd("README.md", bundle.readme(REPO, None).encode())
     try:
         for operations in (files, [card]):

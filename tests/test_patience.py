@@ -2,7 +2,10 @@ import json
 
 import httpx2
 import pytest
+from huggingface_hub import set_client_factory
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import _http, get_session
+from huggingface_hub.utils._http import close_session
 
 from prism_hf.errors import HubError
 from prism_hf.patience import again, explain, passes, status_of
@@ -120,8 +123,19 @@ def test_an_explanation_is_one_line_without_the_token(monkeypatch):
     assert len(line) < 400
 
 
-def test_every_try_has_a_time_limit():
-    from huggingface_hub.utils import get_session
+def test_every_try_has_a_time_limit_and_so_has_the_session_after_a_broken_one():
+    def attempt():
+        before = get_session().timeout.read
+        close_session()  # as the library does after a connection that failed
+        return before, get_session().timeout.read
 
-    get_session().timeout = None
-    assert again(lambda: get_session().timeout.read, "doing") == 300
+    assert again(attempt, "doing") == (300, 300)
+
+
+def test_a_client_that_somebody_has_set_up_stays():
+    mine = httpx2.Client(timeout=7)
+    set_client_factory(lambda: mine)
+    try:
+        assert again(lambda: get_session().timeout.read, "doing") == 7
+    finally:
+        set_client_factory(_http.default_client_factory)

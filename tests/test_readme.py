@@ -34,9 +34,14 @@ def header(text):
     return yaml.safe_load(text.split("---\n")[1])
 
 
+def merged_once(ours, theirs):
+    data = theirs.encode() if isinstance(theirs, str) else theirs
+    return merge_readme(ours, data, owned=METADATA_KEYS).decode("utf-8-sig")
+
+
 def merge(theirs, ours=OURS):
-    merged = merge_readme(ours, theirs, owned=METADATA_KEYS)
-    assert merge_readme(ours, merged, owned=METADATA_KEYS) == merged, "merging again changes nothing"
+    merged = merged_once(ours, theirs)
+    assert merged_once(ours, merged) == merged, "merging again changes nothing"
     assert merged.count(BEGIN) == merged.count(END) == 1
     assert DatasetCard(merged).data.to_dict()["configs"], "the library reads the header"
     return merged
@@ -108,17 +113,9 @@ def test_strange_headers_do_not_break_ours(theirs):
 
 def test_marker_lines_inside_our_part_cannot_end_it():
     nasty = OURS.replace("words", f"```\n{END}\n{BEGIN}\n```")
-    merged = merge_readme(nasty, None, owned=METADATA_KEYS) + "\nnotes\n"
-    assert merge_readme(nasty, merged, owned=METADATA_KEYS) == merged
-    assert merge_readme(OURS, merged, owned=METADATA_KEYS) == merge(None) + "\nnotes\n"
-
-
-def test_words_written_into_the_local_file_come_along_once():
-    local = merge(None).replace("Notes", "") + "\n## Mine\n\nlocal words\n"
-    merged = merge_readme(local, None, owned=METADATA_KEYS)
-    assert merged.count("local words") == 1
-    again = merge_readme(local, merged + "\nhub words\n", owned=METADATA_KEYS)
-    assert again.count("local words") == again.count("hub words") == 1
+    merged = merged_once(nasty, None) + "\nnotes\n"
+    assert merged_once(nasty, merged) == merged
+    assert merged_once(OURS, merged) == merge(None) + "\nnotes\n"
 
 
 def test_a_real_card_merged_over_a_strange_one_still_loads(tmp_path):
@@ -130,3 +127,79 @@ def test_a_real_card_merged_over_a_strange_one_still_loads(tmp_path):
     builder = load_dataset_builder(str(tmp_path))
     assert builder.config.name == "default"
     assert builder.info.splits["train"].num_examples == 12
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda t: t.replace(f"{BEGIN}\n", ""),
+        lambda t: t.replace(f"{END}\n", ""),
+        lambda t: t.replace(BEGIN, "@").replace(END, BEGIN).replace("@", END),
+        lambda t: t.replace(BEGIN, f"  {BEGIN}"),
+        lambda t: t.replace(END, f"  {END}"),
+        lambda t: t.replace(BEGIN, f"{BEGIN}\n\nbetween\n\n{BEGIN}"),
+        lambda t: t + t.partition("---\n\n")[2],
+        lambda t: t.replace(END, f"{END}\n{END}"),
+    ],
+    ids=["no begin", "no end", "swapped", "indented begin", "indented end", "two begins", "twice", "two ends"],
+)
+def test_damaged_marker_lines_lose_nobodys_words(damage):
+    theirs = damage(merge(None).replace(BEGIN, f"Mine above.\n\n{BEGIN}") + "\nMine below.\n")
+    newer = OURS.replace("words", "newer words")
+    merged = merged_once(newer, theirs)
+    assert merged_once(newer, merged) == merged, "merging again changes nothing"
+    for word in ("Mine above.", "Mine below.", "newer words", *(["between"] if "between" in theirs else [])):
+        assert word in merged
+    again = merged_once(OURS.replace("words", "newest"), merged)
+    assert "Mine above." in again
+    assert "Mine below." in again
+
+
+STRANGE = [
+    "on: push",
+    "1: x",
+    "self: x",
+    "ignore_metadata_errors: true",
+    "configs: [{config_name: [a, b]}]",
+    "day: 2024-01-01",
+]
+
+
+@pytest.mark.parametrize("line", STRANGE)
+def test_legal_yaml_that_readers_of_cards_choke_on_is_mended(line):
+    merged = merge(f"---\n{line}\nviewer: false\n---\nhello\n")
+    assert header(merged)["viewer"] is False
+    assert "hello" in merged
+
+
+@pytest.mark.parametrize(
+    ("data", "kept"),
+    [
+        ("caf\u00e9".encode("latin-1"), "caf\u00e9"),
+        ("caf\u00e9 \u9db4".encode("utf-16"), "caf\u00e9 \u9db4"),
+        (b"\xef\xbb\xbf---\nviewer: false\n---\nhello", "hello"),
+    ],
+    ids=["latin-1", "utf-16", "byte order mark"],
+)
+def test_a_readme_in_another_encoding_is_read(data, kept):
+    merged = merge(data)
+    assert kept in merged.partition(END)[2]
+    assert ("viewer" in header(merged)) == (b"viewer" in data)
+
+
+def test_what_says_it_all_stays_as_it_is_written():
+    theirs = (
+        merge(None)
+        .replace("license: mit\n", "")
+        .replace("---\n", "---\nlicense:   'mit'\n", 1)
+        .replace("\n", "\r\n")
+        .encode()
+    )
+    assert merge_readme(OURS, theirs, owned=METADATA_KEYS) is theirs
+
+
+def test_after_the_first_push_the_readme_on_the_hub_is_the_one_to_edit():
+    local = merge(None) + "\nlocal words\n"
+    first = merged_once(local, None)
+    assert first.count("local words") == 1
+    assert "local words" not in merged_once(local, first.replace("local words", "better words"))

@@ -14,11 +14,14 @@ import pytest
 import timm
 import torch
 from hub_fixtures import connected, hub, online, transport  # noqa: F401
+from hub_server import Rival, Status
 from huggingface_hub import ModelCard
 from pipeline import add_card, random_picture, small_set, tiny
 
 from prism_hf.console import main
 from prism_hf.data import load_source
+from prism_hf.errors import DataError
+from prism_hf.reading import _shipped, load_distilled
 from prism_hf.squeeze import squeeze_teacher, teacher_folder
 
 SET, TEACHER = "org/small-set", "org/small-teacher"
@@ -157,7 +160,7 @@ def test_what_is_missing_on_the_hub_is_seen_by_verify(connected, tmp_path, capsy
     assert main(["verify", SET]) == 1
     told = capsys.readouterr().out
     assert "recipe.yaml: missing" in told
-    assert "data/train-00001-of-00002.parquet: a table that provenance.json does not list" in told
+    assert "'data/train-00001-of-00002.parquet': provenance.json does not list it" in told
     assert main(["verify", "org/nothing"]) == 2
     assert "not found" in capsys.readouterr().err
 
@@ -185,3 +188,35 @@ def test_a_teacher_comes_back_for_timm_and_transformers(connected, transport, re
     assert card.data.eval_results[0].metric_value == json.loads((teacher / "squeeze.json").read_text())["test_top1"]
     assert main(["push", str(teacher), TEACHER]) == 0
     assert len(connected.history("models", TEACHER)) == 2, "nothing has changed"
+
+
+DISTILLED = """
+import json, sys
+from prism_hf.reading import load_distilled
+print(json.dumps(load_distilled(sys.argv[1]).content))
+"""
+
+
+@pytest.mark.parametrize("transport", ["lfs"], indirect=True)
+def test_a_push_between_two_tables_is_not_mixed_in(connected, transport, reader, tmp_path):
+    folders = []
+    for seed in (0, 1):
+        folders.append(tmp_path / f"set-{seed}")
+        recipe, names, *_ = small_set(folders[-1], seed=seed)
+        add_card(folders[-1], recipe, names)
+    assert main(["push", str(folders[0]), SET]) == 0
+    newer = {p.relative_to(folders[1]).as_posix(): p.read_bytes() for p in folders[1].rglob("*") if p.is_file()}
+    # Once the first table is asked for, somebody pushes.
+    fault = connected.fault("resolve", Rival(lambda: connected.commit("datasets", SET, newer)), match="data/train")
+    found = fresh(connected, reader, transport, DISTILLED, SET)
+    assert fault.fired
+    assert found == load_distilled(folders[0]).content
+
+
+@pytest.mark.parametrize("transport", ["lfs"], indirect=True)
+def test_no_answer_is_not_taken_for_no_such_file(connected):
+    connected.create("datasets", SET, {"a.txt": b"1"})
+    assert _shipped(SET, "recipe.yaml", None) is None
+    connected.fault("resolve", Status(502), times=None)
+    with pytest.raises(DataError, match="cannot be fetched"):
+        _shipped(SET, "recipe.yaml", None)

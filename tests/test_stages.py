@@ -336,3 +336,20 @@ def test_times_of_an_interrupted_stage_are_kept(tmp_path):
     with pytest.raises(KeyboardInterrupt), run.timed("squeeze"):
         raise KeyboardInterrupt
     assert "squeeze" in run.times()
+
+
+def test_packaging_the_same_again_keeps_the_figures_in_the_card(copied, done):
+    """`--stage package --push-to-hub` on an evaluated run must not publish a card that says *not yet run*."""
+    card = (copied / "dataset" / "README.md").read_text()
+    assert "Not yet run" not in card
+    assert go(copied, *LIGHT, "--stage", "package", teachers=done / "teachers") == 0
+    assert (copied / "dataset" / "README.md").read_text() == card
+
+
+def test_packaging_other_tables_drops_the_figures(copied, done):
+    provenance = copied / "dataset" / "provenance.json"
+    value = json.loads(provenance.read_text())
+    value["files"]["data/train-00000-of-00001.parquet"]["sha256"] = "0" * 64
+    provenance.write_text(json.dumps(value))
+    assert go(copied, *LIGHT, "--stage", "package", teachers=done / "teachers") == 0
+    assert "Not yet run" in (copied / "dataset" / "README.md").read_text()

@@ -75,6 +75,22 @@ DAMAGE = {
     "an absolute file": (lambda f: edit(f, lambda v: v["files"].update({"/etc/passwd": v["files"][TABLE]})), "outside"),
     "no card": (lambda f: (f / "README.md").unlink(), "README.md"),
     "a card without counts": (lambda f: (f / "README.md").write_text("---\nlicense: mit\n---\n"), "README.md"),
+    "a card that points elsewhere": (
+        lambda f: (f / "README.md").write_text(
+            (f / "README.md").read_text().replace("path: views/train-*", "path: views/x-*")
+        ),
+        "does not point to views/train-*",
+    ),
+    "a card with another type": (
+        lambda f: (f / "README.md").write_text((f / "README.md").read_text().replace("dtype: bool", "dtype: int8")),
+        "other columns or types",
+    ),
+    "a card in the list of files": (
+        lambda f: edit(f, lambda v: v["files"].update({"README.md": v["files"][TABLE]})),
+        "no part of a data set",
+    ),
+    "a hidden file": (lambda f: edit(f, lambda v: v["files"].update({".git/config": v["files"][TABLE]})), "no part"),
+    "a name that rings": (lambda f: edit(f, lambda v: v["files"].update({"a\x1bb": v["files"][TABLE]})), "no part"),
     "a card with other counts": (
         lambda f: (f / "README.md").write_text(
             (f / "README.md").read_text().replace("num_examples: 36", "num_examples: 35")

@@ -197,10 +197,18 @@ def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 
 def licence_keys(licence: str) -> dict[str, str | None]:
-    """`license` and `license_name` of a card's header: an id of the Hub, or `other` with the name as it was given."""
-    wanted = licence.strip().lower().replace(" ", "-")
+    """`license` and `license_name` of a card's header: an id of the Hub, or `other` with the name made an id.
+
+    The card's text has it as it was given.
+    """
+    wanted = slug(licence)
     known = wanted in _LICENCES
-    return {"license": wanted if known else "other", "license_name": None if known else licence}
+    return {"license": wanted if known else "other", "license_name": None if known else wanted}
+
+
+def slug(text: str) -> str:
+    """Text as an id of lower-case letters, digits, dots and dashes."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.strip().lower()).strip("-.")[:80] or "unknown"
 
 
 def _info(config: str, features: datasets.Features, table: Mapping[str, int]) -> DatasetInfo:
@@ -221,16 +229,20 @@ def _size_category(rows: int) -> str:
     return next((name for bound, name in bounds if rows < bound), "10M<n<100M")
 
 
+_UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, and those that turn the direction of what follows."""
+_LINK = re.compile(r":(?=//)|@|(?<=www)\.", re.IGNORECASE)
 _LINE_START = re.compile(r"^(\d*)([-=.)])")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 
 
 def escape(text: object) -> str:
     """Text that shows as itself in one line of Markdown or HTML, inside a table too, whatever it contains."""
-    line = _MARKDOWN.sub(r"\\\1", " ".join(str(text).split()))
+    line = _MARKDOWN.sub(r"\\\1", " ".join(_UNSEEN.sub("\ufffd", str(text)).split()))
     # A dash, an equals sign or a number with a dot would open a list, a rule or a heading at the start of a line.
     line = _LINE_START.sub(r"\1\\\2", line)
-    return html.escape(line, quote=False)
+    # Addresses and @names would become links on their own.
+    return _LINK.sub(lambda found: f"&#{ord(found[0])};", html.escape(line, quote=False))
 
 
 def escape_all(value: Any) -> Any:

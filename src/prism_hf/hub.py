@@ -10,16 +10,16 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussion, HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
-from huggingface_hub.utils import sha, validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from .bundle import LABELS, Bundle, Kind, bundle_of, name_in, stale
+from .bundle import LABELS, Bundle, Entry, Kind, bundle_of, name_in, stale
 from .errors import HubError
 from .patience import PAUSES, SHORT, again
 from .readme import merge_readme
@@ -28,8 +28,6 @@ from .storage import sha256_of
 log = logging.getLogger(__name__)
 Operation = CommitOperationAdd | CommitOperationDelete
 MAIN = "main"
-_TEXT = (".json", ".yaml", ".md")
-"""Small files, sent inside the commit; all others before it, one by one."""
 
 
 @dataclass(frozen=True)
@@ -77,23 +75,46 @@ def push_folder(folder: Path, target: Target, *, dataset_id: str | None = None) 
         dataset_id: Hub id of the data set that a student learned from, for its card.
 
     Raises:
-        HubError: See `bundle_of`, `prepare` and `publish`.
+        HubError: See `bundle_of`, `check_target` and `publish`.
 
     Example:
         >>> push_folder(Path("outputs/digits-prism-ipc10/dataset"), Target("org/digits-prism-ipc10", public=True)).url
     """
+    check_here(target)
     bundle = bundle_of(folder, dataset_id=dataset_id)
-    return publish(bundle, prepare(replace(target, kind=bundle.kind), bundle.name))
+    return publish(bundle, check_target(replace(target, kind=bundle.kind), bundle.name))
 
 
 # -- before the work --------------------------------------------------------------------------------------------------
 
 
-def prepare(target: Target, name: str, *, pauses: Sequence[float] = SHORT) -> Target:
-    """Find out whether `target` can be published to, and reserve its name, hours before anything is sent.
+def check_here(target: Target) -> None:
+    """Find out what is wrong with a target without asking the Hub: name, branch, token, offline mode.
+
+    Raises:
+        HubError: One line on what is wrong and how to put it right.
+    """
+    try:
+        validate_repo_id(target.repo_id)
+    except HFValidationError as error:
+        raise HubError(f"{target.repo_id!r} is no name of a Hub repo: {' '.join(str(error).split())}") from error
+    branch = target.revision
+    if target.create_pr and branch != MAIN:
+        raise HubError("a pull request goes to the main branch; give --create-pr or --revision, not both")
+    # Git's own rules, as far as they can be broken by mistake; refs/ is the Hub's.
+    wrong = branch.endswith(("/", ".", ".lock")) or re.search(r"\.\.|//|/\.|^refs/|^[0-9a-f]{40}$", branch)
+    if wrong or not re.fullmatch(r"\w[\w./-]*", branch):
+        raise HubError(f"--revision {branch!r} is no name of a branch; use letters, digits, dots, dashes and underscores")
+    if is_offline_mode():
+        raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it, or push later with `prism-hf push`")
+    if get_token() is None:
+        raise HubError("there is no Hugging Face token, so nothing can be pushed; set HF_TOKEN, or run `hf auth login`")
+
+
+def check_target(target: Target, name: str, *, pauses: Sequence[float] = SHORT) -> Target:
+    """Find out whether a target can be published to, hours before anything is sent; writes nothing.
 
     Checks the name, the token and its right to write, and that the repo is new, empty or holds an older version of `name`.
-    A repo that is not there is made, private unless `target.public`: only that proves that it can be.
 
     Args:
         target: Where; a name without namespace becomes one of the user's.
@@ -106,45 +127,39 @@ def prepare(target: Target, name: str, *, pauses: Sequence[float] = SHORT) -> Ta
     Raises:
         HubError: One line on what is wrong and how to put it right.
     """
-    _check_words(target)
-    if is_offline_mode():
-        raise HubError(
-            "HF_HUB_OFFLINE is set, so nothing can be pushed; unset it, or push the folder later with `prism-hf push`"
-        )
-    if get_token() is None:
-        raise HubError("there is no Hugging Face token, so nothing can be pushed; set HF_TOKEN, or run `hf auth login`")
+    check_here(target)
     user = again(lambda: HfApi().whoami(), "asking the Hub whose token this is", pauses)
-    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+    token = (user.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
         raise HubError(
             "the Hugging Face token can only read; make one that can write at https://huggingface.co/settings/tokens"
         )
+    if not user.get("name"):
+        raise HubError("the Hub does not say whose token this is; check HF_ENDPOINT and the proxy")
     if "/" not in target.repo_id:
         target = replace(target, repo_id=f"{user['name']}/{target.repo_id}")
-    spaces = {user["name"], *(org["name"] for org in user.get("orgs", ()))}
-    again(lambda: _reserve(_Repo(target), name, spaces), f"checking {target.repo_id!r} on the Hub", pauses)
+    spaces = {user["name"], *(org["name"] for org in user.get("orgs") or ())}
+    again(lambda: _check_repo(_Repo(target), name, spaces), f"checking {target.repo_id!r} on the Hub", pauses)
     return target
 
 
-def _check_words(target: Target) -> None:
-    try:
-        validate_repo_id(target.repo_id)
-    except HFValidationError as error:
-        raise HubError(f"{target.repo_id!r} is no name of a Hub repo: {' '.join(str(error).split())}") from error
-    if target.create_pr and target.revision != MAIN:
-        raise HubError("a pull request goes to the main branch; give --create-pr or --revision, not both")
-    branch = target.revision
-    # Git's own rules, as far as they can be broken by mistake; refs/ is the Hub's.
-    if (
-        not re.fullmatch(r"\w[\w./-]*", branch)
-        or branch.endswith(("/", ".", ".lock"))
-        or re.search(r"\.\.|//|/\.|^refs/", branch)
-    ):
-        raise HubError(f"--revision {branch!r} is no name of a branch; use letters, digits, dots, dashes and underscores")
+def reserve(target: Target, *, pauses: Sequence[float] = SHORT) -> None:
+    """Make the repo if it is not there, empty and private: only that proves that it can be made, and keeps the name free.
+
+    Args:
+        target: From `check_target`.
+        pauses: Seconds between tries of what can pass.
+
+    Raises:
+        HubError: One line on why it cannot be made.
+    """
+    repo = _Repo(target)
+    again(lambda: repo.info() or repo.make(), f"making {target.repo_id!r} on the Hub", pauses)
 
 
-def _reserve(repo: _Repo, name: str, spaces: Collection[str]) -> None:
-    target, info = repo.target, repo.info()
-    if info is None:
+def _check_repo(repo: _Repo, name: str, spaces: Collection[str]) -> None:
+    target = repo.target
+    if repo.info() is None:
         if target.create_pr:
             raise HubError(
                 f"{target.repo_id!r} is not on the Hub, or not for this token; without --create-pr it would be made"
@@ -152,22 +167,18 @@ def _reserve(repo: _Repo, name: str, spaces: Collection[str]) -> None:
         space = target.repo_id.split("/")[0]
         if space not in spaces:
             raise HubError(f"{space!r} is neither you nor your organisation; push to one of {', '.join(sorted(spaces))}")
-        repo.make()
         return
     if not target.create_pr:
         repo.api.auth_check(target.repo_id, repo_type=target.kind, write=True)
-        _check_visibility(target, info)
-    head = repo.head(target.revision) or repo.head(MAIN)
+    repo.check_visibility()
+    head = repo.head(target.revision)
+    if head is not None and target.revision != MAIN:
+        branches = repo.api.list_repo_refs(target.repo_id, repo_type=target.kind).branches
+        if target.revision not in [branch.name for branch in branches]:
+            raise HubError(f"--revision {target.revision!r} is a tag of {target.repo_id!r}; name a branch")
+    head = head or repo.head(MAIN)
     if head is not None:
         _check_occupant(repo, name, head)
-
-
-def _check_visibility(target: Target, info: DatasetInfo | ModelInfo) -> None:
-    if not target.public and info.private is False:
-        raise HubError(
-            f"{target.repo_id!r} is public, and a push is private unless it says --public; say so, or make the repo "
-            "private in its settings first"
-        )
 
 
 def _check_occupant(repo: _Repo, name: str, head: str) -> None:
@@ -193,7 +204,7 @@ def publish(bundle: Bundle, target: Target, *, pauses: Sequence[float] = PAUSES)
 
     Args:
         bundle: What to publish.
-        target: Where, from `prepare`.
+        target: Where, from `check_target`.
         pauses: Seconds between tries of what can pass: 408, 409, 412, 425, 429, 5xx, broken connections, a rival's commit.
 
     Raises:
@@ -202,23 +213,10 @@ def publish(bundle: Bundle, target: Target, *, pauses: Sequence[float] = PAUSES)
 
     Example:
         >>> bundle = bundle_of(Path("outputs/digits-prism-ipc10/dataset"))
-        >>> publish(bundle, prepare(Target("org/digits-prism-ipc10"), bundle.name)).url
+        >>> publish(bundle, check_target(Target("org/digits-prism-ipc10"), bundle.name)).url
     """
-    progress = _Progress({path: _Digests(local) for path, local in bundle.files.items()})
+    progress = _Progress()
     return again(lambda: _publish_once(bundle, _Repo(target), progress), f"publishing to {target.repo_id!r}", pauses)
-
-
-class _Digests:
-    """The hashes of a local file that the Hub knows it by; read once."""
-
-    def __init__(self, path: Path) -> None:
-        self.sha256 = sha256_of(path)
-        self._path = path
-
-    def equal(self, there: RepoFile) -> bool:
-        if there.lfs is not None:
-            return there.lfs.sha256 == self.sha256
-        return there.size == self._path.stat().st_size and there.blob_id == sha.git_hash(self._path.read_bytes())
 
 
 @dataclass(eq=False)
@@ -226,26 +224,20 @@ class _Progress:
     """What is known from one try to the next.
 
     Attributes:
-        digests: Of each file of the bundle.
         sent: Files that the Hub's storage has.
         tried: Whether a commit was asked for; it may have landed though its answer was lost.
     """
 
-    digests: Mapping[str, _Digests]
     sent: dict[str, CommitOperationAdd] = field(default_factory=dict)
     tried: bool = False
 
 
 def _publish_once(bundle: Bundle, repo: _Repo, progress: _Progress) -> Publication:
     """One try, from what the Hub holds now."""
-    target, info = repo.target, repo.info()
-    if info is None:
-        repo.make()
-        info = repo.info()
-        assert info is not None
+    target = repo.target
+    info = repo.info() or repo.make()
     if target.create_pr:
         return _request_once(bundle, repo, progress)
-    _check_visibility(target, info)
     branch = target.revision
     head = repo.head(branch)
     if head is None:
@@ -264,6 +256,7 @@ def _request_once(bundle: Bundle, repo: _Repo, progress: _Progress) -> Publicati
     _check_occupant(repo, bundle.name, main)
     if not _changes(bundle, repo, main, progress):
         return Publication(repo.commit_url(main), main, changed=False)
+    repo.check_visibility()
     request = repo.pull_request(f"Publish {bundle.name} with prism-hf")
     branch = f"refs/pr/{request.num}"
     head = _bring_up(bundle, repo, branch, repo.must_have(branch), progress)
@@ -275,18 +268,17 @@ def _request_once(bundle: Bundle, repo: _Repo, progress: _Progress) -> Publicati
 
 def _changes(bundle: Bundle, repo: _Repo, head: str, progress: _Progress) -> list[Operation]:
     """What a commit on `head` has to do; empty if everything is there as it should be."""
-    tree = repo.tree(head)
-    target = repo.target
-    theirs = repo.read(tree["README.md"], head).decode(errors="surrogateescape") if "README.md" in tree else None
+    tree, target = repo.tree(head), repo.target
+    theirs = repo.read(tree["README.md"], head) if "README.md" in tree else None
     branch = None if target.revision == MAIN else target.revision
     readme = merge_readme(bundle.readme(target.repo_id, branch), theirs, owned=bundle.owned_keys)
     changes: list[Operation] = [
-        progress.sent.get(path) or CommitOperationAdd(path, local)
-        for path, local in bundle.files.items()
-        if path not in tree or not progress.digests[path].equal(tree[path])
+        progress.sent.get(path) or CommitOperationAdd(path, entry.source)
+        for path, entry in bundle.files.items()
+        if path not in tree or not entry.equal(tree[path])
     ]
     if readme != theirs:
-        changes.append(CommitOperationAdd("README.md", readme.encode(errors="surrogateescape")))
+        changes.append(CommitOperationAdd("README.md", readme))
     return [*changes, *(CommitOperationDelete(path, is_folder=False) for path in stale(bundle, tree))]
 
 
@@ -296,13 +288,17 @@ def _bring_up(bundle: Bundle, repo: _Repo, branch: str, head: str, progress: _Pr
     if not changes:
         log.info("%s has it all%s", target.repo_id, "" if progress.tried else ": nothing to publish")
         return head
-    for change in changes:
-        if isinstance(change, CommitOperationAdd) and not change.path_in_repo.endswith(_TEXT):
-            log.info("sending %s (%.1f MB)", change.path_in_repo, change.upload_info.size / 1e6)
-            repo.api.preupload_lfs_files(
-                target.repo_id, [change], repo_type=target.kind, revision=branch, free_memory=False
-            )
-            progress.sent[change.path_in_repo] = change
+    additions = [change for change in changes if isinstance(change, CommitOperationAdd)]
+    for addition in additions:
+        if isinstance(addition.path_or_fileobj, str):
+            log.info("sending %s (%.1f MB)", addition.path_in_repo, addition.upload_info.size / 1e6)
+            repo.send([addition], branch)
+            if not bundle.files[addition.path_in_repo].intact():
+                raise HubError(f"{addition.path_in_repo} was changed while it was being sent; push again later")
+            progress.sent[addition.path_in_repo] = addition
+    repo.send([addition for addition in additions if isinstance(addition.path_or_fileobj, bytes)], branch)
+    repo.check_ignored(additions)
+    repo.check_visibility()
     progress.tried = True
     log.info("committing %d changes to %s", len(changes), target.repo_id)
     done = repo.api.create_commit(
@@ -326,9 +322,15 @@ class _Repo:
     def __init__(self, target: Target) -> None:
         self.target, self.api = target, HfApi()
 
-    def make(self) -> None:
-        """Make the repo; one that has appeared meanwhile is fine."""
-        self.api.create_repo(self.target.repo_id, repo_type=self.target.kind, private=not self.target.public, exist_ok=True)
+    def make(self) -> DatasetInfo | ModelInfo:
+        """Make the repo, private until its data are there; one that has appeared meanwhile is fine."""
+        self.api.create_repo(self.target.repo_id, repo_type=self.target.kind, private=True, exist_ok=True)
+        info = self.info()
+        if info is None:
+            raise HubError(
+                f"{self.target.repo_id!r} is there, but not for this token; choose another name, or another token"
+            )
+        return info
 
     def info(self, revision: str | None = None) -> DatasetInfo | ModelInfo | None:
         """What the Hub says of the repo, or `None` if it is not there."""
@@ -354,6 +356,26 @@ class _Repo:
             raise HubError(f"{self.target.repo_id!r} has no branch {revision!r}; was it removed just now?")
         return head
 
+    def check_visibility(self) -> None:
+        """Nothing goes into a public repo unasked."""
+        info = self.info()
+        if not self.target.public and info is not None and info.private is False:
+            raise HubError(
+                f"{self.target.repo_id!r} is public, and a push is private unless it says --public; say so, or make the "
+                "repo private in its settings first"
+            )
+
+    def send(self, additions: list[CommitOperationAdd], branch: str) -> None:
+        """Bring files into the Hub's storage, and learn how the Hub wants each of them."""
+        where = self.target
+        self.api.preupload_lfs_files(where.repo_id, additions, repo_type=where.kind, revision=branch, free_memory=False)
+
+    def check_ignored(self, additions: Sequence[CommitOperationAdd]) -> None:
+        """The library leaves files that the repo's .gitignore matches out of the commit, without a word."""
+        left_out = [addition.path_in_repo for addition in additions if addition._should_ignore]
+        if left_out:
+            raise HubError(f"the .gitignore in {self.target.repo_id!r} keeps {left_out[0]} out; remove that line from it")
+
     def tree(self, commit: str) -> dict[str, RepoFile]:
         """All files of a commit."""
         found = self.api.list_repo_tree(self.target.repo_id, recursive=True, revision=commit, repo_type=self.target.kind)
@@ -365,9 +387,10 @@ class _Repo:
             local = self.api.hf_hub_download(
                 self.target.repo_id, file.path, repo_type=self.target.kind, revision=commit, cache_dir=place
             )
-            if not _Digests(Path(local)).equal(file):
+            content = Path(local).read_bytes()
+            if not Entry(content, sha256_of(Path(local))).equal(file):
                 raise ConnectionError(f"{file.path} arrived with other content than the Hub lists")
-            return Path(local).read_bytes()
+            return content
 
     def commit_url(self, commit: str) -> str:
         """Where a commit can be looked at."""

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined
 
-from .card import escape, escape_all, licence_keys
+from .card import escape, escape_all, licence_keys, slug
 from .errors import HubError
 from .model_folder import KINDS
 
@@ -116,7 +116,7 @@ def _result(facts: Mapping[str, Any]) -> EvalResult:
     test, source = facts["test"], facts["source"]
     return EvalResult(
         task_type="image-classification",
-        dataset_type=str(test["id"]),
+        dataset_type=str(test["id"]) if _is_hub_id(test["id"]) else slug(str(test["id"])),
         dataset_name=str(test["id"]),
         dataset_split=test["split"],
         dataset_revision=source.get("revision") if test["id"] == source["id"] else None,

@@ -28,6 +28,7 @@ from .teachers import Teacher
 
 FORMAT_VERSION = 1
 VIEWS = "views"
+DISTILLED = "distilled"
 PACKAGES = ("prism-hf", "torch", "timm", "transformers", "datasets", "accelerate", "numpy", "pillow", "pyarrow")
 
 Epoch = dict[str, np.ndarray]
@@ -195,6 +196,7 @@ def write_provenance(
     source_on_hub: bool,
     hardware: Mapping[str, object],
     squeezed_top1: Mapping[str, float],
+    images: str = DISTILLED,
 ) -> None:
     """Write provenance.json: versions, teachers, seeds, fingerprint, and the SHA-256 of tables and recipe.
 
@@ -223,6 +225,7 @@ def write_provenance(
         {
             "format_version": FORMAT_VERSION,
             "recipe": recipe.name,
+            "images": images,
             "recipe_fingerprint": recipe.fingerprint(),
             "seed": recipe.seed,
             "student_seeds": list(recipe.evaluation.seeds),

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import get_token
+from huggingface_hub import get_token, set_client_factory
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+from huggingface_hub.utils import _http
 
 from .errors import HubError
 
@@ -53,8 +53,7 @@ def again(attempt: Callable[[], T], doing: str, pauses: Sequence[float] = PAUSES
     """
     for pause in (*pauses, None):
         try:
-            # Anew each time: the library replaces its session after a broken connection.
-            get_session().timeout = _TIMEOUT
+            _limit_time()
             return attempt()
         except HubError:
             raise
@@ -70,6 +69,19 @@ def again(attempt: Callable[[], T], doing: str, pauses: Sequence[float] = PAUSES
             log.info("%s: %s; trying again in %g s", doing, reason, wait)
             time.sleep(wait)
     raise AssertionError("the loop returns or raises")
+
+
+def _limit_time() -> None:
+    """Give the library's requests a time limit, also those of a session that replaces one whose connection broke."""
+    # There is no public name for the default; a factory that somebody has set (a proxy's) stays.
+    if _http._GLOBAL_CLIENT_FACTORY is _http.default_client_factory:
+        set_client_factory(_client)
+
+
+def _client() -> httpx2.Client:
+    client = _http.default_client_factory()
+    client.timeout = _TIMEOUT
+    return client
 
 
 def passes(error: BaseException) -> bool:
@@ -101,12 +113,14 @@ def status_of(error: BaseException) -> int | None:
 
 def explain(error: BaseException) -> str:
     """One line on an error, without the token."""
-    status = status_of(error)
-    text = " ".join((getattr(error, "server_message", None) or str(error) or type(error).__name__).split())[:240]
+    status, cause = status_of(error), list(_chain(error))[-1]
+    # What wrapped it says little: "Error while uploading".
+    told = next((link for link in _chain(error) if isinstance(link, HfHubHTTPError)), cause)
+    text = " ".join((getattr(told, "server_message", None) or str(told) or type(told).__name__).split())[:240]
     token = get_token()
     if token:
         text = text.replace(token, "***")
-    meaning = f"{_MEANINGS[status]} ({status})" if status in _MEANINGS else f"{type(error).__name__}"
+    meaning = f"{_MEANINGS[status]} ({status})" if status in _MEANINGS else type(told).__name__
     return f"{meaning}: {text}"
 
 

@@ -17,13 +17,21 @@ import httpx2
 import numpy as np
 import pyarrow as pa
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub import HfApi, hf_hub_download, is_offline_mode
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import Tensor
 
 from .data import local_cache
 from .errors import DataError
 from .packaging import VIEWS, image_features, view_features
+from .patience import SHORT, again
 from .pixels import decode
 from .recipe import Recipe
 from .recipe_file import load_recipe
@@ -76,6 +84,7 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
         >>> load_distilled("outputs/digits-prism-ipc10/dataset").images_uint8.shape
         torch.Size([100, 1, 32, 32])
     """
+    revision = one_commit(source, revision)
     images = open_table(source, "default", revision=revision)
     views = open_table(source, VIEWS, revision=revision)
     missing = set(view_features(2)) - set(views.column_names) | (set(image_features(["a", "b"])) - set(images.column_names))
@@ -105,6 +114,26 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
         content=_content(encoded, images, views),
         teacher_weights=_teacher_weights(_shipped(source, "provenance.json", revision)),
     )
+
+
+def one_commit(source: str | Path, revision: str | None) -> str | None:
+    """The commit that a Hub revision is at now: somebody may push between the reading of two tables.
+
+    Folders have none, and offline the cache decides.
+
+    Raises:
+        HubError: The Hub does not say.
+    """
+    if Path(source).is_dir() or is_offline_mode() or str(source).count("/") > 1:
+        return revision
+
+    def ask() -> str | None:
+        try:
+            return HfApi().dataset_info(str(source), revision=revision).sha
+        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
+            return revision  # said in words of its own when the tables are opened
+
+    return again(ask, f"asking the Hub for {str(source)!r}", SHORT)
 
 
 def open_table(source: str | Path, config: str, *, revision: str | None = None) -> datasets.Dataset:
@@ -138,6 +167,8 @@ def _shipped(source: str | Path, name: str, revision: str | None) -> Path | None
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(str(source), name, repo_type="dataset", revision=revision))
+    except LocalEntryNotFoundError as error:  # no answer is not the answer that there is no such file
+        raise DataError(f"{name} of {str(source)!r} cannot be fetched: {type(error).__name__}") from error
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from huggingface_hub import HfApi, RepoCard
+from datasets.info import DatasetInfosDict
+from huggingface_hub import DatasetCard, HfApi
 
 from .packaging import FORMAT_VERSION, VIEWS
 from .patience import SHORT, again
@@ -51,23 +53,26 @@ def check_folder(folder: Path) -> Verification:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return Verification(0, {}, (f"provenance.json cannot be read ({type(error).__name__})",))
     if version != FORMAT_VERSION:
-        line = f"provenance.json: format version {version}, but this program knows {FORMAT_VERSION}; use a newer one"
+        line = f"provenance.json: format version {version!r}, but this program knows {FORMAT_VERSION}"
         return Verification(0, {}, (line,))
     listed = [difference for name, facts in files.items() for difference in _check_file(folder, name, facts)]
     extra = [
-        f"{path.relative_to(folder).as_posix()}: a table that provenance.json does not list, and that would be mixed in"
+        f"{path.relative_to(folder).as_posix()!r}: provenance.json does not list it, and it would be mixed in"
         for sub in TABLES.values()
         for path in sorted((folder / sub).glob("train-*"))
         if path.relative_to(folder).as_posix() not in files
     ]
     rows = {config: _rows(folder, files, sub) for config, sub in TABLES.items()}
-    return Verification(len(files), rows, (*listed, *extra, *_check_counts(folder, rows)))
+    return Verification(len(files), rows, (*listed, *extra, *_check_card(folder, files, rows)))
 
 
 def _check_file(folder: Path, name: str, facts: Any) -> Iterator[str]:
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:
         yield f"{name!r}: provenance.json names a file outside the folder"
+        return
+    if name in ("README.md", "provenance.json") or not name.isprintable() or any(p.startswith(".") for p in pure.parts):
+        yield f"{name!r}: provenance.json names a file that is no part of a data set"
         return
     if not isinstance(facts, dict) or not _SHA256.fullmatch(str(facts.get("sha256"))):
         yield f"{name}: provenance.json holds no SHA-256 for it"
@@ -103,23 +108,27 @@ def _rows(folder: Path, files: Mapping[str, Any], sub: str) -> int:
     return sum(_table_rows(folder / name) or 0 for name in names)
 
 
-def _check_counts(folder: Path, rows: Mapping[str, int]) -> Iterator[str]:
-    """The card's row counts, which `datasets` enforces, and whole epochs of views."""
+def _check_card(folder: Path, files: Mapping[str, Any], rows: Mapping[str, int]) -> Iterator[str]:
+    """What `datasets` goes by: where the card's configs point to, their rows and columns; and whole epochs of views."""
     try:
-        header = RepoCard((folder / "README.md").read_text(encoding="utf-8")).data.to_dict()
-        stated = {info["config_name"]: info["splits"][0]["num_examples"] for info in header["dataset_info"]}
-        configs = {config["config_name"] for config in header["configs"]}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, yaml.YAMLError) as error:
+        card = DatasetCard((folder / "README.md").read_text(encoding="utf-8"))
+        infos = DatasetInfosDict.from_dataset_card_data(card.data)
+        stated = {name: (infos[name].splits["train"].num_examples, infos[name].features) for name in TABLES}
+        paths = {config["config_name"]: config["data_files"] for config in card.data.to_dict()["configs"]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         yield f"README.md: no readable `configs` and `dataset_info` ({type(error).__name__})"
         return
-    for config, count in rows.items():
-        if config not in configs:
-            yield f"README.md: config {config!r} is missing"
-        if stated.get(config) != count:
-            yield f"README.md: config {config!r} is said to have {stated.get(config)} rows, the tables have {count}"
-    images, views = rows["default"], rows[VIEWS]
-    if not images or views % images:
-        yield f"{views} views of {images} images; expected whole epochs"
+    for config, sub in TABLES.items():
+        count, features = stated[config]
+        if paths.get(config) != [{"split": "train", "path": f"{sub}/train-*"}]:
+            yield f"README.md: config {config!r} is missing, or does not point to {sub}/train-*"
+        if count != rows[config]:
+            yield f"README.md: config {config!r} is said to have {count} rows, the tables have {rows[config]}"
+        for name in (name for name in files if name.startswith(f"{sub}/") and _table_rows(folder / name)):
+            if datasets.Features.from_arrow_schema(pq.read_schema(folder / name)) != features:
+                yield f"README.md: config {config!r} is said to have other columns or types than {name}"
+    if not rows["default"] or rows[VIEWS] % rows["default"]:
+        yield f"{rows[VIEWS]} views of {rows['default']} images; expected whole epochs"
 
 
 def verify(source: str | Path, *, revision: str | None = None, pauses: Sequence[float] = SHORT) -> Verification:
@@ -146,6 +155,6 @@ def verify(source: str | Path, *, revision: str | None = None, pauses: Sequence[
             wrong = [f"{item['path']}: other content than the Hub lists" for item in report.mismatches]
             return (*wrong, *(f"{path}: not downloaded" for path in report.missing_paths))
 
-        arrived = again(fetch, f"downloading {repo_id!r}", pauses)
+        arrived = again(fetch, f"downloading data set {repo_id!r}", pauses)
         found = check_folder(Path(place))
     return replace(found, differences=(*arrived, *found.differences))
