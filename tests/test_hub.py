@@ -405,9 +405,8 @@ def test_a_name_that_is_taken_by_what_we_cannot_see_is_one_line(connected, folde
     assert "not for this token" in one_line(error)
 
 
-def test_a_tag_and_a_commit_are_no_branches(connected, folder):
+def test_a_commit_is_no_branch(connected, folder):
     commit = push(folder).commit
-    connected.repo(KIND, REPO).refs["refs/tags/v1"] = commit
     with pytest.raises(HubError, match="--revision"):
         ready(revision=commit)
 
