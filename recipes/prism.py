@@ -58,8 +58,9 @@ def main(args: argparse.Namespace) -> None:
         return
     quiet()
     from prism_hf.bundle import bundle_of
-    from prism_hf.hub import Target, check_here, check_target, publish, reserve
+    from prism_hf.hub import check_here, check_target, publish, reserve
     from prism_hf.report import summary
+    from prism_hf.repository import Target
     from prism_hf.run import Run, check_folder, claim_folder, make_accelerator, start_trackers
     from prism_hf.stages import Stages
 

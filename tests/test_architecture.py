@@ -15,7 +15,7 @@ MODULES = sorted(SRC.glob("*.py"))
 ORDER = (
     "errors storage patience recipe recipe_file plan pixels views alignment data weights teachers training synthesis "
     "diversity model_folder squeeze relabel packaging reading verification export students report pictures readme card "
-    "model_card bundle hub run evaluation preflight stages command console __init__"
+    "model_card bundle repository hub run evaluation preflight stages command console __init__"
 ).split()
 TEST_FILE = {"command": "test_commands.py"}
 every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)

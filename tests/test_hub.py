@@ -19,8 +19,9 @@ from pipeline import add_card, one_line, sha_tree, small_set
 
 from prism_hf.bundle import bundle_of
 from prism_hf.errors import HubError
-from prism_hf.hub import Publication, Target, check_target, publish, reserve
+from prism_hf.hub import Publication, check_target, publish, reserve
 from prism_hf.readme import BEGIN, END
+from prism_hf.repository import Target
 
 REPO, KIND = "org/small", "datasets"
 

@@ -12,8 +12,9 @@ from pipeline import add_card, small_set
 
 from prism_hf.bundle import bundle_of
 from prism_hf.errors import HubError
-from prism_hf.hub import Target, publish
+from prism_hf.hub import publish
 from prism_hf.patience import HUB_ERRORS
+from prism_hf.repository import Target
 
 REPO, KIND = "org/small", "datasets"
 NOTE = "a note of somebody else"

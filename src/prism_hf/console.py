@@ -44,7 +44,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def push(args: argparse.Namespace) -> None:
     """Publish a folder."""
-    from .hub import Target, push_folder
+    from .hub import push_folder
+    from .repository import Target
 
     to = Target(args.repo, public=args.public, revision=args.revision, create_pr=args.create_pr, replace_other=args.replace)
     sys.stdout.write(f"{push_folder(args.folder, to, dataset_id=args.dataset).url}\n")

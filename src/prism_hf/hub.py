@@ -9,46 +9,22 @@ from __future__ import annotations
 
 import logging
 import re
-import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussion, HfApi, get_token, is_offline_mode
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from .bundle import LABELS, Bundle, Entry, Kind, bundle_of, name_in, stale
+from .bundle import LABELS, Bundle, bundle_of, name_in, stale
 from .errors import HubError
 from .patience import PAUSES, SHORT, again
 from .readme import merge_readme
-from .storage import sha256_of
+from .repository import MAIN, RepoInfo, Repository, Target
 
 log = logging.getLogger(__name__)
 Operation = CommitOperationAdd | CommitOperationDelete
-MAIN = "main"
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a publication goes.
-
-    Attributes:
-        repo_id: `namespace/name`.
-        kind: `dataset` or `model`.
-        public: Whether everybody may read the repo.
-        revision: Branch, made if it is not there.
-        create_pr: Open a pull request to the main branch instead of changing it.
-        replace_other: Publish even over something else that the repo holds.
-    """
-
-    repo_id: str
-    kind: Kind = "dataset"
-    public: bool = False
-    revision: str = MAIN
-    create_pr: bool = False
-    replace_other: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +115,7 @@ def check_target(target: Target, name: str, *, pauses: Sequence[float] = SHORT) 
     if "/" not in target.repo_id:
         target = replace(target, repo_id=f"{user['name']}/{target.repo_id}")
     spaces = {user["name"], *(org["name"] for org in user.get("orgs") or ())}
-    again(lambda: _check_repo(_Repo(target), name, spaces), f"checking {target.repo_id!r} on the Hub", pauses)
+    again(lambda: _check_repo(Repository(target), name, spaces), f"checking {target.repo_id!r} on the Hub", pauses)
     return target
 
 
@@ -153,11 +129,11 @@ def reserve(target: Target, *, pauses: Sequence[float] = SHORT) -> None:
     Raises:
         HubError: One line on why it cannot be made.
     """
-    repo = _Repo(target)
-    again(lambda: repo.info() or repo.make(), f"making {target.repo_id!r} on the Hub", pauses)
+    repo = Repository(target)
+    again(lambda: repo.info() or _make(repo), f"making {target.repo_id!r} on the Hub", pauses)
 
 
-def _check_repo(repo: _Repo, name: str, spaces: Collection[str]) -> None:
+def _check_repo(repo: Repository, name: str, spaces: Collection[str]) -> None:
     target = repo.target
     if repo.info() is None:
         if target.create_pr:
@@ -181,7 +157,7 @@ def _check_repo(repo: _Repo, name: str, spaces: Collection[str]) -> None:
         _check_occupant(repo, name, head)
 
 
-def _check_occupant(repo: _Repo, name: str, head: str) -> None:
+def _check_occupant(repo: Repository, name: str, head: str) -> None:
     """Publish over an older version of the same thing or into an empty repo, and over nothing else by accident."""
     tree = repo.tree(head)
     content = sorted(set(tree) - {".gitattributes", "README.md", "LICENSE"})
@@ -216,7 +192,7 @@ def publish(bundle: Bundle, target: Target, *, pauses: Sequence[float] = PAUSES)
         >>> publish(bundle, check_target(Target("org/digits-prism-ipc10"), bundle.name)).url
     """
     progress = _Progress()
-    return again(lambda: _publish_once(bundle, _Repo(target), progress), f"publishing to {target.repo_id!r}", pauses)
+    return again(lambda: _publish_once(bundle, Repository(target), progress), f"publishing to {target.repo_id!r}", pauses)
 
 
 @dataclass(eq=False)
@@ -232,10 +208,10 @@ class _Progress:
     tried: bool = False
 
 
-def _publish_once(bundle: Bundle, repo: _Repo, progress: _Progress) -> Publication:
+def _publish_once(bundle: Bundle, repo: Repository, progress: _Progress) -> Publication:
     """One try, from what the Hub holds now."""
     target = repo.target
-    info = repo.info() or repo.make()
+    info = repo.info() or _make(repo)
     if target.create_pr:
         return _request_once(bundle, repo, progress)
     branch = target.revision
@@ -250,14 +226,14 @@ def _publish_once(bundle: Bundle, repo: _Repo, progress: _Progress) -> Publicati
     return Publication(repo.commit_url(head), head, progress.tried)
 
 
-def _request_once(bundle: Bundle, repo: _Repo, progress: _Progress) -> Publication:
+def _request_once(bundle: Bundle, repo: Repository, progress: _Progress) -> Publication:
     """One try to bring it all into one pull request; none is opened if the main branch has it all."""
     main = repo.must_have(MAIN)
     _check_occupant(repo, bundle.name, main)
     if not _changes(bundle, repo, main, progress):
         return Publication(repo.commit_url(main), main, changed=False)
     repo.check_visibility()
-    request = repo.pull_request(f"Publish {bundle.name} with prism-hf")
+    request = _pull_request(repo, f"Publish {bundle.name} with prism-hf")
     branch = f"refs/pr/{request.num}"
     head = _bring_up(bundle, repo, branch, repo.must_have(branch), progress)
     if request.status == "draft":
@@ -266,7 +242,7 @@ def _request_once(bundle: Bundle, repo: _Repo, progress: _Progress) -> Publicati
     return Publication(request.url, head, changed=True)
 
 
-def _changes(bundle: Bundle, repo: _Repo, head: str, progress: _Progress) -> list[Operation]:
+def _changes(bundle: Bundle, repo: Repository, head: str, progress: _Progress) -> list[Operation]:
     """What a commit on `head` has to do; empty if everything is there as it should be."""
     tree, target = repo.tree(head), repo.target
     theirs = repo.read(tree["README.md"], head) if "README.md" in tree else None
@@ -282,7 +258,7 @@ def _changes(bundle: Bundle, repo: _Repo, head: str, progress: _Progress) -> lis
     return [*changes, *(CommitOperationDelete(path, is_folder=False) for path in stale(bundle, tree))]
 
 
-def _bring_up(bundle: Bundle, repo: _Repo, branch: str, head: str, progress: _Progress) -> str:
+def _bring_up(bundle: Bundle, repo: Repository, branch: str, head: str, progress: _Progress) -> str:
     """Send what a branch lacks, file by file, then the commit, which counts only if the branch is still at `head`."""
     target, changes = repo.target, _changes(bundle, repo, head, progress)
     if not changes:
@@ -292,12 +268,12 @@ def _bring_up(bundle: Bundle, repo: _Repo, branch: str, head: str, progress: _Pr
     for addition in additions:
         if isinstance(addition.path_or_fileobj, str):
             log.info("sending %s (%.1f MB)", addition.path_in_repo, addition.upload_info.size / 1e6)
-            repo.send([addition], branch)
+            _send(repo, [addition], branch)
             if not bundle.files[addition.path_in_repo].intact():
                 raise HubError(f"{addition.path_in_repo} was changed while it was being sent; push again later")
             progress.sent[addition.path_in_repo] = addition
-    repo.send([addition for addition in additions if isinstance(addition.path_or_fileobj, bytes)], branch)
-    repo.check_ignored(additions)
+    _send(repo, [addition for addition in additions if isinstance(addition.path_or_fileobj, bytes)], branch)
+    _check_ignored(repo, additions)
     repo.check_visibility()
     progress.tried = True
     log.info("committing %d changes to %s", len(changes), target.repo_id)
@@ -312,95 +288,33 @@ def _bring_up(bundle: Bundle, repo: _Repo, branch: str, head: str, progress: _Pr
     return str(done.oid)
 
 
-class _Repo:
-    """What the Hub holds at a target, as of now.
+def _make(repo: Repository) -> RepoInfo:
+    """Make the repo, private until its data are there; one that has appeared meanwhile is fine."""
+    target = repo.target
+    repo.api.create_repo(target.repo_id, repo_type=target.kind, private=True, exist_ok=True)
+    info = repo.info()
+    if info is None:
+        raise HubError(f"{target.repo_id!r} is there, but not for this token; choose another name, or another token")
+    return info
 
-    Args:
-        target: Which repo.
-    """
 
-    def __init__(self, target: Target) -> None:
-        self.target, self.api = target, HfApi()
+def _send(repo: Repository, additions: list[CommitOperationAdd], branch: str) -> None:
+    """Bring files into the Hub's storage, and learn how the Hub wants each of them."""
+    where = repo.target
+    repo.api.preupload_lfs_files(where.repo_id, additions, repo_type=where.kind, revision=branch, free_memory=False)
 
-    def make(self) -> DatasetInfo | ModelInfo:
-        """Make the repo, private until its data are there; one that has appeared meanwhile is fine."""
-        self.api.create_repo(self.target.repo_id, repo_type=self.target.kind, private=True, exist_ok=True)
-        info = self.info()
-        if info is None:
-            raise HubError(
-                f"{self.target.repo_id!r} is there, but not for this token; choose another name, or another token"
-            )
-        return info
 
-    def info(self, revision: str | None = None) -> DatasetInfo | ModelInfo | None:
-        """What the Hub says of the repo, or `None` if it is not there."""
-        try:
-            info = self.api.repo_info(self.target.repo_id, repo_type=self.target.kind, revision=revision)
-        except RepositoryNotFoundError:
-            return None
-        assert isinstance(info, DatasetInfo | ModelInfo)
-        return info
+def _check_ignored(repo: Repository, additions: Sequence[CommitOperationAdd]) -> None:
+    """The library leaves files that the repo's .gitignore matches out of the commit, without a word."""
+    left_out = [addition.path_in_repo for addition in additions if addition._should_ignore]
+    if left_out:
+        raise HubError(f"the .gitignore in {repo.target.repo_id!r} keeps {left_out[0]} out; remove that line from it")
 
-    def head(self, revision: str) -> str | None:
-        """The commit that a branch is at, or `None` if there is no such branch."""
-        try:
-            info = self.info(revision)
-        except RevisionNotFoundError:
-            return None
-        return info.sha if info else None
 
-    def must_have(self, revision: str) -> str:
-        """The commit that a branch is at, which is there."""
-        head = self.head(revision)
-        if head is None:
-            raise HubError(f"{self.target.repo_id!r} has no branch {revision!r}; was it removed just now?")
-        return head
-
-    def check_visibility(self) -> None:
-        """Nothing goes into a public repo unasked."""
-        info = self.info()
-        if not self.target.public and info is not None and info.private is False:
-            raise HubError(
-                f"{self.target.repo_id!r} is public, and a push is private unless it says --public; say so, or make the "
-                "repo private in its settings first"
-            )
-
-    def send(self, additions: list[CommitOperationAdd], branch: str) -> None:
-        """Bring files into the Hub's storage, and learn how the Hub wants each of them."""
-        where = self.target
-        self.api.preupload_lfs_files(where.repo_id, additions, repo_type=where.kind, revision=branch, free_memory=False)
-
-    def check_ignored(self, additions: Sequence[CommitOperationAdd]) -> None:
-        """The library leaves files that the repo's .gitignore matches out of the commit, without a word."""
-        left_out = [addition.path_in_repo for addition in additions if addition._should_ignore]
-        if left_out:
-            raise HubError(f"the .gitignore in {self.target.repo_id!r} keeps {left_out[0]} out; remove that line from it")
-
-    def tree(self, commit: str) -> dict[str, RepoFile]:
-        """All files of a commit."""
-        found = self.api.list_repo_tree(self.target.repo_id, recursive=True, revision=commit, repo_type=self.target.kind)
-        return {entry.path: entry for entry in found if isinstance(entry, RepoFile)}
-
-    def read(self, file: RepoFile, commit: str) -> bytes:
-        """The content of a small file, checked against the tree: downloads look at the size alone."""
-        with tempfile.TemporaryDirectory() as place:
-            local = self.api.hf_hub_download(
-                self.target.repo_id, file.path, repo_type=self.target.kind, revision=commit, cache_dir=place
-            )
-            content = Path(local).read_bytes()
-            if not Entry(content, sha256_of(Path(local))).equal(file):
-                raise ConnectionError(f"{file.path} arrived with other content than the Hub lists")
-            return content
-
-    def commit_url(self, commit: str) -> str:
-        """Where a commit can be looked at."""
-        prefix = "datasets/" if self.target.kind == "dataset" else ""
-        return f"{self.api.endpoint}/{prefix}{self.target.repo_id}/commit/{commit}"
-
-    def pull_request(self, title: str) -> Discussion:
-        """Our own unfinished pull request of that title, or a new one: a killed push goes on in the one that it opened."""
-        repo_id, kind, mine = self.target.repo_id, self.target.kind, self.api.whoami(cache=True)["name"]
-        for found in self.api.get_repo_discussions(repo_id, repo_type=kind, author=mine, discussion_type="pull_request"):
-            if found.title == title and found.author == mine and found.status in ("draft", "open"):
-                return found
-        return self.api.create_pull_request(repo_id, repo_type=kind, title=title)
+def _pull_request(repo: Repository, title: str) -> Discussion:
+    """Our own unfinished pull request of that title, or a new one: a killed push goes on in the one that it opened."""
+    repo_id, kind, mine = repo.target.repo_id, repo.target.kind, repo.api.whoami(cache=True)["name"]
+    for found in repo.api.get_repo_discussions(repo_id, repo_type=kind, author=mine, discussion_type="pull_request"):
+        if found.title == title and found.author == mine and found.status in ("draft", "open"):
+            return found
+    return repo.api.create_pull_request(repo_id, repo_type=kind, title=title)
