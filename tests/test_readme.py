@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import yaml
 from datasets import load_dataset_builder
@@ -203,3 +205,29 @@ def test_after_the_first_push_the_readme_on_the_hub_is_the_one_to_edit():
     first = merged_once(local, None)
     assert first.count("local words") == 1
     assert "local words" not in merged_once(local, first.replace("local words", "better words"))
+
+
+PIECES = [
+    *("---", "a: 1", "configs: 3", "- x", "# title", "", "```", "self: 2", "\ufeff", "é", "a: &x [*x]", "<<: {b: 1}"),
+    *("d: 2024-01-01", BEGIN, END, f"  {BEGIN}", f"{END} ", "user line", "user line"),
+]
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_any_mixture_of_markers_headers_and_words_is_merged_once_and_for_all(seed):
+    draw = random.Random(seed)
+    lines = [f"{piece} {n}" if (piece := draw.choice(PIECES)) == "user line" else piece for n in range(draw.randint(0, 9))]
+    if draw.random() < 0.5:  # somebody wrote in the middle of an older version of ours
+        older = merged_once(OURS, None).splitlines()
+        place = draw.randint(0, len(older))
+        lines = [*older[:place], *lines, *older[place:]]
+    theirs = "\n".join(lines) + "\n"
+    once = merged_once(OURS.replace("words", "new words"), theirs)
+    assert merged_once(OURS.replace("words", "new words"), once) == once
+    assert DatasetCard(once).data.to_dict()["configs"][0]["config_name"] == "default"
+    assert "new words" in once
+    # Only what stood between a beginning and an end may go: that was ours.
+    stripped = [line.strip() for line in lines]
+    for place, line in enumerate(lines):
+        if line.startswith("user line") and line not in once:
+            assert (BEGIN in stripped[:place], END in stripped[place:]) == (True, True), line

@@ -11,9 +11,10 @@ import yaml
 BEGIN = "<!-- prism-hf: made by the program from here on; write above this line, or below the last one -->"
 END = "<!-- prism-hf: made by the program up to here -->"
 
-_MARKER = re.compile(rf"^(?:{re.escape(BEGIN)}|{re.escape(END)})$\n?", re.MULTILINE)
+_FIRST, _LAST = (rf"^[ \t]*{re.escape(line)}[ \t]*$" for line in (BEGIN, END))
+_MARKER = re.compile(rf"(?:{_FIRST}|{_LAST})\n?", re.MULTILINE)
 # The first pair with no other beginning in between: what stands outside it is somebody's.
-_BLOCK = re.compile(rf"^{re.escape(BEGIN)}$(?:(?!^{re.escape(BEGIN)}$).)*?^{re.escape(END)}$\n?", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(rf"{_FIRST}(?:(?!{_FIRST}).)*?{_LAST}\n?", re.MULTILINE | re.DOTALL)
 _HEADER = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.MULTILINE | re.DOTALL)
 _UNREADABLE = ("self", "ignore_metadata_errors")
 """Header keys that the readers of cards choke on: their names are taken in the reader's own code."""
