@@ -63,6 +63,7 @@ def main(args: argparse.Namespace) -> None:
     if len(words) != 1:
         raise RecipeError(f"expected one data set, got {len(words)}; protocol changes are written evaluation.key=value")
     quiet()
+    from prism_hf.checkpoint import EVERY_S
     from prism_hf.evaluation import Contest, evaluate_contest
     from prism_hf.model_folder import scored_on, source_facts
     from prism_hf.packaging import versions
@@ -92,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     real = "" if train is None else train.content
     settings = to_dict(replace(recipe, evaluation=replace(recipe.evaluation, seeds=(0,))))["evaluation"]
     place = folder / digest(distilled.content, real)
-    run = Run(recipe, place, teachers, accelerator)
+    run = Run(recipe, place, teachers, accelerator, EVERY_S if args.checkpoint_every is None else args.checkpoint_every)
     stages = Stages(run)
     control = None if train is None else find_control(stages, distilled, left_out)
     network = None if train is None else find_judge(stages, left_out)

@@ -8,13 +8,17 @@
         recipes/prism.py RECIPE.yaml                                      # two processes: GPUs, or CPU without one
     accelerate launch recipes/prism.py RECIPE.yaml --push-to-hub ORG/NAME # share it; private unless --public
 
-The same command goes on where an interrupted run stopped.
+    accelerate launch recipes/prism.py RECIPE.yaml --status               # what is done, running, failed, left
+
+The same command goes on where an interrupted run stopped, with any number of processes.
 """
 
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Python puts this folder first on its path, where our evaluate.py would hide the package of that name.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
@@ -22,7 +26,12 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from prism_hf.command import add_common, add_target, quiet, run_command, split_overrides
 from prism_hf.errors import RecipeError
 from prism_hf.plan import STAGES, TRACKERS, describe_plan
+from prism_hf.recipe import Recipe
 from prism_hf.recipe_file import load_recipe
+
+if TYPE_CHECKING:
+    from prism_hf.repository import Target
+    from prism_hf.run import Run
 
 DEFAULT = Path(__file__).parent / "digits" / "prism_ipc10.yaml"
 
@@ -34,6 +43,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teachers", type=Path, metavar="DIR", help="where squeezed teachers are kept")
     parser.add_argument("--stage", choices=STAGES, help="run one stage only")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument(
+        "--status", nargs="?", const=True, metavar="DIR", help="print what a run has done, does and has left, and stop"
+    )
+    parser.add_argument("--fresh", action="store_true", help="move what is in the output folder aside and start again")
+    parser.add_argument(
+        "--allow-partial", action="store_true", help="package the finished images although some jobs failed"
+    )
     parser.add_argument("--log-with", metavar="|".join(TRACKERS), help="record losses, verifier accuracy and pictures")
     parser.add_argument(
         "--push-to-hub", metavar="REPO", help="publish the data set in one commit; REPO is made if not there"
@@ -49,6 +65,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if isinstance(args.status, str) and not args.words:
+        print_status(Path(args.status))
+        return
     paths, overrides = split_overrides(args.words)
     if len(paths) > 1:
         raise RecipeError(f"expected one recipe, got {', '.join(paths)}; overrides are written key=value")
@@ -56,18 +75,31 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         sys.stdout.write(describe_plan(recipe) + "\n")
         return
+    folder = args.output or Path("outputs") / recipe.name
+    if args.status:
+        print_status(folder)
+        return
+    distil(recipe, folder, args)
+
+
+def print_status(folder: Path) -> None:
+    from prism_hf.status import status_text, survey
+
+    sys.stdout.write(status_text(survey(folder)) + "\n")
+
+
+def distil(recipe: Recipe, folder: Path, args: argparse.Namespace) -> None:
     quiet()
-    from prism_hf.bundle import bundle_of
-    from prism_hf.hub import check_here, check_target, publish, reserve
-    from prism_hf.report import summary
+    from prism_hf.checkpoint import EVERY_S
+    from prism_hf.hub import check_here, check_target, reserve
+    from prism_hf.logs import log_file
     from prism_hf.repository import Target
-    from prism_hf.run import Run, check_folder, claim_folder, make_accelerator, start_trackers
+    from prism_hf.run import Run, check_folder, claimed, make_accelerator, start_trackers
     from prism_hf.stages import Stages
 
-    folder = args.output or Path("outputs") / recipe.name
     # Teachers are shared between recipes in outputs/teachers; a named output keeps everything inside itself.
     teachers = args.teachers or (folder / "teachers" if args.output else Path("outputs") / "teachers")
-    check_folder(folder, recipe)
+    check_folder(folder, recipe, fresh=args.fresh)
     target = None
     if args.push_to_hub is not None:
         target = Target(
@@ -79,29 +111,46 @@ def main(args: argparse.Namespace) -> None:
         )
         check_here(target)
     accelerator = make_accelerator(folder, log_with=args.log_with, threads=args.threads)
-    run = Run(recipe, folder, teachers, accelerator)
+    every_s = EVERY_S if args.checkpoint_every is None else args.checkpoint_every
+    run = Run(recipe, folder, teachers, accelerator, every_s, args.allow_partial)
     stages = Stages(run)
     if target is not None and accelerator.is_main_process:
         target = check_target(target, recipe.name)
-    stages.check()
+    stages.check(fresh=args.fresh)
     # From here on something is written.
-    if accelerator.is_main_process:
-        if target is not None:
-            reserve(target)
-        claim_folder(folder, recipe)
-        stages.record_inputs()
-    accelerator.wait_for_everyone()
-    start_trackers(run)
-    stages([args.stage] if args.stage else STAGES)
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        report = folder / "report.json"
-        if report.is_file():
-            sys.stdout.write(summary(json.loads(report.read_text(encoding="utf-8"))) + "\n")
-        if run.dataset.is_dir():
-            sys.stdout.write(f"data set: {run.dataset}\n")
-        if target is not None:
-            sys.stdout.write(f"{publish(bundle_of(run.dataset), target).url}\n")
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            if target is not None:
+                reserve(target)
+            left_behind = stack.enter_context(claimed(folder, recipe, fresh=args.fresh))
+        accelerator.wait_for_everyone()
+        stack.enter_context(log_file(folder, accelerator.process_index))
+        if accelerator.is_main_process:
+            stages.record_inputs()
+            run.say(
+                f"{recipe.name} (fingerprint {recipe.fingerprint()}) in {folder}, {accelerator.num_processes} process(es)"
+            )
+            if left_behind is not None:
+                run.say(left_behind)
+        start_trackers(run)
+        stages([args.stage] if args.stage else STAGES)
+        accelerator.end_training()
+        if accelerator.is_main_process:
+            print_result(run, target)
+
+
+def print_result(run: "Run", target: "Target | None") -> None:
+    from prism_hf.bundle import bundle_of
+    from prism_hf.hub import publish
+    from prism_hf.report import summary
+
+    report = run.folder / "report.json"
+    if report.is_file():
+        sys.stdout.write(summary(json.loads(report.read_text(encoding="utf-8"))) + "\n")
+    if run.dataset.is_dir():
+        sys.stdout.write(f"data set: {run.dataset}\n")
+    if target is not None:
+        sys.stdout.write(f"{publish(bundle_of(run.dataset), target).url}\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .errors import PrismError
+from .errors import PrismError, StoppedError
+from .interruption import exit_code, stopping_cleanly
 
 INTERRUPTED = 130
 
@@ -16,15 +17,15 @@ INTERRUPTED = 130
 def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
     """Run a command; an error of ours is one line on stderr and exit code 2, with a traceback only for `--debug`."""
     try:
-        return main(args) or 0
+        with stopping_cleanly():
+            return main(args) or 0
+    except (StoppedError, KeyboardInterrupt):  # the line about it is on the terminal already
+        return exit_code() or INTERRUPTED
     except PrismError as error:
         if args.debug:
             raise
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on where this run stopped\n")
-        return INTERRUPTED
 
 
 def quiet() -> None:
@@ -45,6 +46,8 @@ def quiet() -> None:
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Options of every command that computes."""
     parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads per process")
+    every = "keep the state of long jobs this often; default: 120"
+    parser.add_argument("--checkpoint-every", type=_seconds, default=None, metavar="SECONDS", help=every)
     add_debug(parser)
 
 
@@ -68,6 +71,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 to 86400, got {text!r}")
+    return value
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

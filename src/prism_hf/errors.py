@@ -25,6 +25,14 @@ class SynthesisError(PrismError, RuntimeError):
     """Optimisation went wrong (a loss that is not finite, out of memory); finished jobs are kept."""
 
 
+class NotFiniteError(SynthesisError):
+    """A loss, gradient or pixel of a job is NaN or infinite; the other jobs go on."""
+
+
+class DeviceMemoryError(SynthesisError):
+    """The device, or the machine, has too little memory for a batch; it is part of the method and is not shrunk."""
+
+
 class StageError(PrismError, FileNotFoundError):
     """A stage needs what an earlier stage leaves, and it is not there."""
 
@@ -35,3 +43,11 @@ class OutputError(PrismError, OSError):
 
 class HubError(PrismError, RuntimeError):
     """The Hub cannot be used as asked: no token, no permission, a name that is taken, or no answer after several tries."""
+
+
+class DamagedError(PrismError, OSError):
+    """A file is not what was written: truncated, edited, or of another run. A run sets it aside and makes it again."""
+
+
+class StoppedError(PrismError, RuntimeError):
+    """Somebody asked the program to stop; what is finished is kept."""

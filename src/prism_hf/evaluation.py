@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import tqdm
 from torch import Tensor, nn
 
+from .checkpoint import EVERY_S, Checkpoint
 from .data import ImageSplit
 from .diversity import Diversity, intra_class_similarity, penultimate_features
+from .errors import DamagedError
 from .pixels import to_reference
 from .reading import DistilledDataset
 from .recipe import EvaluationRecipe, RelabelView
 from .report import Evaluation, Score, SetFacts
 from .run import Run
-from .storage import write_json
+from .storage import digest, read_record, set_aside, write_record
 from .students import KEPT, ROWS, Keep, Row, keep_student, train_on_real, train_student
 from .teachers import Teacher
 from .training import score
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +73,41 @@ def task_file(folder: Path, row: Row, seed: int) -> Path:
     return folder / f"{row.key}-seed{seed}.json"
 
 
+def task_key(contest: Contest, row: Row) -> str:
+    """What a score is made from: images, labels and views, test images, protocol."""
+    if row.images == "full":
+        assert contest.train is not None
+        content = contest.train.content
+    else:
+        source = contest.distilled if row.images == "distilled" else contest.control
+        assert source is not None
+        content = source.content
+    settings = asdict(replace(contest.settings, seeds=(0,)))
+    view = asdict(contest.view) if row.images == "full" else None
+    return digest([row.key, content, contest.test.content, settings, view])[:16]
+
+
+def is_scored(contest: Contest, row: Row, seed: int, folder: Path) -> bool:
+    """Whether the score of a student is there and made from what is compared now; a damaged one is set aside."""
+    path = task_file(folder, row, seed)
+    if not path.is_file():
+        return False
+    try:
+        return read_record(path).get("key") == task_key(contest, row)
+    except DamagedError as error:
+        log.warning("%s; set aside as %s, the student is trained again", error, set_aside(path).name)
+        return False
+
+
 def run_task(
-    contest: Contest, row: Row, seed: int, folder: Path, *, device: torch.device, keep: Keep | None = None
+    contest: Contest,
+    row: Row,
+    seed: int,
+    folder: Path,
+    *,
+    device: torch.device,
+    keep: Keep | None = None,
+    every_s: float = EVERY_S,
 ) -> None:
     """Train and score one student, and keep its score; a score that is there already is left as it is.
 
@@ -83,23 +119,26 @@ def run_task(
         device: Where to train.
         keep: Where to keep the student itself, if it is the one of `Contest.kept`. It is stored before its score: a run
             that is killed between the two makes both again.
+        every_s: Seconds between two checkpoints.
     """
-    path = task_file(folder, row, seed)
-    if path.is_file():
+    if is_scored(contest, row, seed, folder):
         return
-    student = _train(contest, row, seed, device)
+    path, key = task_file(folder, row, seed), task_key(contest, row)
+    checkpoint = Checkpoint(path.with_suffix(".checkpoint.safetensors"), f"{key}/{seed}", every_s)
+    student = _train(contest, row, seed, device, checkpoint)
     top1 = score(student, contest.test, device=device)
     if keep is not None and (row, seed) == contest.kept():
         count = len(contest.test)
         keep_student(student, contest.distilled, contest.settings, keep, seed=seed, top1=top1, test_count=count)
-    write_json(path, {"top1": top1})
+    write_record(path, {"top1": top1, "key": key})
+    checkpoint.clear()
 
 
-def _train(contest: Contest, row: Row, seed: int, device: torch.device) -> nn.Module:
+def _train(contest: Contest, row: Row, seed: int, device: torch.device, checkpoint: Checkpoint) -> nn.Module:
     if row.images != "full":
         source = contest.distilled if row.images == "distilled" else contest.control
         assert source is not None
-        return train_student(source, contest.settings, labels=row.labels, seed=seed, device=device)
+        return train_student(source, contest.settings, labels=row.labels, seed=seed, device=device, checkpoint=checkpoint)
     assert contest.train is not None
     return train_on_real(
         contest.train,
@@ -108,6 +147,7 @@ def _train(contest: Contest, row: Row, seed: int, device: torch.device) -> nn.Mo
         num_classes=len(contest.distilled.class_names),
         seed=seed,
         device=device,
+        checkpoint=checkpoint,
     )
 
 
@@ -121,9 +161,14 @@ def evaluate_contest(
     keep: Keep | None = None,
 ) -> Evaluation:
     """Train the students of a contest, shared over the processes, keep their scores in `folder`, collect the table."""
-    device = run.accelerator.device
-    for row, seed in tqdm(run.mine(contest.tasks()), desc="evaluate"):
-        run_task(contest, row, seed, folder, device=device, keep=keep)
+    device, tasks = run.accelerator.device, contest.tasks()
+    left = run.not_yet(tasks, lambda task: is_scored(contest, *task, folder))
+    run.say(f"evaluate: {len(tasks) - len(left)} of {len(tasks)} students found, {len(left)} to train")
+    with run.progress("evaluate", len(mine := run.mine(left)), "student") as shown:
+        for row, seed in mine:
+            shown.doing(f"{row.key}, seed {seed}")
+            run_task(contest, row, seed, folder, device=device, keep=keep, every_s=run.checkpoint_s)
+            shown.advance()
     run.accelerator.wait_for_everyone()
     return collect(contest, folder, verifier=verifier, network=network, device=device)
 
@@ -143,7 +188,7 @@ def collect(
     scores = []
     for row in contest.rows():
         top1 = tuple(
-            float(json.loads(task_file(folder, row, seed).read_text(encoding="utf-8"))["top1"])
+            float(read_record(task_file(folder, row, seed))["top1"])  # type: ignore[arg-type]
             for seed in contest.settings.seeds
         )
         scores.append(Score(row.images, row.labels, contest.settings.seeds, top1, _count(contest, row)))

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
 from .data import SourceData
-from .errors import RecipeError
+from .errors import OutputError, RecipeError
 from .pixels import REFERENCE
 from .recipe import Recipe
 from .recipe_file import public_recipe
-from .storage import write_json
+from .storage import draft_folder, swap_folder, write_json, writing
 from .training import build_network, seeded
 
 KINDS = {"squeeze": "teacher", "student": "student"}
@@ -78,26 +77,18 @@ def store_network(
     if channels == 1:
         network = _widened(network, architecture, size, len(class_names))
     config = _config(network, size, channels, class_names, licence)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    draft = draft_folder(folder)
     try:
-        save_for_hf(network, str(draft), model_config=config, safe_serialization=True)
-        _repair_config(draft / "config.json")
-        write_json(draft / f"{facts_name}.json", facts)
-        draft.chmod(0o755)
+        with writing(folder):
+            save_for_hf(network, str(draft), model_config=config, safe_serialization=True)
+            _repair_config(draft / "config.json")
+            write_json(draft / f"{facts_name}.json", facts)
         if replace or not is_stored(folder, facts_name):
-            _swap(draft, folder)
+            swap_folder(draft, folder)
+    except SafetensorError as error:
+        raise OutputError(f"{folder} cannot be written ({error}); make space and give the same command again") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _swap(draft: Path, folder: Path) -> None:
-    """Put `draft` in the place of `folder`; what was there stays whole until then, and is removed after."""
-    old = draft.with_name(f"{draft.name}-old")
-    if folder.is_dir():
-        os.replace(folder, old)
-    os.replace(draft, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _config(network: nn.Module, size: int, channels: int, class_names: Sequence[str], licence: str) -> dict[str, object]:

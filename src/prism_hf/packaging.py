@@ -10,10 +10,12 @@ docs/dataset_format.md is the contract. No pickles, no scripts.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import datasets
 import numpy as np
@@ -31,8 +33,11 @@ VIEWS = "views"
 DISTILLED = "distilled"
 PACKAGES = ("prism-hf", "torch", "timm", "transformers", "datasets", "accelerate", "numpy", "pillow", "pyarrow")
 
+GROUP_BYTES = 32 * 2**20
+"""A row group of images holds about this many bytes: what a reader, and this writer, has in memory at once."""
+
 Epoch = dict[str, np.ndarray]
-"""Columns of one epoch of the views table; see `relabel.relabel_epoch`."""
+"""Columns of views, some rows or a whole epoch; see `relabel.relabel_batches`."""
 
 
 def image_features(class_names: Sequence[str]) -> datasets.Features:
@@ -70,7 +75,7 @@ def view_features(num_classes: int) -> datasets.Features:
 
 @dataclass(frozen=True, eq=False)
 class ImageTable:
-    """The shipped images, class-major: row = class * ipc + slot.
+    """Images as they ship, class-major; a complete set has row = class * ipc + slot.
 
     Attributes:
         encoded: File bytes of each image, N.
@@ -86,16 +91,48 @@ class ImageTable:
     jobs: Tensor
     teacher_logits: Tensor
 
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    @property
+    def encoded_bytes(self) -> int:
+        """Bytes of all image files."""
+        return sum(map(len, self.encoded))
+
+    def read(self, start: int, stop: int) -> ImageTable:
+        """Rows `start` to `stop`."""
+        cut = slice(start, stop)
+        return ImageTable(self.encoded[cut], self.labels[cut], self.slots[cut], self.jobs[cut], self.teacher_logits[cut])
+
+
+class ImageSource(Protocol):
+    """Images that are read a few at a time, so that memory does not grow with their number."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    @property
+    def encoded_bytes(self) -> int:
+        """Bytes of all image files."""
+
+    def read(self, start: int, stop: int) -> ImageTable:
+        """Rows `start` to `stop`."""
+
 
 def build_dataset(
-    folder: Path, images: ImageTable, epochs: Iterable[Epoch], *, recipe: Recipe, class_names: Sequence[str]
+    folder: Path,
+    images: ImageSource,
+    epochs: Iterable[Iterable[pa.Table]],
+    *,
+    recipe: Recipe,
+    class_names: Sequence[str],
 ) -> None:
     """Write the two tables and the recipe into `folder`, replacing older tables.
 
     Args:
         folder: The data set folder.
-        images: The image table.
-        epochs: The views, in order of epochs; read one at a time, so memory does not grow with their number.
+        images: The image table, or what reads it in parts.
+        epochs: The views, in order of epochs, each as one or more tables (`view_table`), which become row groups.
         recipe: What made them.
         class_names: K names.
     """
@@ -103,46 +140,57 @@ def build_dataset(
     write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
     _write_images(folder / "data", images, class_names, recipe.packaging.image_format, shard_bytes)
     row_bytes = 2 * len(class_names) + 64
-    per_shard = max(1, shard_bytes // (row_bytes * len(images.encoded)))
-    _write_views(folder / VIEWS, epochs, len(class_names), per_shard, recipe.relabel.epochs)
+    per_shard = max(1, shard_bytes // (row_bytes * len(images)))
+    _write_views(folder / VIEWS, epochs, per_shard, recipe.relabel.epochs)
 
 
 def _write_images(
-    folder: Path, images: ImageTable, class_names: Sequence[str], image_format: str, shard_bytes: int
+    folder: Path, images: ImageSource, class_names: Sequence[str], image_format: str, shard_bytes: int
 ) -> None:
-    features = image_features(class_names)
-    total = sum(map(len, images.encoded)) + images.teacher_logits.numel() * 2
+    count = len(images)
+    total = images.encoded_bytes + count * len(class_names) * 2
     shards = max(1, -(-total // shard_bytes))
-    bounds = np.linspace(0, len(images.encoded), shards + 1).astype(int)
+    bounds = np.linspace(0, count, shards + 1).astype(int).tolist()
+    per_group = max(1, GROUP_BYTES * count // total)
     extension = "jpg" if image_format == "jpeg" else image_format
-    for number, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        cells = [{"bytes": images.encoded[i], "path": f"{i:06d}.{extension}"} for i in range(a, b)]
-        columns = [
-            pa.array(cells, type=features.arrow_schema.field("image").type),
-            pa.array(images.labels[a:b].numpy()),
-            pa.array(images.slots[a:b].numpy().astype(np.int32)),
-            _fixed_list(images.teacher_logits[a:b].numpy()),
-            pa.array(images.jobs[a:b].numpy().astype(np.int32)),
-        ]
-        table = pa.table(dict(zip(features, columns, strict=True)), schema=features.arrow_schema)
-        name = f"train-{number:05d}-of-{shards:05d}.parquet"
-        write_whole(folder / name, lambda draft, table=table: _write_parquet(draft, [table]))  # type: ignore[misc]
-    _remove_others(folder, shards)
-
-
-def _write_views(folder: Path, epochs: Iterable[Epoch], num_classes: int, per_shard: int, count: int) -> None:
-    features = view_features(num_classes)
-    shards = -(-count // per_shard)
-    source = iter(epochs)
-    for number in range(shards):
-        here = min(per_shard, count - number * per_shard)
-        tables = (_view_table(next(source), features) for _ in range(here))
+    for number, (first, last) in enumerate(itertools.pairwise(bounds)):
+        tables = (
+            _image_table(images.read(a, min(a + per_group, last)), a, image_features(class_names), extension)
+            for a in range(first, last, per_group)
+        )
         name = f"train-{number:05d}-of-{shards:05d}.parquet"
         write_whole(folder / name, lambda draft, tables=tables: _write_parquet(draft, tables))  # type: ignore[misc]
     _remove_others(folder, shards)
 
 
-def _view_table(epoch: Epoch, features: datasets.Features) -> pa.Table:
+def _image_table(images: ImageTable, first: int, features: datasets.Features, extension: str) -> pa.Table:
+    cells = [{"bytes": data, "path": f"{first + i:06d}.{extension}"} for i, data in enumerate(images.encoded)]
+    columns = [
+        pa.array(cells, type=features.arrow_schema.field("image").type),
+        pa.array(images.labels.numpy()),
+        pa.array(images.slots.numpy().astype(np.int32)),
+        _fixed_list(images.teacher_logits.numpy()),
+        pa.array(images.jobs.numpy().astype(np.int32)),
+    ]
+    return pa.table(dict(zip(features, columns, strict=True)), schema=features.arrow_schema)
+
+
+def _write_views(folder: Path, epochs: Iterable[Iterable[pa.Table]], per_shard: int, count: int) -> None:
+    shards = -(-count // per_shard)
+    source = iter(epochs)
+    for number in range(shards):
+        here = itertools.islice(source, per_shard)
+        name = f"train-{number:05d}-of-{shards:05d}.parquet"
+        write_whole(
+            folder / name,
+            lambda draft, here=here: _write_parquet(draft, itertools.chain.from_iterable(here)),  # type: ignore[misc]
+        )
+    _remove_others(folder, shards)
+
+
+def view_table(epoch: Epoch, num_classes: int) -> pa.Table:
+    """Columns of views as rows of config "views"."""
+    features = view_features(num_classes)
     columns = {key: _fixed_list(v) if v.ndim == 2 else pa.array(v) for key, v in epoch.items()}
     return pa.table({key: columns[key] for key in features}, schema=features.arrow_schema)
 
@@ -197,10 +245,12 @@ def write_provenance(
     hardware: Mapping[str, object],
     squeezed_top1: Mapping[str, float],
     images: str = DISTILLED,
+    partial: Mapping[str, object] | None = None,
 ) -> None:
     """Write provenance.json: versions, teachers, seeds, fingerprint, and the SHA-256 of tables and recipe.
 
-    Holds no time, host name or path: the same recipe gives the same bytes.
+    Holds no time, host name or path: the same recipe gives the same bytes. `partial` says how many images of how many are
+    there, and which jobs failed; a complete data set has no such entry.
     """
     roles = {
         "logit": [recipe.teachers.logit],
@@ -226,6 +276,7 @@ def write_provenance(
             "format_version": FORMAT_VERSION,
             "recipe": recipe.name,
             "images": images,
+            **({"partial": dict(partial)} if partial else {}),
             "recipe_fingerprint": recipe.fingerprint(),
             "seed": recipe.seed,
             "student_seeds": list(recipe.evaluation.seeds),

@@ -166,8 +166,22 @@ def describe_plan(recipe: Recipe) -> str:
         f"students  {recipe.evaluation.student}, {len(recipe.evaluation.seeds)} seeds",
         f"bytes     images at most {size_text(raw)} (raw pixels; {recipe.packaging.image_format} is smaller), "
         f"labels about {size_text(labels)} in {views:,} views",
+        f"disk      about {size_text(sum(space_needed(recipe).values()))} for the whole run, control included",
     ]
     return "\n".join(lines)
+
+
+def space_needed(recipe: Recipe, *, processes: int = 1) -> dict[str, int]:
+    """Bytes that a run needs on the disk, at most: by kind, teachers and students left out.
+
+    The distilled set and its control are kept twice, once between the stages (decoded, encoded, labels as they come) and
+    once packaged; each process has a checkpoint (pixels and two moments), and another while it is replaced.
+    """
+    data, synthesis = recipe.data, recipe.synthesis
+    pixels = recipe.num_images * data.channels * data.size**2
+    labels = recipe.num_images * (recipe.relabel.epochs + 1) * (2 * data.num_classes + VIEW_ROW_BYTES)
+    batch = min(synthesis.batch_size + 1, recipe.num_images) * data.channels * data.size**2
+    return {"images": 7 * pixels, "labels": 4 * labels, "checkpoints": 2 * processes * 3 * 4 * batch}
 
 
 VIEW_ROW_BYTES = 32

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from .data import SourceData
 from .diversity import classifier_of
 from .errors import OutputError, RecipeError, TeacherError
+from .plan import size_text, space_needed
 from .recipe import SQUEEZE_PREFIX, Recipe
+from .storage import files_below
 from .teachers import Teacher
 
 
@@ -39,6 +42,28 @@ def check_verifier(recipe: Recipe, loaded: Mapping[str, Teacher]) -> None:
             )
     if name in loaded and classifier_of(loaded[name].model) is None:
         raise TeacherError(f"verifier {name!r} has no linear classifier to take features from; name another one")
+
+
+def check_space(recipe: Recipe, folder: Path, *, processes: int) -> None:
+    """Compare the space that a run needs with what is free, before anything is written.
+
+    Args:
+        recipe: What will be made.
+        folder: The output folder; what is there already counts as done.
+        processes: Each keeps a checkpoint.
+
+    Raises:
+        OutputError: Too little: says how much is needed and how much there is.
+    """
+    needed = sum(space_needed(recipe, processes=processes).values())
+    there = sum(path.stat().st_size for name in ("work", "dataset", "control") for path in files_below(folder / name))
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if needed - there > free:
+        raise OutputError(
+            f"output {str(folder)!r} needs about {size_text(needed - there)} and {size_text(free)} are free; make space, "
+            "use another disk (--output DIR), or lower synthesis.ipc or relabel.epochs"
+        )
 
 
 def inputs_of(recipe: Recipe, data: SourceData, loaded: Mapping[str, Teacher]) -> dict[str, object]:

@@ -7,13 +7,14 @@ Labels are computed on the decoded bytes that ship. The published code labels 8-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import TeacherError
+from .memory import told_in_one_line
 from .pixels import to_reference
 from .plan import batch_ranges, derived_seed
 from .recipe import RelabelRecipe
@@ -55,7 +56,11 @@ def ask_teachers(images: Tensor, teachers: Sequence[Teacher], settings: RelabelR
     Raises:
         TeacherError: A logit does not fit into float16.
     """
-    logits = torch.stack([teacher.logits(images).float() for teacher in teachers])
+    with told_in_one_line(
+        f"relabel: a batch of {len(images)} images and teachers {', '.join(t.name for t in teachers)}",
+        "Lower relabel.batch_size in the recipe (it is part of the method), or use a device with more memory",
+    ):
+        logits = torch.stack([teacher.logits(images).float() for teacher in teachers])
     label = combine_logits(logits, settings.ensemble, settings.weights).half().cpu()
     if not bool(label.isfinite().all()):
         raise TeacherError(
@@ -65,26 +70,26 @@ def ask_teachers(images: Tensor, teachers: Sequence[Teacher], settings: RelabelR
     return label
 
 
-def relabel_epoch(
+def relabel_batches(
     epoch: int, images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe, *, seed: int
-) -> dict[str, np.ndarray]:
-    """One view of every image, with its label: one epoch of the views table.
+) -> Iterator[dict[str, np.ndarray]]:
+    """One view of every image, with its label: one epoch of the views table, batch by batch.
 
     Args:
         epoch: Seeds the draws, together with `seed`; epochs are independent of each other.
-        images_uint8: All images, decoded, (N, C, H, W), on the device to compute on.
+        images_uint8: All images, decoded, (N, C, H, W); those of a batch go to the teachers' device.
         teachers: Who labels, in the order of the weights.
         settings: Views, batch size, ensemble rule.
         seed: The recipe's seed.
 
-    Returns:
-        Columns of N rows in training order: `epoch` and `batch` int32, those of `views.to_columns`, and
-        `teacher_logits` (N, K) float16.
+    Yields:
+        Columns of B rows in training order: `epoch` and `batch` int32, those of `views.to_columns`, and
+        `teacher_logits` (B, K) float16.
     """
+    device = teachers[0].device
     generator = torch.Generator().manual_seed(derived_seed(seed, "relabel", epoch))
     order = torch.randperm(len(images_uint8), generator=generator)
-    batches: list[dict[str, np.ndarray]] = []
-    for part in batch_ranges(len(order), settings.batch_size):
+    for number, part in enumerate(batch_ranges(len(order), settings.batch_size)):
         rows = order[part.start : part.stop]
         view = draw_views(
             len(rows),
@@ -95,18 +100,23 @@ def relabel_epoch(
             mix=settings.view.mix,
             mix_alpha=settings.view.mix_alpha,
         )
-        shown = apply_views(to_reference(images_uint8[rows.to(images_uint8.device)]), view)
-        columns = {"epoch": np.full(len(rows), epoch, np.int32), "batch": np.full(len(rows), len(batches), np.int32)}
+        shown = apply_views(to_reference(images_uint8[rows].to(device)), view)
+        columns = {"epoch": np.full(len(rows), epoch, np.int32), "batch": np.full(len(rows), number, np.int32)}
         columns |= to_columns(view, rows)
         columns["teacher_logits"] = ask_teachers(shown, teachers, settings).numpy()
-        batches.append(columns)
+        yield columns
+
+
+def relabel_epoch(
+    epoch: int, images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe, *, seed: int
+) -> dict[str, np.ndarray]:
+    """All batches of `relabel_batches` as one table of N rows."""
+    batches = list(relabel_batches(epoch, images_uint8, teachers, settings, seed=seed))
     return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
 
 
-def label_images(images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe) -> Tensor:
-    """Labels of the images themselves, without a view: (N, K) float16; batches in table order, as the recipe sizes them."""
-    parts = [
-        ask_teachers(to_reference(images_uint8[part.start : part.stop]), teachers, settings)
-        for part in batch_ranges(len(images_uint8), settings.batch_size)
-    ]
-    return torch.cat(parts)
+def label_images(images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe) -> Iterator[Tensor]:
+    """Labels of the images themselves, without a view: parts (B, K) float16 in table order, in batches of the recipe."""
+    for part in batch_ranges(len(images_uint8), settings.batch_size):
+        batch = images_uint8[part.start : part.stop].to(teachers[0].device)
+        yield ask_teachers(to_reference(batch), teachers, settings)

@@ -6,16 +6,17 @@ DIR/control/        random real images, packaged the same way
 DIR/student/        one student, for timm and transformers
 DIR/report.json     every figure of the table
 DIR/work/           what the stages leave for each other
-DIR/logs/           trackers
+DIR/logs/           run.log, trackers
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,17 +24,23 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
+from .checkpoint import EVERY_S
 from .errors import OutputError, RecipeError
+from .lock import HOLDER, LOCK, holder_text, locked
 from .plan import STAGES, TRACKERS
+from .progress import Progress, progress
 from .recipe import Recipe, to_dict
 from .recipe_file import differing_keys, dump_recipe, load_recipe
-from .storage import write_bytes, write_json
+from .storage import DRAFT, clear_drafts, set_aside, write_bytes, write_json
+from .synthesis import Precision
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+PARTS = ("dataset", "control", "student")
+"""Folders of a run that people use."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +52,16 @@ class Run:
         folder: The output folder.
         teachers_root: Where squeezed teachers are kept; recipes may share it.
         accelerator: Processes, device, trackers.
+        checkpoint_s: Seconds between two checkpoints of a long job.
+        allow_partial: Go on without the jobs whose numbers went bad.
     """
 
     recipe: Recipe
     folder: Path
     teachers_root: Path
     accelerator: Accelerator
+    checkpoint_s: float = EVERY_S
+    allow_partial: bool = False
 
     @property
     def dataset(self) -> Path:
@@ -76,15 +87,40 @@ class Run:
         """This process's share."""
         return list(items[self.accelerator.process_index :: self.accelerator.num_processes])
 
+    def not_yet(self, items: Sequence[T], finished: Callable[[T], bool]) -> list[T]:
+        """Those of `items` that are not finished, known to every process; each process looks at its share.
+
+        Files are read to the end for that, so the work is divided; and nobody looks while another is already at work.
+        """
+        places = [(place, item) for place, item in enumerate(items)]
+        missing = [place for place, item in self.mine(places) if not finished(item)]
+        return [items[place] for place in sorted(gather_object(missing))]
+
+    def progress(self, stage: str, total: int, unit: str) -> AbstractContextManager[Progress]:
+        """This process's part of a stage; see `Progress`."""
+        path = self.work / f"progress-{self.accelerator.process_index}.json"
+        return progress(path, stage, total, unit, self.say)
+
     def say(self, text: str) -> None:
         """One log line, from the main process only; accelerate's own logger would prefix it with the rank."""
         if self.accelerator.is_main_process:
             log.info(text)
 
+    def warn(self, text: str) -> None:
+        """One log line about what went wrong here, from any process."""
+        rank = self.accelerator.process_index
+        log.warning(f"process {rank}: {text}" if rank else text)
+
     @property
     def hardware(self) -> dict[str, object]:
         """What a result may depend on beyond the recipe, up to rounding."""
-        return {"device": self.accelerator.device.type, "threads": torch.get_num_threads(), "precision": "float32"}
+        threads = torch.get_num_threads()
+        return {"device": self.accelerator.device.type, "threads": threads, "precision": self.precision}
+
+    @property
+    def precision(self) -> Precision:
+        """Of the teachers' passes in synthesis, as `accelerate launch --mixed_precision` asks; all else is float32."""
+        return "bf16" if self.accelerator.mixed_precision == "bf16" else "float32"
 
     def times(self) -> dict[str, float]:
         """Seconds spent in each stage so far, all launches added up (those that were killed outright left none)."""
@@ -113,8 +149,14 @@ def make_accelerator(folder: Path | None = None, *, log_with: str | None = None,
         threads: CPU threads per process; part of what makes CPU results the same byte for byte.
 
     Raises:
-        RecipeError: The tracker is unknown or not installed.
+        RecipeError: The tracker is unknown or not installed, or the precision is neither float32 nor bf16.
     """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16"):
+        raise RecipeError(
+            f"--mixed_precision {precision} has too narrow a range for BN statistics and losses; use `bf16`, or `no` "
+            "for float32"
+        )
     if log_with is not None:
         _check_tracker(log_with)
     if threads is not None:
@@ -138,41 +180,83 @@ def _check_tracker(name: str) -> None:
         raise RecipeError(f"--log-with {name}: the package is not installed; pip install {name}")
 
 
-def check_folder(folder: Path, recipe: Recipe) -> None:
+def check_folder(folder: Path, recipe: Recipe, *, fresh: bool = False) -> None:
     """Find out whether `folder` is, or can become, the output of `recipe`; writes nothing.
 
+    Args:
+        folder: The output folder.
+        recipe: The recipe.
+        fresh: The run in the folder is to be moved aside, whatever its recipe.
+
     Raises:
-        OutputError: It belongs to another recipe (names the keys that differ), or holds other things.
+        OutputError: It is in use, belongs to another recipe (names the keys that differ), or holds other things.
     """
     marker = folder / "recipe.yaml"
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output {str(folder)!r} is a file; give a folder with --output")
     if marker.is_file():
-        try:
-            theirs = load_recipe(marker)
-        except RecipeError as error:
-            raise OutputError(
-                f"output {str(folder)!r} holds a recipe that cannot be read ({error}); use --output"
-            ) from error
-        if theirs.fingerprint() != recipe.fingerprint():
-            keys = ", ".join(differing_keys(theirs, recipe))
-            raise OutputError(
-                f"output {str(folder)!r} belongs to another recipe; these keys differ: {keys}. "
-                "Use another folder (--output DIR), or move this one away"
-            )
+        if not fresh:
+            _check_recipe(folder, marker, recipe)
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    # What a launch leaves that was killed before it had written its recipe.
+    ours = (LOCK, HOLDER)
+    if folder.is_dir() and any(path.name not in ours and not path.name.startswith(DRAFT) for path in folder.iterdir()):
         raise OutputError(f"output {str(folder)!r} is not empty and holds no run; use another folder (--output DIR)")
 
 
-def claim_folder(folder: Path, recipe: Recipe) -> None:
-    """Make `folder` the output of `recipe`, or find that it is already; see `check_folder`."""
-    check_folder(folder, recipe)
+def _check_recipe(folder: Path, marker: Path, recipe: Recipe) -> None:
     try:
+        theirs = load_recipe(marker)
+    except RecipeError as error:
+        raise OutputError(
+            f"output {str(folder)!r} holds a recipe that cannot be read ({error}); use --output, or --fresh to move it "
+            "aside"
+        ) from error
+    if theirs.fingerprint() != recipe.fingerprint():
+        keys = ", ".join(differing_keys(theirs, recipe))
+        raise OutputError(
+            f"output {str(folder)!r} belongs to another recipe; these keys differ: {keys}. Use another folder (--output "
+            "DIR), or --fresh to move this one aside"
+        )
+
+
+@contextmanager
+def claimed(folder: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[str | None]:
+    """Make `folder` the output of `recipe`, or find that it is already, and hold it for the length of the block.
+
+    Args:
+        folder: The output folder.
+        recipe: The recipe.
+        fresh: Move a run that is there aside, whatever its recipe; nothing is deleted.
+
+    Yields:
+        A line about what an earlier launch left, or `None`.
+
+    Raises:
+        OutputError: As `check_folder`; or it cannot be written.
+    """
+    moved = _moved_aside(folder) if fresh and (folder / "recipe.yaml").is_file() else None
+    with locked(folder) as killed:
+        check_folder(folder, recipe)
+        # Not below DIR/teachers: other runs may be at work there.
+        drafts = clear_drafts(folder, deep=False) + sum(clear_drafts(folder / name) for name in ("work", *PARTS))
         if not (folder / "recipe.yaml").is_file():
             write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
-    except OSError as error:
-        raise OutputError(f"output {str(folder)!r} cannot be written ({error.strerror}); use --output DIR") from error
+        line = f"the old run was moved to {moved}" if moved else None
+        if killed is not None:
+            line = f"{holder_text(killed)}, ended without a word; going on" + (
+                f" ({drafts} drafts removed)" if drafts else ""
+            )
+        yield line
+
+
+def _moved_aside(folder: Path) -> Path:
+    with locked(folder):
+        aside = set_aside(folder)
+        # The lock's own files went along; they mean nothing there.
+        (aside / HOLDER).unlink(missing_ok=True)
+    (aside / LOCK).unlink(missing_ok=True)
+    return aside
 
 
 def start_trackers(run: Run) -> None:

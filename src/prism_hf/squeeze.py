@@ -8,26 +8,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .alignment import BNAlignment
+from .checkpoint import EVERY_S, Checkpoint
 from .data import ImageSplit, SourceData
 from .diversity import classifier_of
-from .errors import TeacherError
+from .errors import DamagedError, TeacherError
+from .lock import locked
 from .model_folder import is_stored, scored_on, source_facts, store_network
 from .pixels import reference_mean_std, to_reference
 from .plan import derived_seed
 from .recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
 from .recipe_file import public_recipe
-from .training import build_network, check_network, fit, score, seeded
+from .storage import clear_drafts
+from .teachers import digest_of_tensors, state_sha256
+from .training import ShuffledBatches, build_network, check_network, fit, score, seeded
 from .views import draw_views, resample
+
+FACTS = "squeeze.json"
 
 
 def teacher_folder(name: str, recipe: Recipe, root: Path) -> Path:
@@ -48,13 +56,40 @@ def read_squeezed(folder: Path, data: SourceData) -> dict[str, object]:
     Raises:
         TeacherError: It was trained on other images: the source has changed behind its name.
     """
-    report = json.loads((folder / "squeeze.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     if report["train_content"] != data.train.content:
         raise TeacherError(
             f"the teacher in {folder} was trained on other images than the source holds now; move it away, or use another "
             "folder (--teachers DIR)"
         )
     return report
+
+
+def check_squeezed(folder: Path) -> None:
+    """Compare the weights of a finished teacher with what squeeze.json says of them.
+
+    Raises:
+        DamagedError: Truncated, edited or exchanged.
+    """
+    expected = weights_of(folder)
+    try:
+        found = digest_of_tensors(load_file(folder / "model.safetensors"))
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(f"{folder / 'model.safetensors'} is not readable ({type(error).__name__})") from error
+    if expected is not None and found != expected:  # teachers of earlier versions say nothing of it
+        raise DamagedError(f"{folder / 'model.safetensors'} was changed after it was written")
+
+
+def weights_of(folder: Path) -> str | None:
+    """SHA-256 of the weights of a finished teacher, as squeeze.json says; `None` in those of earlier versions.
+
+    Raises:
+        DamagedError: squeeze.json is not readable.
+    """
+    try:
+        return json.loads((folder / FACTS).read_text(encoding="utf-8")).get("weights_sha256")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{folder / FACTS} is not readable ({type(error).__name__})") from error
 
 
 def check_architectures(recipe: Recipe) -> None:
@@ -89,8 +124,18 @@ def check_batch(recipe: Recipe, data: SourceData) -> None:
         )
 
 
-def squeeze_teacher(name: str, recipe: Recipe, data: SourceData, root: Path, *, device: torch.device) -> dict[str, object]:
+def squeeze_teacher(
+    name: str,
+    recipe: Recipe,
+    data: SourceData,
+    root: Path,
+    *,
+    device: torch.device,
+    every_s: float = EVERY_S,
+) -> dict[str, object]:
     """Train one `squeeze:` teacher and store it; a finished one with the same fingerprint is left as it is.
+
+    Another run that trains the same teacher in the same folder is waited for.
 
     Args:
         name: `squeeze:<timm architecture>`.
@@ -98,33 +143,44 @@ def squeeze_teacher(name: str, recipe: Recipe, data: SourceData, root: Path, *, 
         data: The real data.
         root: Folder of all squeezed teachers.
         device: Where to train.
+        every_s: Seconds between two checkpoints.
 
     Returns:
         The contents of squeeze.json; see `_report`.
+
+    Raises:
+        StoppedError: Somebody asked the program to stop; the training goes on from its checkpoint.
     """
     folder = teacher_folder(name, recipe, root)
-    if is_squeezed(folder):
-        return read_squeezed(folder, data)
-    started = time.perf_counter()
-    check_batch(recipe, data)
-    network = _train(name.removeprefix(SQUEEZE_PREFIX), recipe, data, device)
-    top1 = score(lambda x: network(_as_rgb(x)), data.test, device=device)
-    report = _report(name, recipe, data) | {
-        "fingerprint": folder.name.rpartition("-")[2],
-        "test_top1": top1,
-        "wall_time_s": round(time.perf_counter() - started, 2),
-    }
-    store_network(
-        network,
-        folder,
-        architecture=name.removeprefix(SQUEEZE_PREFIX),
-        size=recipe.data.size,
-        channels=3,
-        class_names=data.class_names,
-        licence=recipe.data.licence,
-        facts=report,
-        facts_name="squeeze",
-    )
+    work = root / f".work-{folder.name}"
+    with locked(work, patience_s=-1):
+        if is_squeezed(folder):
+            return read_squeezed(folder, data)
+        clear_drafts(work)
+        clear_drafts(root, of=folder.name, deep=False)
+        started = time.perf_counter()
+        check_batch(recipe, data)
+        checkpoint = Checkpoint(work / "checkpoint.safetensors", f"{folder.name} {data.train.content}", every_s)
+        network = _train(name.removeprefix(SQUEEZE_PREFIX), recipe, data, device, checkpoint)
+        top1 = score(lambda x: network(_as_rgb(x)), data.test, device=device)
+        report = _report(name, recipe, data) | {
+            "fingerprint": folder.name.rpartition("-")[2],
+            "test_top1": top1,
+            "weights_sha256": state_sha256(network),
+            "wall_time_s": round(time.perf_counter() - started, 2),
+        }
+        store_network(
+            network,
+            folder,
+            architecture=name.removeprefix(SQUEEZE_PREFIX),
+            size=recipe.data.size,
+            channels=3,
+            class_names=data.class_names,
+            licence=recipe.data.licence,
+            facts=report,
+            facts_name="squeeze",
+        )
+    shutil.rmtree(work, ignore_errors=True)
     return report
 
 
@@ -132,22 +188,22 @@ def _steps(settings: SqueezeRecipe, split: ImageSplit) -> int:
     return settings.epochs * (len(split) // settings.batch_size)
 
 
-def _train(architecture: str, recipe: Recipe, data: SourceData, device: torch.device) -> nn.Module:
+def _train(architecture: str, recipe: Recipe, data: SourceData, device: torch.device, checkpoint: Checkpoint) -> nn.Module:
     seed = derived_seed(recipe.seed, "squeeze", architecture)
     settings, split = recipe.squeeze, data.train
     with seeded(seed, device):
         network = build_network(architecture, num_classes=data.num_classes, channels=3)
         network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        batches = _batches(split, settings, seed)
-        on_device = ((_as_rgb(images.to(device)), labels.to(device)) for images, labels in batches)
         return fit(
             network,
-            on_device,
+            _batches(split, settings, seed, device),
             F.cross_entropy,
             steps=_steps(settings, split),
             lr=settings.lr,
             weight_decay=settings.weight_decay,
             schedule="one_cycle",
+            what=f"squeeze: teacher {architecture}",
+            checkpoint=checkpoint,
         )
 
 
@@ -182,17 +238,19 @@ def _as_rgb(images: Tensor) -> Tensor:
     return ((images * std + mean) - rgb_mean) / rgb_std
 
 
-def _batches(split: ImageSplit, settings: SqueezeRecipe, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(split: ImageSplit, settings: SqueezeRecipe, seed: int, device: torch.device) -> ShuffledBatches:
     labels = torch.from_numpy(split.labels)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(settings.epochs):
-        order = torch.randperm(len(labels), generator=generator)
-        for start in range(0, len(labels) - settings.batch_size + 1, settings.batch_size):
-            rows = order[start : start + settings.batch_size]
-            images = to_reference(split.images(rows))
-            view = draw_views(len(rows), images.shape[-1], generator, crop_scale=settings.crop_scale, flip=settings.flip)
-            images = resample(images, view.crop, view.flip)
-            yield _noisy(images, settings.noise_std, generator), labels[rows]
+    size, count = settings.batch_size, len(split)
+
+    def make(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        images = to_reference(split.images(rows))
+        view = draw_views(len(rows), images.shape[-1], generator, crop_scale=settings.crop_scale, flip=settings.flip)
+        images = _noisy(resample(images, view.crop, view.flip), settings.noise_std, generator)
+        return _as_rgb(images.to(device)), labels[rows].to(device)
+
+    # Every batch is full: BatchNorm learns its statistics from them.
+    parts = [range(start, start + size) for start in range(0, count - size + 1, size)]
+    return ShuffledBatches(parts, settings.epochs, torch.Generator().manual_seed(seed), make, count=count)
 
 
 def _noisy(images: Tensor, noise_std: float, generator: torch.Generator) -> Tensor:

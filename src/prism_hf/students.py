@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checkpoint import Checkpoint
 from .data import ImageSplit
 from .errors import DataError, RecipeError
 from .model_folder import store_network
@@ -25,7 +26,7 @@ from .pixels import to_reference
 from .plan import batch_ranges, derived_seed
 from .reading import DistilledDataset
 from .recipe import EvaluationRecipe, RelabelView
-from .training import build_network, fit, seeded
+from .training import Batches, ShuffledBatches, build_network, fit, seeded
 from .views import draw_views, resample
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,13 @@ def soft_label_loss(logits: Tensor, teacher_logits: Tensor, class_shares: Tensor
 
 
 def train_student(
-    source: DistilledDataset, settings: EvaluationRecipe, *, labels: Labels, seed: int, device: torch.device
+    source: DistilledDataset,
+    settings: EvaluationRecipe,
+    *,
+    labels: Labels,
+    seed: int,
+    device: torch.device,
+    checkpoint: Checkpoint | None = None,
 ) -> nn.Module:
     """Train one student on what a data set folder contains: images, labels, views; nothing else.
 
@@ -90,6 +97,7 @@ def train_student(
         labels: `soft`: the stored logits; `hard`: plain CE on the classes, same views, same steps.
         seed: Of the weights; the order of images comes from the views.
         device: Where to train.
+        checkpoint: Where its state is kept now and then, and where its training goes on if there is one.
 
     Returns:
         The student in eval mode, on `device`, taking the reference normalisation.
@@ -111,10 +119,10 @@ def train_student(
             return F.cross_entropy(logits, shares)
         return soft_label_loss(logits, teacher_logits, shares, settings)
 
-    batches = _view_batches(source, epochs, settings.batch_size, device)
+    batches = _Replayed(lambda start: _view_batches(source, epochs, settings.batch_size, device, start))
     with seeded(seed, device):
         network = _student(settings, classes, source.images_uint8.shape[1], device)
-        return _fit(network, batches, loss, steps, settings)
+        return _fit(network, batches, loss, steps, settings, f"student {settings.student}, seed {seed}", checkpoint)
 
 
 def train_on_real(
@@ -125,13 +133,15 @@ def train_on_real(
     num_classes: int,
     seed: int,
     device: torch.device,
+    checkpoint: Checkpoint | None = None,
 ) -> nn.Module:
     """The ceiling: the same student, optimiser and crops on all real training images, hard labels, no mixing."""
     steps = settings.full_data_epochs * len(batch_ranges(len(split), settings.batch_size))
     batches = _real_batches(split, settings, view, seed, device)
     with seeded(seed, device):
         network = _student(settings, num_classes, split.channels, device)
-        return _fit(network, batches, F.cross_entropy, steps, settings)
+        what = f"student {settings.student} on all real images, seed {seed}"
+        return _fit(network, batches, F.cross_entropy, steps, settings, what, checkpoint)
 
 
 def _student(settings: EvaluationRecipe, num_classes: int, channels: int, device: torch.device) -> nn.Module:
@@ -141,13 +151,33 @@ def _student(settings: EvaluationRecipe, num_classes: int, channels: int, device
 
 def _fit(
     network: nn.Module,
-    batches: Iterator[tuple[Tensor, ...]],
+    batches: Batches,
     loss: Callable[..., Tensor],
     steps: int,
     settings: EvaluationRecipe,
+    what: str,
+    checkpoint: Checkpoint | None,
 ) -> nn.Module:
     rate, decay, ema = settings.lr, settings.weight_decay, settings.ema
-    return fit(network, batches, loss, steps=steps, lr=rate, weight_decay=decay, ema=ema)
+    return fit(network, batches, loss, steps=steps, lr=rate, weight_decay=decay, ema=ema, what=what, checkpoint=checkpoint)
+
+
+class _Replayed:
+    """Batches that are recorded, not drawn: only their number has to be kept."""
+
+    def __init__(self, batches_from: Callable[[int], Iterator[tuple[Tensor, ...]]]) -> None:
+        self._batches_from, self._done = batches_from, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for batch in self._batches_from(self._done):
+            self._done += 1
+            yield batch
+
+    def state(self) -> dict[str, Tensor]:
+        return {"done": torch.tensor(self._done)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._done = int(state["done"])
 
 
 def class_shares(labels: Tensor, partner_labels: Tensor, weight: Tensor, num_classes: int) -> Tensor:
@@ -157,12 +187,16 @@ def class_shares(labels: Tensor, partner_labels: Tensor, weight: Tensor, num_cla
 
 
 def _view_batches(
-    source: DistilledDataset, epochs: int, batch_size: int, device: torch.device
+    source: DistilledDataset, epochs: int, batch_size: int, device: torch.device, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     images = to_reference(source.images_uint8.to(device))
+    number = -1
     for epoch in range(epochs):
         rows, logits = source.epoch(epoch)
         for part in batch_ranges(len(logits), batch_size):
+            number += 1
+            if number < start:
+                continue
             cut = rows[part.start : part.stop]
             own = source.labels[cut.image_index]
             partner = source.labels[cut.view.mix_with.clamp(min=0)]
@@ -176,16 +210,17 @@ def _view_batches(
 
 def _real_batches(
     split: ImageSplit, settings: EvaluationRecipe, view: RelabelView, seed: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(derived_seed(seed, "full data"))
+) -> ShuffledBatches:
     labels = torch.from_numpy(split.labels)
-    for _ in range(settings.full_data_epochs):
-        order = torch.randperm(len(split), generator=generator)
-        for part in batch_ranges(len(split), settings.batch_size):
-            rows = order[part.start : part.stop]
-            drawn = draw_views(len(rows), split.size, generator, crop_scale=view.crop_scale, flip=view.flip)
-            images = to_reference(split.images(rows).to(device))
-            yield resample(images, drawn.crop, drawn.flip), labels[rows].to(device)
+
+    def make(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        drawn = draw_views(len(rows), split.size, generator, crop_scale=view.crop_scale, flip=view.flip)
+        images = to_reference(split.images(rows).to(device))
+        return resample(images, drawn.crop, drawn.flip), labels[rows].to(device)
+
+    generator = torch.Generator().manual_seed(derived_seed(seed, "full data"))
+    parts = batch_ranges(len(split), settings.batch_size)
+    return ShuffledBatches(parts, settings.full_data_epochs, generator, make, count=len(split))
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,11 @@ class Teacher:
     weights_sha256: str
     label_names: tuple[str, ...] | None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
+
     def prepare(self, images: Tensor) -> Tensor:
         """Reference normalisation, (B, C, H, W) -> this teacher's own normalisation, channels and size.
 
@@ -149,8 +154,13 @@ def check_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int
 
 def state_sha256(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of all parameters and buffers."""
+    return digest_of_tensors(model.state_dict())
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
+    for key, value in sorted(tensors.items()):
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

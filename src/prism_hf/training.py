@@ -6,9 +6,9 @@ Legend: B images, C channels, H W pixels, K classes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, Protocol
 
 import datasets
 import evaluate
@@ -16,10 +16,24 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import (
+    Checkpoint,
+    State,
+    optimizer_state,
+    part,
+    prefixed,
+    random_state,
+    restore_optimizer,
+    restore_random_state,
+)
 from .data import ImageSplit
-from .errors import RecipeError
+from .errors import NotFiniteError, RecipeError
+from .interruption import raise_if_stopped
+from .memory import told_in_one_line
 from .pixels import to_reference
 
+CHECK_EVERY = 20
+"""Steps between looks at the losses; each look waits for the device."""
 Schedule = Literal["cosine", "one_cycle"]
 
 
@@ -85,9 +99,130 @@ def _from_transformers(model_type: str, num_classes: int, channels: int) -> nn.M
         ) from error
 
 
+class Batches(Protocol):
+    """What `fit` trains on: tuples of tensors, and where in them it stands."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """The batches that are left."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Where the last batch left the draws."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
+
+
+class ShuffledBatches:
+    """Batches of a table in a new order each epoch.
+
+    Args:
+        parts: Positions of each batch in an epoch's order.
+        epochs: How many.
+        generator: Draws the orders, and whatever `make` draws.
+        make: Row numbers (B,) int64 and the generator -> a batch.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[range],
+        epochs: int,
+        generator: torch.Generator,
+        make: Callable[[Tensor, torch.Generator], tuple[Tensor, ...]],
+        *,
+        count: int,
+    ) -> None:
+        self._parts, self._epochs, self._generator, self._make, self._count = parts, epochs, generator, make, count
+        self._order = torch.empty(0, dtype=torch.int64)
+        self._drawn = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        while self._drawn < self._epochs * len(self._parts):
+            part = self._parts[self._drawn % len(self._parts)]
+            if part is self._parts[0]:
+                self._order = torch.randperm(self._count, generator=self._generator)
+            self._drawn += 1
+            yield self._make(self._order[part.start : part.stop], self._generator)
+
+    def state(self) -> dict[str, Tensor]:
+        """Order of the running epoch, number of batches drawn, generator."""
+        return {"order": self._order, "drawn": torch.tensor(self._drawn), "generator": self._generator.get_state()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`."""
+        self._order, self._drawn = state["order"], int(state["drawn"])
+        self._generator.set_state(state["generator"])
+
+
+class _Fitting:
+    """A network between two steps of its training."""
+
+    def __init__(
+        self, network: nn.Module, *, steps: int, lr: float, weight_decay: float, schedule: Schedule, ema: float
+    ) -> None:
+        matrices = [p for p in network.parameters() if p.ndim > 1]
+        vectors = [p for p in network.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.network, self.ema, self.step = network, ema, 0
+        self.optimizer = torch.optim.AdamW(groups, lr=lr)
+        self.scheduler: torch.optim.lr_scheduler.LRScheduler
+        if schedule == "one_cycle":
+            self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=lr, total_steps=steps)
+        else:
+            self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
+        self.average = copy.deepcopy(network) if ema else None
+        self.losses: list[Tensor] = []
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def advance(self, value: Tensor) -> None:
+        """One step down the gradient of a loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.average is not None:
+            # A short warm-up: the first steps would otherwise keep the random init in the average.
+            _average_(self.average, self.network, min(self.ema, (1 + self.step) / (10 + self.step)))
+        self.losses.append(value.detach())
+        self.step += 1
+
+    def check(self, what: str) -> None:
+        """Look at the last losses, which waits for the device."""
+        values = torch.stack(self.losses).cpu()
+        bad = (~values.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            step = self.step - len(values) + bad[0] + 1
+            raise NotFiniteError(
+                f"{what}, step {step}: the loss is {values[bad[0]]:g}; lower the learning rate of the recipe"
+            )
+        self.losses = []
+
+    def state(self, batches: Batches) -> State:
+        optimizer = optimizer_state(self.optimizer)
+        tensors = prefixed("network", self.network.state_dict()) | prefixed("optimizer", optimizer.tensors)
+        tensors |= prefixed("random", random_state(self.device)) | prefixed("batches", batches.state())
+        tensors |= prefixed("average", self.average.state_dict() if self.average is not None else {})
+        tensors["losses"] = torch.stack(self.losses) if self.losses else torch.empty(0)
+        notes = {"step": self.step, "optimizer": optimizer.notes, "scheduler": self.scheduler.state_dict()}
+        return State(tensors, notes)
+
+    def restore(self, state: State, batches: Batches) -> None:
+        tensors = state.tensors
+        self.network.load_state_dict(part("network", tensors))
+        if self.average is not None:
+            self.average.load_state_dict(part("average", tensors))
+        restore_optimizer(self.optimizer, State(part("optimizer", tensors), state.notes["optimizer"]))
+        self.scheduler.load_state_dict(state.notes["scheduler"])
+        restore_random_state(part("random", tensors), self.device)
+        batches.restore(part("batches", tensors))
+        self.losses, self.step = list(tensors["losses"].to(self.device)), state.notes["step"]
+
+
 def fit(
     network: nn.Module,
-    batches: Iterable[tuple[Tensor, ...]],
+    batches: Batches,
     loss: Callable[..., Tensor],
     *,
     steps: int,
@@ -95,6 +230,8 @@ def fit(
     weight_decay: float,
     schedule: Schedule = "cosine",
     ema: float = 0.0,
+    what: str = "training",
+    checkpoint: Checkpoint | None = None,
 ) -> nn.Module:
     """Train with AdamW; the state after the last step is the result, never the best on a test set.
 
@@ -108,31 +245,34 @@ def fit(
         weight_decay: None on one-dimensional parameters (norms and biases).
         schedule: `cosine` to zero, or `one_cycle` (warm-up, then to zero).
         ema: Decay of a moving average of the weights, which is then the result; 0 is off.
+        what: Names the network in errors.
+        checkpoint: Where the state is kept now and then, and where the training goes on if there is one.
 
     Returns:
         The trained network in eval mode (the average, if `ema`).
+
+    Raises:
+        NotFiniteError: The loss is NaN or infinite.
+        DeviceMemoryError: A batch does not fit.
+        StoppedError: Somebody asked the program to stop.
     """
     network.train()
-    matrices = [p for p in network.parameters() if p.ndim > 1]
-    vectors = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr)
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    if schedule == "one_cycle":
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
-    else:
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    average = copy.deepcopy(network) if ema else None
-    for step, (images, *targets) in enumerate(batches):
-        value = loss(network(images.contiguous(memory_format=torch.channels_last)), *targets)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        optimizer.step()
-        scheduler.step()
-        if average is not None:
-            # A short warm-up: the first steps would otherwise keep the random init in the average.
-            _average_(average, network, min(ema, (1 + step) / (10 + step)))
-    return (average or network).eval()
+    now = _Fitting(network, steps=steps, lr=lr, weight_decay=weight_decay, schedule=schedule, ema=ema)
+    if checkpoint is not None and (saved := checkpoint.load()) is not None:
+        now.restore(saved, batches)
+    for images, *targets in batches:
+        with told_in_one_line(
+            f"{what}: a batch of {len(images)} images",
+            "Lower its batch_size in the recipe, or use a device with more memory",
+        ):
+            now.advance(loss(network(images.contiguous(memory_format=torch.channels_last)), *targets))
+        if now.step % CHECK_EVERY == 0 or now.step == steps:
+            now.check(what)
+        if checkpoint is not None:
+            checkpoint.tick(lambda: now.state(batches))
+        else:
+            raise_if_stopped()
+    return (now.average if now.average is not None else network).eval()
 
 
 @torch.no_grad()

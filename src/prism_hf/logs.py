@@ -1,0 +1,64 @@
+"""Where a run writes what it says: the terminal, and DIR/logs/run.log with times. Secrets are blotted out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_OURS = "prism_hf"
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|\b(?:api_org_|Bearer\s+)[A-Za-z0-9._-]{8,}|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
+_QUERY = re.compile(r"(?<=\?)[^\s'\"]*(?:Signature|Credential|token)=[^\s'\"]*", re.IGNORECASE)
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
+
+
+def blotted(text: str) -> str:
+    """A text without access tokens, passwords and signatures of addresses."""
+    for name in _SECRETS:
+        if len(value := os.environ.get(name, "")) >= 8:
+            text = text.replace(value, f"<{name}>")
+    return _QUERY.sub("<signature>", _TOKEN.sub("<token>", text))
+
+
+class _Blotted(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return blotted(super().format(record))
+
+
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written is no reason to end a run: the line is on the terminal as well."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not self._told:
+            self._told = True
+            sys.stderr.write(f"{self.baseFilename} cannot be written ({sys.exc_info()[1]}); going on without it\n")
+
+
+@contextmanager
+def log_file(folder: Path, rank: int) -> Iterator[Path]:
+    """Append our log lines to DIR/logs/run.log (of other processes: run-RANK.log) for the length of the block."""
+    path = folder / "logs" / ("run.log" if rank == 0 else f"run-{rank}.log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = _LogFile(path, encoding="utf-8", delay=True)
+    handler.setFormatter(_Blotted("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger(_OURS)
+    logger.addHandler(handler)
+    try:
+        yield path
+    except BaseException as error:
+        # What ends a run stands in its log too; a traceback only for what nobody expected, without the values in it.
+        expected = type(error).__module__.startswith(_OURS)
+        note = logger.makeRecord(_OURS, logging.ERROR, "", 0, "%s: %s", (type(error).__name__, error), None)
+        if not expected and isinstance(error, Exception):
+            note.exc_info = (type(error), error, error.__traceback__)
+        handler.emit(note)
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,114 @@
+"""How far a stage is, for people (a bar, one estimate in the log) and for machines (DIR/work/progress-RANK.json)."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate.utils import tqdm
+
+from .storage import write_json
+
+ESTIMATE_AFTER_S = 20.0
+"""A stage that is not done by then says how long it should take."""
+_WRITE_EVERY_S = 5.0
+
+
+class Progress:
+    """This process's share of a stage.
+
+    Args:
+        path: Where it is written for `--status`.
+        stage: Name of the stage.
+        total: Units of this process's share.
+        unit: What is counted.
+        say: Prints a log line.
+    """
+
+    def __init__(self, path: Path, stage: str, total: int, unit: str, say: Callable[[str], None]) -> None:
+        self._path, self._stage, self._total, self._unit, self._say = path, stage, total, unit, say
+        self._done, self._skipped = 0, 0
+        self._started = time.monotonic()
+        self._written = 0.0
+        self._told = False
+        self._now = ""
+        self._bar = tqdm(total=total, desc=stage, unit=unit)
+
+    def skip(self, count: int) -> None:
+        """Units that an earlier launch had done; they say nothing about speed."""
+        self._skipped += count
+        self._bar.update(count)
+
+    def advance(self, count: int = 1) -> None:
+        """Units that are done."""
+        self._done += count
+        self._bar.update(count)
+        seconds = time.monotonic() - self._started
+        if not self._told and seconds > ESTIMATE_AFTER_S and (left := self.seconds_left()) is not None:
+            self._told = True
+            self._say(f"{self._stage}: about {duration_text(left)} left")
+        if time.monotonic() - self._written > _WRITE_EVERY_S:
+            self.write()
+
+    def doing(self, what: str) -> None:
+        """What is being done now."""
+        self._now = what
+        self.write()
+
+    def seconds_left(self) -> float | None:
+        """An estimate from the speed so far, or `None` before anything is done."""
+        if not self._done:
+            return None
+        seconds = time.monotonic() - self._started
+        return seconds / self._done * (self._total - self._done - self._skipped)
+
+    def write(self) -> None:
+        """Leave a note for `--status`."""
+        self._written = time.monotonic()
+        write_json(
+            self._path,
+            {
+                "stage": self._stage,
+                "unit": self._unit,
+                "done": self._done + self._skipped,
+                "of": self._total,
+                "now": self._now,
+                "seconds_left": self.seconds_left(),
+                "updated": time.time(),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+            },
+        )
+
+    def close(self) -> None:
+        """End of the share."""
+        self._bar.close()
+        self._path.unlink(missing_ok=True)
+
+
+@contextmanager
+def progress(path: Path, stage: str, total: int, unit: str, say: Callable[[str], None]) -> Iterator[Progress]:
+    """A `Progress` for the length of the block; what a killed process was doing stays on the disk."""
+    shown = Progress(path, stage, total, unit, say)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+def duration_text(seconds: float) -> str:
+    """`40 s`, `12 min`, `3 h 20 min`, `2 d 5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"

@@ -1,0 +1,134 @@
+"""What the stages of a run share: data, teachers by name, the files between stages, and the checks before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from .alignment import BNAlignment
+from .data import SourceData, load_source, real_rows
+from .errors import DamagedError, StageError
+from .preflight import check_inputs, check_space, check_verifier, inputs_of
+from .recipe_file import public_recipe
+from .run import Run
+from .squeeze import check_architectures, check_batch, is_squeezed, read_squeezed, teacher_folder, weights_of
+from .storage import write_json
+from .teachers import Teacher, check_teacher, load_teachers
+from .training import check_network
+from .work import Work
+
+
+class Session:
+    """One run, and what its stages share; data and teachers are loaded once, when first needed.
+
+    Args:
+        run: Recipe, folder and processes.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.recipe = run, run.recipe
+        self.public = public_recipe(run.recipe)
+        self._data: SourceData | None = None
+        self._teachers: dict[str, Teacher] = {}
+
+    @property
+    def data(self) -> SourceData:
+        """The real data, loaded when first needed.
+
+        No barrier here: a process that needs no data in some stage must not keep the others waiting. Downloads are safe,
+        the libraries lock their caches.
+        """
+        if self._data is None:
+            self._data = load_source(self.recipe.data)
+        return self._data
+
+    def check(self, *, fresh: bool = False) -> None:
+        """Look at what can be wrong before anything costs time: disk space, Hub teachers, the data, images per class.
+
+        Args:
+            fresh: What an earlier run left in the folder is of no account: it will be moved aside.
+
+        Raises:
+            PrismError: One line about what cannot be used.
+        """
+        recipe = self.recipe
+        data = recipe.data
+        check_space(recipe, self.run.folder, processes=self.run.accelerator.num_processes)
+        check_network(recipe.evaluation.student, num_classes=data.num_classes, channels=data.channels, size=data.size)
+        check_architectures(recipe)
+        there = [name for name in recipe.all_teachers if name not in recipe.squeezed_teachers]
+        loaded = self.teachers(there)
+        for name in set(there) & set(recipe.teachers.bn_candidates):
+            BNAlignment(loaded[name].model, name=name)
+        check_verifier(recipe, loaded)
+        check_batch(recipe, self.data)
+        if recipe.synthesis.init != "noise":
+            assert len(self.initial_rows) == recipe.num_images
+        if not fresh:
+            check_inputs(self.run.work / "inputs.json", inputs_of(recipe, self.data, loaded))
+
+    def record_inputs(self) -> None:
+        """Keep what the names in the recipe stood for, so that a later launch notices a change behind them."""
+        write_json(self.run.work / "inputs.json", inputs_of(self.recipe, self.data, self._teachers))
+
+    def teachers(self, names: Sequence[str]) -> dict[str, Teacher]:
+        """Loaded and checked teachers, each once."""
+        squeezed = {}
+        for name in set(names) & set(self.recipe.squeezed_teachers):
+            folder = teacher_folder(name, self.recipe, self.run.teachers_root)
+            if not is_squeezed(folder):
+                raise StageError(
+                    f"teacher {name!r} is not trained yet in {folder.parent}; run recipes/squeeze.py (or --stage squeeze) "
+                    "first, or name its folder with --teachers DIR"
+                )
+            read_squeezed(folder, self.data)
+            squeezed[name] = folder
+        missing = [name for name in dict.fromkeys(names) if name not in self._teachers]
+        self._teachers |= load_teachers(missing, device=self.run.accelerator.device, squeezed=squeezed)
+        for name in missing:
+            if (expected := self._expected_weights(name)) not in (None, self._teachers[name].weights_sha256):
+                raise DamagedError(f"the weights in {squeezed[name]} were changed after they were written ({expected})")
+            check_teacher(self._teachers[name], class_names=self.data.class_names, channels=self.recipe.data.channels)
+        return {name: self._teachers[name] for name in names}
+
+    def verifier(self) -> Teacher | None:
+        """The held-out judge, if the recipe names one."""
+        name = self.recipe.teachers.verifier
+        return self.teachers([name])[name] if name else None
+
+    @cached_property
+    def initial_rows(self) -> np.ndarray:
+        """Rows of the real training images that synthesis starts from, class-major."""
+        synthesis = self.recipe.synthesis
+        return real_rows(self.data, synthesis.ipc, seed=self.recipe.seed, by_index=synthesis.init == "real_index")
+
+    def _expected_weights(self, name: str) -> str | None:
+        """SHA-256 of a squeezed teacher's weights, as it was stored; `None` for others."""
+        if name not in self.recipe.squeezed_teachers:
+            return None
+        return weights_of(teacher_folder(name, self.recipe, self.run.teachers_root))
+
+    @cached_property
+    def work(self) -> Work:
+        """What the stages leave for each other; its keys need the weights of every teacher."""
+        names = [name for name in self.recipe.all_teachers if self._needs_loading(name)]
+        loaded = self.teachers(names)
+        weights = {n: self._expected_weights(n) or loaded[n].weights_sha256 for n in self.recipe.all_teachers}
+        return Work(self.run.work, self.recipe, {"train": self.data.train.content, "teachers": weights})
+
+    def _needs_loading(self, name: str) -> bool:
+        """Whether only loading a teacher tells which weights it has, or that it is missing."""
+        if name not in self.recipe.squeezed_teachers:
+            return True
+        folder = teacher_folder(name, self.recipe, self.run.teachers_root)
+        return not is_squeezed(folder) or weights_of(folder) is None
+
+    def squeezed_top1(self) -> dict[str, float]:
+        """Score of each squeezed teacher on the test part, in [0, 1]."""
+        result = {}
+        for name in self.recipe.squeezed_teachers:
+            report = read_squeezed(teacher_folder(name, self.recipe, self.run.teachers_root), self.data)
+            result[name] = float(report["test_top1"])  # type: ignore[arg-type]
+        return result
