@@ -26,6 +26,7 @@ from prism_hf.recipe_file import load_recipe, override_recipe, public_recipe
 if TYPE_CHECKING:
     from prism_hf.data import ImageSplit, SourceData
     from prism_hf.reading import DistilledDataset
+    from prism_hf.run import Run
     from prism_hf.stages import Stages
     from prism_hf.teachers import Teacher
 
@@ -64,15 +65,8 @@ def main(args: argparse.Namespace) -> None:
         raise RecipeError(f"expected one data set, got {len(words)}; protocol changes are written evaluation.key=value")
     quiet()
     from prism_hf.checkpoint import EVERY_S
-    from prism_hf.evaluation import Contest, evaluate_contest
-    from prism_hf.model_folder import scored_on, source_facts
-    from prism_hf.packaging import versions
     from prism_hf.reading import load_distilled
-    from prism_hf.report import summary
-    from prism_hf.run import Run, make_accelerator
-    from prism_hf.stages import Stages
-    from prism_hf.storage import write_json
-    from prism_hf.students import Keep
+    from prism_hf.run import Run, held, make_accelerator
     from prism_hf.training import check_network
 
     accelerator = make_accelerator(threads=args.threads)
@@ -88,13 +82,35 @@ def main(args: argparse.Namespace) -> None:
     teachers = args.teachers or (beside if beside.is_dir() else Path("outputs") / "teachers")
     left_out: dict[str, str] = {}
     data, test = real_parts(args, recipe, distilled.class_names, left_out)
-    train = None if data is None else data.train
     # One place for all that control and scores depend on: another data set of the same name must not find them.
-    real = "" if train is None else train.content
-    settings = to_dict(replace(recipe, evaluation=replace(recipe.evaluation, seeds=(0,))))["evaluation"]
-    place = folder / digest(distilled.content, real)
-    run = Run(recipe, place, teachers, accelerator, EVERY_S if args.checkpoint_every is None else args.checkpoint_every)
-    stages = Stages(run)
+    place = folder / digest(distilled.content, "" if data is None else data.train.content)
+    every_s = EVERY_S if args.checkpoint_every is None else args.checkpoint_every
+    run = Run(recipe, place, teachers, accelerator, every_s)
+    with held(run):
+        score_all(run, distilled, data, test, left_out, words[0], args, folder / "report.json")
+
+
+def score_all(
+    run: "Run",
+    distilled: "DistilledDataset",
+    data: "SourceData | None",
+    test: "ImageSplit",
+    left_out: dict[str, str],
+    source: str,
+    args: argparse.Namespace,
+    path: Path,
+) -> None:
+    """Train the students, write the report to `path`, print the table."""
+    from prism_hf.evaluation import Contest, evaluate_contest
+    from prism_hf.model_folder import scored_on, source_facts
+    from prism_hf.packaging import versions
+    from prism_hf.report import summary
+    from prism_hf.stages import Stages
+    from prism_hf.storage import write_json
+    from prism_hf.students import Keep
+
+    recipe, stages = run.recipe, Stages(run)
+    train = None if data is None else data.train
     control = None if train is None else find_control(stages, distilled, left_out)
     network = None if train is None else find_judge(stages, left_out)
     contest = Contest(
@@ -106,28 +122,29 @@ def main(args: argparse.Namespace) -> None:
         view=recipe.relabel.view,
         left_out=left_out,
     )
+    settings = to_dict(replace(recipe, evaluation=replace(recipe.evaluation, seeds=(0,))))["evaluation"]
     protocol_key = digest(json.dumps(settings), test.content)
-    scores = run.work / f"students-{protocol_key}"
     keep = Keep(
-        place / f"student-{protocol_key}",
+        run.folder / f"student-{protocol_key}",
         source_facts(recipe, data),
         scored_on(tested_recipe(recipe, args.test)),
-        dataset_id=None if Path(words[0]).is_dir() else words[0],
+        dataset_id=None if Path(source).is_dir() else source,
     )
     verifier = network if recipe.teachers.verifier else None
+    scores = run.work / f"students-{protocol_key}"
     evaluation = evaluate_contest(run, contest, scores, verifier=verifier, network=network, keep=keep)
-    if accelerator.is_main_process:
+    if run.accelerator.is_main_process:
         report = {
             "recipe": recipe.name,
-            "dataset": words[0],
+            "dataset": source,
             "test": args.test or recipe.data.source,
             "evaluation": evaluation.as_dict(),
             "settings": to_dict(recipe)["evaluation"],
             "hardware": run.hardware,
             "versions": versions(),
         }
-        write_json(folder / "report.json", report)
-        sys.stdout.write(summary(report) + f"\nreport: {folder / 'report.json'}\n")
+        write_json(path, report)
+        sys.stdout.write(summary(report) + f"\nreport: {path}\n")
         if keep.folder.is_dir():
             sys.stdout.write(f"student: {keep.folder}\n")
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -24,6 +25,7 @@ GRACE_S = 3.0
 """Seconds that the main thread has to keep its state; with the exit of Python that stays below five."""
 _LAUNCHER_CHECK_S = 1.0
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
 _HOW_TO_RESUME = "what is finished is kept; the same command goes on where this run stopped"
 
 _wanted = threading.Event()
@@ -132,8 +134,11 @@ def _watch_launcher(finished: threading.Event) -> None:
 
 
 def _is_launcher(pid: int) -> bool:
+    """By the words of its command, not by a path that happens to contain one of them."""
     try:
         words = psutil.Process(pid).cmdline()
     except psutil.Error:
         return False
-    return any(name in word for word in words for name in ("accelerate", "torchrun", "torch.distributed"))
+    return any(
+        Path(word).name in _LAUNCHERS or word.startswith(("accelerate.commands", "torch.distributed")) for word in words[:4]
+    ) or any(word.endswith(("accelerate/commands/launch.py", "torch/distributed/run.py")) for word in words[:4])

@@ -46,8 +46,6 @@ class Jobs:
             f"synthesize: {len(jobs) - len(left)} of {len(jobs)} jobs found, {begun} go on from a checkpoint, "
             f"{len(left) - begun} to start; {self._run.precision}, a checkpoint every {self._run.checkpoint_s:g} s"
         )
-        # Nobody begins before everybody has counted.
-        self._run.accelerator.wait_for_everyone()
         if left:
             self._optimise(left)
         self._run.accelerator.wait_for_everyone()

@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -248,6 +248,21 @@ def claimed(folder: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[st
                 f" ({drafts} drafts removed)" if drafts else ""
             )
         yield line
+
+
+@contextmanager
+def held(run: Run) -> Iterator[None]:
+    """Hold the folder of a run that has no recipe of its own; the other processes wait until the first one has it.
+
+    Raises:
+        OutputError: Another launch holds it.
+    """
+    with ExitStack() as stack:
+        if run.accelerator.is_main_process:
+            stack.enter_context(locked(run.folder))
+            clear_drafts(run.folder)
+        run.accelerator.wait_for_everyone()
+        yield
 
 
 def _moved_aside(folder: Path) -> Path:

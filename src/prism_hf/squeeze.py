@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from .checkpoint import EVERY_S, Checkpoint
 from .data import ImageSplit, SourceData
 from .diversity import classifier_of
 from .errors import DamagedError, TeacherError
-from .lock import locked
+from .lock import holder_of, holder_text, is_held, locked
 from .model_folder import is_stored, scored_on, source_facts, store_network
 from .pixels import reference_mean_std, to_reference
 from .plan import derived_seed
@@ -35,6 +36,7 @@ from .teachers import digest_of_tensors, state_sha256
 from .training import ShuffledBatches, build_network, check_network, fit, score, seeded
 from .views import draw_views, resample
 
+log = logging.getLogger(__name__)
 FACTS = "squeeze.json"
 
 
@@ -153,6 +155,8 @@ def squeeze_teacher(
     """
     folder = teacher_folder(name, recipe, root)
     work = root / f".work-{folder.name}"
+    if is_held(work):
+        log.info("squeeze: %s is being trained by %s; waiting for it", name, holder_text(holder_of(work)))
     with locked(work, patience_s=-1):
         if is_squeezed(folder):
             return read_squeezed(folder, data)

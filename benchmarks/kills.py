@@ -1,0 +1,303 @@
+"""Kill a run at random moments of every stage, start it again, and compare its bytes with those of an undisturbed run.
+
+    python benchmarks/kills.py --count 50 --output /a/folder        # about half an hour on two cores
+    python benchmarks/kills.py --count 50 --output /a/folder --record benchmarks/results/kills.json
+
+Every case is drawn from its own seed: recipe, processes, stage, moment in it, signal, whom it hits. After the last kill
+the run is finished with another number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("squeeze", "synthesize", "relabel", "package", "evaluate")
+SMALL = (
+    "data.size=16", "synthesis.iterations=60", "synthesis.slots_per_batch=1", "synthesis.batch_size=10",
+    "synthesis.ipc=3", "relabel.epochs=12", "relabel.batch_size=10", "squeeze.epochs=2", "squeeze.batch_size=64",
+    "teachers.logit=squeeze:test_byobnet", "teachers.bn_pool=[squeeze:test_efficientnet]", "teachers.verifier=null",
+    "relabel.teachers=[squeeze:test_byobnet,squeeze:test_efficientnet]", "evaluation.student=test_byobnet",
+    "evaluation.full_data_epochs=1", "evaluation.batch_size=10", "evaluation.seeds=[0,1]",
+)  # fmt: skip
+RECIPES = {
+    "prism, per slot": ("prism_ipc10.yaml", ()),
+    "prism, per iteration, from noise": (
+        "prism_noise_ipc10.yaml",
+        ("teachers.selection=per_iteration", "packaging.image_format=jpeg"),
+    ),
+    "sre2l": ("sre2l_ipc10.yaml", ("teachers.bn_pool=[]", "relabel.teachers=[squeeze:test_byobnet]")),
+}
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
+LIMIT_S = 5.0
+"""A polite signal ends every process within this time."""
+
+
+@dataclass
+class Kill:
+    """One kill, and what came of it."""
+
+    stage: str
+    share: float
+    signal: str
+    whom: str
+    processes: int
+    hit: str | None = None
+    seconds_to_end: float | None = None
+    told_how_to_resume: bool | None = None
+
+
+@dataclass
+class Case:
+    """A run that is killed once or more, then finished."""
+
+    seed: int
+    recipe: str
+    kills: list[Kill]
+    last_processes: int
+    problems: list[str] = field(default_factory=list)
+
+
+def draw_case(seed: int, *, stage: str | None = None) -> Case:
+    """The case of a seed; the stage of its first kill can be chosen, so that every stage is hit."""
+    draw = random.Random(seed)
+    kills = []
+    for number in range(draw.choice((1, 1, 2))):
+        processes = draw.choice((1, 1, 2))
+        whom = draw.choice(
+            ("workers", "launcher", "everybody") if processes == 1 else ("one worker", "launcher", "everybody")
+        )
+        chosen = stage if number == 0 and stage else draw.choice(STAGES)
+        kills.append(Kill(chosen, draw.random(), draw.choice(SIGNALS), whom, processes))
+    return Case(seed, draw.choice(list(RECIPES)), kills, draw.choice((1, 2, 3)))
+
+
+def environment() -> dict[str, str]:
+    """One thread, no network, no bars; nothing of a surrounding launch."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))}
+    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+
+
+def words(recipe: str, folder: Path, processes: int, *extra: str) -> list[str]:
+    """The command of a launch."""
+    file, overrides = RECIPES[recipe]
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
+    several = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
+    alone = ["--num_processes", "1"]
+    launch += [*(several if processes > 1 else alone), "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", str(ROOT / "recipes" / "prism.py"), str(ROOT / "recipes" / "digits" / file)]
+    return [*launch, *SMALL, *overrides, "--output", str(folder), "--checkpoint-every", "0.3", *extra]
+
+
+def finish(recipe: str, folder: Path, processes: int) -> subprocess.CompletedProcess[str]:
+    """A launch that is left alone."""
+    return subprocess.run(
+        words(recipe, folder, processes), env=environment(), capture_output=True, text=True, check=False, timeout=900
+    )
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file that a user gets, and of every score."""
+    found = {}
+    for part in ("dataset", "control", "student", "work/jobs", "work/students"):
+        for path in sorted((folder / part).rglob("*")):
+            if path.is_file() and not path.name.endswith(".seal"):
+                name = path.relative_to(folder).as_posix()
+                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    found["evaluation"] = hashlib.sha256(json.dumps(report["evaluation"]).encode()).hexdigest()
+    return found
+
+
+def finished_files(folder: Path) -> dict[str, int]:
+    """Modification time of everything that counts as finished."""
+    seals = {p.with_name(p.name.removesuffix(".seal")) for p in (folder / "work").rglob("*.seal")}
+    lasting = {p for p in seals if ".checkpoint" not in p.name and p.is_file()}
+    scores = set((folder / "work" / "students").glob("*.json"))
+    teachers = set((folder / "teachers").glob("[!.]*/model.safetensors"))
+    return {p.relative_to(folder).as_posix(): p.stat().st_mtime_ns for p in lasting | scores | teachers}
+
+
+def stage_of(folder: Path) -> str | None:
+    """The stage that a run says it is in."""
+    log = folder / "logs" / "run.log"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    stages = [line.rpartition("stage ")[2] for line in lines if " INFO stage " in line]
+    return stages[-1] if stages else None
+
+
+def count_stages(folder: Path, stage: str) -> int:
+    """How many launches have come to a stage."""
+    log = folder / "logs" / "run.log"
+    return log.read_text(encoding="utf-8").count(f" INFO stage {stage}\n") if log.is_file() else 0
+
+
+def family(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The launcher's children that work."""
+    try:
+        return [p for p in psutil.Process(launcher.pid).children(recursive=True) if "prism.py" in " ".join(p.cmdline())]
+    except psutil.Error:
+        return []
+
+
+def strike(kill: Kill, case: Case, folder: Path, times: dict[str, float]) -> None:
+    """One launch, killed as the case says; notes what happened."""
+    error = folder.parent / f"{folder.name}.err"
+    before = count_stages(folder, kill.stage)
+    with open(error, "w", encoding="utf-8") as stderr:
+        launcher = subprocess.Popen(
+            words(case.recipe, folder, kill.processes),
+            env=environment(), stdout=subprocess.DEVNULL, stderr=stderr, text=True, start_new_session=True,
+        )  # fmt: skip
+        while launcher.poll() is None and count_stages(folder, kill.stage) == before:
+            time.sleep(0.01)
+        time.sleep(kill.share * times[kill.stage])
+        kill.hit = stage_of(folder) if launcher.poll() is None else None
+        workers = family(launcher)
+        if kill.hit is not None:
+            started = time.monotonic()
+            send(kill, launcher, workers)
+            # A hard kill of one process leaves it to the launcher, and to the others, to notice.
+            limit = LIMIT_S if kill.signal != "SIGKILL" and kill.whom != "one worker" else 60.0
+            alive = psutil.wait_procs(workers, timeout=limit)[1]
+            kill.seconds_to_end = round(time.monotonic() - started, 2)
+            if alive:
+                case.problems.append(f"{len(alive)} processes alive {limit:g} s after {kill.signal} to {kill.whom}")
+            for process in alive:
+                process.kill()
+        if launcher.poll() is None and kill.whom != "launcher":
+            try:
+                launcher.wait(60)
+            except subprocess.TimeoutExpired:
+                case.problems.append(f"the launcher is alive 60 s after {kill.signal} to {kill.whom}")
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+    text = error.read_text(encoding="utf-8")
+    error.unlink()
+    if kill.hit is not None and kill.signal != "SIGKILL" and kill.whom != "one worker":
+        kill.told_how_to_resume = "goes on where this run stopped" in text
+        if not kill.told_how_to_resume:
+            case.problems.append(f"no line on how to resume after {kill.signal} to {kill.whom}: {text[-300:]!r}")
+    if kill.hit is None and launcher.returncode:
+        case.problems.append(f"the launch failed by itself: {text[-500:]!r}")
+
+
+def send(kill: Kill, launcher: subprocess.Popen[str], workers: list[psutil.Process]) -> None:
+    """Send the signal to whom the case says."""
+    number = signal.Signals[kill.signal]
+    if kill.whom == "everybody":
+        os.killpg(launcher.pid, number)
+        return
+    targets = {"launcher": [psutil.Process(launcher.pid)], "workers": workers, "one worker": workers[-1:]}[kill.whom]
+    for process in targets:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            pass  # it has finished in this moment
+
+
+def run_case(case: Case, folder: Path, expected: dict[str, str], times: dict[str, float]) -> Case:
+    """Kill as drawn, finish, compare."""
+    for kill in case.kills:
+        strike(kill, case, folder, times)
+    kept = finished_files(folder)
+    done = finish(case.recipe, folder, case.last_processes)
+    if done.returncode:
+        case.problems.append(f"the last launch ended with {done.returncode}: {done.stderr[-800:]}")
+        return case
+    found = tree(folder)
+    differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    if differing:
+        case.problems.append(f"not the same bytes: {differing[:5]}")
+    again = [name for name, moment in kept.items() if finished_files(folder).get(name) != moment]
+    if again:
+        case.problems.append(f"made twice: {again[:5]}")
+    rest = [
+        p.name for p in folder.rglob("*") if p.name.startswith(".draft-") or ".aside-" in p.name or "checkpoint" in p.name
+    ]
+    if rest:
+        case.problems.append(f"left behind: {rest[:5]}")
+    return case
+
+
+def reference(recipe: str, folder: Path) -> tuple[dict[str, str], dict[str, float]]:
+    """Bytes and stage times of an undisturbed run with one process."""
+    done = finish(recipe, folder, 1)
+    if done.returncode:
+        raise SystemExit(f"the undisturbed run of {recipe} failed: {done.stderr[-2000:]}")
+    return tree(folder), json.loads((folder / "work" / "times.json").read_text(encoding="utf-8"))
+
+
+def run_all(cases: list[Case], output: Path) -> list[Case]:
+    """Run every case; prints a line for each."""
+    references = {name: reference(name, output / f"reference-{i}") for i, name in enumerate(RECIPES)}
+    for case in cases:
+        folder = output / f"case-{case.seed:03d}"
+        run_case(case, folder, *references[case.recipe])
+        kills = "; ".join(f"{k.signal} to {k.whom} of {k.processes} in {k.hit or 'nothing'}" for k in case.kills)
+        sys.stdout.write(f"{case.seed}: {case.recipe}: {kills}: {case.problems or 'same bytes'}\n")
+        sys.stdout.flush()
+        if not case.problems:
+            shutil.rmtree(folder)
+    return cases
+
+
+def summary(cases: list[Case]) -> dict[str, object]:
+    """Figures for the documents."""
+    kills = [kill for case in cases for kill in case.kills if kill.hit is not None]
+    polite = [k.seconds_to_end or 0.0 for k in kills if k.signal != "SIGKILL" and k.whom != "one worker"]
+    return {
+        "cases": len(cases),
+        "survived": sum(not case.problems for case in cases),
+        "kills": len(kills),
+        "by_stage": dict(Counter(k.hit for k in kills)),
+        "by_signal": dict(Counter(k.signal for k in kills)),
+        "by_whom": dict(Counter(k.whom for k in kills)),
+        "by_recipe": dict(Counter(case.recipe for case in cases)),
+        "last_processes": dict(Counter(str(case.last_processes) for case in cases)),
+        "slowest_polite_end_s": max(polite, default=None),
+        "slowest_end_after_one_dead_worker_s": max(
+            (k.seconds_to_end or 0 for k in kills if k.whom == "one worker"), default=None
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=50)
+    parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--record", type=Path)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    cases = [draw_case(args.first + i, stage=STAGES[i % len(STAGES)]) for i in range(args.count)]
+    run_all(cases, args.output)
+    result = summary(cases)
+    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    if args.record:
+        from prism_hf.packaging import versions
+        from prism_hf.storage import write_json
+
+        command = f"python benchmarks/kills.py --count {args.count} --first {args.first}"
+        facts = {"command": command, "versions": versions(), "cases": [asdict(case) for case in cases]}
+        write_json(args.record, result | {"runs": facts["cases"], "command": command, "versions": versions()})
+    sys.exit(any(case.problems for case in cases))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Peak memory of every stage at once and at ten times the work: ten times the images and jobs, and epochs of views.
+
+    python benchmarks/memory.py --output /a/folder --record benchmarks/results/memory.json
+
+Counted is anonymous memory (RssAnon of Linux): what the kernel cannot drop. Files that are mapped in are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("synthesize", "relabel", "package", "evaluate")
+RECIPE = (
+    "data.channels=3", "synthesis.iterations=2", "synthesis.slots_per_batch=1", "synthesis.batch_size=10",
+    "synthesis.init=noise", "relabel.batch_size=10", "squeeze.epochs=1", "squeeze.batch_size=64",
+    "teachers.logit=squeeze:test_byobnet", "teachers.bn_pool=[squeeze:test_efficientnet]", "teachers.verifier=null",
+    "relabel.teachers=[squeeze:test_byobnet]", "evaluation.student=test_byobnet", "evaluation.full_data_epochs=0",
+    "evaluation.batch_size=10", "evaluation.seeds=[0]", "evaluation.epochs=2",
+)  # fmt: skip
+
+
+def anonymous_bytes(pid: int) -> int:
+    """RssAnon of a process, or 0 when it has gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def peak_of(words: list[str], env: dict[str, str]) -> int:
+    """Largest RssAnon of a command, sampled each 5 ms."""
+    process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    peak = 0
+
+    def watch() -> None:
+        nonlocal peak
+        while process.poll() is None:
+            peak = max(peak, anonymous_bytes(process.pid))
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, error = process.communicate()
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(words)} failed: {error[-1500:]}")
+    return peak
+
+
+def command(folder: Path, stage: str, *, size: int, ipc: int, epochs: int) -> list[str]:
+    """One stage of the run."""
+    scale = (f"data.size={size}", f"synthesis.ipc={ipc}", f"relabel.epochs={epochs}")
+    place = ("--output", str(folder), "--teachers", str(folder.parent / "teachers"), "--stage", stage)
+    recipe = str(ROOT / "recipes" / "digits" / "prism_ipc10.yaml")
+    return [sys.executable, str(ROOT / "recipes" / "prism.py"), recipe, *RECIPE, *scale, *place]
+
+
+def measure(output: Path, *, size: int, ipc: int, epochs: int, env: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Peaks of each stage for `ipc` and ten times that, with two and `epochs` epochs of views."""
+    runs = {"1x": (ipc, max(2, epochs // 10)), "10x": (10 * ipc, epochs)}
+    peaks: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
+    for name, (count, views) in runs.items():
+        folder = output / name
+        peak_of(command(folder, "squeeze", size=size, ipc=count, epochs=views), env)
+        for stage in STAGES:
+            peaks[stage][name] = peak_of(command(folder, stage, size=size, ipc=count, epochs=views), env)
+    for stage, found in peaks.items():
+        found["ratio"] = round(found["10x"] / found["1x"], 4)
+        sys.stdout.write(f"{stage}: {found['1x'] / 1e6:.0f} MB, {found['10x'] / 1e6:.0f} MB: {found['ratio']:.3f}\n")
+        sys.stdout.flush()
+    return peaks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--record", type=Path)
+    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--ipc", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=20)
+    args = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parent))
+    from kills import environment
+
+    peaks = measure(args.output, size=args.size, ipc=args.ipc, epochs=args.epochs, env=environment())
+    worst = max(found["ratio"] for found in peaks.values())
+    sys.stdout.write(json.dumps({"worst_ratio": worst}) + "\n")
+    if args.record:
+        from prism_hf.packaging import versions
+        from prism_hf.storage import write_json
+
+        pixels = 3 * args.size**2
+        facts = {
+            "images": {"1x": 10 * args.ipc, "10x": 100 * args.ipc, "bytes_each": pixels},
+            "epochs_of_views": {"1x": max(2, args.epochs // 10), "10x": args.epochs},
+            "memory_of_the_machine": psutil.virtual_memory().total,
+            "command": f"python benchmarks/memory.py --size {args.size} --ipc {args.ipc} --epochs {args.epochs}",
+            "versions": versions(),
+        }
+        write_json(args.record, {"peak_bytes": peaks, "worst_ratio": worst, **facts})
+
+
+if __name__ == "__main__":
+    main()
