@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -243,10 +244,12 @@ def reference(recipe: str, folder: Path) -> tuple[dict[str, str], dict[str, floa
     return tree(folder), json.loads((folder / "work" / "times.json").read_text(encoding="utf-8"))
 
 
-def run_all(cases: list[Case], output: Path) -> list[Case]:
+def run_all(cases: list[Case], output: Path, *, at_once: int = 1) -> list[Case]:
     """Run every case; prints a line for each."""
-    references = {name: reference(name, output / f"reference-{i}") for i, name in enumerate(RECIPES)}
-    for case in cases:
+    used = dict.fromkeys(case.recipe for case in cases)
+    references = {name: reference(name, output / f"reference-{i}") for i, name in enumerate(used)}
+
+    def one(case: Case) -> None:
         folder = output / f"case-{case.seed:03d}"
         run_case(case, folder, *references[case.recipe])
         kills = "; ".join(f"{k.signal} to {k.whom} of {k.processes} in {k.hit or 'nothing'}" for k in case.kills)
@@ -254,6 +257,9 @@ def run_all(cases: list[Case], output: Path) -> list[Case]:
         sys.stdout.flush()
         if not case.problems:
             shutil.rmtree(folder)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(one, cases))
     return cases
 
 
@@ -282,20 +288,20 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--at-once", type=int, default=1, help="cases side by side")
     parser.add_argument("--record", type=Path)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     cases = [draw_case(args.first + i, stage=STAGES[i % len(STAGES)]) for i in range(args.count)]
-    run_all(cases, args.output)
+    run_all(cases, args.output, at_once=args.at_once)
     result = summary(cases)
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
     if args.record:
         from prism_hf.packaging import versions
         from prism_hf.storage import write_json
 
-        command = f"python benchmarks/kills.py --count {args.count} --first {args.first}"
-        facts = {"command": command, "versions": versions(), "cases": [asdict(case) for case in cases]}
-        write_json(args.record, result | {"runs": facts["cases"], "command": command, "versions": versions()})
+        command = f"python benchmarks/kills.py --count {args.count} --first {args.first} --at-once {args.at_once}"
+        write_json(args.record, result | {"runs": [asdict(c) for c in cases], "command": command, "versions": versions()})
     sys.exit(any(case.problems for case in cases))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .errors import PrismError, StoppedError
-from .interruption import exit_code, stopping_cleanly
+from .interruption import leave_at_once, stopping_cleanly
 
 INTERRUPTED = 130
 
@@ -20,7 +20,8 @@ def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse
         with stopping_cleanly():
             return main(args) or 0
     except (StoppedError, KeyboardInterrupt):  # the line about it is on the terminal already
-        return exit_code() or INTERRUPTED
+        leave_at_once()
+        return INTERRUPTED
     except PrismError as error:
         if args.debug:
             raise

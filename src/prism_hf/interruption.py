@@ -21,8 +21,8 @@ import psutil
 
 from .errors import StoppedError
 
-GRACE_S = 3.0
-"""Seconds that the main thread has to keep its state; with the exit of Python that stays below five."""
+GRACE_S = 3.5
+"""Seconds that the main thread has to keep its state; a busy machine takes its time, and five is what is promised."""
 _LAUNCHER_CHECK_S = 1.0
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
@@ -47,9 +47,12 @@ def raise_if_stopped() -> None:
         raise StoppedError(_HOW_TO_RESUME)
 
 
-def exit_code() -> int:
-    """128 + the signal, as shells count; 0 if nobody asked to stop."""
-    return _exit_code
+def leave_at_once() -> None:
+    """End the process if somebody asked for it: everything is kept by now, and Python's own exit can take seconds."""
+    if _exit_code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_exit_code)
 
 
 @contextlib.contextmanager
@@ -116,10 +119,8 @@ def _stop(reason: str, code: int, finished: threading.Event) -> None:
 
 def _end(code: int, finished: threading.Event) -> None:
     """End a process that is still inside a library call; every file is whole at any moment, so nothing is lost."""
-    finished.wait(GRACE_S)
-    # Also after a clean end of the block: a process group or a tracker may hang at Python's exit.
-    time.sleep(0.7 if finished.is_set() else 0)
-    os._exit(code)
+    if not finished.wait(GRACE_S):
+        os._exit(code)
 
 
 def _watch_launcher(finished: threading.Event) -> None:

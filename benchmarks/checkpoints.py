@@ -1,0 +1,63 @@
+"""What a checkpoint of a large job costs: seconds of one write, beside the pause between two.
+
+python benchmarks/checkpoints.py --output /a/folder --record benchmarks/results/checkpoints.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from prism_hf.checkpoint import EVERY_S, Checkpoint
+from prism_hf.packaging import versions
+from prism_hf.plan import plan_jobs
+from prism_hf.recipe_file import load_recipe
+from prism_hf.storage import write_json
+from prism_hf.synthesis import Progress
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/imagenet/prism_ipc10.yaml"))
+    parser.add_argument("--record", type=Path)
+    args = parser.parse_args()
+    recipe = load_recipe(ROOT / args.recipe)
+    job, data = plan_jobs(recipe)[0], recipe.data
+    now = Progress(job, recipe.synthesis, torch.randn(len(job.classes), data.channels, data.size, data.size))
+    # One step of Adam, so that its moments are there.
+    now.images.grad = torch.randn_like(now.images)
+    now.optimizer.step()
+    checkpoint = Checkpoint(args.output / "checkpoint.safetensors", "key")
+    seconds = []
+    for _ in range(7):
+        started = time.perf_counter()
+        checkpoint.save(now.state())
+        seconds.append(time.perf_counter() - started)
+    write, size = statistics.median(seconds), checkpoint.path.stat().st_size
+    checkpoint.clear()
+    facts = {
+        "recipe": recipe.name,
+        "batch": list(now.images.shape),
+        "bytes": size,
+        "seconds_of_a_write": round(write, 3),
+        "seconds_of_all_writes": [round(value, 3) for value in seconds],
+        "pause_s": EVERY_S,
+        "share_of_the_time": round(write / EVERY_S, 5),
+        "command": f"python benchmarks/checkpoints.py --recipe {args.recipe.as_posix()}",
+        "versions": versions(),
+    }
+    sys.stdout.write(f"{facts}\n")
+    if args.record:
+        write_json(args.record, facts)
+
+
+if __name__ == "__main__":
+    main()
