@@ -44,6 +44,8 @@ RECIPES = {
     "sre2l": ("sre2l_ipc10.yaml", ("teachers.bn_pool=[]", "relabel.teachers=[squeeze:test_byobnet]")),
 }
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
+PARTS = ("dataset", "control", "student", "work/jobs", "work/students")
+"""What must be the same."""
 LIMIT_S = 5.0
 """A polite signal ends every process within this time."""
 
@@ -114,9 +116,9 @@ def finish(recipe: str, folder: Path, processes: int) -> subprocess.CompletedPro
 def tree(folder: Path) -> dict[str, str]:
     """SHA-256 of every file that a user gets, and of every score."""
     found = {}
-    for part in ("dataset", "control", "student", "work/jobs", "work/students"):
+    for part in PARTS:
         for path in sorted((folder / part).rglob("*")):
-            if path.is_file() and not path.name.endswith(".seal"):
+            if path.is_file() and not path.name.endswith(".seal") and ".aside-" not in path.name:
                 name = path.relative_to(folder).as_posix()
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))

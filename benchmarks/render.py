@@ -34,7 +34,7 @@ def rendered() -> dict[Path, str]:
         if recipe.name in found:
             facts = found[recipe.name]["card_facts"]
             files[ROOT / "cards" / f"{recipe.name}.md"] = render_card(facts, parse_recipe(facts["recipe"]))
-    for name in ("README.md", "docs/method.md", "docs/reproduction.md"):
+    for name in ("README.md", "docs/method.md", "docs/reproduction.md", "docs/reliability.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         files[ROOT / name] = MARKERS.sub(lambda m: m[1] + section(m["what"], found) + m[3], text)
     return files
@@ -45,6 +45,8 @@ def section(what: str, found: dict[str, dict]) -> str:
     if what == "comparison":
         return markdown_table(comparison(found)) + "\n"
     result = found[what]
+    if what in RELIABILITY:
+        return f"{RELIABILITY[what](result)}\n\n`{result['command']}`\n"
     if what == "step_time":
         return step_times(result)
     report = result["report"]
@@ -65,6 +67,77 @@ def step_times(result: dict) -> str:
     hardware = result["hardware"]
     where = f"{hardware['device']}, {hardware['threads']} thread"
     return markdown_table([("case", f"plain / ours ({where})"), *rows]) + f"\n\n`{result['command']}`\n"
+
+
+def kills_table(result: dict) -> str:
+    """How many cases ended with the same bytes, and what they were hit by."""
+
+    def counts(key: str) -> str:
+        return ", ".join(f"{name} {count}" for name, count in sorted(result[key].items()))
+
+    rows = [
+        ("runs with the same bytes at the end", f"{result['survived']} of {result['cases']}"),
+        ("kills", f"{result['kills']}: {counts('by_signal')}"),
+        ("in stage", counts("by_stage")),
+        ("whom", counts("by_whom")),
+        ("recipes", counts("by_recipe")),
+        ("processes of the last launch", counts("last_processes")),
+        ("slowest end after SIGTERM or SIGINT", f"{result['slowest_polite_end_s']:.1f} s"),
+        ("slowest end of the others after one process died", f"{result['slowest_end_after_one_dead_worker_s']:.1f} s"),
+    ]
+    return markdown_table([("what", "found"), *rows])
+
+
+def memory_table(result: dict) -> str:
+    """Peaks of each stage and their ratio."""
+    images, views = result["images"], result["epochs_of_views"]
+    head = tuple(f"{images[k]} images, {views[k]} epochs of views" for k in ("1x", "10x"))
+    rows = [
+        (stage, f"{peak['1x'] / 1e6:.0f} MB", f"{peak['10x'] / 1e6:.0f} MB", f"{peak['ratio']:.3f}")
+        for stage, peak in result["peak_bytes"].items()
+    ]
+    note = f"Images of {images['bytes_each'] / 1000:.1f} kB; anonymous memory, which the kernel cannot drop."
+    return markdown_table([("stage", *head, "ratio"), *rows]) + f"\n\n{note}"
+
+
+def checkpoint_text(result: dict) -> str:
+    """Cost of a write beside the pause."""
+    batch = " x ".join(map(str, result["batch"]))
+    return (
+        f"A checkpoint of {result['recipe']} ({batch} pixels with two moments, {result['bytes'] / 1e6:.0f} MB) takes "
+        f"{result['seconds_of_a_write']:.2f} s (median of {len(result['seconds_of_all_writes'])}), every "
+        f"{result['pause_s']:.0f} s: {100 * result['share_of_the_time']:.1f} % of the time."
+    )
+
+
+def precision_table(result: dict) -> str:
+    """The same jobs in both precisions."""
+    keys = ("ce", "bn", "logit_top1", "verifier_top1")
+    rows = [(name, *(f"{result[name][key]:.3f}" for key in keys)) for name in ("float32", "bf16")]
+    apart = result["mean_absolute_difference_of_8_bit_levels"]
+    head = ("precision", "last CE", "last R_bn", "logit teacher", "verifier")
+    where = f"{result['recipe']}, {result['jobs']} jobs, {result['device']}"
+    return markdown_table([head, *rows]) + f"\n\n{where}; pixels differ by {apart:.2f} of 255 levels in the mean."
+
+
+def refusals_table(result: dict) -> str:
+    """Cases of the table-driven test by group."""
+    rows = [(group, str(count)) for group, count in sorted(result["by_group"].items())]
+    total = ("all", f"{result['passed']} of {result['cases']} as they should be")
+    text = (
+        "Each: one line with what was expected, what came and how to fix it; the right error class; exit code 2; nothing "
+        "written."
+    )
+    return f"{text}\n\n" + markdown_table([("wrong input", "cases"), *rows, total])
+
+
+RELIABILITY = {
+    "kills": kills_table,
+    "memory": memory_table,
+    "checkpoints": checkpoint_text,
+    "precision": precision_table,
+    "refusals": refusals_table,
+}
 
 
 def comparison(found: dict[str, dict]) -> list[tuple[str, ...]]:
