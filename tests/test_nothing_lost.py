@@ -5,14 +5,13 @@ benchmarks/kills.py does it fifty times at random moments; this is the short ver
 
 import importlib.util
 import json
-import resource
 import shutil
+import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from pipeline import ROOT, TINY, launch, one_line, sha_tree
+from pipeline import PYTHON, ROOT, TINY, launch, quiet_env, sha_tree
 
 from prism_hf.plan import STAGES
 
@@ -34,32 +33,47 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """Undisturbed runs: folder, bytes and stage times, each made once."""
+    made = {}
+
+    def get(recipe):
+        if recipe not in made:
+            folder = tmp_path_factory.mktemp("references") / "run"
+            made[recipe] = (folder, *kills.reference(recipe, folder))
+        return made[recipe]
+
+    return get
+
+
 @pytest.mark.parametrize("recipe", CASES)
-def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(recipe, tmp_path):
+def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(recipe, references, tmp_path):
     struck = [kills.Kill(stage, 0.5, name, whom, count) for stage, name, whom, count in CASES[recipe]]
     case = kills.Case(0, recipe, struck, last_processes=3)
-    expected, times = kills.reference(recipe, tmp_path / "reference")
+    _, expected, times = references(recipe)
     kills.run_case(case, tmp_path / "killed", expected, times)
     assert case.problems == []
     assert [kill.hit for kill in case.kills] == [kill.stage for kill in case.kills]
 
 
-def test_the_harness_sees_a_changed_byte_and_work_done_twice(tmp_path, monkeypatch):
+def test_the_harness_sees_a_changed_byte_and_work_done_twice(references, tmp_path, monkeypatch):
     """A check that cannot fail is a defect: without kills, with a damaged job and a wrong expectation."""
     recipe = "prism, per slot"
-    expected, times = kills.reference(recipe, tmp_path / "run")
+    source, expected, times = references(recipe)
+    folder = Path(shutil.copytree(source, tmp_path / "run"))
     case = kills.Case(0, recipe, [], last_processes=1)
-    job = tmp_path / "run" / "work" / "jobs" / "job-00001.safetensors"
-    before = kills.finished_files
+    job = folder / "work" / "jobs" / "job-00001.safetensors"
+    before, looks = kills.finished_files, []
 
-    def finished_then_damaged(folder):
-        found = before(folder)
-        if not case.problems and job.stat().st_size:
+    def damaged_after_the_first_look(place):
+        looks.append(before(place))
+        if len(looks) == 1:
             job.write_bytes(b"")
-        return found
+        return looks[-1]
 
-    monkeypatch.setattr(kills, "finished_files", finished_then_damaged)
-    kills.run_case(case, tmp_path / "run", expected | {"dataset/README.md": "0" * 64}, times)
+    monkeypatch.setattr(kills, "finished_files", damaged_after_the_first_look)
+    kills.run_case(case, folder, expected | {"dataset/README.md": "0" * 64}, times)
     text = " ".join(case.problems)
     assert "not the same bytes: ['dataset/README.md']" in text
     assert "made twice: ['work/jobs/job-00001.safetensors']" in text
@@ -69,15 +83,32 @@ def test_the_harness_sees_a_changed_byte_and_work_done_twice(tmp_path, monkeypat
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def no_file_above(size):
-    """As a full disk or a quota does, the system refuses to write more; Python ignores the signal that comes with it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+STARVED = """
+import json, resource, sys
+sys.path[:0] = {paths!r}
+from test_nothing_lost import go, kills, Path
+from prism_hf.plan import STAGES
+
+folder, packaged = map(Path, sys.argv[1:])
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+
+def starved(place, *words):
+    # As a full disk or a quota does, the system refuses to write more; Python ignores the signal that comes with it.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1200, hard))
+    kept = kills.finished_files(place) if place.is_dir() else {{}}
+    code = go(place, *words)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    same = kills.finished_files(place).items() >= kept.items()
+    return [words[-1], code, same, len(list(place.rglob(".draft-*")))]
+
+
+found = []
+for stage in STAGES:
+    found += [starved(folder, "--stage", stage), ["then", go(folder, "--stage", stage), True, 0]]
+found.append(starved(packaged, "--stage", "package"))
+print(json.dumps(found))
+"""
 
 
 def go(folder, *words):
@@ -93,31 +124,29 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def test_a_disk_that_is_full_in_every_stage_costs_nothing_that_is_finished(undisturbed, tmp_path, capsys):
-    folder = tmp_path / "run"
-    for stage in STAGES:
-        kept = kills.finished_files(folder) if folder.is_dir() else {}
-        capsys.readouterr()
-        with no_file_above(1200):
-            assert go(folder, "--stage", stage) == 2, stage
-        assert "cannot be" in one_line(capsys.readouterr().err.strip().splitlines()[-1]), stage
-        assert kills.finished_files(folder).items() >= kept.items(), stage
-        assert not list(folder.rglob(".draft-*")), stage
-        assert go(folder, "--stage", stage) == 0
+def test_a_disk_that_is_full_in_every_stage_costs_nothing_that_is_finished(undisturbed, tmp_path):
+    """In a process of its own: what pytest captures goes into files, which the limit would cut as well."""
+    folder, packaged = tmp_path / "run", Path(shutil.copytree(undisturbed, tmp_path / "packaged"))
+    for record in (packaged / "work").glob("*/packaged.json"):
+        record.unlink()
+    code = STARVED.format(paths=[str(ROOT / "tests"), str(ROOT / "src")])
+    done = subprocess.run(
+        [PYTHON, "-c", code, str(folder), str(packaged)],
+        capture_output=True, text=True, env=quiet_env(), check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found == [
+        *(line for stage in STAGES for line in ([stage, 2, True, 0], ["then", 0, True, 0])),
+        ["package", 2, True, 0],
+    ]
+    errors = [line for line in done.stderr.splitlines() if line.split(":")[0].endswith("Error")]
+    assert len(errors) == len(STAGES) + 1, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
     for part in kills.PARTS:
         assert sha_tree(folder / part) == sha_tree(undisturbed / part), part
-
-
-def test_a_full_disk_while_packaging_leaves_the_old_data_set(undisturbed, tmp_path, capsys):
-    folder = Path(shutil.copytree(undisturbed, tmp_path / "run"))
-    before = sha_tree(folder / "dataset")
-    for record in (folder / "work").glob("*/packaged.json"):
-        record.unlink()
-    with no_file_above(1200):
-        assert go(folder, "--stage", "package") == 2
-    assert "File too large" in capsys.readouterr().err
-    assert sha_tree(folder / "dataset") == before
-    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in undisturbed.iterdir())
+    assert sha_tree(packaged / "dataset") == sha_tree(undisturbed / "dataset")
+    assert sorted(p.name for p in packaged.iterdir()) == sorted(p.name for p in undisturbed.iterdir())
 
 
 def test_what_a_killed_process_left_half_written_is_removed_and_named_in_the_log(undisturbed, tmp_path):

@@ -21,6 +21,7 @@ from .session import Session
 from .storage import (
     digest,
     draft_folder,
+    files_below,
     is_sealed,
     read_record,
     read_seal,
@@ -110,6 +111,7 @@ class Packager:
 
     def _finish(self, name: str, draft: Path, folder: Path) -> None:
         provenance = sha256_of(draft / "provenance.json")
+        _keep_foreign(folder, draft)
         swap_folder(draft, folder)
         write_record(self._record(name), {"key": self._key(name), "provenance": provenance})
 
@@ -159,6 +161,16 @@ class Packager:
         return canvas
 
 
+def _keep_foreign(old: Path, draft: Path) -> None:
+    """Copy what somebody else has put into a data set folder; only what we made is replaced."""
+    ours = {"README.md", "provenance.json", *(_tables(old) or {})}
+    for path in files_below(old):
+        name = path.relative_to(old).as_posix()
+        if name not in ours and not name.startswith(("data/train-", "views/train-", "assets/")):
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, draft / name)
+
+
 def partial_facts(session: Session, jobs: Sequence[SynthesisJob]) -> dict[str, object] | None:
     """What provenance and card say of a data set without the images of failed jobs; `None` if all are there."""
     count = sum(len(job.classes) for job in jobs)
@@ -168,6 +180,7 @@ def partial_facts(session: Session, jobs: Sequence[SynthesisJob]) -> dict[str, o
     return {"images": count, "of": session.recipe.num_images, "failed_jobs": failed}
 
 
-def _tables(folder: Path) -> object:
+def _tables(folder: Path) -> dict[str, object] | None:
+    """What provenance.json of a folder vouches for, if there is one."""
     path = folder / "provenance.json"
     return json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else None
