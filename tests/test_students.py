@@ -26,7 +26,7 @@ from prism_hf.students import (
     train_student,
 )
 from prism_hf.training import build_network
-from prism_hf.views import from_columns
+from prism_hf.views import apply_views, from_columns
 
 CPU = torch.device("cpu")
 
@@ -94,7 +94,8 @@ def batches_of_whole_epochs(source, epochs, batch_size):
             own = source.labels[cut.image_index]
             partner = source.labels[cut.view.mix_with.clamp(min=0)]
             shares = class_shares(own, partner, cut.view.mix_weight, len(source.class_names))
-            yield cut.replay(images), logits[part.start : part.stop].float(), shares
+            shown = apply_views(images[cut.image_index], cut.view, images[cut.view.mix_with.clamp(min=0)], cut.partner)
+            yield shown, logits[part.start : part.stop].float(), shares
 
 
 def same_batches(ours, theirs):
