@@ -183,6 +183,17 @@ def test_a_long_table_comes_in_its_order(tmp_path, nasty, monkeypatch):
     assert [cell["bytes"] for cell in read["image"].to_pylist()] == table.encoded
 
 
+@pytest.mark.parametrize(("room", "groups"), [(1, 22), (600, 11), (2**21, 1)])
+def test_few_bytes_are_in_memory_at_once(tmp_path, monkeypatch, room, groups):
+    _, table = make(tmp_path / "set", channels=3, classes=2, ipc=11, epochs=1)
+    assert all(300 < len(data) < 600 for data in table.encoded)
+    monkeypatch.setattr(module, "BYTES_AT_ONCE", room)
+    target = export(tmp_path / "set", tmp_path / "table", format="rethinkdc")
+    file = pq.ParquetFile(target / "data" / "train-00000-of-00001.parquet")
+    assert file.num_row_groups == groups
+    assert [cell["bytes"] for cell in file.read()["image"].to_pylist()] == table.encoded
+
+
 def test_an_export_names_nothing_local(plain, tmp_path):
     for layout in FORMATS:
         target = export(plain, tmp_path / layout, format=layout)

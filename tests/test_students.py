@@ -6,10 +6,14 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from pipeline import add_card, small_set
 
+from prism_hf import reading, students
 from prism_hf.data import ImageSplit
 from prism_hf.errors import DataError
 from prism_hf.evaluation import Contest
+from prism_hf.pixels import to_reference
+from prism_hf.plan import batch_ranges
 from prism_hf.reading import DistilledDataset
 from prism_hf.relabel import label_images, relabel_epoch
 from prism_hf.students import (
@@ -22,7 +26,7 @@ from prism_hf.students import (
     train_student,
 )
 from prism_hf.training import build_network
-from prism_hf.views import from_columns
+from prism_hf.views import apply_views, from_columns
 
 CPU = torch.device("cpu")
 
@@ -78,6 +82,63 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def base(student):
     return student()
+
+
+def batches_of_whole_epochs(source, epochs, batch_size):
+    """What a student sees, the plain way: all images as floats, whole epochs of views."""
+    images = to_reference(source.images_uint8)
+    for epoch in range(epochs):
+        rows, logits = source.epoch(epoch)
+        for part in batch_ranges(len(logits), batch_size):
+            cut = rows[part.start : part.stop]
+            own = source.labels[cut.image_index]
+            partner = source.labels[cut.view.mix_with.clamp(min=0)]
+            shares = class_shares(own, partner, cut.view.mix_weight, len(source.class_names))
+            shown = apply_views(images[cut.image_index], cut.view, images[cut.view.mix_with.clamp(min=0)], cut.partner)
+            yield shown, logits[part.start : part.stop].float(), shares
+
+
+def same_batches(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert [t.dtype for t in a] == [t.dtype for t in b]
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(params=["cutmix", "mixup", "none"])
+def packed(request, tmp_path, monkeypatch):
+    """A data set of 21 images and four epochs, read from its tables and from files."""
+    recipe, names, *_ = small_set(tmp_path, channels=3, size=16, classes=3, ipc=7, epochs=4, mix=request.param)
+    add_card(tmp_path, recipe, names)
+    monkeypatch.setattr(reading, "_IN_MEMORY", 0)
+    return reading.load_distilled(tmp_path)
+
+
+@pytest.mark.parametrize("window", [1, 3000, 2**22], ids=["a batch", "some batches", "an epoch"])
+@pytest.mark.parametrize("batch_size", [4, 5, 21, 100])  # 21 = 4 * 5 + 1: the last image joins the batch before it
+def test_batches_of_a_window_are_those_of_whole_epochs(packed, monkeypatch, batch_size, window):
+    monkeypatch.setattr(students, "_WINDOW", window)
+    same_batches(students._view_batches(packed, 3, batch_size, CPU), batches_of_whole_epochs(packed, 3, batch_size))
+    monkeypatch.setattr(students, "_ON_DEVICE", 0)
+    same_batches(students._view_batches(packed, 3, batch_size, CPU), batches_of_whole_epochs(packed, 3, batch_size))
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 5, 9, 12, 13])
+def test_batches_can_start_anywhere(packed, monkeypatch, start):
+    monkeypatch.setattr(students, "_WINDOW", 3000)
+    expected = list(batches_of_whole_epochs(packed, 3, 6))
+    assert len(expected) == 12
+    same_batches(students._view_batches(packed, 3, 6, CPU, start=start), expected[start:])
+
+
+def test_nothing_is_read_of_batches_that_are_passed_over(packed, monkeypatch):
+    prepared, read = [], []
+    monkeypatch.setattr(students, "to_reference", lambda images: prepared.append(len(images)) or to_reference(images))
+    monkeypatch.setattr(students, "_WINDOW", 1)
+    rows = packed.epoch.rows
+    monkeypatch.setattr(packed.epoch, "rows", lambda start, stop: read.append((start, stop)) or rows(start, stop))
+    next(students._view_batches(packed, 4, 6, CPU, start=9))
+    assert prepared == [6, 6], "the images of one batch, and their partners"
+    assert read == [(2 * 21 + 6, 2 * 21 + 12)]
 
 
 def literal_kl(logits, teacher_logits, temperature):

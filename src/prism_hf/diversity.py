@@ -1,6 +1,6 @@
 """How alike the images of a class are, to a network that took no part, with real images as the reference.
 
-Legend: N images, D features.
+Legend: N images, B of them at once, D features, K classes.
 
 Intra-class cosine similarity of penultimate features, as PRISM, G-VBSM and DELT report it; high means alike. Alone it says
 nothing: noise is diverse too. So it always stands beside random real images and the full training set.
@@ -8,7 +8,7 @@ nothing: noise is diverse too. So it always stands beside random real images and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,44 @@ class Diversity:
     mean: float | None
 
 
+class UnitSums:
+    """Of each class, how many feature vectors there were and the sum of their directions; what comes in is not kept.
+
+    The sum over pairs is (|sum of unit vectors|^2 - n) / 2, so neither an N x N matrix nor the N vectors are needed.
+
+    Args:
+        num_classes: K.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self._counts = torch.zeros(num_classes, dtype=torch.int64)
+        self._sums = torch.zeros(num_classes, 0, dtype=torch.float64)
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Count a batch in.
+
+        Args:
+            features: (B, D), any scale.
+            labels: (B,) int64; labels outside of the classes are passed over.
+        """
+        known = (labels >= 0) & (labels < len(self._counts))
+        features, labels = features[known], labels[known]
+        if not self._sums.shape[1]:
+            self._sums = self._sums.new_zeros(len(self._counts), features.shape[1])
+        self._sums.index_add_(0, labels, F.normalize(features.double(), dim=1))
+        self._counts += torch.bincount(labels, minlength=len(self._counts))
+
+    def similarity(self) -> Diversity:
+        """Mean over the pairs of each class, of all that was counted in."""
+        squares = self._sums.square().sum(1)
+        values = [
+            (square - count) / (count * (count - 1)) if count > 1 else None
+            for square, count in zip(squares.tolist(), self._counts.tolist(), strict=True)
+        ]
+        known = [v for v in values if v is not None]
+        return Diversity(tuple(values), float(np.mean(known)) if known else None)
+
+
 def intra_class_similarity(features: Tensor, labels: Tensor, num_classes: int) -> Diversity:
     """Mean pairwise cosine similarity inside each class.
 
@@ -41,24 +79,17 @@ def intra_class_similarity(features: Tensor, labels: Tensor, num_classes: int) -
         features: (N, D), any scale.
         labels: (N,) int64.
         num_classes: K.
-
-    The sum over pairs is (|sum of unit vectors|^2 - n) / 2, so no N x N matrix is needed.
     """
-    units = F.normalize(features.double(), dim=1)
-    values: list[float | None] = []
-    for label in range(num_classes):
-        own = units[labels == label]
-        count = len(own)
-        values.append(float((own.sum(0).square().sum() - count) / (count * (count - 1))) if count > 1 else None)
-    known = [v for v in values if v is not None]
-    return Diversity(tuple(values), float(np.mean(known)) if known else None)
+    sums = UnitSums(num_classes)
+    sums.add(features, labels)
+    return sums.similarity()
 
 
 @torch.no_grad()
 def penultimate_features(
     teacher: Teacher, images: Callable[[range], Tensor], count: int, *, device: torch.device, batch_size: int = 256
-) -> Tensor:
-    """Input of the classifier layer, (N, D) float32 on the CPU.
+) -> Iterator[tuple[range, Tensor]]:
+    """Input of the classifier layer, batch by batch: rows and their features, (B, D) float32 on the CPU.
 
     Args:
         teacher: The network.
@@ -79,10 +110,12 @@ def penultimate_features(
     handle = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
     try:
         for start in range(0, count, batch_size):
-            teacher.logits(to_reference(images(range(start, min(start + batch_size, count))).to(device)))
+            rows = range(start, min(start + batch_size, count))
+            teacher.logits(to_reference(images(rows).to(device)))
+            yield rows, torch.cat(seen)
+            seen.clear()
     finally:
         handle.remove()
-    return torch.cat(seen)
 
 
 def classifier_of(model: nn.Module) -> nn.Linear | None:

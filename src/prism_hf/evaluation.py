@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .checkpoint import EVERY_S, Checkpoint
 from .data import ImageSplit
-from .diversity import Diversity, intra_class_similarity, penultimate_features
+from .diversity import Diversity, UnitSums, penultimate_features
 from .errors import DamagedError
 from .pixels import to_reference
 from .reading import DistilledDataset
@@ -254,5 +254,7 @@ def _diversity(
 ) -> Diversity:
     if network is None:
         return Diversity((None,) * classes, None)
-    features = penultimate_features(network, images, len(labels), device=device)
-    return intra_class_similarity(features, labels, classes)
+    sums = UnitSums(classes)
+    for rows, features in penultimate_features(network, images, len(labels), device=device):
+        sums.add(features, labels[rows.start : rows.stop])
+    return sums.similarity()

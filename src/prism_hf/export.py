@@ -7,15 +7,14 @@ import re
 import shutil
 import tempfile
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -33,6 +32,7 @@ SPLIT_WORD = re.compile(
     r"(?:^|[-._0-9])(?:train|training|test|testing|eval|evaluation|validation|valid|val|dev)(?:$|[-._0-9])", re.IGNORECASE
 )
 ROWS_AT_ONCE = 1000
+BYTES_AT_ONCE = 2**21
 
 RETHINKDC_CARD = """---
 configs:
@@ -132,19 +132,19 @@ def _images(source: str | Path, revision: str | None) -> datasets.Dataset:
         what = f"no column {', '.join(sorted(missing))}" if missing else "label is no ClassLabel"
         raise DataError(f"{str(source)!r} is no distilled data set of this format: {what}")
     table = table.select_columns(["image", "label", "slot"]).cast_column("image", datasets.Image(decode=False))
-    counts = Counter(zip(table["label"], table["slot"], strict=True))
+    places = table.select_columns(["label", "slot"]).with_format("arrow")[:].group_by(["label", "slot"], use_threads=False)
+    counts = places.aggregate([([], "count_all")])
     names = table.features["label"].names
-    found, known = {label for label, _ in counts}, set(range(len(names)))
+    found, known = set(counts["label"].unique().to_pylist()), set(range(len(names)))
     if strays := found - known:
         raise DataError(f"{str(source)!r} has an image of class {strays.pop()}; expected 0 to {len(names) - 1}")
     if bare := sorted(known - found):
         raise DataError(
             f"{str(source)!r} has no image of class {names[bare[0]]!r}; its index would be given to the next class"
         )
-    if twice := [key for key, count in counts.items() if count > 1]:
-        raise DataError(
-            f"{str(source)!r} has several images of class {names[twice[0][0]]!r} in slot {twice[0][1]}; expected one"
-        )
+    if twice := counts.filter(pc.field("count_all") > 1).to_pylist():
+        label, slot = twice[0]["label"], twice[0]["slot"]
+        raise DataError(f"{str(source)!r} has several images of class {names[label]!r} in slot {slot}; expected one")
     return table
 
 
@@ -189,13 +189,26 @@ def _write_rethinkdc(folder: Path, pictures: Iterable[_Picture], names: list[str
     path = folder / "data" / "train-00000-of-00001.parquet"
     # Encoded images do not shrink any more.
     with pq.ParquetWriter(path, features.arrow_schema, compression="none") as writer:
-        source = iter(pictures)
-        while rows := list(islice(source, ROWS_AT_ONCE)):
+        for rows in _groups(pictures):
             cells = [{"bytes": _rgb(picture), "path": None} for picture in rows]
             columns = {"image": cells, "class_id": [picture.label for picture in rows]}
             writer.write_table(pa.table(columns, schema=features.arrow_schema))
     write_bytes(folder / "README.md", RETHINKDC_CARD.encode())
     write_json(folder / "classes.json", {str(index): name for index, name in enumerate(names)})
+
+
+def _groups(pictures: Iterable[_Picture]) -> Iterator[list[_Picture]]:
+    """Pictures in their order, as many at once as may be in memory together."""
+    group: list[_Picture] = []
+    size = 0
+    for picture in pictures:
+        group.append(picture)
+        size += len(picture.data)
+        if len(group) == ROWS_AT_ONCE or size >= BYTES_AT_ONCE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _rgb(picture: _Picture) -> bytes:

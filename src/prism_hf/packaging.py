@@ -33,8 +33,8 @@ VIEWS = "views"
 DISTILLED = "distilled"
 PACKAGES = ("prism-hf", "torch", "timm", "transformers", "datasets", "accelerate", "numpy", "pillow", "pyarrow")
 
-GROUP_BYTES = 32 * 2**20
-"""A row group of images holds about this many bytes: what a reader, and this writer, has in memory at once."""
+GROUP_BYTES = 4 * 2**20
+"""A row group holds about this many bytes: what a reader, and this writer, has in memory at once."""
 
 Epoch = dict[str, np.ndarray]
 """Columns of views, some rows or a whole epoch; see `relabel.relabel_batches`."""

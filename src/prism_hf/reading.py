@@ -1,14 +1,21 @@
 """How a distilled data set is read back, from a folder or the Hub, for students to train on.
 
-Legend: N images, C channels, H W pixels, K classes.
+Memory does not grow with the set: tables are mapped and walked in batches, decoded images and logits lie in a file.
+
+Legend: N images, B rows, C channels, H W pixels, K classes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +23,7 @@ import datasets
 import httpx2
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import torch
 from huggingface_hub import HfApi, hf_hub_download, is_offline_mode
 from huggingface_hub.errors import (
@@ -37,10 +45,43 @@ from .recipe import Recipe
 from .recipe_file import load_recipe
 from .views import ViewRows, from_columns
 
+_IN_MEMORY = 2**23
+"""Arrays of more bytes than this lie in a file, whose pages the kernel may drop when it needs the memory."""
+_PICTURES_AT_ONCE = 32
+_ROWS_AT_ONCE = 4096
+"""Of the digest `content`, whose value depends on it."""
+_SMALL_READS = ds.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
+"""The default of Arrow reads ahead, and holds what it has read until the file is closed."""
+
+
+class ViewTable:
+    """The views of a data set, read from their mapped table when asked for.
+
+    Args:
+        views: The table.
+        count: Images of the set, which is the rows of an epoch.
+    """
+
+    def __init__(self, views: datasets.Dataset, count: int) -> None:
+        self._arrow, self._count = views.with_format("arrow"), count
+
+    def __call__(self, epoch: int) -> tuple[ViewRows, Tensor]:
+        """All views of an epoch, and their raw logits, (N, K) float16."""
+        return self.rows(epoch * self._count, (epoch + 1) * self._count)
+
+    def rows(self, start: int, stop: int) -> tuple[ViewRows, Tensor]:
+        """The views in the rows from `start` up to `stop` of the table, and their raw logits, (B, K) float16."""
+        table: Any = self._arrow[start:stop]
+        columns = {
+            name: _matrix(table[name]) if pa.types.is_fixed_size_list(table[name].type) else table[name].to_numpy()
+            for name in table.column_names
+        }
+        return from_columns(columns), torch.from_numpy(columns["teacher_logits"])
+
 
 @dataclass(frozen=True, eq=False)
 class DistilledDataset:
-    """A distilled data set in memory; its views are read one epoch at a time.
+    """A distilled data set; what is large in it is mapped from files and read when it is looked at.
 
     Attributes:
         images_uint8: (N, C, H, W).
@@ -68,6 +109,19 @@ class DistilledDataset:
     content: str
     teacher_weights: Mapping[str, str] = field(default_factory=dict)
 
+    def views(self, epoch: int, rows: range) -> tuple[ViewRows, Tensor]:
+        """Some views of an epoch and their raw logits, (B, K) float16; no other row is read.
+
+        Args:
+            epoch: Number of the epoch.
+            rows: Rows of the epoch that follow each other.
+        """
+        if isinstance(self.epoch, ViewTable):
+            first = epoch * len(self.labels)
+            return self.epoch.rows(first + rows.start, first + rows.stop)
+        views, logits = self.epoch(epoch)
+        return views[rows.start : rows.stop], logits[rows.start : rows.stop]
+
 
 def load_distilled(source: str | Path, *, revision: str | None = None, channels: int | None = None) -> DistilledDataset:
     """Load a data set folder or a Hub data set of our format.
@@ -78,7 +132,7 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
         channels: 1 or 3; by default what the recipe in the folder says, else what the first image has.
 
     Raises:
-        DataError: Not found, or not of this format; one line.
+        DataError: Not found, not of this format, or no room for the decoded images; one line.
 
     Example:
         >>> load_distilled("outputs/digits-prism-ipc10/dataset").images_uint8.shape
@@ -92,26 +146,24 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
         raise DataError(f"{str(source)!r} is no distilled data set of this format: no column {', '.join(sorted(missing))}")
     shipped = _shipped(source, "recipe.yaml", revision)
     recipe = load_recipe(shipped) if shipped else None
-    raw = images.cast_column("image", datasets.Image(decode=False))
-    encoded = [cell["bytes"] for cell in raw["image"]]
     if channels is None:
         channels = recipe.data.channels if recipe else _channels(images)
     count = len(images)
     if not count or len(views) % count:
         raise DataError(f"{str(source)!r}: {len(views)} views of {count} images; expected whole epochs")
-    image_bytes = sum(map(len, encoded))
+    content, image_bytes = _content(images, views)
     sizes = [images.info.download_size or 0, views.info.download_size or 0]
     return DistilledDataset(
-        images_uint8=torch.stack([decode(data, channels) for data in encoded]),
-        labels=torch.tensor(images["label"][:]),
+        images_uint8=_kept(_decoded(images, channels, source), count),
+        labels=_kept(_column(images, "label"), count),
         class_names=tuple(images.features["label"].names),
-        teacher_logits=torch.from_numpy(_matrix(images.with_format("arrow")[:]["teacher_logits"])),
+        teacher_logits=_kept(_column(images, "teacher_logits"), count),
         num_epochs=len(views) // count,
-        epoch=_epoch_reader(views, count),
+        epoch=ViewTable(views, count),
         image_bytes=image_bytes,
         label_bytes=max(0, sum(sizes) - image_bytes),
         recipe=recipe,
-        content=_content(encoded, images, views),
+        content=content,
         teacher_weights=_teacher_weights(_shipped(source, "provenance.json", revision)),
     )
 
@@ -147,17 +199,27 @@ def open_table(source: str | Path, config: str, *, revision: str | None = None) 
     Raises:
         DataError: Not found, or no such table; one line.
     """
-    path = Path(source)
     try:
-        if path.is_dir():
-            return datasets.load_dataset(str(path), config, split="train", cache_dir=local_cache(path))
-        return datasets.load_dataset(str(source), config, split="train", revision=revision)
+        return _load(source, config, revision)
     except (ValueError, OSError, RuntimeError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"distilled data set {str(source)!r}, config {config!r}, cannot be loaded ({type(error).__name__}: {reason}); "
             "give a folder with data/, views/ and README.md, or a Hub id"
         ) from error
+
+
+def _load(source: str | Path, config: str, revision: str | None) -> datasets.Dataset:
+    path, small = Path(source), {"fragment_scan_options": _SMALL_READS}
+    if path.is_dir():
+        return datasets.load_dataset(str(path), config, split="train", cache_dir=local_cache(path), **small)
+    try:
+        return datasets.load_dataset(str(source), config, split="train", revision=revision, **small)
+    except ValueError:
+        if not is_offline_mode():
+            raise
+        # Options are part of a table's name in the cache; another program has perhaps loaded it without.
+        return datasets.load_dataset(str(source), config, split="train", revision=revision)
 
 
 def _shipped(source: str | Path, name: str, revision: str | None) -> Path | None:
@@ -182,37 +244,84 @@ def _teacher_weights(provenance: Path | None) -> dict[str, str]:
     return {teacher["name"]: teacher["weights_sha256"] for teacher in teachers}
 
 
-def _content(encoded: list[bytes], images: datasets.Dataset, views: datasets.Dataset) -> str:
-    digest = hashlib.sha256()
-    for blob in encoded:
+def _content(images: datasets.Dataset, views: datasets.Dataset) -> tuple[str, int]:
+    """Digest of the set, and the bytes of its encoded images."""
+    digest, size = hashlib.sha256(), 0
+    for blob in chain.from_iterable(_encoded(images)):
         digest.update(hashlib.sha256(blob).digest())
+        size += len(blob)
     for table in (images.select_columns(["label", "teacher_logits"]), views):
-        for batch in table.with_format("arrow").iter(batch_size=4096):
-            for column in batch.columns:
-                values = column.combine_chunks()
-                values = values.flatten() if pa.types.is_fixed_size_list(values.type) else values
-                digest.update(values.to_numpy(zero_copy_only=False).tobytes())
-    return digest.hexdigest()[:16]
+        for batch in table.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+            for chunk in chain.from_iterable(column.chunks for column in batch.columns):
+                values = _values(chunk)
+                digest.update(values.tobytes() if values.dtype == object else values.data)
+    return digest.hexdigest()[:16], size
+
+
+def _encoded(images: datasets.Dataset) -> Iterator[list[bytes]]:
+    raw = images.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+    for batch in raw.iter(batch_size=_PICTURES_AT_ONCE):
+        yield [cell["bytes"] for cell in batch["image"]]
+
+
+def _decoded(images: datasets.Dataset, channels: int, source: str | Path) -> Iterator[np.ndarray]:
+    """All images, a few at once, each (B, C, H, W) uint8."""
+    shape = None
+    with ThreadPoolExecutor() as pool:
+        for blobs in _encoded(images):
+            pictures = list(pool.map(decode, blobs, [channels] * len(blobs)))
+            shape = shape or pictures[0].shape
+            if strange := [picture.shape for picture in pictures if picture.shape != shape]:
+                raise DataError(
+                    f"{str(source)!r} has images of {tuple(shape)} and of {tuple(strange[0])}; expected one size"
+                )
+            yield torch.stack(pictures).numpy()
+
+
+def _column(table: datasets.Dataset, name: str) -> Iterator[np.ndarray]:
+    """A column a few rows at once, each (B,) or (B, K)."""
+    for batch in table.select_columns([name]).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+        for chunk in batch[name].chunks:
+            yield _values(chunk).reshape(len(chunk), -1) if pa.types.is_fixed_size_list(chunk.type) else _values(chunk)
+
+
+def _kept(parts: Iterable[np.ndarray], count: int) -> Tensor:
+    """Parts of `count` rows in all, as one tensor: in memory if it is small, else in a nameless file.
+
+    The file lies where `datasets` caches: /tmp may be memory. It has no name, so that nothing is left behind by a process
+    that is killed, and it is written before it is mapped: a full disk is an error, where a map would be a crash.
+    """
+    source = iter(parts)
+    first = next(source)
+    shape, folder = (count, *first.shape[1:]), Path(datasets.config.HF_DATASETS_CACHE)
+    size = math.prod(shape) * first.itemsize
+    if size <= _IN_MEMORY:
+        return torch.from_numpy(np.concatenate([first, *source]))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for part in chain([first], source):
+                file.write(np.ascontiguousarray(part).data)
+            file.flush()
+            os.fsync(file.fileno())  # a network disk says only now that it is full
+            return torch.from_numpy(np.memmap(file, first.dtype, "r+", shape=shape))
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(
+            f"{folder} cannot hold the {size / 1e6:.0f} MB of the decoded data set ({reason}); "
+            "free some room, or set HF_DATASETS_CACHE to a folder on another disk"
+        ) from error
 
 
 def _channels(images: datasets.Dataset) -> int:
     return 1 if images[0]["image"].mode in ("L", "1", "I;16") else 3
 
 
-def _epoch_reader(views: datasets.Dataset, count: int) -> Callable[[int], tuple[ViewRows, Tensor]]:
-    arrow = views.with_format("arrow")
-
-    def read(epoch: int) -> tuple[ViewRows, Tensor]:
-        table: Any = arrow[epoch * count : (epoch + 1) * count]
-        columns = {
-            name: _matrix(table[name]) if pa.types.is_fixed_size_list(table[name].type) else table[name].to_numpy()
-            for name in table.column_names
-        }
-        return from_columns(columns), torch.from_numpy(columns["teacher_logits"])
-
-    return read
+def _values(array: pa.Array) -> np.ndarray:
+    """The values of an array, those of a list column flat; not copied where Arrow can do without."""
+    flat = array.flatten() if pa.types.is_fixed_size_list(array.type) else array
+    return flat.to_numpy(zero_copy_only=False)
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    width = column.type.list_size
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, width).copy()
+    return np.concatenate([_values(chunk) for chunk in column.chunks]).reshape(-1, column.type.list_size)

@@ -32,6 +32,11 @@ from .views import draw_views, resample
 log = logging.getLogger(__name__)
 Labels = Literal["soft", "hard"]
 
+_ON_DEVICE = 2**25
+"""Bytes of uint8 images that are put on the device once; of a larger set each batch comes from the mapped file."""
+_WINDOW = 2**22
+"""Bytes of views and logits that are read at once, but at least those of a batch."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -189,23 +194,28 @@ def class_shares(labels: Tensor, partner_labels: Tensor, weight: Tensor, num_cla
 def _view_batches(
     source: DistilledDataset, epochs: int, batch_size: int, device: torch.device, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    images = to_reference(source.images_uint8.to(device))
-    number = -1
-    for epoch in range(epochs):
-        rows, logits = source.epoch(epoch)
-        for part in batch_ranges(len(logits), batch_size):
-            number += 1
-            if number < start:
-                continue
-            cut = rows[part.start : part.stop]
-            own = source.labels[cut.image_index]
-            partner = source.labels[cut.view.mix_with.clamp(min=0)]
-            shares = class_shares(own, partner, cut.view.mix_weight, len(source.class_names))
-            yield (
-                cut.replay(images),
-                logits[part.start : part.stop].to(device, torch.float32),
-                shares.to(device),
-            )
+    """Views, logits and class shares of each batch; the first `start` batches are passed over, no image of them is read."""
+    images = source.images_uint8
+    if images.nbytes <= _ON_DEVICE:
+        images = images.to(device)
+    parts = batch_ranges(len(source.labels), batch_size)
+    at_once = max(1, _WINDOW // (batch_size * (2 * len(source.class_names) + 256)))  # 256: a view, roughly
+    first, skip = divmod(start, len(parts))
+    for epoch in range(first, epochs):
+        left = parts[skip:] if epoch == first else parts
+        for window in (left[i : i + at_once] for i in range(0, len(left), at_once)):
+            begin = window[0].start
+            rows, logits = source.views(epoch, range(begin, window[-1].stop))
+            for part in window:
+                cut = rows[part.start - begin : part.stop - begin]
+                own = source.labels[cut.image_index]
+                partner = source.labels[cut.view.mix_with.clamp(min=0)]
+                shares = class_shares(own, partner, cut.view.mix_weight, len(source.class_names))
+                yield (
+                    cut.replay(images, lambda picked: to_reference(picked.to(device))),
+                    logits[part.start - begin : part.stop - begin].to(device, torch.float32),
+                    shares.to(device),
+                )
 
 
 def _real_batches(

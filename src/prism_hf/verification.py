@@ -145,7 +145,9 @@ def verify(source: str | Path, *, revision: str | None = None, pauses: Sequence[
     if Path(source).is_dir():
         return check_folder(Path(source))
     api, repo_id = HfApi(), str(source)
-    with tempfile.TemporaryDirectory() as place:
+    cache = Path(datasets.config.HF_DATASETS_CACHE)  # not /tmp, which may be memory
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as place:
 
         def fetch() -> tuple[str, ...]:
             commit = api.repo_info(repo_id, repo_type="dataset", revision=revision).sha

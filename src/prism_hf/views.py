@@ -11,6 +11,7 @@ linear map along each axis, applied as `rows @ image @ columns^T`: exactly what
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -231,10 +232,17 @@ class ViewRows:
 
         return ViewRows(self.image_index[rows], cut(self.view), cut(self.partner))
 
-    def replay(self, images: Tensor) -> Tensor:
-        """The recorded views of a table of images: (N_images, C, H, W) float -> (N, C, H, W)."""
-        partners = images[self.view.mix_with.clamp(min=0).to(images.device)]
-        return apply_views(images[self.image_index.to(images.device)], self.view, partners, self.partner)
+    def replay(self, images: Tensor, prepare: Callable[[Tensor], Tensor] = lambda picked: picked) -> Tensor:
+        """The recorded views of a table of images, (N, C, H, W); only the images of these rows are read.
+
+        Args:
+            images: All images, (N_images, C, H, W).
+            prepare: Images of the table -> float, where the views are to be; by default the table is so already.
+        """
+        own, partners = (
+            prepare(images[index.to(images.device)]) for index in (self.image_index, self.view.mix_with.clamp(min=0))
+        )
+        return apply_views(own, self.view, partners, self.partner)
 
 
 def from_columns(columns: dict[str, np.ndarray]) -> ViewRows:

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from .errors import DamagedError
 from .interruption import raise_if_stopped
-from .packaging import Epoch, ImageTable, view_features, view_table
+from .packaging import GROUP_BYTES, Epoch, ImageTable, view_features, view_table
 from .pixels import decode, encode
-from .plan import SynthesisJob
+from .plan import VIEW_ROW_BYTES, SynthesisJob
 from .recipe import Recipe
 from .storage import check_sealed, digest, is_sealed, read_seal, set_aside, write_sealed
 from .tensors import open_rows, read_row, write_rows, write_tensors
@@ -42,8 +42,6 @@ DISTILLED, RANDOM_REAL = "distilled", "random_real"
 SETS = (DISTILLED, RANDOM_REAL)
 _WINDOW = 64
 """Images that are encoded or decoded at once."""
-_GROUP_ROWS = 8192
-"""Views in memory at once: a row group."""
 _ROW = ("class", "slot", "job", "end")
 
 
@@ -211,7 +209,7 @@ class Work:
         def write(draft: Path) -> None:
             schema = view_features(classes).arrow_schema
             with pq.ParquetWriter(draft, schema, compression="none", use_dictionary=False) as writer:
-                for group in _groups(batches):
+                for group in _groups(batches, max(1, GROUP_BYTES // (2 * classes + VIEW_ROW_BYTES))):
                     writer.write_table(view_table(group, classes))
 
         write_sealed(self.epoch_file(name, epoch), write, {"key": f"{key}/{epoch}"})
@@ -286,8 +284,8 @@ def _decoded(path: Path, ends: Sequence[int], channels: int) -> Iterator[np.ndar
             yield torch.stack(list(pool.map(lambda blob: decode(blob, channels), blobs))).numpy()
 
 
-def _groups(batches: Iterable[Epoch]) -> Iterator[Epoch]:
-    """Batches joined to at least `_GROUP_ROWS` rows."""
+def _groups(batches: Iterable[Epoch], rows: int) -> Iterator[Epoch]:
+    """Batches joined to at least this many rows."""
     held: list[Epoch] = []
 
     def joined() -> Epoch:
@@ -296,7 +294,7 @@ def _groups(batches: Iterable[Epoch]) -> Iterator[Epoch]:
     for batch in batches:
         raise_if_stopped()
         held.append(batch)
-        if sum(len(part["epoch"]) for part in held) >= _GROUP_ROWS:
+        if sum(len(part["epoch"]) for part in held) >= rows:
             yield joined()
             held = []
     if held:

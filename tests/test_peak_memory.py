@@ -1,0 +1,112 @@
+"""Peak memory: ten times the images, and it stays where it was.
+
+Counted is anonymous memory, which only the swap can take; pages of a mapped file the kernel drops when it wants. Another
+stage is another entry of `CASES`; naive code must fail it, so the images are large enough to show beside the libraries.
+"""
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from pipeline import PYTHON, add_card, quiet_env, small_set
+
+LIMIT = 1.05
+IPC = (30, 300)
+STATUS = Path("/proc/self/status")
+
+pytestmark = pytest.mark.skipif(
+    not STATUS.is_file() or "RssAnon" not in STATUS.read_text(), reason="no RssAnon in /proc/self/status"
+)
+
+CASES = {
+    "train": """
+import dataclasses, sys
+import torch
+from prism_hf.reading import load_distilled
+from prism_hf.students import train_student
+
+torch.set_num_threads(1)
+data = load_distilled(sys.argv[1])
+settings = dataclasses.replace(data.recipe.evaluation, student="test_byobnet", epochs=1, batch_size=20)
+train_student(data, settings, labels="soft", seed=0, device=torch.device("cpu"))
+""",
+    "package": """
+import sys
+from pathlib import Path
+
+import torch
+from pipeline import tiny
+from torch import nn
+
+from prism_hf.packaging import build_dataset
+from prism_hf.relabel import label_images, relabel_batches
+from prism_hf.teachers import Teacher
+from prism_hf.work import StoredImages, Work
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[2])
+ipc = int(sys.argv[2].rpartition("/")[2].strip("-"))
+recipe = tiny(f"synthesis.ipc={ipc}", "data.size=64", "data.channels=3", f"relabel.epochs={ipc // 10}", "relabel.batch_size=20")
+network = nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).requires_grad_(False)
+teacher = Teacher("t", network, (0.5,) * 3, (0.5,) * 3, 64, 10, "t", "mit", None, "0", None)
+work = Work(folder, recipe, {"train": "0", "teachers": dict.fromkeys(recipe.all_teachers, "0")})
+places = ((label, slot, 0) for label in range(10) for slot in range(ipc))
+images = ((place, torch.randint(256, (3, 64, 64), dtype=torch.uint8)) for place in places)
+work.keep_images("distilled", "key", images, 10 * ipc)
+pixels, settings = work.pixels("distilled"), recipe.relabel
+work.keep_labels("distilled", "key", label_images(pixels, [teacher], settings), 10 * ipc)
+for epoch in range(settings.epochs):
+    work.keep_epoch("distilled", epoch, "key", relabel_batches(epoch, pixels, [teacher], settings, seed=0))
+names = [str(label) for label in range(10)]
+build_dataset(folder / "set", StoredImages(work, "distilled"), work.epochs("distilled"), recipe=recipe, class_names=names)
+""",
+    "verify and export": """
+import sys
+from prism_hf.export import export
+from prism_hf.verification import verify
+
+assert verify(sys.argv[1]).differences == ()
+for layout in ("imagefolder", "rethinkdc"):
+    export(sys.argv[1], sys.argv[2] + layout, format=layout)
+""",
+}
+
+
+def peak_anonymous(code, *words, cache):
+    """Highest RssAnon, in bytes, of a fresh Python that runs `code` with `words` as its arguments.
+
+    Read from outside, so that no lock of the interpreter hides a peak. The plain allocators give back what is freed;
+    others keep it for a while, and the number would be a matter of luck.
+    """
+    plain = {"MALLOC_ARENA_MAX": "1", "ARROW_DEFAULT_MEMORY_POOL": "system", "HF_DATASETS_CACHE": str(cache)}
+    plain["PYTHONPATH"] = str(Path(__file__).parent)  # for pipeline.py
+    process = subprocess.Popen([PYTHON, "-c", code, *map(str, words)], env=quiet_env() | plain)
+    status, peak = Path(f"/proc/{process.pid}/status"), 0
+    while process.poll() is None:
+        lines = (line.split() for line in status.read_text().splitlines())
+        peak = max([peak, *(int(line[1]) * 1024 for line in lines if line[0] == "RssAnon:")])
+        time.sleep(0.002)
+    assert process.returncode == 0
+    return peak
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Two data sets that differ in the number of their images alone."""
+    folders = []
+    for ipc in IPC:
+        folder = tmp_path_factory.mktemp("memory") / "set"
+        recipe, names, *_ = small_set(folder, channels=3, size=64, classes=10, ipc=ipc, epochs=1)
+        add_card(folder, recipe, names)
+        folders.append(folder)
+    return folders
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ten_times_the_images_need_no_more_memory(sets, tmp_path, case):
+    small, large = (
+        peak_anonymous(CASES[case], folder, tmp_path / f"{ipc}-", cache=tmp_path / f"cache-{ipc}")
+        for folder, ipc in zip(sets, IPC, strict=True)
+    )
+    assert large <= LIMIT * small, f"{small / 1e6:.0f} MB became {large / 1e6:.0f} MB"
