@@ -47,7 +47,8 @@ from prism_hf.work import StoredImages, Work
 torch.set_num_threads(1)
 folder = Path(sys.argv[2])
 ipc = int(sys.argv[2].rpartition("/")[2].strip("-"))
-recipe = tiny(f"synthesis.ipc={ipc}", "data.size=64", "data.channels=3", f"relabel.epochs={ipc // 10}", "relabel.batch_size=20")
+scale = f"synthesis.ipc={ipc}", f"relabel.epochs={ipc // 10}"
+recipe = tiny(*scale, "data.size=64", "data.channels=3", "relabel.batch_size=20")
 network = nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).requires_grad_(False)
 teacher = Teacher("t", network, (0.5,) * 3, (0.5,) * 3, 64, 10, "t", "mit", None, "0", None)
 work = Work(folder, recipe, {"train": "0", "teachers": dict.fromkeys(recipe.all_teachers, "0")})
