@@ -94,7 +94,7 @@ PYTHON = sys.executable
 def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", epochs=3, ipc=3, names=None, shard_mb=500,
               classes=None, seed=0, name=None):  # fmt: skip
     """A data set folder with tables, card-ready provenance left out; returns what went in."""
-    from prism_hf.packaging import ImageTable, build_dataset
+    from prism_hf.packaging import ImageTable, build_dataset, view_table
     from prism_hf.pixels import decode, encode
     from prism_hf.plan import derived_seed
     from prism_hf.views import draw_views, to_columns
@@ -127,7 +127,8 @@ def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", 
             columns["teacher_logits"] = torch.randn((len(rows), len(names)), generator=own).half().numpy()
             parts.append(columns)
         views.append({key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
-    build_dataset(folder, table, iter(views), recipe=recipe, class_names=names)
+    epochs_of_tables = ([view_table(epoch, len(names))] for epoch in views)
+    build_dataset(folder, table, epochs_of_tables, recipe=recipe, class_names=names)
     shown = torch.stack([decode(data, channels) for data in encoded])
     return recipe, names, table, views, shown
 

@@ -3,9 +3,8 @@ import os
 import stat
 
 import pytest
-import torch
 
-from prism_hf.storage import read_notes, read_tensors, sha256_of, write_bytes, write_json, write_tensors, write_whole
+from prism_hf.storage import sha256_of, write_bytes, write_json, write_whole
 
 
 def test_bytes_arrive_whole_in_new_folders_and_leave_no_draft(tmp_path):
@@ -39,29 +38,6 @@ def test_json_keeps_unicode_and_refuses_what_is_not_finite(tmp_path):
         with pytest.raises(ValueError, match="JSON compliant"):
             write_json(path, value)
     assert json.loads(path.read_text(encoding="utf-8"))["name"] == "鹤"
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float16, torch.float32, torch.int64])
-def test_tensors_and_notes_come_back_equal(tmp_path, dtype):
-    path = tmp_path / "t.safetensors"
-    tensors = {"a": torch.arange(6).reshape(2, 3).to(dtype), "turned": torch.arange(6).reshape(2, 3).T.to(dtype)}
-    notes = {"job": 3, "history": [{"step": 1, "ce": 0.25}], "verifier": None}
-    write_tensors(path, tensors, notes)
-    back, read = read_tensors(path)
-    assert read == notes == read_notes(path)
-    assert set(back) == set(tensors)
-    for key, value in tensors.items():
-        assert back[key].dtype == dtype
-        assert torch.equal(back[key], value)
-
-
-def test_equal_tensors_give_equal_bytes_and_notes_refuse_nan(tmp_path):
-    for name in ("one", "two"):
-        write_tensors(tmp_path / name, {"b": torch.ones(2), "a": torch.zeros(3)}, {"x": 1})
-    assert sha256_of(tmp_path / "one") == sha256_of(tmp_path / "two")
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_tensors(tmp_path / "three", {"a": torch.zeros(1)}, {"loss": float("nan")})
-    assert not (tmp_path / "three").exists()
 
 
 def test_sha256_of_known_bytes(tmp_path):

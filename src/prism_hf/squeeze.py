@@ -153,13 +153,13 @@ def squeeze_teacher(
     """
     folder = teacher_folder(name, recipe, root)
     work = root / f".work-{folder.name}"
+    check_batch(recipe, data)
     with locked(work, patience_s=-1):
         if is_squeezed(folder):
             return read_squeezed(folder, data)
         clear_drafts(work)
         clear_drafts(root, of=folder.name, deep=False)
         started = time.perf_counter()
-        check_batch(recipe, data)
         checkpoint = Checkpoint(work / "checkpoint.safetensors", f"{folder.name} {data.train.content}", every_s)
         network = _train(name.removeprefix(SQUEEZE_PREFIX), recipe, data, device, checkpoint)
         top1 = score(lambda x: network(_as_rgb(x)), data.test, device=device)
