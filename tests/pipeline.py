@@ -19,7 +19,9 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from prism_hf.command import run_command
-from prism_hf.recipe_file import load_recipe
+from prism_hf.plan import STAGES
+from prism_hf.recipe_file import dump_recipe, load_recipe
+from prism_hf.storage import write_bytes
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "digits" / "prism_ipc10.yaml"
@@ -49,6 +51,24 @@ def launch(*words, name="prism", recipe=RECIPE):
     AcceleratorState._reset_state(True)
     module = command(name)
     return run_command(module.main, module.parse([*([str(recipe)] if recipe else []), *map(str, words)]))
+
+
+def stages(folder, teachers, *overrides, **more):
+    """The stages of a tiny run in process, without a command around them."""
+    from prism_hf.run import Run, make_accelerator
+    from prism_hf.stages import Stages
+
+    AcceleratorState._reset_state(True)
+    made = Stages(Run(tiny(*overrides), Path(folder), Path(teachers), make_accelerator(folder, threads=1), **more))
+    write_bytes(made.run.folder / "recipe.yaml", dump_recipe(made.recipe).encode())
+    return made
+
+
+def make(folder, teachers, *overrides, wanted=STAGES[:4], **more):
+    """A tiny run up to its data set."""
+    made = stages(folder, teachers, *overrides, **more)
+    made(wanted)
+    return made
 
 
 def sha_tree(folder):

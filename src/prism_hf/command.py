@@ -19,8 +19,11 @@ def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse
     try:
         with stopping_cleanly():
             return main(args) or 0
-    except (StoppedError, KeyboardInterrupt):  # the line about it is on the terminal already
-        return exit_code() or INTERRUPTED
+    except (StoppedError, KeyboardInterrupt):
+        if code := exit_code():  # the line about it is on the terminal already
+            return code
+        sys.stderr.write("interrupted: what is finished is kept; the same command goes on where this run stopped\n")
+        return INTERRUPTED
     except PrismError as error:
         if args.debug:
             raise
