@@ -169,5 +169,8 @@ def partial_facts(session: Session, jobs: Sequence[SynthesisJob]) -> dict[str, o
 
 
 def _tables(folder: Path) -> object:
-    path = folder / "provenance.json"
-    return json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else None
+    """What provenance.json says of the tables of a folder; `None` if it says nothing."""
+    try:
+        return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
