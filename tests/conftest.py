@@ -5,6 +5,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import hashlib  # noqa: E402
 from collections.abc import Callable, Mapping  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import timm  # noqa: E402
@@ -57,6 +58,16 @@ def tiny_values(changes: Mapping[str, object] | None = None) -> dict[str, object
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_any_order() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run up to its data set; tests copy it."""
+    from pipeline import make
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    make(folder, folder / "teachers")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,9 @@
 import hashlib
 import importlib.util
 import os
+import resource
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,7 +19,9 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from prism_hf.command import run_command
-from prism_hf.recipe_file import load_recipe
+from prism_hf.plan import STAGES
+from prism_hf.recipe_file import dump_recipe, load_recipe
+from prism_hf.storage import write_bytes
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "digits" / "prism_ipc10.yaml"
@@ -49,6 +53,24 @@ def launch(*words, name="prism", recipe=RECIPE):
     return run_command(module.main, module.parse([*([str(recipe)] if recipe else []), *map(str, words)]))
 
 
+def stages(folder, teachers, *overrides, **more):
+    """The stages of a tiny run in process, without a command around them."""
+    from prism_hf.run import Run, make_accelerator
+    from prism_hf.stages import Stages
+
+    AcceleratorState._reset_state(True)
+    made = Stages(Run(tiny(*overrides), Path(folder), Path(teachers), make_accelerator(folder, threads=1), **more))
+    write_bytes(made.run.folder / "recipe.yaml", dump_recipe(made.recipe).encode())
+    return made
+
+
+def make(folder, teachers, *overrides, wanted=STAGES[:4], **more):
+    """A tiny run up to its data set."""
+    made = stages(folder, teachers, *overrides, **more)
+    made(wanted)
+    return made
+
+
 def sha_tree(folder):
     """SHA-256 of each file below a folder."""
     folder = Path(folder)
@@ -58,6 +80,17 @@ def sha_tree(folder):
 
 def mtimes(folder):
     return {p.as_posix(): p.stat().st_mtime_ns for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+@contextmanager
+def file_limit(count):
+    """No file of this process grows beyond `count` bytes: writes fail as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def one_line(error):
@@ -94,7 +127,7 @@ PYTHON = sys.executable
 def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", epochs=3, ipc=3, names=None, shard_mb=500,
               classes=None, seed=0, name=None):  # fmt: skip
     """A data set folder with tables, card-ready provenance left out; returns what went in."""
-    from prism_hf.packaging import ImageTable, build_dataset
+    from prism_hf.packaging import ImageTable, build_dataset, view_table
     from prism_hf.pixels import decode, encode
     from prism_hf.plan import derived_seed
     from prism_hf.views import draw_views, to_columns
@@ -127,7 +160,8 @@ def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", 
             columns["teacher_logits"] = torch.randn((len(rows), len(names)), generator=own).half().numpy()
             parts.append(columns)
         views.append({key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
-    build_dataset(folder, table, iter(views), recipe=recipe, class_names=names)
+    epochs_of_tables = ([view_table(epoch, len(names))] for epoch in views)
+    build_dataset(folder, table, epochs_of_tables, recipe=recipe, class_names=names)
     shown = torch.stack([decode(data, channels) for data in encoded])
     return recipe, names, table, views, shown
 

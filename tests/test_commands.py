@@ -293,3 +293,99 @@ def test_the_control_is_labelled_by_the_very_same_teachers_or_left_out(made, tmp
     report = json.loads((tmp_path / "e" / "report.json").read_text())["evaluation"]
     assert {row["images"] for row in report["rows"]} == {"distilled"}
     assert "other weights" in report["left_out"]["random real"]
+
+
+# -- a folder that is in use, moved aside, too small ----------------------------------------------------------------------
+
+HOLD = """
+import sys
+from pathlib import Path
+from prism_hf.lock import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+CHEAP = ("evaluation.full_data_epochs=0", "evaluation.seeds=[0]")
+
+
+@pytest.mark.parametrize("more", [[], ["--fresh"], ["--fresh", "synthesis.lr=0.5"]], ids=" ".join)
+def test_a_second_launch_in_the_same_folder_is_refused(made, tmp_path, capsys, more):
+    folder = Path(shutil.copytree(made, tmp_path / "run"))
+    other = subprocess.Popen(
+        [PYTHON, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet_env()
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        before = {p: t for p, t in mtimes(folder).items() if not p.endswith(".lock")}
+        assert go(folder, *CHEAP, *more, "--stage", "synthesize") == 2
+        assert {p: t for p, t in mtimes(folder).items() if not p.endswith(".lock")} == before
+    finally:
+        other.communicate("\n")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("OutputError: ")
+    assert f"in use by process {other.pid} on " in line
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("change", [[], ["synthesis.lr=0.5"]], ids=["same recipe", "another recipe"])
+def test_fresh_moves_the_old_run_aside_with_every_byte(made, tmp_path, capsys, change):
+    folder = Path(shutil.copytree(made, tmp_path / "run"))
+    (folder / ".lock").unlink(missing_ok=True)
+    before = sha_tree(folder)
+    words = [*CHEAP, *change, "--teachers", made / "teachers", "--stage", "synthesize", "--fresh"]
+    assert go(folder, *words) == 0
+    assert sha_tree(tmp_path / "run.aside-1") == before
+    assert not (folder / "dataset").exists()
+    assert len(list((folder / "work" / "jobs").glob("*.safetensors"))) == 2
+    assert f"moved to {tmp_path / 'run.aside-1'}" in (folder / "logs" / "run.log").read_text()
+    if change:
+        assert go(folder, *CHEAP, "--stage", "synthesize") == 2
+        assert "--fresh" in capsys.readouterr().err
+    assert go(folder, *words) == 0
+    assert sha_tree(tmp_path / "run.aside-1") == before
+    assert (tmp_path / "run.aside-2" / "work").is_dir()
+
+
+def test_fresh_in_an_empty_or_new_folder_is_a_plain_start(made, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        assert go(tmp_path / name, *CHEAP, "--teachers", made / "teachers", "--stage", "squeeze", "--fresh") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
+
+
+def test_fresh_moves_nothing_that_is_no_run(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    before = mtimes(tmp_path)
+    assert go(tmp_path / "mine", "--fresh") == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert mtimes(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("folder", ["new", "old"])
+def test_too_little_space_is_found_before_anything_is_written(made, tmp_path, capsys, folder):
+    if folder == "old":
+        shutil.copytree(made, tmp_path / "old")
+    before = mtimes(tmp_path)
+    words = ["--fresh"] if folder == "old" else []
+    assert go(tmp_path / folder, "relabel.epochs=1000000000000", *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("OutputError: ")
+    assert "TB" in line
+    assert mtimes(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["-1", "soon", "nan", "100000"])
+def test_seconds_between_checkpoints_are_checked(capsys, text):
+    with pytest.raises(SystemExit) as end:
+        command().parse(["--checkpoint-every", text])
+    assert end.value.code == 2
+    assert "0 to 86400" in capsys.readouterr().err
+
+
+def test_seconds_between_checkpoints_reach_the_jobs(made, tmp_path):
+    for seconds in ("0", "7.5"):
+        words = ["--teachers", made / "teachers", "--stage", "synthesize", "--checkpoint-every", seconds]
+        assert go(tmp_path / seconds, *CHEAP, *words) == 0
+        assert f"a checkpoint every {seconds} s" in (tmp_path / seconds / "logs" / "run.log").read_text()

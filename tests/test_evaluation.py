@@ -9,10 +9,11 @@ from pipeline import sha_tree
 
 from prism_hf import evaluation
 from prism_hf.data import load_source
-from prism_hf.evaluation import Contest, collect, run_task, task_file
+from prism_hf.evaluation import Contest, collect, run_task, task_file, task_key
 from prism_hf.pixels import to_reference
 from prism_hf.reading import DistilledDataset
 from prism_hf.recipe_file import load_recipe
+from prism_hf.storage import write_record
 from prism_hf.students import KEPT, ROWS, Keep, Row
 from prism_hf.teachers import load_teacher
 from prism_hf.views import draw_views, from_columns, to_columns
@@ -82,7 +83,7 @@ def test_scores_are_kept_and_not_computed_again(source, tmp_path):
     run_task(made, row, 0, tmp_path, device=DEVICE)
     path = task_file(tmp_path, row, 0)
     assert 0 <= json.loads(path.read_text())["top1"] <= 1
-    path.write_text('{"top1": 0.125}')
+    write_record(path, {"top1": 0.125, "key": task_key(made, row)})
     run_task(made, row, 0, tmp_path, device=DEVICE)
     assert json.loads(path.read_text())["top1"] == 0.125
 
@@ -145,7 +146,7 @@ def test_a_run_killed_between_student_and_score_makes_both_again(source, kept, t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "write_json", killed)
+        patch.setattr(evaluation, "write_record", killed)
         with pytest.raises(KeyboardInterrupt):
             run_task(contest(source), KEPT, 0, tmp_path, device=DEVICE, keep=keep_in(tmp_path))
     assert (tmp_path / "student" / "student.json").is_file()
@@ -165,7 +166,7 @@ def test_a_score_without_its_student_is_left_as_it_is(source, kept, tmp_path):
 def test_collect_reads_every_score_into_its_own_row(source, tmp_path):
     made = contest(source)
     for number, (row, seed) in enumerate(made.tasks()):
-        task_file(tmp_path, row, seed).write_text(json.dumps({"top1": number / 100}))
+        write_record(task_file(tmp_path, row, seed), {"top1": number / 100})
     found = collect(made, tmp_path, verifier=None, network=None, device=DEVICE)
     expected = {(row, seed): number / 100 for number, (row, seed) in enumerate(made.tasks())}
     for score in found.scores:
@@ -179,7 +180,7 @@ def test_the_verifier_judges_and_measures_similarity(source, tmp_path):
     judge = make_teacher("test_byobnet", num_classes=10)
     made = contest(source, train=None)
     for row, seed in made.tasks():
-        task_file(tmp_path, row, seed).write_text('{"top1": 0.5}')
+        write_record(task_file(tmp_path, row, seed), {"top1": 0.5})
     facts = collect(made, tmp_path, verifier=judge, network=judge, device=DEVICE).sets["distilled"]
     assert 0 <= facts.verifier_top1 <= 1
     assert -1 <= facts.diversity.mean <= 1

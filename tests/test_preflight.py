@@ -3,11 +3,11 @@ import json
 
 import pytest
 from conftest import make_teacher
-from pipeline import tiny
+from pipeline import one_line, tiny
 
 from prism_hf.data import load_source
 from prism_hf.errors import OutputError, RecipeError, TeacherError
-from prism_hf.preflight import check_inputs, check_verifier, inputs_of
+from prism_hf.preflight import check_inputs, check_space, check_verifier, inputs_of
 
 
 def named(name, architecture="test_byobnet"):
@@ -47,3 +47,24 @@ def test_changed_inputs_are_noticed(tmp_path):
     for change in ({"train": "0"}, {"test": "0"}, {"teachers": {"local-dir:x": "0"}}):
         with pytest.raises(OutputError, match="have changed"):
             check_inputs(path, before | change)
+
+
+def test_too_little_space_is_one_line_with_both_numbers(tmp_path):
+    check_space(tiny(), tmp_path / "not" / "there", processes=8)
+    with pytest.raises(OutputError) as error:
+        check_space(tiny("relabel.epochs=1000000000000"), tmp_path / "not" / "there", processes=1)
+    text = one_line(error)
+    assert "needs about 4.16e+03 TB and " in text
+    assert "--output DIR" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_already_needs_no_space(tmp_path):
+    """A sparse file stands for the labels of an earlier launch."""
+    recipe = tiny("relabel.epochs=1000000000")
+    (tmp_path / "work").mkdir()
+    with open(tmp_path / "work" / "labels", "wb") as file:
+        file.truncate(10**13)
+    check_space(recipe, tmp_path, processes=1)
+    with pytest.raises(OutputError):
+        check_space(tiny("relabel.epochs=1000000000000"), tmp_path, processes=1)

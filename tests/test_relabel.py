@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prism_hf.errors import TeacherError
-from prism_hf.packaging import ImageTable, build_dataset
+from prism_hf.packaging import ImageTable, build_dataset, view_table
 from prism_hf.pixels import to_reference
 from prism_hf.relabel import ask_teachers, combine_logits, label_images, relabel_epoch
 from prism_hf.views import from_columns
@@ -149,7 +149,7 @@ def test_labels_are_the_teachers_logits_of_the_replayed_view(label, tiny_teacher
 def test_label_images_asks_in_table_order_and_recipe_batches(tiny_recipe, tiny_teachers, tiny_images):
     settings = tiny_recipe({"relabel.batch_size": 3}).relabel
     teachers = [tiny_teachers[n] for n in settings.teachers]
-    labels = label_images(tiny_images, teachers, settings)
+    labels = torch.cat(list(label_images(tiny_images, teachers, settings)))
     assert labels.shape == (7, 3)
     assert labels.dtype == torch.float16
     images = to_reference(tiny_images)
@@ -174,7 +174,7 @@ def test_logits_beyond_float16_are_an_error_that_names_the_teacher(tiny_recipe, 
 def test_epochs_is_the_number_of_views_per_image(tiny_recipe, label, tmp_path, epochs):
     made = tiny_recipe({"relabel.epochs": epochs})
     table = ImageTable([b"x"] * 7, *(torch.zeros(7, dtype=torch.int64) for _ in range(3)), torch.zeros(7, 3).half())
-    stream = (label(epoch=number) for number in range(made.relabel.epochs))
+    stream = ([view_table(label(epoch=number), 3)] for number in range(made.relabel.epochs))
     build_dataset(tmp_path, table, stream, recipe=made, class_names=["a", "b", "c"])
     views = pq.read_table(tmp_path / "views")
     assert views.num_rows == 7 * epochs

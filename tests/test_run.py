@@ -7,9 +7,10 @@ from accelerate.state import AcceleratorState
 from pipeline import mtimes, one_line, tiny
 
 from prism_hf.errors import OutputError, RecipeError
+from prism_hf.lock import LOCK
 from prism_hf.plan import STAGES, TRACKERS
 from prism_hf.recipe_file import load_recipe
-from prism_hf.run import Run, claim_folder, log_pictures, make_accelerator, start_trackers
+from prism_hf.run import Run, claimed, log_pictures, make_accelerator, start_trackers
 
 
 @pytest.fixture
@@ -17,6 +18,16 @@ def accelerator():
     AcceleratorState._reset_state(True)
     yield make_accelerator()
     AcceleratorState._reset_state(True)
+
+
+def claim(folder, recipe, **more):
+    with claimed(folder, recipe, **more) as left:
+        return left
+
+
+def kept(folder):
+    """Times of all files but the lock, which is touched by whoever takes it."""
+    return {path: time for path, time in mtimes(folder).items() if not path.endswith(LOCK)}
 
 
 # -- the output folder ------------------------------------------------------------------------------------------------
@@ -27,24 +38,24 @@ def test_a_new_folder_is_claimed_with_the_resolved_recipe(tmp_path, prepare):
     folder = tmp_path / "a" / "b" if prepare == "deep" else tmp_path / "out"
     if prepare == "empty":
         folder.mkdir()
-    claim_folder(folder, tiny())
-    assert load_recipe(folder / "recipe.yaml") == tiny()
-    assert [p.name for p in folder.iterdir()] == ["recipe.yaml"]
+    with claimed(folder, tiny()):
+        assert load_recipe(folder / "recipe.yaml") == tiny()
+    assert {p.name for p in folder.iterdir()} == {"recipe.yaml", LOCK}
 
 
 def test_the_same_recipe_finds_its_folder_again(tmp_path):
-    claim_folder(tmp_path / "out", tiny())
-    before = mtimes(tmp_path)
-    claim_folder(tmp_path / "out", tiny())
-    claim_folder(tmp_path / "out", tiny("name=renamed"))
-    assert mtimes(tmp_path) == before
+    claim(tmp_path / "out", tiny())
+    before = kept(tmp_path)
+    claim(tmp_path / "out", tiny())
+    claim(tmp_path / "out", tiny("name=renamed"))
+    assert kept(tmp_path) == before
 
 
 def test_another_recipe_is_refused_and_the_keys_are_named(tmp_path):
-    claim_folder(tmp_path / "out", tiny())
+    claim(tmp_path / "out", tiny())
     before = mtimes(tmp_path)
     with pytest.raises(OutputError) as error:
-        claim_folder(tmp_path / "out", tiny("synthesis.lr=0.5", "seed=3", "relabel.view.mix=mixup", "name=renamed"))
+        claim(tmp_path / "out", tiny("synthesis.lr=0.5", "seed=3", "relabel.view.mix=mixup", "name=renamed"))
     text = one_line(error)
     assert all(word in text for word in ("synthesis.lr", "seed", "relabel.view.mix", "--output"))
     assert "synthesis.ipc" not in text
@@ -65,7 +76,7 @@ def test_foreign_places_are_refused_and_left_alone(tmp_path, kind):
         folder.write_text("precious")
     before = mtimes(tmp_path)
     with pytest.raises(OutputError) as error:
-        claim_folder(folder / "x" if kind == "below a file" else folder, tiny())
+        claim(folder / "x" if kind == "below a file" else folder, tiny())
     assert str(folder) in one_line(error)
     assert mtimes(tmp_path) == before
 

@@ -45,7 +45,7 @@ def toy(tiny_recipe, tiny_teachers, tiny_images):
         images_uint8=tiny_images,
         labels=torch.tensor([0, 0, 1, 1, 2, 2, 2]),
         class_names=("a", "b", "c"),
-        teacher_logits=label_images(tiny_images, teachers, settings),
+        teacher_logits=torch.cat(list(label_images(tiny_images, teachers, settings))),
         num_epochs=2,
         epoch=lambda number: (
             from_columns(epochs[number]),

@@ -19,8 +19,9 @@ def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse
     try:
         with stopping_cleanly():
             return main(args) or 0
-    except (StoppedError, KeyboardInterrupt):  # the line about it is on the terminal already
-        leave_at_once()
+    except (StoppedError, KeyboardInterrupt):
+        leave_at_once()  # the line about a signal is on the terminal already
+        sys.stderr.write("interrupted: what is finished is kept; the same command goes on where this run stopped\n")
         return INTERRUPTED
     except PrismError as error:
         if args.debug:

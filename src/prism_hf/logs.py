@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 
 _OURS = "prism_hf"
@@ -34,6 +36,21 @@ class _LogFile(logging.FileHandler):
 
     _told = False
 
+    def _open(self) -> TextIOWrapper:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # the file cannot be opened
+            self.handleError(record)
+
+    def close(self) -> None:
+        # What could not be written is tried once more here, and is lost.
+        with contextlib.suppress(OSError):
+            super().close()
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not self._told:
             self._told = True
@@ -44,7 +61,6 @@ class _LogFile(logging.FileHandler):
 def log_file(folder: Path, rank: int) -> Iterator[Path]:
     """Append our log lines to DIR/logs/run.log (of other processes: run-RANK.log) for the length of the block."""
     path = folder / "logs" / ("run.log" if rank == 0 else f"run-{rank}.log")
-    path.parent.mkdir(parents=True, exist_ok=True)
     handler = _LogFile(path, encoding="utf-8", delay=True)
     handler.setFormatter(_Blotted("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger(_OURS)

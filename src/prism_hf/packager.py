@@ -181,6 +181,8 @@ def partial_facts(session: Session, jobs: Sequence[SynthesisJob]) -> dict[str, o
 
 
 def _tables(folder: Path) -> dict[str, object] | None:
-    """What provenance.json of a folder vouches for, if there is one."""
-    path = folder / "provenance.json"
-    return json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else None
+    """What provenance.json of a folder vouches for; `None` if it says nothing."""
+    try:
+        return dict(json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

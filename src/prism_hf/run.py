@@ -235,6 +235,8 @@ def claimed(folder: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[st
     Raises:
         OutputError: As `check_folder`; or it cannot be written.
     """
+    # Before the lock: a folder that is not ours stays as it is.
+    check_folder(folder, recipe, fresh=fresh)
     moved = _moved_aside(folder) if fresh and (folder / "recipe.yaml").is_file() else None
     with locked(folder) as killed:
         check_folder(folder, recipe)

@@ -155,6 +155,7 @@ def squeeze_teacher(
     """
     folder = teacher_folder(name, recipe, root)
     work = root / f".work-{folder.name}"
+    check_batch(recipe, data)
     if is_held(work):
         log.info("squeeze: %s is being trained by %s; waiting for it", name, holder_text(holder_of(work)))
     with locked(work, patience_s=-1):
@@ -163,7 +164,6 @@ def squeeze_teacher(
         clear_drafts(work)
         clear_drafts(root, of=folder.name, deep=False)
         started = time.perf_counter()
-        check_batch(recipe, data)
         checkpoint = Checkpoint(work / "checkpoint.safetensors", f"{folder.name} {data.train.content}", every_s)
         network = _train(name.removeprefix(SQUEEZE_PREFIX), recipe, data, device, checkpoint)
         top1 = score(lambda x: network(_as_rgb(x)), data.test, device=device)

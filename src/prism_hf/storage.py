@@ -101,7 +101,12 @@ def swap_folder(draft: Path, folder: Path) -> None:
         old = draft.with_name(f"{draft.name}-old")
         if folder.is_dir():
             os.replace(folder, old)
-        os.replace(draft, folder)
+        try:
+            os.replace(draft, folder)
+        except OSError:
+            if old.is_dir():
+                os.replace(old, folder)
+            raise
         _sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -138,7 +143,11 @@ def _write(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON as a whole file; a value that is not finite is an error, not `NaN`."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_bytes(path, _json_bytes(value))
+
+
+def _json_bytes(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 # -- records and seals ------------------------------------------------------------------------------------------------
@@ -171,7 +180,9 @@ def digest(value: object) -> str:
 
 
 def write_sealed(path: Path, write: Callable[[Path], None], notes: Mapping[str, object]) -> None:
-    """Write a whole file, then its seal: without the seal the file counts as not written.
+    """Write a whole file and its seal: without the seal the file counts as not written.
+
+    Both are on the disk before the first is renamed: a full disk leaves the old file with its old seal.
 
     Args:
         path: The file.
@@ -181,10 +192,12 @@ def write_sealed(path: Path, write: Callable[[Path], None], notes: Mapping[str, 
     value = {"notes": json.loads(json.dumps(dict(notes), allow_nan=False))}
     with _drafted(path, write) as draft:
         facts = {"file_sha256": sha256_of(draft), "bytes": draft.stat().st_size, **value}
-        with writing(path):
+        data = _json_bytes({**facts, "sha256": digest(facts)})
+        with _drafted(seal_of(path), lambda seal: _write(seal, data)) as seal, writing(path):
             seal_of(path).unlink(missing_ok=True)
             os.replace(draft, path)
-    write_record(seal_of(path), facts)
+            os.replace(seal, seal_of(path))
+            _sync_folder(path.parent)
 
 
 def seal_of(path: Path) -> Path:
@@ -232,7 +245,8 @@ def remove_sealed(path: Path) -> None:
 def set_aside(path: Path) -> Path:
     """Rename a file or folder, and its seal if it has one, to a free name beside it; nothing is deleted."""
     number = 1
-    while (aside := path.with_name(f"{path.name}.aside-{number}")).exists():
+    # A file that was missing leaves only its seal under such a name.
+    while (aside := path.with_name(f"{path.name}.aside-{number}")).exists() or seal_of(aside).exists():
         number += 1
     with writing(path):
         if path.exists():

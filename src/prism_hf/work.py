@@ -302,7 +302,15 @@ def _groups(batches: Iterable[Epoch], rows: int) -> Iterator[Epoch]:
 
 
 def read_failed(folder: Path) -> list[dict[str, Any]]:
-    """What is known of the jobs of DIR/work that failed, in order."""
-    found = sorted((folder / "jobs").glob("job-*.failed.safetensors"))
-    notes = [read_seal(path)["notes"] for path in found if is_sealed(path)]
-    return [json.loads(json.dumps(note)) for note in notes]
+    """What is known of the jobs of DIR/work that failed, in order; one that was finished after all is not among them."""
+    notes = []
+    for path in sorted((folder / "jobs").glob("job-*.failed.safetensors")):
+        name = path.name.removesuffix(".failed.safetensors")
+        if not is_sealed(path) or is_sealed(path.with_name(f"{name}.safetensors")):
+            continue
+        try:
+            note = read_seal(path)["notes"]
+        except DamagedError as error:
+            note = {"job": int(name.removeprefix("job-")), "reason": str(error)}
+        notes.append(json.loads(json.dumps(note)))
+    return notes
