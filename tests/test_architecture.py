@@ -14,8 +14,8 @@ MODULES = sorted(SRC.glob("*.py"))
 # Low to high: a module imports only from modules before it. `__init__` sees all.
 ORDER = (
     "errors outside storage patience recipe recipe_file plan pixels views alignment data weights teachers training "
-    "synthesis diversity model_folder squeeze relabel packaging reading verification export students report pictures readme "
-    "card model_card bundle repository hub run evaluation preflight stages command console __init__"
+    "synthesis diversity model_folder squeeze relabel packaging reading verification export students report pictures "
+    "readme card model_card bundle repository hub run evaluation preflight stages command console __init__"
 ).split()
 TEST_FILE = {"command": "test_commands.py", "outside": "test_security.py"}
 every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
