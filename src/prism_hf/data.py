@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 
 import datasets
-import httpx2
 import numpy as np
 import torch
 import yaml
@@ -26,18 +25,13 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from .errors import DataError
+from .errors import DataError, PrismError
 from .outside import ARCHIVES, foreign_files, homes_of, is_inside, is_plain_path, read_header, visible_entries
 from .pixels import UNREADABLE, from_pil
 from .plan import derived_seed
 from .recipe import DataRecipe
 from .storage import folder_state
 
-LOAD_ERRORS = (
-    LookupError, ValueError, TypeError, AttributeError, AssertionError, OSError, RuntimeError, httpx2.HTTPError,
-    yaml.YAMLError, datasets.exceptions.DatasetsError,
-)  # fmt: skip
-"""What `datasets` raises on a foreign source: its tables, JSON and YAML reach the library as they are."""
 _CACHE_BYTES = 2**31
 """Splits whose working images fit in this many bytes are decoded once and kept as one uint8 tensor."""
 
@@ -290,9 +284,9 @@ def _open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
             # Absolute: a folder called "text" would pass for the reader of that name, which takes all that lies around.
             return datasets.load_dataset(str(folder.absolute()), recipe.config, split=name, cache_dir=local_cache(folder))
         return datasets.load_dataset(recipe.source, recipe.config, split=name, revision=recipe.revision)
-    except DataError:
+    except PrismError:
         raise
-    except LOAD_ERRORS as error:
+    except Exception as error:  # foreign bytes reach a dozen readers of `datasets` here, each with errors of its own
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{where}, split {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
 

@@ -65,6 +65,11 @@ def _texts(value: object) -> Iterator[str]:
         yield value
 
 
+def without_password(address: str) -> str:
+    """An address as it may be shown."""
+    return re.sub("//[^/@]*@", "//", address)
+
+
 def is_plain_path(name: object) -> bool:
     """Whether a name is a path of ordinary characters below a folder, on any system."""
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not name.isprintable():

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 )
 from torch import Tensor
 
-from .data import LOAD_ERRORS, check_local, local_cache
+from .data import check_local, local_cache
 from .errors import DataError
 from .packaging import VIEWS, image_features, view_features
 from .patience import SHORT, again
@@ -179,14 +179,15 @@ def open_table(source: str | Path, config: str, *, revision: str | None = None) 
         DataError: Not found, or no such table; one line.
     """
     path = Path(source)
+    if path.is_dir():
+        check_local(path)
     try:
         if path.is_dir():
-            check_local(path)
             return datasets.load_dataset(str(path.absolute()), config, split="train", cache_dir=local_cache(path))
         if str(source).count("/") != 1:  # the library has readers of its own that are called by one word
             raise DataError("neither a folder nor a Hub id")
         return datasets.load_dataset(str(source), config, split="train", revision=revision)
-    except LOAD_ERRORS as error:
+    except Exception as error:  # as in data: foreign bytes reach readers with errors of their own
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"distilled data set {str(source)!r}, config {config!r}, cannot be loaded ({type(error).__name__}: {reason}); "

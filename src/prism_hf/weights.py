@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .errors import TeacherError
-from .outside import read_header
+from .outside import read_header, without_password
 from .storage import sha256_of, write_bytes
 
 CONFIG = "config.json"
@@ -291,7 +291,7 @@ def _ask(want: _Want) -> ModelInfo:
 
 def _endpoint() -> str:
     """Where the Hub is, without a password that the address may hold."""
-    return re.sub("//[^/@]*@", "//", constants.ENDPOINT)
+    return without_password(constants.ENDPOINT)
 
 
 def _refusal(want: _Want, error: HfHubHTTPError) -> TeacherError:
