@@ -124,7 +124,7 @@ def test_a_folder_with_nothing_but_a_pickle_is_refused(network, bomb, name):
         index = {"metadata": {}, "weight_map": {"fc.weight": name}}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(kind, folder, "safetensors")
+    refused(kind, folder, "has no model.safetensors" if kind == "local-dir" else "safetensors")
 
 
 @both
