@@ -1,4 +1,4 @@
-.PHONY: style quality test test-slow cards
+.PHONY: style quality test test-slow cards audit
 
 style:
 	ruff format .
@@ -18,3 +18,7 @@ test-slow:
 
 cards:
 	python benchmarks/render.py
+
+# OSV, since the other service passes what it cannot find: without an answer this fails.
+audit:
+	pip-audit --vulnerability-service osv --skip-editable --progress-spinner off

@@ -16,6 +16,7 @@ from huggingface_hub.utils import sha
 from .card import METADATA_KEYS, address_card
 from .errors import HubError
 from .model_card import MODEL_METADATA_KEYS, render_model_card
+from .outside import is_plain_path
 from .packaging import DISTILLED
 from .storage import sha256_of
 from .verification import check_folder
@@ -104,7 +105,7 @@ def _bundle_of(folder: Path, dataset_id: str | None) -> Bundle:
 
 
 def _dataset(folder: Path) -> Bundle:
-    held = (folder / "provenance.json").read_bytes()
+    held = _own(folder, "provenance.json").read_bytes()
     name = name_in("provenance.json", held)
     differences = check_folder(folder).differences
     if differences or name is None:
@@ -112,7 +113,7 @@ def _dataset(folder: Path) -> Bundle:
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
         raise HubError(f"{str(folder)!r} is not what was packaged: {first}{more}; run --stage package again")
     provenance = json.loads(held)
-    card = (folder / "README.md").read_text(encoding="utf-8")
+    card = _own(folder, "README.md").read_text(encoding="utf-8")
     recipe = str(provenance["recipe"])
     listed = [*provenance["files"], "provenance.json", *(path for path in _PICTURES if (folder / path).is_file())]
     files = {path: _entry(folder, path) for path in listed}
@@ -134,6 +135,8 @@ def _model(folder: Path, facts: str, dataset_id: str | None) -> Bundle:
     missing = [name for name in listed if not (folder / name).is_file()]
     if missing:
         raise HubError(f"{str(folder)!r} has no {missing[0]}; it is not a network that prism-hf stored")
+    for path in listed:
+        _own(folder, path)
     render_model_card(folder, repo_id="org/name", dataset_id=dataset_id)  # what is wrong with it is told before any request
     files = {path: _entry(folder, path) for path in listed}
     name = name_in(facts, (folder / facts).read_bytes())
@@ -151,15 +154,21 @@ def _model(folder: Path, facts: str, dataset_id: str | None) -> Bundle:
 
 
 def _entry(folder: Path, path: str) -> Entry:
-    """A listed file, inside the folder: a link could publish anything that the user can read."""
-    local, pure = folder / path, PurePosixPath(path)
-    parts = [folder.joinpath(*pure.parts[: i + 1]) for i in range(len(pure.parts))]
-    if pure.is_absolute() or ".." in pure.parts or any(part.is_symlink() for part in parts):
-        raise HubError(f"{path!r} in {str(folder)!r} leads out of the folder; put the file itself there")
+    """A listed file of the folder."""
+    local = _own(folder, path)
     if path.endswith(SMALL):
         content = local.read_bytes()
         return Entry(content, hashlib.sha256(content).hexdigest())
     return Entry(local, sha256_of(local))
+
+
+def _own(folder: Path, path: str) -> Path:
+    """The place of a file inside the folder: a link could publish anything that the user can read."""
+    pure = PurePosixPath(path)
+    parts = [folder.joinpath(*pure.parts[: i + 1]) for i in range(len(pure.parts))]
+    if not is_plain_path(path) or any(part.is_symlink() for part in parts):
+        raise HubError(f"{path[:80]!r} in {str(folder)!r} leads out of the folder; put the file itself there")
+    return folder / path
 
 
 def name_in(label: str, content: bytes) -> str | None:
@@ -173,7 +182,7 @@ def name_in(label: str, content: bytes) -> str | None:
             source = facts.get("source") or {"id": facts["settings"]["data"]}
             return f"{facts['teacher']} of {source['id']}"
         return f"student {facts['architecture']} of {facts['dataset']['name']}"
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -26,7 +26,9 @@ def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse
     except PrismError as error:
         if args.debug:
             raise
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        # Words of a hostile file may hold codes for the terminal.
+        text = "".join(letter if letter.isprintable() else "\ufffd" for letter in str(error))
+        sys.stderr.write(f"{type(error).__name__}: {text}\n")
         return 2
 
 

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import datasets
-import httpx2
 import numpy as np
 import torch
+import yaml
+from huggingface_hub import constants
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from .errors import DataError
+from .errors import DataError, PrismError
+from .outside import ARCHIVES, foreign_files, homes_of, is_inside, is_plain_path, read_header, visible_entries
 from .pixels import UNREADABLE, from_pil
 from .plan import derived_seed
 from .recipe import DataRecipe
@@ -43,14 +46,23 @@ class ImageSplit:
         size: Side of the square working image in pixels.
         channels: 1 or 3.
         name: Names the split in errors.
+        homes: Places whose files the images may be; a table can name any file of this machine.
     """
 
     def __init__(
-        self, rows: datasets.Dataset, *, image_column: str, label_column: str, size: int, channels: int, name: str
+        self,
+        rows: datasets.Dataset,
+        *,
+        image_column: str,
+        label_column: str,
+        size: int,
+        channels: int,
+        name: str,
+        homes: tuple[Path, ...] = (),
     ) -> None:
         self._rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
         self._image_column = image_column
-        self.size, self.channels, self.name = size, channels, name
+        self.size, self.channels, self.name, self._homes = size, channels, name, homes
         self.labels = np.asarray(rows.with_format("numpy")[label_column][:], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -76,6 +88,11 @@ class ImageSplit:
 
     def _one(self, index: int) -> Tensor:
         cell = self._rows[index][self._image_column]
+        if cell and cell["bytes"] is None and cell["path"] and not is_inside(Path(cell["path"]), self._homes):
+            raise DataError(
+                f"row {index} of split {self.name!r} is the file {cell['path']!r}, which does not belong to the source; "
+                "store the images themselves in it"
+            )
         try:
             source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
             with Image.open(source) as picture:
@@ -160,7 +177,15 @@ def _labelled(
             f"split {split!r} of {recipe.source!r} lists its classes in another order or number than the training data; "
             "both must share one ClassLabel"
         )
-    part = ImageSplit(rows, image_column=image, label_column=label, size=recipe.size, channels=recipe.channels, name=split)
+    part = ImageSplit(
+        rows,
+        image_column=image,
+        label_column=label,
+        size=recipe.size,
+        channels=recipe.channels,
+        name=split,
+        homes=_homes(recipe.source),
+    )
     wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(names)))
     if len(wrong):
         raise DataError(
@@ -247,20 +272,68 @@ def _open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
         raise DataError(
             f"{where} is neither a folder here nor a Hub id (org/name); give `digits`, a Hub id or the path of a folder"
         )
+    if folder.is_dir():
+        check_local(folder)
     try:
-        if folder.is_dir() and ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
-            saved = datasets.load_from_disk(str(folder))
-            if isinstance(saved, datasets.Dataset):
-                raise DataError(f"{where} was saved as one Dataset without splits; save a DatasetDict with {name!r}")
-            return saved[name]
+        if folder.is_dir() and (folder / "state.json").is_file():
+            raise DataError(f"{where} was saved as one Dataset without splits; save a DatasetDict with {name!r}")
+        if folder.is_dir() and (folder / "dataset_dict.json").is_file():
+            _check_saved(folder)
+            return datasets.load_from_disk(str(folder))[name]
         if folder.is_dir():
-            return datasets.load_dataset(str(folder), recipe.config, split=name, cache_dir=local_cache(folder))
+            # Absolute: a folder called "text" would pass for the reader of that name, which takes all that lies around.
+            return datasets.load_dataset(str(folder.absolute()), recipe.config, split=name, cache_dir=local_cache(folder))
         return datasets.load_dataset(recipe.source, recipe.config, split=name, revision=recipe.revision)
-    except DataError:
+    except PrismError:
         raise
-    except (KeyError, ValueError, OSError, RuntimeError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # foreign bytes reach a dozen readers of `datasets` here, each with errors of its own
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{where}, split {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
+
+
+def _homes(source: str) -> tuple[Path, ...]:
+    """Where image files of a source may lie."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return homes_of(folder)
+    config = datasets.config
+    caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH)
+    return tuple(Path(cache).resolve() for cache in (*caches, constants.HF_HUB_CACHE))
+
+
+def check_local(folder: Path) -> None:
+    """Look at a local folder before `datasets` follows what it names.
+
+    Raises:
+        DataError: Links, archives or paths that lead out of the folder, or a card that is none.
+    """
+    homes = homes_of(folder)
+    for entry in visible_entries(folder):
+        if entry.is_symlink() and not is_inside(Path(entry.path), homes):
+            raise DataError(f"{entry.path!r} is a link that leads out of {str(folder)!r}; put the files themselves there")
+        if entry.name.lower().endswith(ARCHIVES):
+            raise DataError(f"{entry.path!r} is an archive, and none is opened; unpack it, and move it out of the folder")
+    card = folder / "README.md"
+    try:
+        elsewhere = foreign_files(read_header(card.read_text(encoding="utf-8"))) if card.is_file() else []
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{str(card)!r} has no readable header ({' '.join(str(error).split())[:200]})") from error
+    if elsewhere:
+        raise DataError(f"{str(card)!r} takes data from {elsewhere[0]!r}, which is not below the folder; correct it there")
+
+
+def _check_saved(folder: Path) -> None:
+    """The file names in a folder of `save_to_disk`: the library follows them anywhere."""
+    for name in _saved_names(folder):
+        if not is_plain_path(name):
+            raise DataError(f"{str(folder)!r} takes data from {name!r}, which is not below the folder; save it anew")
+
+
+def _saved_names(folder: Path) -> Iterator[object]:
+    for split in json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]:
+        yield split
+        state = json.loads((folder / split / "state.json").read_text(encoding="utf-8"))
+        yield from (file["filename"] for file in state["_data_files"])
 
 
 def _find(rows: datasets.Dataset, named: str | None, kind: type, key: str) -> str:

@@ -182,7 +182,7 @@ def _read(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise HubError(f"{path} is missing; a shared network needs it") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HubError(f"{path} cannot be read ({' '.join(str(error).split())[:100]})") from error
     if not isinstance(values, dict):
         raise HubError(f"{path} holds no JSON object")

@@ -23,6 +23,7 @@ import datasets
 import httpx2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import torch
 from huggingface_hub import HfApi, hf_hub_download, is_offline_mode
@@ -36,11 +37,11 @@ from huggingface_hub.errors import (
 )
 from torch import Tensor
 
-from .data import local_cache
+from .data import check_local, local_cache
 from .errors import DataError
 from .packaging import VIEWS, image_features, view_features
 from .patience import SHORT, again
-from .pixels import decode
+from .pixels import UNREADABLE, decode
 from .recipe import Recipe
 from .recipe_file import load_recipe
 from .views import ViewRows, from_columns
@@ -146,15 +147,24 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
         raise DataError(f"{str(source)!r} is no distilled data set of this format: no column {', '.join(sorted(missing))}")
     shipped = _shipped(source, "recipe.yaml", revision)
     recipe = load_recipe(shipped) if shipped else None
-    if channels is None:
-        channels = recipe.data.channels if recipe else _channels(images)
+    _check_types(source, images, views)
     count = len(images)
     if not count or len(views) % count:
         raise DataError(f"{str(source)!r}: {len(views)} views of {count} images; expected whole epochs")
-    content, image_bytes = _content(images, views)
+    _check_numbers(source, images, views)
+    try:
+        content, image_bytes = _content(images, views)
+        if channels is None:
+            channels = recipe.data.channels if recipe else _channels(images)
+        pixels = _kept(_decoded(images, channels, source), count)
+    except DataError:
+        raise
+    except (*UNREADABLE, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{str(source)!r} holds no pictures of one size ({type(error).__name__}: {reason})") from error
     sizes = [images.info.download_size or 0, views.info.download_size or 0]
     return DistilledDataset(
-        images_uint8=_kept(_decoded(images, channels, source), count),
+        images_uint8=pixels,
         labels=_kept(_column(images, "label"), count),
         class_names=tuple(images.features["label"].names),
         teacher_logits=_kept(_column(images, "teacher_logits"), count),
@@ -166,6 +176,29 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
         content=content,
         teacher_weights=_teacher_weights(_shipped(source, "provenance.json", revision)),
     )
+
+
+def _check_types(source: str | Path, images: datasets.Dataset, views: datasets.Dataset) -> None:
+    label = images.features["label"]
+    names = label.names if isinstance(label, datasets.ClassLabel) else []
+    for table, features in ((images, image_features(names)), (views, view_features(len(names)))):
+        wrong = [column for column, feature in features.items() if table.features[column] != feature]
+        if wrong or not names:
+            column = wrong[0] if wrong else "label"
+            raise DataError(
+                f"{str(source)!r} is no distilled data set of this format: column {column} is {table.features[column]}"
+            )
+
+
+def _check_numbers(source: str | Path, images: datasets.Dataset, views: datasets.Dataset) -> None:
+    """What is used as an index must be one."""
+    classes, count = len(images.features["label"].names), len(images)
+    bounds = {"label": (images, 0, classes), "image_index": (views, 0, count), "mix_image_index": (views, -1, count)}
+    for column, (table, least, end) in bounds.items():
+        values = table.with_format("arrow")[:][column]
+        found = pc.min_max(values).as_py()
+        if values.null_count or found["min"] < least or found["max"] >= end:
+            raise DataError(f"{str(source)!r}: column {column} holds other values than {least} to {end - 1}")
 
 
 def one_commit(source: str | Path, revision: str | None) -> str | None:
@@ -199,9 +232,11 @@ def open_table(source: str | Path, config: str, *, revision: str | None = None) 
     Raises:
         DataError: Not found, or no such table; one line.
     """
+    if Path(source).is_dir():
+        check_local(Path(source))
     try:
         return _load(source, config, revision)
-    except (ValueError, OSError, RuntimeError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # as in data: foreign bytes reach readers with errors of their own
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"distilled data set {str(source)!r}, config {config!r}, cannot be loaded ({type(error).__name__}: {reason}); "
@@ -212,7 +247,9 @@ def open_table(source: str | Path, config: str, *, revision: str | None = None) 
 def _load(source: str | Path, config: str, revision: str | None) -> datasets.Dataset:
     path, small = Path(source), {"fragment_scan_options": _SMALL_READS}
     if path.is_dir():
-        return datasets.load_dataset(str(path), config, split="train", cache_dir=local_cache(path), **small)
+        return datasets.load_dataset(str(path.absolute()), config, split="train", cache_dir=local_cache(path), **small)
+    if str(source).count("/") != 1:  # the library has readers of its own that are called by one word
+        raise DataError("neither a folder nor a Hub id")
     try:
         return datasets.load_dataset(str(source), config, split="train", revision=revision, **small)
     except ValueError:
@@ -240,8 +277,11 @@ def _shipped(source: str | Path, name: str, revision: str | None) -> Path | None
 def _teacher_weights(provenance: Path | None) -> dict[str, str]:
     if provenance is None:
         return {}
-    teachers = json.loads(provenance.read_text(encoding="utf-8"))["teachers"]
-    return {teacher["name"]: teacher["weights_sha256"] for teacher in teachers}
+    try:
+        teachers = json.loads(provenance.read_text(encoding="utf-8"))["teachers"]
+        return {str(teacher["name"]): str(teacher["weights_sha256"]) for teacher in teachers}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DataError(f"{str(provenance)!r} is not what prism-hf wrote ({type(error).__name__})") from error
 
 
 def _content(images: datasets.Dataset, views: datasets.Dataset) -> tuple[str, int]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from .outside import read_yaml
+
 BEGIN = "<!-- prism-hf: made by the program from here on; write above this line, or below the last one -->"
 END = "<!-- prism-hf: made by the program up to here -->"
 
@@ -77,8 +79,8 @@ def _parse(text: str) -> tuple[dict[str, Any], str]:
     """Header and body; a header that is no YAML mapping counts as body, so that it is not lost."""
     found = _HEADER.match(text)
     try:
-        header = yaml.safe_load(found[1]) if found else None
-    except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
+        header = read_yaml(found[1]) if found else None
+    except yaml.YAMLError:
         return {}, text
     if found is None or not isinstance(header, dict | None):
         return {}, text

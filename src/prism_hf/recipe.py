@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 SQUEEZE_PREFIX = "squeeze:"
+_RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)
+"""What Windows keeps for devices, with any extension."""
 
 
 def _number_from_yaml(value: object) -> object:
@@ -382,6 +385,13 @@ class Recipe:
     packaging: PackagingRecipe = Field(default_factory=PackagingRecipe)
 
     def __post_init__(self) -> None:
+        if _RESERVED.fullmatch(self.name.split(".")[0]) or self.name.endswith("."):
+            raise ValueError(f"name {self.name!r} is no name of a folder on every system; choose another one")
+        for name in self.squeezed_teachers:
+            if not re.fullmatch(r"\w+", name.removeprefix(SQUEEZE_PREFIX)):
+                raise ValueError(
+                    f"teacher {name!r} is not squeeze:ARCHITECTURE; a timm architecture is letters, digits and _"
+                )
         synthesis = self.synthesis
         images = synthesis.ipc * self.data.num_classes
         if self.relabel.batch_size > images:

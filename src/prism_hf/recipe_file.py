@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import RecipeError
+from .outside import read_yaml
 from .recipe import (
     DataRecipe,
     EvaluationRecipe,
@@ -43,12 +45,34 @@ def parse_recipe(values: object, *, origin: str = "recipe") -> Recipe:
     if not isinstance(values, dict):
         raise RecipeError(f"{origin}: expected a mapping of sections, got {type(values).__name__}")
     try:
-        return TypeAdapter(Recipe).validate_json(json.dumps(values))
-    except TypeError as error:
+        text = json.dumps(values)
+    except (TypeError, ValueError, RecursionError) as error:
         raise RecipeError(f"{origin}: {error}; use plain YAML values (quote dates)") from error
+    _refuse_secrets(values, origin)
+    try:
+        return TypeAdapter(Recipe).validate_json(text)
     except ValidationError as error:
         problems = "; ".join(_explain(e) for e in error.errors())
         raise RecipeError(f"{origin}: {problems}") from error
+
+
+_SECRET = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}|://[^/\s@]*:[^/\s@]+@")
+
+
+def _refuse_secrets(value: object, origin: str, key: str = "") -> None:
+    """A recipe is published with its data set, so an access token or a password in it is refused, and not repeated."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_secrets(str(name), origin, key)
+            _refuse_secrets(item, origin, f"{key}.{name}".strip("."))
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_secrets(item, origin, key)
+    elif isinstance(value, str) and _SECRET.search(value):
+        raise RecipeError(
+            f"{_SECRET.sub('...', origin)}: {_SECRET.sub('...', key) or 'a key'} holds an access token or a password, and "
+            "recipes are published; take it out, and set HF_TOKEN or run `hf auth login`"
+        )
 
 
 def _explain(error: Mapping[str, Any]) -> str:
@@ -90,7 +114,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"recipe {str(path)!r} not found; give the path of a YAML file") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -117,7 +141,7 @@ def _apply(values: object, override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"override {override!r}: expected dotted.key=value, for example synthesis.iterations=20")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"override {override!r}: the value is not valid YAML") from error
     *parents, last = key.split(".")

@@ -12,6 +12,7 @@ from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
 
 from .bundle import Entry, Kind
 from .errors import HubError
+from .outside import without_password
 from .storage import sha256_of
 
 MAIN = "main"
@@ -105,4 +106,4 @@ class Repository:
     def commit_url(self, commit: str) -> str:
         """Where a commit can be looked at."""
         prefix = "datasets/" if self.target.kind == "dataset" else ""
-        return f"{self.api.endpoint}/{prefix}{self.target.repo_id}/commit/{commit}"
+        return f"{without_password(self.api.endpoint)}/{prefix}{self.target.repo_id}/commit/{commit}"

@@ -33,7 +33,7 @@ from .lock import HOLDER, LOCK, holder_text, locked
 from .plan import STAGES, TRACKERS
 from .progress import Progress, progress
 from .recipe import Recipe, to_dict
-from .recipe_file import differing_keys, dump_recipe, load_recipe
+from .recipe_file import differing_keys, dump_recipe, load_recipe, public_recipe
 from .storage import DRAFT, clear_drafts, set_aside, write_bytes, write_json
 from .synthesis import Precision
 
@@ -277,9 +277,9 @@ def _moved_aside(folder: Path) -> Path:
 
 
 def start_trackers(run: Run) -> None:
-    """Open the trackers, if any, with the recipe's values as their config."""
+    """Open the trackers, if any, with the recipe's values as their config; local paths stay here."""
     if run.accelerator.log_with:
-        flat = {key: _scalar(value) for key, value in _flat(to_dict(run.recipe), "")}
+        flat = {key: _scalar(value) for key, value in _flat(to_dict(public_recipe(run.recipe)), "")}
         run.accelerator.init_trackers("prism-hf", config=flat)
 
 

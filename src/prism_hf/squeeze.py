@@ -12,6 +12,7 @@ import logging
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -57,8 +58,9 @@ def read_squeezed(folder: Path, data: SourceData) -> dict[str, object]:
 
     Raises:
         TeacherError: It was trained on other images: the source has changed behind its name.
+        DamagedError: squeeze.json is not readable.
     """
-    report = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    report = _facts(folder)
     if report["train_content"] != data.train.content:
         raise TeacherError(
             f"the teacher in {folder} was trained on other images than the source holds now; move it away, or use another "
@@ -88,10 +90,19 @@ def weights_of(folder: Path) -> str | None:
     Raises:
         DamagedError: squeeze.json is not readable.
     """
+    return _facts(folder).get("weights_sha256")
+
+
+def _facts(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / FACTS).read_text(encoding="utf-8")).get("weights_sha256")
-    except (OSError, ValueError, AttributeError) as error:
-        raise DamagedError(f"{folder / FACTS} is not readable ({type(error).__name__})") from error
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        assert isinstance(facts["train_content"], str)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, AssertionError) as error:
+        raise DamagedError(
+            f"{folder / FACTS} is not what prism-hf wrote ({type(error).__name__}); move the folder away, and the teacher is "
+            "trained again"
+        ) from error
+    return facts
 
 
 def check_architectures(recipe: Recipe) -> None:

@@ -21,6 +21,7 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from .errors import TeacherError
+from .outside import stray_link
 from .pixels import reference_mean_std
 from .recipe import SQUEEZE_PREFIX
 from .weights import CONFIG, INDEX, WEIGHTS, HubFiles, fetch, shard_names
@@ -245,15 +246,22 @@ def _check_folder(folder: Path, name: str) -> None:
             f"teacher {name!r}: {folder} has no {' and no '.join(missing)}; expected a timm folder with config.json and "
             "model.safetensors (pickled weights are not loaded)"
         )
+    _check_links(folder, name)
     try:
         architecture = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architecture"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise TeacherError(
             f"teacher {name!r}: {folder}/config.json does not name a timm architecture; "
             "a model of transformers is transformers:ORG/NAME"
         ) from error
     if not (isinstance(architecture, str) and timm.is_model(architecture)):
         raise TeacherError(f"teacher {name!r}: timm knows no architecture {architecture!r}, as {folder}/config.json names")
+
+
+def _check_links(folder: Path, name: str) -> None:
+    link = stray_link(folder)
+    if link is not None:
+        raise TeacherError(f"teacher {name!r}: {link} is a link that leads out of its folder; put the file itself there")
 
 
 def _cannot_load(name: str, error: Exception) -> TeacherError:
@@ -319,6 +327,16 @@ def _from_transformers(name: str) -> Teacher:
 
 
 def _check_transformers_folder(folder: Path, name: str) -> None:
+    _check_links(folder, name)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _cannot_load(name, error) from error
+    # What is called model_args reaches timm's own loader of checkpoints, pickles among them.
+    if isinstance(config, dict) and "checkpoint_path" in (config.get("model_args") or {}):
+        raise TeacherError(
+            f"teacher {name!r}: its config.json names a checkpoint of its own; only model.safetensors is opened"
+        )
     if (folder / ADAPTER).is_file():
         raise TeacherError(f"teacher {name!r} adapts another model ({ADAPTER}); merge the two and save the whole model")
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():

@@ -17,6 +17,7 @@ import yaml
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, HfApi
 
+from .outside import homes_of, is_inside, is_plain_path, read_header
 from .packaging import FORMAT_VERSION, VIEWS
 from .patience import SHORT, again
 from .storage import sha256_of
@@ -50,29 +51,28 @@ def check_folder(folder: Path) -> Verification:
     try:
         provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
         version, files = provenance["format_version"], dict(provenance["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return Verification(0, {}, (f"provenance.json cannot be read ({type(error).__name__})",))
     if version != FORMAT_VERSION:
         line = f"provenance.json: format version {version!r}, but this program knows {FORMAT_VERSION}"
         return Verification(0, {}, (line,))
+    if not is_inside(folder / "provenance.json", homes_of(folder)):
+        return Verification(0, {}, ("provenance.json: a link that leads out of the folder",))
     listed = [difference for name, facts in files.items() for difference in _check_file(folder, name, facts)]
+    own = {name: facts for name, facts in files.items() if _strange(folder, name) is None}
     extra = [
         f"{path.relative_to(folder).as_posix()!r}: provenance.json does not list it, and it would be mixed in"
         for sub in TABLES.values()
         for path in sorted((folder / sub).glob("train-*"))
         if path.relative_to(folder).as_posix() not in files
     ]
-    rows = {config: _rows(folder, files, sub) for config, sub in TABLES.items()}
-    return Verification(len(files), rows, (*listed, *extra, *_check_card(folder, files, rows)))
+    rows = {config: _rows(folder, own, sub) for config, sub in TABLES.items()}
+    return Verification(len(files), rows, (*listed, *extra, *_check_card(folder, own, rows)))
 
 
 def _check_file(folder: Path, name: str, facts: Any) -> Iterator[str]:
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts:
-        yield f"{name!r}: provenance.json names a file outside the folder"
-        return
-    if name in ("README.md", "provenance.json") or not name.isprintable() or any(p.startswith(".") for p in pure.parts):
-        yield f"{name!r}: provenance.json names a file that is no part of a data set"
+    if strange := _strange(folder, name):
+        yield strange
         return
     if not isinstance(facts, dict) or not _SHA256.fullmatch(str(facts.get("sha256"))):
         yield f"{name}: provenance.json holds no SHA-256 for it"
@@ -86,6 +86,18 @@ def _check_file(folder: Path, name: str, facts: Any) -> Iterator[str]:
         yield f"{name}: other content than packaged (SHA-256 differs)"
     elif path.suffix == ".parquet":
         yield from _check_table(path, name, facts)
+
+
+def _strange(folder: Path, name: str) -> str | None:
+    """Why a file that provenance.json names is not opened, if it is not."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts:
+        return f"{name[:80]!r}: provenance.json names a file outside the folder"
+    if name in ("README.md", "provenance.json") or not is_plain_path(name) or any(p.startswith(".") for p in pure.parts):
+        return f"{name[:80]!r}: provenance.json names a file that is no part of a data set"
+    if not is_inside(folder / name, homes_of(folder)):
+        return f"{name}: a link that leads out of the folder"
+    return None
 
 
 def _check_table(path: Path, name: str, facts: Mapping[str, Any]) -> Iterator[str]:
@@ -104,14 +116,19 @@ def _table_rows(path: Path) -> int | None:
 
 
 def _rows(folder: Path, files: Mapping[str, Any], sub: str) -> int:
-    names = [name for name in files if name.startswith(f"{sub}/") and name.endswith(".parquet") and ".." not in name]
+    names = [name for name in files if name.startswith(f"{sub}/") and name.endswith(".parquet")]
     return sum(_table_rows(folder / name) or 0 for name in names)
 
 
 def _check_card(folder: Path, files: Mapping[str, Any], rows: Mapping[str, int]) -> Iterator[str]:
     """What `datasets` goes by: where the card's configs point to, their rows and columns; and whole epochs of views."""
+    if not is_inside(folder / "README.md", homes_of(folder)):
+        yield "README.md: a link that leads out of the folder"
+        return
     try:
-        card = DatasetCard((folder / "README.md").read_text(encoding="utf-8"))
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        read_header(text)  # the library below would follow aliases without end
+        card = DatasetCard(text)
         infos = DatasetInfosDict.from_dataset_card_data(card.data)
         stated = {name: (infos[name].splits["train"].num_examples, infos[name].features) for name in TABLES}
         paths = {config["config_name"]: config["data_files"] for config in card.data.to_dict()["configs"]}

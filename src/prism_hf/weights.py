@@ -25,10 +25,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     XetDownloadError,
 )
-from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .errors import TeacherError
+from .outside import read_header, without_password
 from .storage import sha256_of, write_bytes
 
 CONFIG = "config.json"
@@ -185,7 +185,7 @@ def _lacking(want: _Want, folder: Path) -> list[str]:
 def _shards(want: _Want, folder: Path) -> list[str]:
     try:
         return shard_names(folder / INDEX)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise want.error(f"{error}; {folder / INDEX} is damaged or no index of safetensors, use other weights") from error
 
 
@@ -225,8 +225,10 @@ def _check_content(want: _Want, path: Path) -> None:
 
 def _licence(folder: Path) -> str | None:
     try:
-        card = metadata_load(folder / CARD) or {}
+        card = read_header((folder / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if not isinstance(card, dict):
         return None
     licence = card.get("license")
     if licence == "other":
@@ -289,7 +291,7 @@ def _ask(want: _Want) -> ModelInfo:
 
 def _endpoint() -> str:
     """Where the Hub is, without a password that the address may hold."""
-    return re.sub("//[^/@]*@", "//", constants.ENDPOINT)
+    return without_password(constants.ENDPOINT)
 
 
 def _refusal(want: _Want, error: HfHubHTTPError) -> TeacherError:

@@ -1,0 +1,109 @@
+"""How what comes from outside is looked at before anything follows it: endless text, links and paths that lead away."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PureWindowsPath
+
+import yaml
+
+MOST_ALIASES = 16
+"""Aliases in one YAML text; each level of an alias bomb needs two at least, so this many stand for some hundred values."""
+LONGEST_NAME = 200
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".tbz2", ".xz", ".txz", ".7z", ".rar", ".zst", ".lz4")
+
+_ELSEWHERE = re.compile(r"^[/\\~]|^\w[\w+.-]*:[/\\]|::")
+_HEADER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.MULTILINE | re.DOTALL)
+
+
+class _Loader(yaml.SafeLoader):
+    aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            self.aliases += 1
+            if self.aliases > MOST_ALIASES:
+                raise yaml.YAMLError(f"more than {MOST_ALIASES} aliases (*name); write the values out")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(text: str) -> object:
+    """YAML -> plain values.
+
+    Raises:
+        yaml.YAMLError: It is none, or is nested or repeated beyond all use; one line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
+    except ValueError as error:  # a date that is none, a number of thousands of digits
+        raise yaml.YAMLError(" ".join(str(error).split())) from error
+
+
+def read_header(text: str) -> object:
+    """The YAML header of a card, or `None`; see `read_yaml`."""
+    found = _HEADER.match(text)
+    return read_yaml(found[1]) if found else None
+
+
+def foreign_files(header: object) -> list[str]:
+    """What the `configs` in a card's header take from elsewhere: `datasets` follows any path and address there."""
+    configs = header.get("configs") if isinstance(header, dict) else None
+    named = [config.get(key) for config in (configs if isinstance(configs, list) else []) if isinstance(config, dict)
+             for key in ("data_files", "data_dir")]  # fmt: skip
+    return [text for text in _texts(named) if _ELSEWHERE.search(text) or ".." in re.split(r"[/\\]", text)]
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
+
+
+def without_password(address: str) -> str:
+    """An address as it may be shown."""
+    return re.sub("//[^/@]*@", "//", address)
+
+
+def is_plain_path(name: object) -> bool:
+    """Whether a name is a path of ordinary characters below a folder, on any system."""
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+        return False
+    parts = name.split("/")
+    return "\\" not in name and not PureWindowsPath(name).drive and not {"", ".", ".."} & set(parts)
+
+
+def homes_of(folder: Path) -> tuple[Path, ...]:
+    """Where the files of a folder may really lie: in it, or, if it is a snapshot in the Hub's cache, among its blobs."""
+    real = Path(os.path.realpath(folder))
+    snapshots = (place for place in (real, *real.parents) if place.name == "snapshots")
+    # The blobs of its repo, and those that all repos share.
+    return (real, *(above / "blobs" for place in snapshots for above in place.parents[:2]))
+
+
+def is_inside(path: Path, homes: tuple[Path, ...]) -> bool:
+    """Whether a path, all links followed, ends in one of these places."""
+    real = Path(os.path.realpath(path))
+    return any(real.is_relative_to(home) for home in homes)
+
+
+def stray_link(folder: Path) -> Path | None:
+    """A link below a folder that leads out of it; hidden ones do not count, nobody reads them."""
+    homes = homes_of(folder)
+    links = (Path(entry.path) for entry in visible_entries(folder) if entry.is_symlink())
+    return next((link for link in links if not is_inside(link, homes)), None)
+
+
+def visible_entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    """Files, folders and links below a folder, hidden ones and what links lead to left out."""
+    with os.scandir(folder) as found:
+        entries = [entry for entry in found if not entry.name.startswith(".")]
+    for entry in entries:
+        yield entry
+        if entry.is_dir(follow_symlinks=False):
+            yield from visible_entries(entry.path)

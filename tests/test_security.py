@@ -1,0 +1,948 @@
+# ruff: noqa: F811
+"""What a hostile file, name or link may not do. Every bomb would leave a file behind if it ever went off.
+
+Elsewhere: weights on the Hub (test_weights), text in cards (test_card, test_model_card, test_readme), class names as
+folders (test_export), what is pushed (test_bundle), the token in a push (test_hub, test_push).
+"""
+
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import tarfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from hub_fixtures import connected, hub, online, transport  # noqa: F401
+from pipeline import ROOT, TINY, add_card, launch, one_line, random_picture, save_timm, sha_tree, small_set, tiny
+from test_teachers import resnet
+
+from prism_hf.bundle import bundle_of
+from prism_hf.console import main
+from prism_hf.data import load_source
+from prism_hf.errors import DataError, HubError, PrismError, RecipeError, TeacherError
+from prism_hf.export import export
+from prism_hf.outside import homes_of, is_inside, is_plain_path, read_header, read_yaml, stray_link, without_password
+from prism_hf.reading import load_distilled
+from prism_hf.readme import merge_readme
+from prism_hf.recipe import DataRecipe
+from prism_hf.recipe_file import load_recipe, parse_recipe
+from prism_hf.repository import Repository, Target
+from prism_hf.run import Run, make_accelerator, start_trackers
+from prism_hf.teachers import load_teacher
+from prism_hf.verification import check_folder
+
+CPU = torch.device("cpu")
+lfs_only = pytest.mark.parametrize("transport", ["lfs"], indirect=True)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture
+def bomb(tmp_path):
+    """Bytes that create a file when they are unpickled; nothing in the test may do so."""
+    fired = tmp_path / "fired"
+    data = pickle.dumps(Bomb(fired))
+    pickle.loads(data)
+    assert fired.exists(), "the bomb works"
+    fired.unlink()
+    yield data
+    assert not fired.exists()
+
+
+def code(tmp_path):
+    """A module that would leave the same file behind."""
+    return f"open({str(tmp_path / 'fired')!r}, 'w')\n".encode()
+
+
+@pytest.fixture(scope="module")
+def timm_folder(tmp_path_factory):
+    return save_timm(tmp_path_factory.mktemp("security") / "timm")
+
+
+@pytest.fixture(scope="module")
+def transformers_folder(tmp_path_factory):
+    return resnet(tmp_path_factory.mktemp("security") / "resnet")
+
+
+@pytest.fixture
+def network(request, tmp_path, timm_folder, transformers_folder):
+    """A copy of a folder of each kind, with the prefix of its name."""
+    kind = getattr(request, "param", "local-dir")
+    source = timm_folder if kind == "local-dir" else transformers_folder
+    return kind, Path(shutil.copytree(source, tmp_path / "net"))
+
+
+both = pytest.mark.parametrize("network", ["local-dir", "transformers"], indirect=True)
+
+
+def refused(kind, folder, *words):
+    with pytest.raises(TeacherError) as error:
+        load_teacher(f"{kind}:{folder}", device=CPU)
+    text = one_line(error)
+    assert all(word in text for word in words), text
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# -- pickles and code in teachers -------------------------------------------------------------------------------------
+
+PICKLED = (
+    "pytorch_model.bin", "model.bin", "model.ckpt", "model.pt", "net.pth", "training_args.bin", "model.npz", "tf_model.h5",
+    "flax_model.msgpack", "pytorch_model-00001-of-00002.bin",
+)  # fmt: skip
+
+
+@both
+@pytest.mark.parametrize("name", PICKLED)
+def test_a_folder_with_nothing_but_a_pickle_is_refused(network, bomb, name):
+    kind, folder = network
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(bomb)
+    if name == "pytorch_model-00001-of-00002.bin":
+        index = {"metadata": {}, "weight_map": {"fc.weight": name}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(kind, folder, "has no model.safetensors" if kind == "local-dir" else "safetensors")
+
+
+@both
+def test_pickles_beside_weights_are_left_alone(network, bomb):
+    kind, folder = network
+    for name in PICKLED:
+        (folder / name).write_bytes(bomb)
+    assert load_teacher(f"{kind}:{folder}", device=CPU).num_classes == 3
+
+
+@both
+@pytest.mark.parametrize("where", ["folder", "Hub"])
+def test_a_pickle_under_the_name_of_safe_weights_is_refused(request, network, bomb, where, tmp_path, monkeypatch):
+    kind, folder = network
+    (folder / "model.safetensors").write_bytes(bomb)
+    if where == "folder":
+        return refused(kind, folder, "cannot be loaded")
+    server = served(request, tmp_path, monkeypatch)
+    server.create("models", "org/net", {path.name: path.read_bytes() for path in folder.iterdir()})
+    refused("hf-hub" if kind == "local-dir" else kind, "org/net", "cannot be loaded")
+
+
+def served(request, tmp_path, monkeypatch):
+    """The tests' Hub with empty caches."""
+    request.getfixturevalue("online")
+    server = request.getfixturevalue("hub")
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {"ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data-cache")
+    return server
+
+
+@pytest.mark.parametrize("key", ["file", "url", "hf_hub_filename"])
+def test_weights_that_a_timm_config_names_elsewhere_are_not_opened(network, bomb, key, tmp_path):
+    kind, folder = network
+    (tmp_path / "bomb.bin").write_bytes(bomb)
+    place = str(tmp_path / "bomb.bin")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= {key: f"file://{place}" if key == "url" else place, "custom_load": True, "source": "file"}
+    change(folder / "config.json", pretrained_cfg=config["pretrained_cfg"])
+    assert load_teacher(f"{kind}:{folder}", device=CPU).num_classes == 3
+    change(folder / "config.json", model_args={"checkpoint_path": place, "pretrained_cfg": {"file": place}})
+    refused(kind, folder, "cannot be loaded")
+
+
+def test_a_checkpoint_in_the_arguments_of_a_wrapped_timm_model_is_not_opened(network, bomb, tmp_path):
+    _, folder = network
+    (tmp_path / "bomb.bin").write_bytes(bomb)
+    change(folder / "config.json", model_type="timm_wrapper", model_args={"checkpoint_path": str(tmp_path / "bomb.bin")})
+    refused("transformers", folder, "checkpoint of its own")
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("network", ["transformers"], indirect=True)
+def test_code_that_a_folder_brings_is_not_run(network, bomb, tmp_path, file):
+    kind, folder = network
+    (folder / "custom_code.py").write_bytes(code(tmp_path))
+    names = ("AutoConfig", "AutoModelForImageClassification", "AutoImageProcessor")
+    change(folder / file, auto_map=dict.fromkeys(names, "custom_code.Evil"))
+    if file == "config.json":
+        change(folder / file, model_type="evil")
+    else:
+        change(folder / file, image_processor_type="Evil")
+    refused(kind, folder, "cannot be loaded")
+
+
+@both
+@pytest.mark.parametrize("text", ["[" * 100_000, "{" * 3, '{"a": ' * 100_000, "3", '"x"', "null"])
+def test_a_config_that_is_none_is_one_line(network, text):
+    kind, folder = network
+    (folder / "config.json").write_text(text)
+    refused(kind, folder)
+
+
+# -- pickles and code in data -----------------------------------------------------------------------------------------
+
+
+def picture(seed=0):
+    buffer = io.BytesIO()
+    random_picture(8, 8, seed=seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def class_folders(folder):
+    """An ImageFolder of two classes."""
+    for number, part in enumerate(("train", "test")):
+        for label in ("ant", "bee"):
+            (folder / part / label).mkdir(parents=True)
+            for row in range(2):
+                (folder / part / label / f"{row}.png").write_bytes(picture(2 * number + row))
+    return folder
+
+
+def source(place, **values):
+    return DataRecipe(source=str(place), num_classes=2, size=16, **values)
+
+
+def pixels(recipe):
+    data = load_source(recipe)
+    return data.train.images(range(len(data.train)))
+
+
+def bad_data(place, *words, **values):
+    with pytest.raises(DataError) as error:
+        pixels(source(place, **values))
+    text = one_line(error)
+    assert all(word in text for word in words), text
+    return text
+
+
+def test_the_folder_of_these_tests_loads(tmp_path):
+    assert pixels(source(class_folders(tmp_path / "data"))).shape == (4, 3, 16, 16)
+
+
+def object_array(bomb_path):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Bomb(bomb_path)], dtype=object), allow_pickle=True)
+    return buffer.getvalue()
+
+
+def extension_table(bomb):
+    """A table whose column carries the extension type that older versions of pyarrow unpickle."""
+    hostile = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": bomb}
+    return pa.table({"x": [1, 2]}, schema=pa.schema([pa.field("x", pa.int64(), metadata=hostile)]))
+
+
+def write_arrow(path, table):
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def hostile_data(folder, kind, bomb, tmp_path):
+    """A folder that some reader could run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "script":
+        (folder / f"{folder.name}.py").write_bytes(code(tmp_path))
+        (folder / "dataset_infos.json").write_text("{}")
+    elif kind == "pickle":
+        for name in ("train.pkl", "train.pickle", "train.pt", "train.npy", "train.npz"):
+            (folder / name).write_bytes(bomb)
+        (folder / "test.npy").write_bytes(object_array(tmp_path / "fired"))
+    elif kind == "arrow":
+        write_arrow(folder / "train.arrow", extension_table(bomb))
+    elif kind == "parquet":
+        pq.write_table(extension_table(bomb), folder / "train.parquet")
+    elif kind == "saved":
+        part = datasets.Dataset.from_dict({"image": [1, 2], "label": [0, 1]})
+        datasets.DatasetDict(train=part, test=part).save_to_disk(folder)
+        (file,) = (folder / "train").glob("*.arrow")
+        write_arrow(file, extension_table(bomb))
+        for name in ("state.json", "dataset_info.json"):
+            (folder / "train" / f"{name}.pkl").write_bytes(bomb)
+    return folder
+
+
+KINDS = ["script", "pickle", "arrow", "parquet", "saved"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_that_could_run_code_is_one_line(tmp_path, bomb, kind):
+    place = hostile_data(tmp_path / "evil", kind, bomb, tmp_path)
+    bad_data(place)
+    with pytest.raises(DataError) as error:
+        load_distilled(place)
+    one_line(error)
+
+
+@pytest.mark.parametrize("kind", ["script", "pickle", "arrow", "parquet", "tar"])
+def test_data_on_the_hub_that_could_run_code_is_one_line(request, tmp_path, monkeypatch, bomb, kind):
+    server = served(request, tmp_path, monkeypatch)
+    if kind == "tar":
+        files = {"train.tar": tar({"0.png": picture(), "0.pyd": bomb, "0.pkl": bomb, "0.pth": bomb})}
+    else:
+        folder = hostile_data(tmp_path / "evil", kind, bomb, tmp_path)
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    server.create("datasets", "org/evil", files)
+    bad_data("org/evil", label_column="json", image_column="png")
+    with pytest.raises(DataError) as error:
+        load_distilled("org/evil")
+    one_line(error)
+
+
+def tar(members):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["pandas", "text", "csv", "imagefolder", "webdataset"])
+def test_a_folder_named_like_a_reader_does_not_open_what_lies_around(tmp_path, monkeypatch, bomb, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "around.pkl").write_bytes(bomb)
+    (tmp_path / "around.csv").write_text("x\nsecret\n")
+    class_folders(tmp_path / name)
+    assert load_source(source(name)).class_names == ("ant", "bee")
+    shutil.rmtree(tmp_path / name)
+    bad_data(name, "neither a folder here nor a Hub id")
+    with pytest.raises(DataError, match="neither a folder nor a Hub id"):
+        load_distilled(name)
+
+
+FEATURES = [
+    b"{", b"[]", b"3", b'{"info": 3}', b'{"info": {"features": 3}}', b"[" * 100_000,
+    b'{"info": {"features": {"x": {"_type": "os.system"}}}}', b'{"info": {"features": {"x": {"_type": "Pdf"}}}}',
+    b'{"info": {"features": {"x": {"_type": "ClassLabel", "names_file": "/etc/passwd"}}}}',
+    b'{"info": {"features": {"x": {"_type": "Value", "dtype": "__import__(\'os\')"}}}}',
+    b'{"info": {"features": {"x": [[[[3]]]]}}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=lambda text: text[:50].decode())
+def test_strange_features_in_a_table_are_one_line(tmp_path, features):
+    (tmp_path / "data").mkdir()
+    table = pa.table({"x": [1, 2]}).replace_schema_metadata({b"huggingface": features})
+    pq.write_table(table, tmp_path / "data" / "train.parquet")
+    assert "root:" not in bad_data(tmp_path / "data")
+    with pytest.raises(DataError) as error:
+        load_distilled(tmp_path / "data")
+    one_line(error)
+
+
+# -- data that leads out of its folder --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def secret(tmp_path):
+    """Somebody's own picture, which is not part of the data."""
+    place = tmp_path / "private" / "secret.png"
+    place.parent.mkdir()
+    place.write_bytes(picture(9))
+    return place
+
+
+@pytest.mark.parametrize(
+    "how", ["{}", "../private/*.png", "file://{}", "private/../../private/secret.png", "http://e/x.png"]
+)
+@pytest.mark.parametrize("shape", ["text", "list", "split", "folder"])
+def test_a_card_that_takes_data_from_elsewhere_is_refused(tmp_path, secret, how, shape):
+    folder, path = class_folders(tmp_path / "data"), how.format(secret)
+    config = {
+        "text": {"data_files": path},
+        "list": {"data_files": ["train/*/*.png", path]},
+        "split": {"data_files": [{"split": "train", "path": [path]}]},
+        "folder": {"data_dir": path},
+    }[shape]
+    header = yaml.safe_dump({"configs": [{"config_name": "default"} | config]})
+    (folder / "README.md").write_text(f"---\n{header}---\n")
+    bad_data(folder, "README.md", "not below the folder")
+    with pytest.raises(DataError, match="not below the folder"):
+        load_distilled(folder)
+
+
+@pytest.mark.parametrize("how", ["absolute", "relative"])
+@pytest.mark.parametrize("kind", ["parquet", "saved", "metadata"])
+def test_a_table_that_names_a_picture_elsewhere_does_not_get_it(tmp_path, monkeypatch, secret, how, kind):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    path = str(secret) if how == "absolute" else "../private/secret.png"
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+    cells = pa.array([{"bytes": None, "path": path}] * 2, type=features.arrow_schema.field("image").type)
+    table = pa.table({"image": cells, "label": pa.array([0, 1])}, schema=features.arrow_schema)
+    if kind == "parquet":
+        for part in ("train", "test"):
+            pq.write_table(table, folder / f"{part}.parquet")
+    elif kind == "saved":
+        part = datasets.Dataset.from_dict({"image": [picture()] * 2, "label": [0, 1]}, features=features)
+        datasets.DatasetDict(train=part, test=part).save_to_disk(folder)
+        write_arrow(next((folder / "train").glob("*.arrow")), table)
+    else:
+        for part in ("train", "test"):
+            (folder / part).mkdir()
+            (folder / part / "0.png").write_bytes(picture())
+            (folder / part / "metadata.csv").write_text(f"file_name,label\n0.png,0\n../{path},1\n")
+    assert "cannot be loaded" in (text := bad_data(folder)) or "does not belong to the source" in text
+
+
+def test_a_data_set_on_the_hub_does_not_get_a_picture_of_this_machine(request, tmp_path, monkeypatch, secret):
+    server = served(request, tmp_path, monkeypatch)
+    cell = {"bytes": None, "path": str(secret)}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+    cells = pa.array([cell] * 2, type=features.arrow_schema.field("image").type)
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": cells, "label": pa.array([0, 1])}, schema=features.arrow_schema), buffer)
+    server.create("datasets", "org/evil", {"train.parquet": buffer.getvalue(), "test.parquet": buffer.getvalue()})
+    bad_data("org/evil", "row 0", "does not belong to the source")
+    header = f"---\nconfigs:\n- config_name: default\n  data_files: {secret}\n---\n"
+    server.create("datasets", "org/other", {"README.md": header.encode(), "train.parquet": buffer.getvalue()})
+    bad_data("org/other")
+
+
+@pytest.mark.parametrize(
+    "change_it",
+    [
+        lambda f: (f / "dataset_dict.json").write_text('{"splits": ["../other/train", "test"]}'),
+        lambda f: (f / "dataset_dict.json").write_text('{"splits": [3]}'),
+        lambda f: (f / "dataset_dict.json").write_text("[" * 100_000),
+        lambda f: change(
+            f / "train" / "state.json", _data_files=[{"filename": "../../other/train/data-00000-of-00001.arrow"}]
+        ),
+        lambda f: change(f / "train" / "state.json", _data_files=[{"filename": "/etc/passwd"}]),
+        lambda f: change(f / "train" / "state.json", _data_files=3),
+        lambda f: (f / "train" / "state.json").write_text("[]"),
+        lambda f: change(f / "train" / "dataset_info.json", features={"x": {"_type": "os.system"}}),
+    ],
+)
+def test_a_saved_data_set_that_names_files_elsewhere_is_one_line(tmp_path, change_it):
+    part = datasets.Dataset.from_dict({"x": [1]})
+    for name in ("data", "other"):
+        datasets.DatasetDict(train=part, test=part).save_to_disk(tmp_path / name)
+    change_it(tmp_path / "data")
+    assert "column of type Image" not in bad_data(tmp_path / "data")
+
+
+ARCHIVES = {
+    "train.zip": lambda path: zipped(path, {"../../../escaped.png": picture(), "ant/0.png": picture()}),
+    "bomb.zip": lambda path: zipped(path, {"train/ant/0.png": bytes(30_000_000)}),
+    "train.tar": lambda path: path.write_bytes(tar({"../../escaped.png": picture(), "/tmp/escaped.png": b"x"})),
+    "train.tar.gz": lambda path: path.write_bytes(b"\x1f\x8b"),
+}
+
+
+def zipped(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_archives_are_not_opened(tmp_path, name):
+    folder = class_folders(tmp_path / "data")
+    ARCHIVES[name](folder / "train" / name)
+    before = sha_tree(tmp_path)
+    bad_data(folder, name, "archive", "unpack it")
+    with pytest.raises(DataError, match="archive"):
+        load_distilled(folder)
+    assert sha_tree(tmp_path) == before
+
+
+# -- links ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "chain", "nowhere"])
+def test_links_out_of_a_folder_of_pictures_are_refused(tmp_path, secret, kind):
+    folder = class_folders(tmp_path / "data")
+    link = folder / "train" / "ant" / "9.png"
+    if kind == "folder":
+        link = folder / "train" / "cat"
+    target = {"folder": secret.parent, "chain": tmp_path / "first", "nowhere": tmp_path / "gone"}
+    (tmp_path / "first").symlink_to(secret)
+    link.symlink_to(target.get(kind, secret))
+    bad_data(folder, link.name, "leads out of")
+
+
+def test_links_inside_a_folder_and_to_a_folder_are_fine(tmp_path):
+    folder = class_folders(tmp_path / "data")
+    (folder / "train" / "ant" / "9.png").symlink_to("0.png")
+    (folder / "train" / "ant" / "loop.png").symlink_to("loop.png")
+    (folder / "train" / ".hidden").symlink_to("/etc/passwd")
+    (tmp_path / "link").symlink_to(folder)
+    assert len(load_source(source(tmp_path / "link")).train) == 5
+
+
+def snapshot(folder, repo, shared=False):
+    """The same files as they lie in the Hub's cache: links to blobs."""
+    place = repo / "snapshots" / "0123"
+    blobs = repo.parent / "blobs" if shared else repo / "blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(p for p in folder.rglob("*") if p.is_file())):
+        (blobs / str(number)).write_bytes(path.read_bytes())
+        link = place / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    return place
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_snapshots_in_the_hubs_cache_are_read_through_their_links(tmp_path, timm_folder, distilled, shared):
+    data = snapshot(class_folders(tmp_path / "plain"), tmp_path / "1" / "datasets--a--b", shared)
+    assert load_source(source(data)).train.images([0, 1, 2, 3]).shape[0] == 4
+    net = snapshot(timm_folder, tmp_path / "2" / "models--a--b", shared)
+    assert load_teacher(f"local-dir:{net}", device=CPU).num_classes == 3
+    packed = snapshot(distilled, tmp_path / "3" / "datasets--a--b", shared)
+    assert check_folder(packed).differences == ()
+    assert len(load_distilled(packed).labels) == 12
+
+
+@both
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "other.json"])
+def test_links_out_of_a_folder_of_weights_are_refused(network, tmp_path, name):
+    kind, folder = network
+    if name == "other.json":
+        (folder / name).write_text("{}")
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    refused(kind, folder, name, "leads out of")
+
+
+@pytest.fixture
+def distilled(tmp_path):
+    """A data set folder with card and provenance."""
+    recipe, names, *_ = small_set(tmp_path / "set")
+    add_card(tmp_path / "set", recipe, names)
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("name", ["README.md", "provenance.json", "recipe.yaml", "data", "views", "assets"])
+def test_no_command_follows_a_link_out_of_a_data_set(distilled, tmp_path, name):
+    if name == "assets":
+        (distilled / name).mkdir()
+        (distilled / name / "grid.png").write_bytes(picture())
+    (distilled / name).rename(tmp_path / "elsewhere")
+    (distilled / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(HubError) as error:
+        bundle_of(distilled)
+    assert "leads out of the folder" in one_line(error)
+    for read in (load_distilled, lambda f: export(f, tmp_path / "out", format="imagefolder")):
+        with pytest.raises(DataError) as error:
+            read(distilled)
+        assert "leads out of" in one_line(error)
+    if name != "assets":
+        assert any("leads out of the folder" in line for line in check_folder(distilled).differences)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "student.json"])
+def test_no_link_of_a_network_is_pushed(timm_folder, tmp_path, name):
+    folder = Path(shutil.copytree(timm_folder, tmp_path / "student"))
+    (folder / "student.json").write_text("{}")
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(HubError, match="leads out of the folder"):
+        bundle_of(folder)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+PATHS = [
+    "../../x", "/etc/passwd", "..", ".", "", "a/../../b", "a//b", "./a", "a\\..\\b", "C:/x", "C:x", "\\\\host\\x", "a\0b",
+    "a\nb", "a\u202eb", "x" * 5000, "data/../../x", "data/" + "x" * 300,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_that_is_not_plainly_below_a_folder_is_known(name):
+    assert not is_plain_path(name)
+    assert is_plain_path("data/train-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "..", "", "a/b", "a\\b", "a\0", "a\n", "a b", "x" * 97, "CON", "nul.txt",
+                                  "com1", "a.", ".a", "ä", "a:b", 3, None])  # fmt: skip
+def test_a_recipes_name_is_the_name_of_a_folder(name):
+    values = yaml.safe_load((ROOT / "recipes" / "digits" / "prism_ipc10.yaml").read_text())
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(values | {"name": name})
+    assert "name" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "name", ["squeeze:../../x", "squeeze:/x", "squeeze:", "squeeze:a/b", "squeeze:a\0b", "squeeze:a\n"]
+)
+@pytest.mark.parametrize("role", ["teachers.logit", "teachers.bn_pool", "teachers.verifier", "relabel.teachers"])
+def test_a_squeezed_teacher_is_the_name_of_a_folder(name, role):
+    value = [name] if role in ("teachers.bn_pool", "relabel.teachers") else name
+    with pytest.raises(RecipeError) as error:
+        tiny(f"{role}={json.dumps(value)}")
+    assert "squeeze:ARCHITECTURE" in one_line(error)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("prefix", ["", "data/", "views/"])
+def test_provenance_names_no_file_outside(distilled, tmp_path, name, prefix):
+    """What is opened all the same would change the answer: the files outside are good tables."""
+    for place in (tmp_path / "x", tmp_path / "x.parquet", tmp_path.parent / "x"):
+        shutil.copy(distilled / "data" / "train-00000-of-00001.parquet", place)
+    expected = check_folder(distilled).rows
+    provenance = json.loads((distilled / "provenance.json").read_text())
+    for ending in ("", ".parquet"):
+        provenance["files"][prefix + name + ending] = provenance["files"]["data/train-00000-of-00001.parquet"]
+    (distilled / "provenance.json").write_text(json.dumps(provenance))
+    found = check_folder(distilled)
+    assert found.differences
+    assert all("\n" not in line and line.isprintable() and len(line) < 400 for line in found.differences)
+    assert found.rows == expected
+    with pytest.raises(HubError) as error:
+        bundle_of(distilled)
+    one_line(error)
+
+
+@pytest.mark.parametrize("repo", ["../x", "a/../b", "/etc/passwd", "a/b/c", "a\0/b", "a/b\n", "..", "a/.."])
+@pytest.mark.parametrize("kind", ["hf-hub", "transformers"])
+def test_a_teacher_on_the_hub_has_the_name_of_a_repo(repo, kind):
+    refused(kind, repo)
+    refused(kind, "org/net@../../x")
+
+
+def test_file_names_on_the_hub_do_not_lead_out_of_the_cache(request, tmp_path, monkeypatch, timm_folder):
+    server = served(request, tmp_path, monkeypatch)
+    files = {path.name: path.read_bytes() for path in timm_folder.iterdir()}
+    server.create("models", "org/net", files | {"../../../escaped": b"x", "a/../../escaped": b"x", "/escaped": b"x"})
+    load_teacher("hf-hub:org/net", device=CPU)
+    assert not [path for path in tmp_path.rglob("escaped")]
+
+
+# -- text that would never end ----------------------------------------------------------------------------------------
+
+
+def alias_bomb(merge=False):
+    """Ten levels of nine aliases each: three thousand million values."""
+    first = "a0: &a0 {x: 1}" if merge else "a0: &a0 [x]"
+    lines = [first]
+    for level in range(1, 11):
+        aliases = ", ".join([f"*a{level - 1}"] * 9)
+        lines.append(f"a{level}: &a{level} " + (f"{{<<: [{aliases}]}}" if merge else f"[{aliases}]"))
+    return "\n".join(lines) + "\n"
+
+
+ENDLESS = {
+    "aliases": alias_bomb(),
+    "merged aliases": alias_bomb(merge=True),
+    "lists": "a: " + "[" * 600,
+    "mappings": "{a: " * 20_000,
+    "itself": "a: &a [*a]",
+    "number": "a: " + "1" * 100_000,
+    "date": "a: 2024-99-99",
+    "tag": "a: !!python/object/apply:os.system ['true']",
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_endless_yaml_is_one_line_at_once(distilled, tmp_path, kind):
+    text = ENDLESS[kind]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    assert len(one_line(error)) < 1000
+    with pytest.raises(RecipeError):
+        tiny(f"data.licence={text.removeprefix('a: ')}")
+    (distilled / "recipe.yaml").write_text(text)
+    with pytest.raises(PrismError) as error:
+        load_distilled(distilled)
+    one_line(error)
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_an_endless_header_is_one_line_at_once(distilled, kind):
+    text = f"---\n{ENDLESS[kind]}\n---\nwords of somebody\n"
+    merged = merge_readme("---\ntags: [a]\n---\nours\n", text.encode(), owned=())
+    assert b"words of somebody" in merged
+    (distilled / "README.md").write_text(text)
+    assert any("README.md" in line for line in check_folder(distilled).differences)
+    with pytest.raises(DataError) as error:
+        load_distilled(distilled)
+    one_line(error)
+    bad_data(distilled)
+
+
+def test_a_few_aliases_are_fine():
+    assert read_yaml("a: &x [1]\nb: [*x, *x]") == {"a": [1], "b": [[1], [1]]}
+    assert read_header("---\r\na: 1\r\n---\r\nwords") == {"a": 1}
+    assert read_header("words") is None
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"files": ' * 100_000, '{"files": {"a": [' + "[" * 100_000, "1" * 10_000, "\ufeff{}"]
+)
+def test_an_endless_provenance_is_one_line(distilled, text):
+    (distilled / "provenance.json").write_text(text)
+    assert "cannot be read" in check_folder(distilled).differences[0]
+    for read in (bundle_of, load_distilled):
+        with pytest.raises(PrismError) as error:
+            read(distilled)
+        one_line(error)
+
+
+# -- a data set that is not what it says ------------------------------------------------------------------------------
+
+
+def rewritten(folder, table, **columns):
+    """The data set with other cells in a column; an array comes with a type of its own."""
+    path = folder / table / "train-00000-of-00001.parquet"
+    old = pq.read_table(path)
+    notes = json.loads(old.schema.metadata[b"huggingface"])
+    for name, values in columns.items():
+        kind = values.type if isinstance(values, pa.Array) else old.schema.field(name).type
+        if isinstance(values, pa.Array):
+            notes["info"]["features"][name] = datasets.Features.from_arrow_schema(pa.schema({name: kind})).to_dict()[name]
+        old = old.set_column(old.schema.get_field_index(name), pa.field(name, kind), pa.array(values, type=kind))
+    pq.write_table(old.replace_schema_metadata({b"huggingface": json.dumps(notes).encode()}), path)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: [{split: train, path: data/train-*}]\n"
+        "- config_name: views\n  data_files: [{split: train, path: views/train-*}]\n---\n"
+    )
+
+
+FOREIGN = {
+    "labels in words": ("data", {"label": pa.array(["x"] * 12)}, "label"),
+    "logits of other widths": (
+        "data",
+        {"teacher_logits": pa.array([[1.0] * (1 + i % 3) for i in range(12)])},
+        "teacher_logits",
+    ),
+    "pictures elsewhere": ("data", {"image": [{"bytes": None, "path": "/etc/passwd"}] * 12}, "no pictures"),
+    "no pictures": ("data", {"image": [None] * 12}, "no pictures"),
+    "broken pictures": ("data", {"image": [{"bytes": b"x", "path": None}] * 12}, "no pictures"),
+    "a label too large": ("data", {"label": [99] + [0] * 11}, "label"),
+    "no label": ("data", {"label": [None] * 12}, "label"),
+    "an index too large": ("views", {"image_index": [10**9] * 36}, "image_index"),
+    "an index below zero": ("views", {"image_index": [-1] * 36}, "image_index"),
+    "a partner too large": ("views", {"mix_image_index": [12] * 36}, "mix_image_index"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_table_of_other_values_is_one_line(distilled, kind):
+    table, columns, word = FOREIGN[kind]
+    rewritten(distilled, table, **columns)
+    with pytest.raises(DataError) as error:
+        load_distilled(distilled)
+    assert word in one_line(error)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"teachers": 3}', '{"teachers": [3]}', '{"teachers": [{}]}'])
+def test_teachers_that_provenance_does_not_name_are_one_line(distilled, text):
+    (distilled / "provenance.json").write_text(text)
+    with pytest.raises(DataError) as error:
+        load_distilled(distilled)
+    assert "provenance.json" in one_line(error)
+
+
+def test_evaluate_on_a_hostile_folder_is_one_line(tmp_path, bomb, capsys):
+    for kind in KINDS:
+        place = hostile_data(tmp_path / kind, kind, bomb, tmp_path)
+        assert launch(place, "--output", tmp_path / "out", name="evaluate", recipe=None) == 2
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith("DataError: ")
+    assert not (tmp_path / "out").exists()
+
+
+# -- helpers of the module --------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_poses_as_a_snapshot_gains_nothing(tmp_path, secret):
+    place = tmp_path / "repo" / "snapshots" / "x"
+    place.mkdir(parents=True)
+    (tmp_path / "repo" / "blobs").symlink_to(secret.parent)
+    (place / "a.png").symlink_to("../../blobs/secret.png")
+    assert not is_inside(place / "a.png", homes_of(place))
+    assert stray_link(place) == place / "a.png"
+
+
+# -- secrets ----------------------------------------------------------------------------------------------------------
+
+TOKEN = "hf_" + "SecretSecretSecretSecret"
+SECRETS = {
+    "WANDB_API_KEY": "wandb5ecret0123456789012345678901234567890",
+    "TRACKIO_WRITE_TOKEN": "trackio-5ecret-0123456789",
+    "TRACKIO_SERVER_URL": "https://user:trackio-5ecret-password@host.example",
+    "AWS_SECRET_ACCESS_KEY": "aws5ecret/0123456789+abcdefghijklmnopqrs",
+    "AWS_ACCESS_KEY_ID": "AKIA5ECRET0123456789",
+}
+
+
+def leaks(text):
+    return [name for name, secret in {**SECRETS, "HF_TOKEN": TOKEN}.items() if secret.encode() in text]
+
+
+@lfs_only
+def test_no_secret_of_the_environment_is_written_or_said(connected, tmp_path, monkeypatch, capfd, caplog):
+    """A whole run with trackers, told to say everything, and pushed."""
+    pytest.importorskip("tensorboard")
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HF_TOKEN", connected.add_user("bob", token=TOKEN, orgs=("org",)))
+    caplog.set_level(logging.DEBUG)
+    for name in ("datasets", "transformers", "huggingface_hub", "accelerate", "httpx2", "httpcore2", "timm", "prism_hf"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    run = tmp_path / "run"
+    words = ("evaluation.seeds=[0]", "squeeze.batch_size=256", "--log-with", "tensorboard", "--push-to-hub", "org/tiny")
+    assert launch("--output", run, *TINY, *words, "--debug") == 0
+    assert any(path.name.startswith("events") for path in (run / "logs").rglob("*"))
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 20
+    assert not [(path, leaks(path.read_bytes())) for path in written if leaks(path.read_bytes())]
+    said = capfd.readouterr()
+    assert not leaks((said.out + said.err + caplog.text).encode())
+    assert "stage evaluate" in caplog.text
+    assert not [path for path, data in connected.files("datasets", "org/tiny").items() if leaks(data)]
+    # A token that is refused is not repeated either.
+    monkeypatch.setenv("HF_TOKEN", TOKEN + "x")
+    assert main(["push", str(run / "dataset"), "org/tiny"]) == 2
+    told = capfd.readouterr()
+    assert not leaks((told.out + told.err + caplog.text).encode())
+
+
+@pytest.mark.parametrize(
+    "change_it",
+    [
+        lambda secret: f"data.revision={secret}",
+        lambda secret: f"data.source=org/name@{secret}",
+        lambda secret: f"data.licence=see {secret}.",
+        lambda secret: f"teachers.logit=hf-hub:org/name@{secret}",
+        lambda secret: f"teachers.bn_pool=[test_resnet, {secret}]",
+        lambda secret: f"relabel.teachers=['{secret}']",
+        lambda secret: f"synthesis.ipc={secret}",
+        lambda secret: f"{secret}=1",
+        lambda secret: f"data.{secret}=1",
+        lambda secret: f"name={secret}",
+    ],
+)
+@pytest.mark.parametrize("secret", [TOKEN, "https://user:p4ssw0rd@host/data", "s3://key:p4ssw0rd@bucket"])
+def test_a_secret_in_a_recipe_is_refused_and_not_repeated(change_it, secret):
+    override = change_it(secret)
+    if "=" in secret or ("://" in override.partition("=")[0]):
+        pytest.skip("no key of a recipe")
+    with pytest.raises(RecipeError) as error:
+        tiny(override)
+    text = one_line(error)
+    assert "SecretSecret" not in text
+    assert "p4ssw0rd" not in text
+    assert "access token or a password" in text
+
+
+def test_a_secret_in_a_recipe_file_is_refused_and_not_repeated(tmp_path, capsys):
+    values = yaml.safe_load((ROOT / "recipes" / "digits" / "prism_ipc10.yaml").read_text())
+    values["data"]["revision"] = TOKEN
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert launch("--output", tmp_path / "run", recipe=path) == 2
+    told = capsys.readouterr()
+    assert "data.revision" in told.err
+    assert not leaks((told.out + told.err).encode())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", ["https://host/terms", "hf_hub:org/name", "org/hf_name", "mailto:a@b.example", "a" * 40])
+def test_what_only_resembles_a_secret_is_fine(value):
+    assert tiny(f"data.licence={json.dumps(value)}").data.licence == value
+
+
+def test_an_address_is_told_without_its_password(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://user:p4ssw0rd@host.example")
+    assert Repository(Target("a/b")).commit_url("1") == "https://host.example/datasets/a/b/commit/1"
+    assert without_password("plain words") == "plain words"
+
+
+@pytest.mark.parametrize(
+    "text", ["</script><b>", "a\0b", "\x1b[31mred", "a\n---\nb", "$x^$", "\u202e", "{{7*7}}", "x" * 100_000]
+)
+def test_any_text_reaches_a_tracker_as_text(tmp_path, text):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    recipe = tiny("name=hostile")
+    recipe = replace(recipe, data=replace(recipe.data, licence=text))
+    AcceleratorState._reset_state(True)
+    accelerator = make_accelerator(tmp_path / "run", log_with="tensorboard")
+    start_trackers(Run(recipe, tmp_path / "run", tmp_path, accelerator))
+    accelerator.end_training()
+    AcceleratorState._reset_state(True)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert all(path.is_relative_to(tmp_path / "run" / "logs" / "prism-hf") for path in files)
+    for path in files:
+        if path.suffix in (".yml", ".yaml"):
+            assert yaml.safe_load(path.read_text())["data.licence"] == text
+        else:
+            assert list(EventFileLoader(str(path)).Load())
+
+
+# -- workflows --------------------------------------------------------------------------------------------------------
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
+
+
+def steps(workflow):
+    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_a_workflow_runs_pinned_actions_with_the_least_rights(path):
+    text = path.read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert not [job for job in workflow["jobs"].values() if "permissions" in job]
+    assert "pull_request_target" not in text
+    assert "secrets." not in text
+    used = re.findall(r"uses:\s*(.*)", text)
+    assert len(used) == sum("uses" in step for step in steps(workflow))
+    assert all(re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line) for line in used), used
+    checkouts = [step for step in steps(workflow) if step.get("uses", "").startswith("actions/checkout@")]
+    assert all(step["with"]["persist-credentials"] is False for step in checkouts)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_a_workflow_puts_no_text_of_others_into_a_command(path):
+    commands = [step["run"] for step in steps(yaml.safe_load(path.read_text(encoding="utf-8"))) if "run" in step]
+    assert commands
+    assert not [command for command in commands if "${{" in command]
+
+
+def test_there_is_a_workflow_for_every_push_and_a_weekly_audit():
+    (path,) = WORKFLOWS
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert set(workflow[True]) == {"push", "pull_request", "schedule"}  # YAML 1.1 reads `on` as true
+    commands = [step.get("run") for step in steps(workflow)]
+    assert ".ci/run" in commands
+    assert "make audit" in commands
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_the_audit_fails_without_an_answer():
+    """`pip-audit` passes what the default service cannot find; OSV has to answer."""
+    assert "pip-audit --vulnerability-service osv" in (ROOT / "Makefile").read_text(encoding="utf-8")
