@@ -99,8 +99,8 @@ def _facts(folder: Path) -> dict[str, Any]:
         assert isinstance(facts["train_content"], str)
     except (OSError, ValueError, LookupError, TypeError, RecursionError, AssertionError) as error:
         raise DamagedError(
-            f"{folder / FACTS} is not what prism-hf wrote ({type(error).__name__}); move the folder away, and the teacher is "
-            "trained again"
+            f"{folder / FACTS} is not what prism-hf wrote ({type(error).__name__}); move the folder away, and the "
+            "teacher is trained again"
         ) from error
     return facts
 
