@@ -185,7 +185,7 @@ def test_stage_by_stage_gives_the_same_bytes_as_all_at_once(light, tmp_path):
 def test_what_is_missing_is_made_again_with_the_same_bytes(light, copied, done, gone):
     path = copied / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    left = {p: t for p, t in mtimes(copied / "work" / "jobs").items()}
+    left = {p: t for p, t in mtimes(copied / "work" / "jobs").items() if not p.startswith(str(path))}
     assert go(copied, *LIGHT, teachers=done / "teachers") == 0
     assert sha_tree(copied / "dataset") == sha_tree(light / "dataset")
     assert sha_tree(copied / "control") == sha_tree(light / "control")
