@@ -26,9 +26,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor
 
-from .data import local_cache
+from .data import LOAD_ERRORS, local_cache, local_folder, reason_of
 from .errors import DataError
 from .packaging import VIEWS, image_features, view_features
 from .patience import SHORT, again
@@ -87,18 +88,19 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
     revision = one_commit(source, revision)
     images = open_table(source, "default", revision=revision)
     views = open_table(source, VIEWS, revision=revision)
-    missing = set(view_features(2)) - set(views.column_names) | (set(image_features(["a", "b"])) - set(images.column_names))
-    if missing:
-        raise DataError(f"{str(source)!r} is no distilled data set of this format: no column {', '.join(sorted(missing))}")
+    _check_columns(source, images, views)
     shipped = _shipped(source, "recipe.yaml", revision)
     recipe = load_recipe(shipped) if shipped else None
     raw = images.cast_column("image", datasets.Image(decode=False))
-    encoded = [cell["bytes"] for cell in raw["image"]]
+    encoded: list[bytes] = [(cell or {}).get("bytes") or b"" for cell in raw["image"]]
     if channels is None:
         channels = recipe.data.channels if recipe else _channels(images)
     count = len(images)
     if not count or len(views) % count:
         raise DataError(f"{str(source)!r}: {len(views)} views of {count} images; expected whole epochs")
+    blank = [row for row, data in enumerate(encoded) if not data]
+    if blank:
+        raise DataError(f"row {blank[0]} of {str(source)!r} holds no picture; package or download the data set again")
     image_bytes = sum(map(len, encoded))
     sizes = [images.info.download_size or 0, views.info.download_size or 0]
     return DistilledDataset(
@@ -116,6 +118,25 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
     )
 
 
+def _check_columns(source: str | Path, images: datasets.Dataset, views: datasets.Dataset) -> None:
+    what = f"{str(source)!r} is no distilled data set of this format"
+    missing = set(view_features(2)) - set(views.column_names) | (set(image_features(["a", "b"])) - set(images.column_names))
+    if missing:
+        raise DataError(f"{what}: no column {', '.join(sorted(missing))}")
+    label = images.features["label"]
+    if not isinstance(label, datasets.ClassLabel):
+        raise DataError(f"{what}: label is no ClassLabel")
+    for table, expected in ((images, image_features(label.names)), (views, view_features(len(label.names)))):
+        for column, feature in expected.items():
+            if table.features[column] != feature:
+                raise DataError(f"{what}: column {column!r} is {table.features[column]}, expected {feature}")
+            if column != "image" and table.data.column(column).null_count:
+                raise DataError(f"{what}: column {column!r} has rows without a value")
+    strays = set(images["label"]) - set(range(len(label.names)))
+    if strays:
+        raise DataError(f"{what}: an image has label {strays.pop()}, expected 0 to {len(label.names) - 1}")
+
+
 def one_commit(source: str | Path, revision: str | None) -> str | None:
     """The commit that a Hub revision is at now: somebody may push between the reading of two tables.
 
@@ -124,7 +145,7 @@ def one_commit(source: str | Path, revision: str | None) -> str | None:
     Raises:
         HubError: The Hub does not say.
     """
-    if Path(source).is_dir() or is_offline_mode() or str(source).count("/") > 1:
+    if local_folder(source) is not None or is_offline_mode() or str(source).count("/") > 1:
         return revision
 
     def ask() -> str | None:
@@ -147,24 +168,36 @@ def open_table(source: str | Path, config: str, *, revision: str | None = None) 
     Raises:
         DataError: Not found, or no such table; one line.
     """
-    path = Path(source)
+    folder = local_folder(source)
+    if folder is None:
+        try:
+            validate_repo_id(str(source))
+        except HFValidationError as error:
+            raise DataError(
+                f"distilled data set {str(source)!r} cannot be loaded: it is neither a folder here nor a Hub id; give a "
+                "folder with data/, views/ and README.md, or a Hub id"
+            ) from error
     try:
-        if path.is_dir():
-            return datasets.load_dataset(str(path), config, split="train", cache_dir=local_cache(path))
+        if folder is not None:
+            return datasets.load_dataset(str(folder), config, split="train", cache_dir=local_cache(folder))
         return datasets.load_dataset(str(source), config, split="train", revision=revision)
-    except (ValueError, OSError, RuntimeError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except datasets.exceptions.NonMatchingSplitsSizesError as error:
         raise DataError(
-            f"distilled data set {str(source)!r}, config {config!r}, cannot be loaded ({type(error).__name__}: {reason}); "
+            f"distilled data set {str(source)!r}, config {config!r}, has another number of rows than its README.md says; "
+            "package or download it again"
+        ) from error
+    except LOAD_ERRORS as error:
+        raise DataError(
+            f"distilled data set {str(source)!r}, config {config!r}, cannot be loaded ({reason_of(error)}); "
             "give a folder with data/, views/ and README.md, or a Hub id"
         ) from error
 
 
 def _shipped(source: str | Path, name: str, revision: str | None) -> Path | None:
     """A file beside the tables, fetched if the data set is on the Hub; `None` if it has no such file."""
-    if Path(source).is_dir():
-        path = Path(source) / name
-        return path if path.is_file() else None
+    folder = local_folder(source)
+    if folder is not None:
+        return folder / name if (folder / name).is_file() else None
     try:
         return Path(hf_hub_download(str(source), name, repo_type="dataset", revision=revision))
     except LocalEntryNotFoundError as error:  # no answer is not the answer that there is no such file
@@ -178,8 +211,14 @@ def _shipped(source: str | Path, name: str, revision: str | None) -> Path | None
 def _teacher_weights(provenance: Path | None) -> dict[str, str]:
     if provenance is None:
         return {}
-    teachers = json.loads(provenance.read_text(encoding="utf-8"))["teachers"]
-    return {teacher["name"]: teacher["weights_sha256"] for teacher in teachers}
+    try:
+        teachers = json.loads(provenance.read_text(encoding="utf-8"))["teachers"]
+        return {teacher["name"]: teacher["weights_sha256"] for teacher in teachers}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            f"{str(provenance)!r} cannot be read ({type(error).__name__}); expected what prism-hf packaged, package or "
+            "download the data set again"
+        ) from error
 
 
 def _content(encoded: list[bytes], images: datasets.Dataset, views: datasets.Dataset) -> str:
