@@ -2,14 +2,20 @@
 
 import copy
 import os
+from dataclasses import replace
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from huggingface_hub import DatasetCard
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from pipeline import RECIPE, one_line
+from pipeline import RECIPE, add_card, one_line, small_set
+from test_card import HOSTILE, NAMES, TEACHER, evaluation, render, shape, shown, tokens
 
+from prism_hf.card import _UNSEEN as UNSEEN
+from prism_hf.card import METADATA_KEYS, address_card, card_facts, metadata, render_control_card
 from prism_hf.errors import RecipeError
+from prism_hf.readme import BEGIN, END, merge_readme
 from prism_hf.recipe import Recipe, to_dict
 from prism_hf.recipe_file import dump_recipe, load_recipe, override_recipe, parse_recipe, public_recipe
 
@@ -23,6 +29,7 @@ def fuzz(examples):
         derandomize=not NEW,
         database=None,
         deadline=None,
+        phases=[Phase.explicit, Phase.generate],
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
     )
 
@@ -258,3 +265,139 @@ def test_any_override_is_a_recipe_or_one_line(place, value):
     for override in (f"{place}={value}", value):
         loads_or_explains(lambda override=override: load_recipe(RECIPE, [override]))
         loads_or_explains(lambda override=override: override_recipe(load_recipe(RECIPE), [override]))
+
+
+# -- cards ------------------------------------------------------------------------------------------------------------
+
+marks = st.sampled_from(
+    [
+        *HOSTILE,
+        BEGIN,
+        END,
+        "\n",
+        "\r",
+        "\n\n",
+        "\n---\n",
+        "\n```\n",
+        "````",
+        "    ",
+        "\t",
+        "<",
+        ">",
+        "<b>",
+        "</details>",
+        "<!--",
+        "-->",
+        "[",
+        "](",
+        ")",
+        "![",
+        "](http://e)",
+        "<http://e>",
+        "http://e.example",
+        "www.e.example",
+        "a@b.example",
+        "# ",
+        "\n# ",
+        "\n===",
+        "\n---",
+        "|",
+        "\\",
+        "`",
+        "*",
+        "_",
+        "~~",
+        "$$",
+        "&lt;",
+        "&#60;",
+        "{{ 1 }}",
+        "{% for %}",
+        "1. ",
+        "- ",
+        "+ ",
+        "> ",
+        "[^1]",
+        "[x]: /y",
+        ":",
+        "- - -",
+        "\u2028",
+        "\x85",
+        "\x0b",
+        "\ufeff",
+        "\u202e",
+        "ORG/NAME",
+        'repo = "ORG/',
+        "load_dataset(repo, ",
+        "x" * 90,
+    ]
+)
+prose = st.one_of(st.text(max_size=30), st.lists(st.one_of(marks, st.text(max_size=5)), max_size=6).map("".join))
+something = prose.filter(bool)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("card")
+    recipe, *_ = small_set(folder, names=NAMES)
+    add_card(folder, recipe, NAMES)
+    facts = card_facts(folder, recipe, NAMES, {"evaluation": evaluation()})
+    facts["provenance"]["teachers"] = [TEACHER]
+    return recipe, facts, " ".join(shape(render(facts, recipe)[2]))
+
+
+@fuzz(40)
+@given(
+    names=st.lists(something, min_size=4, max_size=4, unique=True),
+    source=something,
+    on_hub=st.booleans(),
+    licence=something,
+    teacher=st.lists(something, min_size=3, max_size=3),
+    student=prose,
+    reason=st.tuples(prose, prose),
+)
+@example(
+    names=NAMES,
+    source="digits",
+    on_hub=False,
+    licence=f"{'a' * 80} {END} {'b' * 80}",
+    teacher=["a"] * 3,
+    student="a",
+    reason=("a", "a"),
+)
+@example(
+    names=NAMES, source="digits", on_hub=False, licence=f"a\n{END}\nb", teacher=["a"] * 3, student="a", reason=("a", "a")
+)
+def test_a_card_is_the_same_card_in_any_words(packed, names, source, on_hub, licence, teacher, student, reason):
+    recipe, facts, plain = packed
+    facts = copy.deepcopy(facts)
+    recipe = replace(recipe, data=replace(recipe.data, source=source, licence=licence))
+    facts["recipe"], facts["class_names"] = to_dict(recipe), names
+    facts["provenance"]["source"] |= {"id": source, "on_hub": on_hub}
+    facts["provenance"]["teachers"][0] |= dict(zip(("name", "architecture", "licence"), teacher, strict=True))
+    facts["evaluation"] |= {"student": student, "left_out": {reason[0]: reason[1]}, "verifier": teacher[0]}
+    card, header, body = render(facts, recipe)
+    # The header: what it should be, to each reader.
+    assert header == metadata(facts, recipe)
+    assert set(header) <= set(METADATA_KEYS)
+    assert DatasetCard(card).data.to_dict() == header
+    label = header["dataset_info"][0]["features"][1]["dtype"]["class_label"]
+    assert [label["names"][str(i)] for i in range(4)] == names
+    # The body: the same document, whatever the words.
+    assert " ".join(shape(body)) == plain
+    recipe_shown = next(token.content for token in tokens(body) if token.type == "fence" and token.info == "yaml")
+    assert parse_recipe(yaml.safe_load(recipe_shown)) == recipe
+    for word in (*names, teacher[0], source):
+        assert seen(word) in shown(body)
+    assert DatasetCard(render_control_card(facts, recipe)).data.to_dict() == header
+    # And it stays that on its way to the Hub.
+    addressed = address_card(card, recipe.name, "org/name", "v2")
+    assert " ".join(shape(addressed[addressed.index(body[:40]) :])) == plain
+    assert DatasetCard(addressed).data.to_dict() == header
+    published = merge_readme(card, None, owned=METADATA_KEYS)
+    assert merge_readme(card, published, owned=METADATA_KEYS) == published
+    assert DatasetCard(published.decode()).data.to_dict() == header
+
+
+def seen(text):
+    """How text shows in one line: control characters as a sign that something was there, white space as one space."""
+    return " ".join(UNSEEN.sub("\ufffd", text).split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,30 @@ _MOST_PROBLEMS = 5
 _LONGEST_PROBLEM = 280
 
 
+class _Dumper(yaml.SafeDumper):
+    """Text stays on one line, whatever line ends it holds.
+
+    On a line of its own, a part of it could look like something of the card around it; and PyYAML reads some of the rarer
+    line ends back as spaces.
+    """
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = '"' if len(f"{text}.".splitlines()) > 1 else None  # with double quotes, line ends are escaped
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML that gives the very same values back."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize)
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
-    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+    return dump_yaml(to_dict(recipe))
 
 
 def parse_recipe(values: object, *, origin: str = "recipe") -> Recipe:
