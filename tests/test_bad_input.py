@@ -972,6 +972,9 @@ CASES |= {
         ("another number of rows", "package or download it again"),
         table(IMAGES, lambda t: t.slice(3)),
     ),
+    "export: an image that is none": Bad(
+        f"prism-hf export set out {EXPORT}", DataError, ("row 3 of 'set' holds no picture",), table(IMAGES, without_picture)
+    ),
     "export: a class twice": Bad(
         f"prism-hf export set out {EXPORT}",
         DataError,
