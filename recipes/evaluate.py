@@ -66,9 +66,11 @@ def main(args: argparse.Namespace) -> None:
     quiet()
     from prism_hf.checkpoint import EVERY_S
     from prism_hf.reading import load_distilled
-    from prism_hf.run import Run, held, make_accelerator
+    from prism_hf.run import Run, check_place, held, make_accelerator
     from prism_hf.training import check_network
 
+    if args.output is not None:
+        check_place(args.output, "--output")
     accelerator = make_accelerator(threads=args.threads)
     with accelerator.main_process_first():
         distilled = load_distilled(words[0], revision=args.revision)

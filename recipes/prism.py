@@ -116,6 +116,8 @@ def distil(recipe: Recipe, folder: Path, args: argparse.Namespace) -> None:
     stages = Stages(run)
     if target is not None and accelerator.is_main_process:
         target = check_target(target, recipe.name)
+    if args.stage:
+        stages.check_stage(args.stage, fresh=args.fresh)
     stages.check(fresh=args.fresh)
     # From here on something is written.
     with ExitStack() as stack:

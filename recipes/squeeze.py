@@ -38,10 +38,11 @@ def main(args: argparse.Namespace) -> None:
         raise RecipeError(f"{paths[0]} names no `squeeze:` teacher, so there is nothing to train")
     quiet()
     from prism_hf.checkpoint import EVERY_S
-    from prism_hf.run import Run, make_accelerator
+    from prism_hf.run import Run, check_place, make_accelerator
     from prism_hf.squeeze import check_architectures, teacher_folder
     from prism_hf.stages import Stages
 
+    check_place(args.output, "--output")
     check_architectures(recipe)
     accelerator = make_accelerator(threads=args.threads)
     every_s = EVERY_S if args.checkpoint_every is None else args.checkpoint_every

@@ -152,3 +152,13 @@ def test_grey_webp_is_refused(tiny_recipe):
 def test_a_licence_ships_as_it_is(tiny_recipe, licence):
     recipe = tiny_recipe({"data.licence": licence})
     assert public_recipe(recipe).data.licence == licence
+
+
+def test_an_override_changes_one_place_of_an_alias(tiny_recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    values = tiny_recipe({"synthesis.view": {"flip": True}}, values=True)
+    values["relabel"]["view"] = values["synthesis"]["view"]
+    path.write_text(yaml.dump(values))
+    assert "*id001" in path.read_text()
+    recipe = load_recipe(path, ["synthesis.view.flip=false"])
+    assert (recipe.synthesis.view.flip, recipe.relabel.view.flip) == (False, True)

@@ -16,7 +16,6 @@ from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
-import yaml
 from datasets.info import DatasetInfo, DatasetInfosDict
 from datasets.splits import SplitDict, SplitInfo
 from huggingface_hub import DatasetCardData
@@ -25,7 +24,7 @@ from jinja2 import Environment, StrictUndefined
 from .packaging import VIEWS, image_features, view_features
 from .readme import block_of
 from .recipe import Recipe, to_dict
-from .recipe_file import dump_recipe
+from .recipe_file import dump_recipe, dump_yaml
 from .report import markdown_table, table_rows
 
 METADATA_KEYS = (
@@ -113,7 +112,7 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
 
 
 def _header(facts: Mapping[str, Any], recipe: Recipe) -> str:
-    return yaml.safe_dump(metadata(facts, recipe), sort_keys=False, allow_unicode=True)
+    return dump_yaml(metadata(facts, recipe))
 
 
 def render_control_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
@@ -134,10 +133,13 @@ def address_card(text: str, name: str, repo_id: str, revision: str | None = None
         repo_id: Hub id of the data set.
         revision: Branch, unless it is the main one: the lines that load the data then name it.
     """
-    text = text.replace(_placeholder(name), f'repo = "{repo_id}"', 1)
+    # Only in the first piece of code: a class may be called anything, in the header too.
+    before, title, rest = text.partition("\n## Load and train\n")
+    code, fence, after = rest.partition("\n```\n")
+    code = code.replace(_placeholder(name), f'repo = "{repo_id}"', 1)
     if revision is not None:
-        text = text.replace("load_dataset(repo, ", f"load_dataset(repo, revision={json.dumps(revision)}, ")
-    return text
+        code = code.replace("load_dataset(repo, ", f"load_dataset(repo, revision={json.dumps(revision)}, ")
+    return f"{before}{title}{code}{fence}{after}"
 
 
 def _placeholder(name: str) -> str:

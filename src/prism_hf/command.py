@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from .errors import PrismError, StoppedError
 from .interruption import leave_at_once, stopping_cleanly
@@ -89,5 +89,5 @@ def _seconds(text: str) -> float:
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Positional words -> (paths, `dotted.key=value` overrides)."""
-    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    overrides = [word for word in words if "=" in word and not os.path.exists(word)]  # Path.exists raises at long words
     return [word for word in words if word not in overrides], overrides

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import datasets
 import numpy as np
 import torch
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import constants, is_offline_mode
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -63,7 +64,9 @@ class ImageSplit:
         self._rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
         self._image_column = image_column
         self.size, self.channels, self.name, self._homes = size, channels, name, homes
-        self.labels = np.asarray(rows.with_format("numpy")[label_column][:], dtype=np.int64)
+        # A missing label comes as `None` or not-a-number, which would become another number on each machine.
+        found = rows.with_format("arrow")[:].column(label_column).fill_null(-1)
+        self.labels = found.to_numpy().astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -160,7 +163,7 @@ def load_source(recipe: DataRecipe) -> SourceData:
         test=_labelled(test, image_column, label_column, names, recipe, recipe.test_split),
         class_names=names,
         revision=_revision(train),
-        on_hub=recipe.source != "digits" and not Path(recipe.source).expanduser().is_dir(),
+        on_hub=recipe.source != "digits" and local_folder(recipe.source) is None,
     )
 
 
@@ -253,6 +256,12 @@ def _digits() -> tuple[datasets.Dataset, datasets.Dataset]:
     return build(parts[0]), build(parts[1])
 
 
+def local_folder(source: str | Path) -> Path | None:
+    """The folder that a source names, if there is one; what no path can be (too long, no such home) is none."""
+    place = os.path.expanduser(source)
+    return Path(place) if os.path.isdir(place) else None
+
+
 def local_cache(folder: Path) -> str:
     """Where `datasets` may cache a local folder in its present state."""
     return str(Path(datasets.config.HF_DATASETS_CACHE) / "prism-hf" / folder_state(folder))
@@ -266,29 +275,41 @@ def _open(recipe: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset | None
 
 def _open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
     where = f"data.source {recipe.source!r}" + (f", config {recipe.config!r}" if recipe.config else "")
-    folder = Path(recipe.source).expanduser()
+    folder = local_folder(recipe.source)
     looks_local = recipe.source.startswith((".", "/", "~")) or recipe.source.count("/") != 1
-    if looks_local and not folder.is_dir():
+    if looks_local and folder is None:
         raise DataError(
             f"{where} is neither a folder here nor a Hub id (org/name); give `digits`, a Hub id or the path of a folder"
         )
-    if folder.is_dir():
+    if folder is not None:
         check_local(folder)
     try:
-        if folder.is_dir() and (folder / "state.json").is_file():
+        if folder is not None and (folder / "state.json").is_file():
             raise DataError(f"{where} was saved as one Dataset without splits; save a DatasetDict with {name!r}")
-        if folder.is_dir() and (folder / "dataset_dict.json").is_file():
+        if folder is not None and (folder / "dataset_dict.json").is_file():
             _check_saved(folder)
-            return datasets.load_from_disk(str(folder))[name]
-        if folder.is_dir():
+            saved = datasets.load_from_disk(str(folder))
+            if name not in saved:
+                raise DataError(f"{where} has no split {name!r}, but {', '.join(map(repr, saved))}")
+            return saved[name]
+        if folder is not None:
             # Absolute: a folder called "text" would pass for the reader of that name, which takes all that lies around.
             return datasets.load_dataset(str(folder.absolute()), recipe.config, split=name, cache_dir=local_cache(folder))
         return datasets.load_dataset(recipe.source, recipe.config, split=name, revision=recipe.revision)
     except PrismError:
         raise
     except Exception as error:  # foreign bytes reach a dozen readers of `datasets` here, each with errors of its own
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{where}, split {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
+        raise DataError(f"{where}, split {name!r} cannot be loaded: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """One line on what lies under an error of `datasets`, which wraps a damaged file into words that name nothing."""
+    while isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ is not None:
+        error = error.__cause__
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if isinstance(error, ConnectionError) and is_offline_mode():
+        return f"{text}; HF_HUB_OFFLINE is set, unset it to read from the Hub"
+    return text
 
 
 def _homes(source: str) -> tuple[Path, ...]:

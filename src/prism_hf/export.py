@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 import tempfile
@@ -95,12 +96,12 @@ def export(source: str | Path, target: str | Path, *, format: ExportFormat, revi
 
 
 def _check_target(target: Path, source: str | Path) -> None:
-    if Path(source).is_dir() and target.resolve().is_relative_to(Path(source).resolve()):
+    if os.path.isdir(source) and target.resolve().is_relative_to(Path(source).resolve()):
         raise OutputError(f"{target} lies inside the data set {source}; give a folder outside of it")
-    if target.is_dir() and not target.is_symlink():
+    if os.path.isdir(target) and not target.is_symlink():
         if any(target.iterdir()):
             raise OutputError(f"{target} is not empty; give a folder that does not exist, or an empty one")
-    elif target.exists() or target.is_symlink():
+    elif os.path.lexists(target):
         raise OutputError(f"{target} is no folder; give one that does not exist, or an empty one")
 
 

@@ -18,10 +18,13 @@ _ELSEWHERE = re.compile(r"^[/\\~]|^\w[\w+.-]*:[/\\]|::")
 _HEADER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
-class _Loader(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
+    """Plain values only, and few aliases."""
+
     aliases = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Count the aliases."""
         if self.check_event(yaml.AliasEvent):
             self.aliases += 1
             if self.aliases > MOST_ALIASES:
@@ -36,7 +39,7 @@ def read_yaml(text: str) -> object:
         yaml.YAMLError: It is none, or is nested or repeated beyond all use; one line.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=PlainLoader)
     except RecursionError as error:
         raise yaml.YAMLError("nested too deeply") from error
     except ValueError as error:  # a date that is none, a number of thousands of digits

@@ -120,6 +120,8 @@ def explain(error: BaseException) -> str:
     token = get_token()
     if token:
         text = text.replace(token, "***")
+    if isinstance(told, json.JSONDecodeError):
+        return "it does not answer as a Hub does; check HF_ENDPOINT and the proxy (JSONDecodeError)"
     meaning = f"{_MEANINGS[status]} ({status})" if status in _MEANINGS else type(told).__name__
     return f"{meaning}: {text}"
 

@@ -35,9 +35,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor
 
-from .data import check_local, local_cache
+from .data import check_local, local_cache, local_folder, reason_of
 from .errors import DataError
 from .packaging import VIEWS, image_features, view_features
 from .patience import SHORT, again
@@ -142,12 +143,9 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
     revision = one_commit(source, revision)
     images = open_table(source, "default", revision=revision)
     views = open_table(source, VIEWS, revision=revision)
-    missing = set(view_features(2)) - set(views.column_names) | (set(image_features(["a", "b"])) - set(images.column_names))
-    if missing:
-        raise DataError(f"{str(source)!r} is no distilled data set of this format: no column {', '.join(sorted(missing))}")
+    _check_columns(source, images, views)
     shipped = _shipped(source, "recipe.yaml", revision)
     recipe = load_recipe(shipped) if shipped else None
-    _check_types(source, images, views)
     count = len(images)
     if not count or len(views) % count:
         raise DataError(f"{str(source)!r}: {len(views)} views of {count} images; expected whole epochs")
@@ -178,16 +176,20 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
     )
 
 
-def _check_types(source: str | Path, images: datasets.Dataset, views: datasets.Dataset) -> None:
+def _check_columns(source: str | Path, images: datasets.Dataset, views: datasets.Dataset) -> None:
+    what = f"{str(source)!r} is no distilled data set of this format"
+    missing = set(view_features(2)) - set(views.column_names) | (set(image_features(["a", "b"])) - set(images.column_names))
+    if missing:
+        raise DataError(f"{what}: no column {', '.join(sorted(missing))}")
     label = images.features["label"]
-    names = label.names if isinstance(label, datasets.ClassLabel) else []
-    for table, features in ((images, image_features(names)), (views, view_features(len(names)))):
-        wrong = [column for column, feature in features.items() if table.features[column] != feature]
-        if wrong or not names:
-            column = wrong[0] if wrong else "label"
-            raise DataError(
-                f"{str(source)!r} is no distilled data set of this format: column {column} is {table.features[column]}"
-            )
+    if not isinstance(label, datasets.ClassLabel):
+        raise DataError(f"{what}: label is no ClassLabel")
+    for table, expected in ((images, image_features(label.names)), (views, view_features(len(label.names)))):
+        for column, feature in expected.items():
+            if table.features[column] != feature:
+                raise DataError(f"{what}: column {column!r} is {table.features[column]}, expected {feature}")
+            if column != "image" and table.data.column(column).null_count:
+                raise DataError(f"{what}: column {column!r} has rows without a value")
 
 
 def _check_numbers(source: str | Path, images: datasets.Dataset, views: datasets.Dataset) -> None:
@@ -209,7 +211,7 @@ def one_commit(source: str | Path, revision: str | None) -> str | None:
     Raises:
         HubError: The Hub does not say.
     """
-    if Path(source).is_dir() or is_offline_mode() or str(source).count("/") > 1:
+    if local_folder(source) is not None or is_offline_mode() or str(source).count("/") > 1:
         return revision
 
     def ask() -> str | None:
@@ -232,22 +234,36 @@ def open_table(source: str | Path, config: str, *, revision: str | None = None) 
     Raises:
         DataError: Not found, or no such table; one line.
     """
-    if Path(source).is_dir():
-        check_local(Path(source))
+    folder = local_folder(source)
+    if folder is not None:
+        check_local(folder)
+    else:
+        try:
+            validate_repo_id(str(source))
+        except HFValidationError as error:
+            raise DataError(
+                f"distilled data set {str(source)!r} cannot be loaded: it is neither a folder here nor a Hub id; give a "
+                "folder with data/, views/ and README.md, or a Hub id"
+            ) from error
     try:
-        return _load(source, config, revision)
-    except Exception as error:  # as in data: foreign bytes reach readers with errors of their own
-        reason = " ".join(str(error).split())[:200]
+        return _load(source, folder, config, revision)
+    except datasets.exceptions.NonMatchingSplitsSizesError as error:
         raise DataError(
-            f"distilled data set {str(source)!r}, config {config!r}, cannot be loaded ({type(error).__name__}: {reason}); "
+            f"distilled data set {str(source)!r}, config {config!r}, has another number of rows than its README.md says; "
+            "package or download it again"
+        ) from error
+    except Exception as error:  # as in data: foreign bytes reach readers with errors of their own
+        raise DataError(
+            f"distilled data set {str(source)!r}, config {config!r}, cannot be loaded ({reason_of(error)}); "
             "give a folder with data/, views/ and README.md, or a Hub id"
         ) from error
 
 
-def _load(source: str | Path, config: str, revision: str | None) -> datasets.Dataset:
-    path, small = Path(source), {"fragment_scan_options": _SMALL_READS}
-    if path.is_dir():
-        return datasets.load_dataset(str(path.absolute()), config, split="train", cache_dir=local_cache(path), **small)
+def _load(source: str | Path, folder: Path | None, config: str, revision: str | None) -> datasets.Dataset:
+    small = {"fragment_scan_options": _SMALL_READS}
+    if folder is not None:
+        place = str(folder.absolute())
+        return datasets.load_dataset(place, config, split="train", cache_dir=local_cache(folder), **small)
     if str(source).count("/") != 1:  # the library has readers of its own that are called by one word
         raise DataError("neither a folder nor a Hub id")
     try:
@@ -261,9 +277,9 @@ def _load(source: str | Path, config: str, revision: str | None) -> datasets.Dat
 
 def _shipped(source: str | Path, name: str, revision: str | None) -> Path | None:
     """A file beside the tables, fetched if the data set is on the Hub; `None` if it has no such file."""
-    if Path(source).is_dir():
-        path = Path(source) / name
-        return path if path.is_file() else None
+    folder = local_folder(source)
+    if folder is not None:
+        return folder / name if (folder / name).is_file() else None
     try:
         return Path(hf_hub_download(str(source), name, repo_type="dataset", revision=revision))
     except LocalEntryNotFoundError as error:  # no answer is not the answer that there is no such file
@@ -281,7 +297,10 @@ def _teacher_weights(provenance: Path | None) -> dict[str, str]:
         teachers = json.loads(provenance.read_text(encoding="utf-8"))["teachers"]
         return {str(teacher["name"]): str(teacher["weights_sha256"]) for teacher in teachers}
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise DataError(f"{str(provenance)!r} is not what prism-hf wrote ({type(error).__name__})") from error
+        raise DataError(
+            f"{str(provenance)!r} cannot be read ({type(error).__name__}); expected what prism-hf packaged, package or "
+            "download the data set again"
+        ) from error
 
 
 def _content(images: datasets.Dataset, views: datasets.Dataset) -> tuple[str, int]:

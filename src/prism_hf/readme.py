@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from .outside import read_yaml
+from .recipe_file import dump_yaml
 
 BEGIN = "<!-- prism-hf: made by the program from here on; write above this line, or below the last one -->"
 END = "<!-- prism-hf: made by the program up to here -->"
@@ -49,7 +50,7 @@ def merge_readme(ours: str, theirs: bytes | None, *, owned: Collection[str]) -> 
     merged = _merge_headers(header, kept, owned)
     if theirs is not None and merged == kept and _parse(written)[1] == text:
         return theirs  # another order of keys, or other line ends, are no reason for a commit
-    return f"---\n{yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)}---\n{text}".encode()
+    return f"---\n{dump_yaml(merged)}---\n{text}".encode()
 
 
 def block_of(body: str) -> str:

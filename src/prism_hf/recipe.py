@@ -34,8 +34,11 @@ Float = Annotated[float, BeforeValidator(_number_from_yaml), Field(allow_inf_nan
 Positive = Annotated[Float, Field(gt=0)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Index = Annotated[int, Field(ge=0)]
+_MOST = 2**31 - 1  # the tables count in int32
+_MOST_IMAGES = 10**7  # a plan holds every one of them
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+AtLeastTwo = Annotated[int, Field(ge=2, le=_MOST)]
+Index = Annotated[int, Field(ge=0, le=_MOST)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch.manual_seed takes
 Name = Annotated[str, Field(min_length=1)]
 CropScale = tuple[Annotated[Float, Field(gt=0, le=1)], Annotated[Float, Field(gt=0, le=1)]]
@@ -69,8 +72,8 @@ class DataRecipe:
     """
 
     source: Name
-    num_classes: Annotated[int, Field(ge=2)]
-    size: Annotated[int, Field(ge=8)]
+    num_classes: AtLeastTwo
+    size: Annotated[int, Field(ge=8, lt=2**15)]  # the tables hold boxes in int16
     channels: Literal[1, 3] = 3
     config: Name | None = None
     revision: Name | None = None
@@ -148,7 +151,7 @@ class SqueezeRecipe:
     """
 
     epochs: Count = 14
-    batch_size: Annotated[int, Field(ge=2)] = 64
+    batch_size: AtLeastTwo = 64
     lr: Positive = 5.0e-3
     weight_decay: NonNegative = 0.05
     crop_scale: CropScale = (0.6, 1.0)
@@ -187,7 +190,7 @@ class Ladder:
     """
 
     step: Count
-    period: Annotated[int, Field(ge=2)]
+    period: AtLeastTwo
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -217,7 +220,7 @@ class SynthesisRecipe:
     """
 
     ipc: Count
-    batch_size: Annotated[int, Field(ge=2)]
+    batch_size: AtLeastTwo
     iterations: Count
     lr: Positive
     init: Literal["noise", "real_index", "real_random"] = "real_random"
@@ -288,7 +291,7 @@ class RelabelRecipe:
 
     teachers: Annotated[tuple[Name, ...], Field(min_length=1)]
     epochs: Count = 300
-    batch_size: Annotated[int, Field(ge=2)] = 50
+    batch_size: AtLeastTwo = 50
     ensemble: Literal["mean", "norm_balanced_mean", "weighted"] = "norm_balanced_mean"
     weights: tuple[Positive, ...] | None = None
     view: RelabelView = Field(default_factory=RelabelView)
@@ -338,7 +341,7 @@ class EvaluationRecipe:
 
     student: Name
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
-    batch_size: Annotated[int, Field(ge=2)] = 50
+    batch_size: AtLeastTwo = 50
     epochs: Count | None = None
     loss: Literal["mse_ce", "kl"] = "mse_ce"
     ce_weight: NonNegative = 0.1
@@ -394,6 +397,11 @@ class Recipe:
                 )
         synthesis = self.synthesis
         images = synthesis.ipc * self.data.num_classes
+        if images > _MOST_IMAGES:
+            raise ValueError(
+                f"synthesis.ipc {synthesis.ipc} times data.num_classes {self.data.num_classes} is {images} images; "
+                f"expected at most {_MOST_IMAGES:,}, lower ipc"
+            )
         if self.relabel.batch_size > images:
             raise ValueError(
                 f"relabel.batch_size is {self.relabel.batch_size} but there are {images} images; lower the batch size"

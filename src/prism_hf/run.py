@@ -191,9 +191,8 @@ def check_folder(folder: Path, recipe: Recipe, *, fresh: bool = False) -> None:
     Raises:
         OutputError: It is in use, belongs to another recipe (names the keys that differ), or holds other things.
     """
+    check_place(folder, "--output")
     marker = folder / "recipe.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"output {str(folder)!r} is a file; give a folder with --output")
     if marker.is_file():
         if not fresh:
             _check_recipe(folder, marker, recipe)
@@ -202,6 +201,22 @@ def check_folder(folder: Path, recipe: Recipe, *, fresh: bool = False) -> None:
     ours = (LOCK, HOLDER)
     if folder.is_dir() and any(path.name not in ours and not path.name.startswith(DRAFT) for path in folder.iterdir()):
         raise OutputError(f"output {str(folder)!r} is not empty and holds no run; use another folder (--output DIR)")
+
+
+def check_place(folder: Path, option: str) -> None:
+    """Find out whether `folder` is a folder, or could be one; writes nothing.
+
+    Raises:
+        OutputError: It is a file, or no name for a folder; names the option that changes it.
+    """
+    try:
+        is_file = folder.exists() and not folder.is_dir()
+    except OSError as error:  # a name that is too long
+        raise OutputError(
+            f"{str(folder)!r} cannot be a folder ({error.strerror}); give another one with {option}"
+        ) from error
+    if is_file:
+        raise OutputError(f"{str(folder)!r} is a file; give a folder with {option}")
 
 
 def _check_recipe(folder: Path, marker: Path, recipe: Recipe) -> None:

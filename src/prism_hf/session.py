@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from .data import SourceData, load_source, real_rows
 from .errors import DamagedError, StageError
 from .preflight import check_inputs, check_space, check_verifier, inputs_of
 from .recipe_file import public_recipe
-from .run import Run
+from .run import Run, check_place
 from .squeeze import check_architectures, check_batch, is_squeezed, read_squeezed, teacher_folder, weights_of
 from .storage import write_json
 from .teachers import Teacher, check_teacher, load_teachers
@@ -44,6 +45,19 @@ class Session:
             self._data = load_source(self.recipe.data)
         return self._data
 
+    def check_stage(self, stage: str, *, fresh: bool = False) -> None:
+        """Find out whether a stage can begin where the stages before it were left; writes nothing.
+
+        Raises:
+            StageError: A teacher is not trained, or there is no run.
+        """
+        if stage == "squeeze":
+            return
+        for name in self.recipe.squeezed_teachers:
+            self._squeezed_folder(name)
+        if stage != "synthesize" and (fresh or not (self.run.folder / "recipe.yaml").is_file()):
+            raise StageError(f"{self.run.folder} holds no run to {stage}; run --stage synthesize and what follows it first")
+
     def check(self, *, fresh: bool = False) -> None:
         """Look at what can be wrong before anything costs time: disk space, Hub teachers, the data, images per class.
 
@@ -55,6 +69,7 @@ class Session:
         """
         recipe = self.recipe
         data = recipe.data
+        check_place(self.run.teachers_root, "--teachers")
         check_space(recipe, self.run.folder, processes=self.run.accelerator.num_processes)
         check_network(recipe.evaluation.student, num_classes=data.num_classes, channels=data.channels, size=data.size)
         check_architectures(recipe)
@@ -77,12 +92,7 @@ class Session:
         """Loaded and checked teachers, each once."""
         squeezed = {}
         for name in set(names) & set(self.recipe.squeezed_teachers):
-            folder = teacher_folder(name, self.recipe, self.run.teachers_root)
-            if not is_squeezed(folder):
-                raise StageError(
-                    f"teacher {name!r} is not trained yet in {folder.parent}; run recipes/squeeze.py (or --stage squeeze) "
-                    "first, or name its folder with --teachers DIR"
-                )
+            folder = self._squeezed_folder(name)
             read_squeezed(folder, self.data)
             squeezed[name] = folder
         missing = [name for name in dict.fromkeys(names) if name not in self._teachers]
@@ -103,6 +113,15 @@ class Session:
         """Rows of the real training images that synthesis starts from, class-major."""
         synthesis = self.recipe.synthesis
         return real_rows(self.data, synthesis.ipc, seed=self.recipe.seed, by_index=synthesis.init == "real_index")
+
+    def _squeezed_folder(self, name: str) -> Path:
+        folder = teacher_folder(name, self.recipe, self.run.teachers_root)
+        if not is_squeezed(folder):
+            raise StageError(
+                f"teacher {name!r} is not trained yet in {folder.parent}; run recipes/squeeze.py (or --stage squeeze) "
+                "first, or name its folder with --teachers DIR"
+            )
+        return folder
 
     def _expected_weights(self, name: str) -> str | None:
         """SHA-256 of a squeezed teacher's weights, as it was stored; `None` for others."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,8 +215,21 @@ def _from_timm(source: str, name: str, hub: HubFiles | None, overlay: dict[str, 
         licence=str(cfg.get("license") or (hub and hub.licence) or "unknown"),
         revision=hub.commit if hub else None,
         weights_sha256=state_sha256(model),
-        label_names=tuple(labels) if labels else None,
+        label_names=_label_names(labels, name),
     )
+
+
+def _label_names(stated: object, name: str) -> tuple[str, ...] | None:
+    """Class names as timm allows them: in order, or by number."""
+    if not stated:
+        return None
+    try:
+        found = [stated[key] for key in sorted(stated, key=int)] if isinstance(stated, dict) else list(stated)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        found = [None]
+    if not all(isinstance(label, str) for label in found):
+        raise TeacherError(f"teacher {name!r}: its config says label_names {str(stated)[:80]!r}; expected a list of names")
+    return tuple(found)
 
 
 def _registered(name: str) -> PretrainedCfg:
@@ -240,7 +255,7 @@ def _registered(name: str) -> PretrainedCfg:
 
 
 def _check_folder(folder: Path, name: str) -> None:
-    missing = [f for f in (CONFIG, WEIGHTS) if not (folder / f).is_file()]
+    missing = [f for f in (CONFIG, WEIGHTS) if not os.path.isfile(folder / f)]
     if missing:
         raise TeacherError(
             f"teacher {name!r}: {folder} has no {' and no '.join(missing)}; expected a timm folder with config.json and "
@@ -248,7 +263,8 @@ def _check_folder(folder: Path, name: str) -> None:
         )
     _check_links(folder, name)
     try:
-        architecture = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architecture"]
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        architecture, cfg = content["architecture"], {**content, **(content.get("pretrained_cfg") or {})}
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise TeacherError(
             f"teacher {name!r}: {folder}/config.json does not name a timm architecture; "
@@ -256,6 +272,37 @@ def _check_folder(folder: Path, name: str) -> None:
         ) from error
     if not (isinstance(architecture, str) and timm.is_model(architecture)):
         raise TeacherError(f"teacher {name!r}: timm knows no architecture {architecture!r}, as {folder}/config.json names")
+    _check_input(name, cfg.get("input_size"), cfg.get("mean"), cfg.get("std"))
+
+
+def _check_input(name: str, size: object, mean: object, std: object) -> None:
+    """What a config says of the input; the libraries take it as it is, and fail at it late or calculate with it.
+
+    Args:
+        name: The teacher.
+        size: Channels, height and width, or `None` if the architecture knows.
+        mean: One number per channel, or `None`.
+        std: One number per channel, or `None`.
+
+    Raises:
+        TeacherError: Names the value that cannot be meant.
+    """
+    if size is not None and not (_are_numbers(size, 3) and all(isinstance(n, int) and n > 0 for n in size)):  # type: ignore[attr-defined]
+        raise TeacherError(f"teacher {name!r}: its config says input_size {str(size)[:80]}; expected [C, height, width]")
+    channels = 3 if size is None else int(size[0])  # type: ignore[index]
+    for key, value in (("mean", mean), ("std", std)):
+        if value is not None and not _are_numbers(value, channels):
+            raise TeacherError(f"teacher {name!r}: its config says {key} {str(value)[:80]}; expected {channels} numbers")
+    if std is not None and min(std) <= 0:  # type: ignore[call-overload]
+        raise TeacherError(f"teacher {name!r}: its config says std {str(std)[:80]}; expected numbers above 0")
+
+
+def _are_numbers(value: object, count: int) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == count
+        and all(isinstance(number, int | float) and math.isfinite(number) for number in value)
+    )
 
 
 def _check_links(folder: Path, name: str) -> None:
@@ -287,7 +334,7 @@ def _from_transformers(name: str) -> Teacher:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     source = name.removeprefix(TRANSFORMERS_PREFIX)
-    hub = None if Path(source).is_dir() else fetch(name, source, weights=(WEIGHTS, INDEX), welcome=_BESIDE_TRANSFORMERS)
+    hub = None if os.path.isdir(source) else fetch(name, source, weights=(WEIGHTS, INDEX), welcome=_BESIDE_TRANSFORMERS)
     folder = hub.folder if hub else Path(source)
     _check_transformers_folder(folder, name)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -309,7 +356,8 @@ def _from_transformers(name: str) -> Teacher:
     size, mean, std = (
         (timm_cfg["input_size"][-1], timm_cfg["mean"], timm_cfg["std"]) if timm_cfg else _input_of(processor, name)
     )
-    labels = [config.id2label[i] for i in range(config.num_labels)]
+    _check_input(name, [getattr(config, "num_channels", 3), size, size], mean, std)
+    labels = [config.id2label.get(i, f"LABEL_{i}") for i in range(config.num_labels)]
     generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
     return Teacher(
         name=name,
@@ -364,5 +412,5 @@ def _input_of(processor: object, name: str) -> tuple[int, Sequence[float], Seque
     if not sides:
         raise TeacherError(f"teacher {name!r}: its image processor states no input size; use the model through timm")
     if not getattr(processor, "do_normalize", True):
-        return int(sides[0]), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return int(sides[0]), processor.image_mean, processor.image_std  # type: ignore[attr-defined]
+        return sides[0], (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return sides[0], processor.image_mean, processor.image_std  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,10 @@ import pyarrow.parquet as pq
 import yaml
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from .errors import HubError
 from .outside import homes_of, is_inside, is_plain_path, read_header
 from .packaging import FORMAT_VERSION, VIEWS
 from .patience import SHORT, again
@@ -157,11 +161,15 @@ def verify(source: str | Path, *, revision: str | None = None, pauses: Sequence[
         pauses: Seconds between tries of a download.
 
     Raises:
-        HubError: It cannot be downloaded.
+        HubError: It is neither a folder nor a Hub id, or cannot be downloaded.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         return check_folder(Path(source))
     api, repo_id = HfApi(), str(source)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(f"{repo_id!r} is neither a folder here nor a Hub id (org/name); give one of the two") from error
     cache = Path(datasets.config.HF_DATASETS_CACHE)  # not /tmp, which may be memory
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as place:
