@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +154,9 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
         content, image_bytes = _content(images, views)
         if channels is None:
             channels = recipe.data.channels if recipe else _channels(images)
-        pixels = _kept(_decoded(images, channels, source), count)
-    except DataError:
-        raise
+        pixels = _kept(_decoded(images, channels), count)
+    except DataError as error:
+        raise DataError(f"{str(source)!r}: {error}") from error
     except (*UNREADABLE, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{str(source)!r} holds no pictures of one size ({type(error).__name__}: {reason})") from error
@@ -319,11 +319,14 @@ def _content(images: datasets.Dataset, views: datasets.Dataset) -> tuple[str, in
 
 def _encoded(images: datasets.Dataset) -> Iterator[list[bytes]]:
     raw = images.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-    for batch in raw.iter(batch_size=_PICTURES_AT_ONCE):
-        yield [cell["bytes"] for cell in batch["image"]]
+    for first, batch in zip(count(0, _PICTURES_AT_ONCE), raw.iter(batch_size=_PICTURES_AT_ONCE), strict=False):
+        blobs = [(cell or {}).get("bytes") or b"" for cell in batch["image"]]
+        if b"" in blobs:
+            raise DataError(f"row {first + blobs.index(b'')} holds no picture; package or download the data set again")
+        yield blobs
 
 
-def _decoded(images: datasets.Dataset, channels: int, source: str | Path) -> Iterator[np.ndarray]:
+def _decoded(images: datasets.Dataset, channels: int) -> Iterator[np.ndarray]:
     """All images, a few at once, each (B, C, H, W) uint8."""
     shape = None
     with ThreadPoolExecutor() as pool:
@@ -331,9 +334,7 @@ def _decoded(images: datasets.Dataset, channels: int, source: str | Path) -> Ite
             pictures = list(pool.map(decode, blobs, [channels] * len(blobs)))
             shape = shape or pictures[0].shape
             if strange := [picture.shape for picture in pictures if picture.shape != shape]:
-                raise DataError(
-                    f"{str(source)!r} has images of {tuple(shape)} and of {tuple(strange[0])}; expected one size"
-                )
+                raise DataError(f"has images of {tuple(shape)} and of {tuple(strange[0])}; expected one size")
             yield torch.stack(pictures).numpy()
 
 

@@ -210,13 +210,13 @@ def check_place(folder: Path, option: str) -> None:
         OutputError: It is a file, or no name for a folder; names the option that changes it.
     """
     try:
-        is_file = folder.exists() and not folder.is_dir()
+        is_file = any(place.exists() and not place.is_dir() for place in (folder, *folder.parents))
     except OSError as error:  # a name that is too long
         raise OutputError(
             f"{str(folder)!r} cannot be a folder ({error.strerror}); give another one with {option}"
         ) from error
     if is_file:
-        raise OutputError(f"{str(folder)!r} is a file; give a folder with {option}")
+        raise OutputError(f"{str(folder)!r} is a file, or below one; give a folder with {option}")
 
 
 def _check_recipe(folder: Path, marker: Path, recipe: Recipe) -> None:

@@ -53,10 +53,10 @@ class Session:
         """
         if stage == "squeeze":
             return
-        for name in self.recipe.squeezed_teachers:
-            self._squeezed_folder(name)
         if stage != "synthesize" and (fresh or not (self.run.folder / "recipe.yaml").is_file()):
             raise StageError(f"{self.run.folder} holds no run to {stage}; run --stage synthesize and what follows it first")
+        for name in self.recipe.squeezed_teachers:
+            self._squeezed_folder(name)
 
     def check(self, *, fresh: bool = False) -> None:
         """Look at what can be wrong before anything costs time: disk space, Hub teachers, the data, images per class.
