@@ -20,7 +20,7 @@ from .reading import DistilledDataset
 from .recipe import EvaluationRecipe, RelabelView
 from .report import Evaluation, Score, SetFacts
 from .run import Run
-from .storage import digest, read_record, set_aside, write_record
+from .storage import digest, read_record, remove_sealed, set_aside, write_record
 from .students import KEPT, ROWS, Keep, Row, keep_student, train_on_real, train_student
 from .teachers import Teacher
 from .training import score
@@ -99,6 +99,10 @@ def is_scored(contest: Contest, row: Row, seed: int, folder: Path) -> bool:
         return False
 
 
+def _checkpoint_file(score_file: Path) -> Path:
+    return score_file.with_suffix(".checkpoint.safetensors")
+
+
 def run_task(
     contest: Contest,
     row: Row,
@@ -124,7 +128,7 @@ def run_task(
     if is_scored(contest, row, seed, folder):
         return
     path, key = task_file(folder, row, seed), task_key(contest, row)
-    checkpoint = Checkpoint(path.with_suffix(".checkpoint.safetensors"), f"{key}/{seed}", every_s)
+    checkpoint = Checkpoint(_checkpoint_file(path), f"{key}/{seed}", every_s)
     student = _train(contest, row, seed, device, checkpoint)
     top1 = score(student, contest.test, device=device)
     if keep is not None and (row, seed) == contest.kept():
@@ -164,6 +168,9 @@ def evaluate_contest(
     device, tasks = run.accelerator.device, contest.tasks()
     left = run.not_yet(tasks, lambda task: is_scored(contest, *task, folder))
     run.say(f"evaluate: {len(tasks) - len(left)} of {len(tasks)} students found, {len(left)} to train")
+    if run.accelerator.is_main_process:
+        for task in set(tasks) - set(left):  # a process that was killed right after it had written a score
+            remove_sealed(_checkpoint_file(task_file(folder, *task)))
     with run.progress("evaluate", len(mine := run.mine(left)), "student") as shown:
         for row, seed in mine:
             shown.doing(f"{row.key}, seed {seed}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from .plan import SynthesisJob, plan_jobs, share_of
 from .progress import Progress
 from .run import log_pictures
 from .session import Session
-from .storage import remove_sealed
 from .synthesis import CHECK_EVERY, JobResult, Precision, synthesize
 from .teachers import Teacher
 from .tensors import write_tensors
@@ -46,6 +44,9 @@ class Jobs:
             f"synthesize: {len(jobs) - len(left)} of {len(jobs)} jobs found, {begun} go on from a checkpoint, "
             f"{len(left) - begun} to start; {self._run.precision}, a checkpoint every {self._run.checkpoint_s:g} s"
         )
+        if self._run.accelerator.is_main_process:
+            for job in set(jobs) - set(left):  # a process that was killed right after it had finished a job
+                self._work.forget_state(job)
         if left:
             self._optimise(left)
         self._run.accelerator.wait_for_everyone()
@@ -105,9 +106,7 @@ class Jobs:
             "history": result.history,
         }
         self._work.keep_job(job, result.images_uint8, notes)
-        for precision in get_args(Precision):
-            self._checkpoint(job, precision).clear()
-        remove_sealed(self._work.failed_file(job))
+        self._work.forget_state(job)
 
     def _result_of(
         self,

@@ -165,7 +165,7 @@ def squeeze_teacher(
         StoppedError: Somebody asked the program to stop; the training goes on from its checkpoint.
     """
     folder = teacher_folder(name, recipe, root)
-    work = root / f".work-{folder.name}"
+    work = _scratch(folder)
     check_batch(recipe, data)
     if is_held(work):
         log.info("squeeze: %s is being trained by %s; waiting for it", name, holder_text(holder_of(work)))
@@ -197,6 +197,18 @@ def squeeze_teacher(
         )
     shutil.rmtree(work, ignore_errors=True)
     return report
+
+
+def _scratch(folder: Path) -> Path:
+    """Where a teacher is while it is trained."""
+    return folder.with_name(f".work-{folder.name}")
+
+
+def clear_scratch(folder: Path) -> None:
+    """Remove what is left of the training of a finished teacher; a process was killed right after it had stored it."""
+    scratch = _scratch(folder)
+    if scratch.is_dir() and not is_held(scratch):
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _steps(settings: SqueezeRecipe, split: ImageSplit) -> int:

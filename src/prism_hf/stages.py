@@ -26,7 +26,7 @@ from .recipe import to_dict
 from .relabel import label_images, relabel_batches
 from .report import LABELS, Evaluation
 from .session import Session
-from .squeeze import check_squeezed, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
+from .squeeze import check_squeezed, clear_scratch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
 from .storage import is_sealed, set_aside, write_json
 from .students import Keep
 from .work import DISTILLED, RANDOM_REAL, SETS, read_failed
@@ -86,6 +86,7 @@ class Stages(Session):
             self.run.warn(f"{error}; set aside as {set_aside(folder).name}, it is trained again")
             return False
         read_squeezed(folder, self.data)
+        clear_scratch(folder)
         return True
 
     # -- synthesize ---------------------------------------------------------------------------------------------------

@@ -15,12 +15,11 @@ Every file is sealed (see `storage`), and its seal carries a key: a digest of ev
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +33,8 @@ from .packaging import GROUP_BYTES, Epoch, ImageTable, view_features, view_table
 from .pixels import decode, encode
 from .plan import VIEW_ROW_BYTES, SynthesisJob
 from .recipe import Recipe
-from .storage import check_sealed, digest, is_sealed, read_seal, set_aside, write_sealed
+from .storage import check_sealed, digest, is_sealed, read_seal, remove_sealed, set_aside, write_sealed
+from .synthesis import Precision
 from .tensors import open_rows, read_row, write_rows, write_tensors
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Work:
         """Where the images of a finished job are."""
         return self.folder / "jobs" / f"job-{job.id:05d}.safetensors"
 
-    def checkpoint_file(self, job: SynthesisJob, precision: str = "float32") -> Path:
+    def checkpoint_file(self, job: SynthesisJob, precision: Precision = "float32") -> Path:
         """Where a job that is not finished keeps its state; that of another precision is no start for it."""
         suffix = "" if precision == "float32" else f".{precision}"
         return self.folder / "jobs" / f"job-{job.id:05d}.checkpoint{suffix}.safetensors"
@@ -118,6 +118,12 @@ class Work:
         """Write a finished job."""
         key = f"{self.synthesis_key}/{job.id}"
         write_tensors(self.job_file(job), {"images_uint8": images_uint8}, {"key": key, "job": job.id, **notes})
+
+    def forget_state(self, job: SynthesisJob) -> None:
+        """Remove what a job needed while it was not finished."""
+        for precision in get_args(Precision):
+            remove_sealed(self.checkpoint_file(job, precision))
+        remove_sealed(self.failed_file(job))
 
     def job_notes(self, job: SynthesisJob) -> dict[str, Any]:
         """What is known of a finished job."""
@@ -302,15 +308,10 @@ def _groups(batches: Iterable[Epoch], rows: int) -> Iterator[Epoch]:
 
 
 def read_failed(folder: Path) -> list[dict[str, Any]]:
-    """What is known of the jobs of DIR/work that failed, in order; one that was finished after all is not among them."""
+    """What is known of the jobs of DIR/work that failed and are not finished since, in order."""
     notes = []
     for path in sorted((folder / "jobs").glob("job-*.failed.safetensors")):
-        name = path.name.removesuffix(".failed.safetensors")
-        if not is_sealed(path) or is_sealed(path.with_name(f"{name}.safetensors")):
-            continue
-        try:
-            note = read_seal(path)["notes"]
-        except DamagedError as error:
-            note = {"job": int(name.removeprefix("job-")), "reason": str(error)}
-        notes.append(json.loads(json.dumps(note)))
+        finished = path.with_name(path.name.replace(".failed", ""))
+        if is_sealed(path) and not is_sealed(finished):
+            notes.append(dict(read_seal(path)["notes"]))  # type: ignore[call-overload]
     return notes
