@@ -154,7 +154,7 @@ def test_the_same_network_gives_the_same_bytes_and_is_left_as_it_is(tmp_path, ch
     assert str(tmp_path) not in (tmp_path / "one" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("failing", ["save_for_hf", "_repair_config", "write_json", "_swap"])
+@pytest.mark.parametrize("failing", ["save_for_hf", "_repair_config", "write_json", "swap_folder"])
 def test_a_failure_leaves_no_draft_and_no_folder(tmp_path, monkeypatch, failing):
     def fail(*_, **__):
         raise OSError("disk full")
