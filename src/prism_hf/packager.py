@@ -99,7 +99,7 @@ class Packager:
                 teachers=dict(zip(self._public.all_teachers, teachers.values(), strict=True)),
                 source_revision=self._session.data.revision,
                 source_on_hub=self._session.data.on_hub,
-                hardware=self._run.hardware,
+                hardware=self._hardware(name),
                 squeezed_top1=self._session.squeezed_top1(),
                 images=name,
                 partial=self._partial,
@@ -147,7 +147,13 @@ class Packager:
             self._session.data.class_names,
             self._session.squeezed_top1(),
         )
-        return digest([seals, *facts, self._work.weights, versions(), self._run.hardware, self._partial])
+        return digest([seals, *facts, self._work.weights, versions(), self._hardware(name), self._partial])
+
+    def _hardware(self, name: str) -> dict[str, object]:
+        """Of this launch, with the precision of the jobs: some may be another launch's, or were made again in float32."""
+        jobs = [job for job in plan_jobs(self._recipe) if is_sealed(self._work.job_file(job))] if name == DISTILLED else []
+        found = {str(self._work.job_notes(job)["precision"]) for job in jobs}
+        return self._run.hardware | ({"precision": " and ".join(sorted(found))} if found else {})
 
     def _shown(self) -> Tensor:
         """The images of the grid: the first classes and slots, white where one is missing."""

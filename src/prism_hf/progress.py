@@ -6,11 +6,12 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accelerate.utils import tqdm
 
+from .errors import OutputError
 from .storage import write_json
 
 ESTIMATE_AFTER_S = 20.0
@@ -69,20 +70,20 @@ class Progress:
     def write(self) -> None:
         """Leave a note for `--status`."""
         self._written = time.monotonic()
-        write_json(
-            self._path,
-            {
-                "stage": self._stage,
-                "unit": self._unit,
-                "done": self._done + self._skipped,
-                "of": self._total,
-                "now": self._now,
-                "seconds_left": self.seconds_left(),
-                "updated": time.time(),
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-            },
-        )
+        note = {
+            "stage": self._stage,
+            "unit": self._unit,
+            "done": self._done + self._skipped,
+            "of": self._total,
+            "now": self._now,
+            "seconds_left": self.seconds_left(),
+            "updated": time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        # Only a note: on a full disk the next file that matters says so.
+        with suppress(OutputError):
+            write_json(self._path, note)
 
     def close(self) -> None:
         """End of the share."""

@@ -34,7 +34,7 @@ from .plan import STAGES, TRACKERS
 from .progress import Progress, progress
 from .recipe import Recipe, to_dict
 from .recipe_file import differing_keys, dump_recipe, load_recipe, public_recipe
-from .storage import DRAFT, clear_drafts, set_aside, write_bytes, write_json
+from .storage import DRAFT, clear_drafts, restore_swapped, set_aside, write_bytes, write_json
 from .synthesis import Precision
 
 log = logging.getLogger(__name__)
@@ -255,6 +255,8 @@ def claimed(folder: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[st
     moved = _moved_aside(folder) if fresh and (folder / "recipe.yaml").is_file() else None
     with locked(folder) as killed:
         check_folder(folder, recipe)
+        for name in PARTS:
+            restore_swapped(folder / name)
         # Not below DIR/teachers: other runs may be at work there.
         drafts = clear_drafts(folder, deep=False) + sum(clear_drafts(folder / name) for name in ("work", *PARTS))
         if not (folder / "recipe.yaml").is_file():

@@ -98,8 +98,11 @@ class Session:
         missing = [name for name in dict.fromkeys(names) if name not in self._teachers]
         self._teachers |= load_teachers(missing, device=self.run.accelerator.device, squeezed=squeezed)
         for name in missing:
-            if (expected := self._expected_weights(name)) not in (None, self._teachers[name].weights_sha256):
-                raise DamagedError(f"the weights in {squeezed[name]} were changed after they were written ({expected})")
+            if self._expected_weights(name) not in (None, self._teachers[name].weights_sha256):
+                raise DamagedError(
+                    f"the weights in {squeezed[name]} were changed after they were written; --stage squeeze sets them "
+                    "aside and trains again"
+                )
             check_teacher(self._teachers[name], class_names=self.data.class_names, channels=self.recipe.data.channels)
         return {name: self._teachers[name] for name in names}
 

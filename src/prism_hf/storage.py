@@ -111,6 +111,13 @@ def swap_folder(draft: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def restore_swapped(folder: Path) -> None:
+    """Put a folder back that a process which was killed in the middle of `swap_folder` had moved away."""
+    if not folder.is_dir() and (moved := sorted(folder.parent.glob(f"{DRAFT}{folder.name}-*-old"))):
+        with writing(folder):
+            os.replace(moved[-1], folder)
+
+
 def clear_drafts(folder: Path, *, of: str = "", deep: bool = True) -> int:
     """Remove what killed processes left half-written in a folder; only for whoever holds its lock.
 

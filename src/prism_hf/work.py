@@ -308,10 +308,14 @@ def _groups(batches: Iterable[Epoch], rows: int) -> Iterator[Epoch]:
 
 
 def read_failed(folder: Path) -> list[dict[str, Any]]:
-    """What is known of the jobs of DIR/work that failed and are not finished since, in order."""
+    """What is known of the jobs of DIR/work that failed, in order; one that was finished after all is not among them."""
     notes = []
     for path in sorted((folder / "jobs").glob("job-*.failed.safetensors")):
-        finished = path.with_name(path.name.replace(".failed", ""))
-        if is_sealed(path) and not is_sealed(finished):
+        name = path.name.removesuffix(".failed.safetensors")
+        if not is_sealed(path) or is_sealed(path.with_name(f"{name}.safetensors")):
+            continue
+        try:
             notes.append(dict(read_seal(path)["notes"]))  # type: ignore[call-overload]
+        except DamagedError as error:
+            notes.append({"job": int(name.removeprefix("job-")), "reason": str(error)})
     return notes
