@@ -1,0 +1,60 @@
+"""Count the cases of wrong input that are answered as they should be, by kind.
+
+python benchmarks/refusals.py --record benchmarks/results/refusals.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_PLACES, _CONSOLE = "folders, stages, trackers", "prism-hf verify, export, push"
+GROUPS = {
+    "recipe": "recipe files", "value": "recipe values", "override": "overrides", "teacher": "teachers",
+    "student": "teachers", "data": "data", "output": _PLACES, "stage": _PLACES, "teachers": _PLACES, "tracker": _PLACES,
+    "evaluate": "evaluate.py", "verify": _CONSOLE, "export": _CONSOLE, "push": _CONSOLE,
+}  # fmt: skip
+"""First word of a case -> what is wrong."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        report = Path(place) / "report.xml"
+        words = [sys.executable, "-m", "pytest", "-q", "tests/test_bad_input.py", f"--junitxml={report}"]
+        subprocess.run(words, cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
+        cases = list(ET.parse(report).getroot().iter("testcase"))
+    groups: Counter[str] = Counter()
+    passed = 0
+    for case in cases:
+        found = re.fullmatch(r"(\w+)\[(.*)\]", case.get("name") or "", flags=re.DOTALL)
+        if found is None:
+            continue  # the control: good input
+        kind = found[2].partition(":")[0]
+        groups["answers of the Hub" if "hub" in found[1] else GROUPS.get(kind, "others")] += 1
+        passed += not len(case)
+    facts = {
+        "cases": sum(groups.values()),
+        "passed": passed,
+        "by_group": dict(groups),
+        "command": "python benchmarks/refusals.py",
+    }
+    sys.stdout.write(f"{facts}\n")
+    if args.record:
+        from prism_hf.packaging import versions
+        from prism_hf.storage import write_json
+
+        write_json(args.record, facts | {"versions": versions()})
+
+
+if __name__ == "__main__":
+    main()
