@@ -152,8 +152,9 @@ class Packager:
     def _hardware(self, name: str) -> dict[str, object]:
         """Of this launch, with the precision of the jobs: some may be another launch's, or were made again in float32."""
         jobs = [job for job in plan_jobs(self._recipe) if is_sealed(self._work.job_file(job))] if name == DISTILLED else []
-        found = {str(self._work.job_notes(job)["precision"]) for job in jobs}
-        return self._run.hardware | ({"precision": " and ".join(sorted(found))} if found else {})
+        # Labels are always made in float32, and the control has nothing else.
+        found = {str(self._work.job_notes(job)["precision"]) for job in jobs} or {"float32"}
+        return self._run.hardware | {"precision": " and ".join(sorted(found))}
 
     def _shown(self) -> Tensor:
         """The images of the grid: the first classes and slots, white where one is missing."""
