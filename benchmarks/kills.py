@@ -172,8 +172,11 @@ def strike(kill: Kill, case: Case, folder: Path, times: dict[str, float]) -> Non
         kill.hit = stage_of(folder) if launcher.poll() is None else None
         workers = family(launcher)
         if kill.hit is not None:
-            started = time.monotonic()
             send(kill, launcher, workers)
+            if kill.whom == "launcher":
+                # Its own end is not ours; what it leaves behind must follow.
+                launcher.wait(60)
+            started = time.monotonic()
             # A hard kill of one process leaves it to the launcher, and to the others, to notice.
             limit = LIMIT_S if kill.signal != "SIGKILL" and kill.whom != "one worker" else 60.0
             alive = psutil.wait_procs(workers, timeout=limit)[1]

@@ -44,6 +44,8 @@ def section(what: str, found: dict[str, dict]) -> str:
     """One generated part of a document: a run's table by its label, or `comparison` over all runs."""
     if what == "comparison":
         return markdown_table(comparison(found)) + "\n"
+    if what in RELIABILITY and what not in found:
+        return "*not yet run*\n"
     result = found[what]
     if what in RELIABILITY:
         return f"{RELIABILITY[what](result)}\n\n`{result['command']}`\n"

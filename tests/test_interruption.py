@@ -137,8 +137,15 @@ time.sleep(600)
 """
 
 
-def test_the_death_of_the_launcher_ends_its_process():
-    launcher = start(PARENT, program(BLOCKED["a lock"]), "accelerate")
+@pytest.mark.parametrize("place", ["bin/accelerate", "bin/torchrun", "accelerate/commands/launch.py"])
+def test_the_death_of_the_launcher_ends_its_process(place, tmp_path):
+    script = tmp_path / place
+    script.parent.mkdir(parents=True)
+    script.write_text(PARENT)
+    launcher = subprocess.Popen(
+        [sys.executable, str(script), program(BLOCKED["a lock"])],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     ready(launcher)
     launcher.kill()
     # Ends when nobody holds the pipes any more.
@@ -147,6 +154,7 @@ def test_the_death_of_the_launcher_ends_its_process():
 
 
 def test_the_death_of_another_parent_ends_nothing():
+    """Not even one with the word in its path, or among its words."""
     work = """
     import time
     sys.stdin.readline()
@@ -155,7 +163,7 @@ def test_the_death_of_another_parent_ends_nothing():
         raise_if_stopped()
     print("done", flush=True)
     """
-    shell = start(PARENT, program(work))
+    shell = start(PARENT, program(work), "/home/accelerate/notes.txt")
     child = ready(shell)
     shell.kill()
     shell.wait(timeout=TIMEOUT)

@@ -54,7 +54,7 @@ def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(recipe, ref
     _, expected, times = references(recipe)
     kills.run_case(case, tmp_path / "killed", expected, times)
     assert case.problems == []
-    assert [kill.hit for kill in case.kills] == [kill.stage for kill in case.kills]
+    assert None not in [kill.hit for kill in case.kills], "a launch was over before it was hit"
 
 
 def test_the_harness_sees_a_changed_byte_and_work_done_twice(references, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from .errors import StoppedError
 
 GRACE_S = 3.5
 """Seconds that the main thread has to keep its state; a busy machine takes its time, and five is what is promised."""
-_LAUNCHER_CHECK_S = 1.0
+_LAUNCHER_CHECK_S = 0.3
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
 _HOW_TO_RESUME = "what is finished is kept; the same command goes on where this run stopped"
