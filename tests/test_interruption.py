@@ -143,7 +143,7 @@ def test_the_death_of_the_launcher_ends_its_process(place, tmp_path):
     script.parent.mkdir(parents=True)
     script.write_text(PARENT)
     launcher = subprocess.Popen(
-        [sys.executable, str(script), program(BLOCKED["a lock"])],
+        [PYTHON, str(script), program(BLOCKED["a lock"])],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     ready(launcher)
