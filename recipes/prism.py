@@ -15,6 +15,7 @@ The same command goes on where an interrupted run stopped, with any number of pr
 
 import argparse
 import json
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -92,6 +93,7 @@ def distil(recipe: Recipe, folder: Path, args: argparse.Namespace) -> None:
     quiet()
     from prism_hf.checkpoint import EVERY_S
     from prism_hf.hub import check_here, check_target, reserve
+    from prism_hf.lock import check_free
     from prism_hf.logs import log_file
     from prism_hf.repository import Target
     from prism_hf.run import Run, check_folder, claimed, make_accelerator, start_trackers
@@ -100,6 +102,8 @@ def distil(recipe: Recipe, folder: Path, args: argparse.Namespace) -> None:
     # Teachers are shared between recipes in outputs/teachers; a named output keeps everything inside itself.
     teachers = args.teachers or (folder / "teachers" if args.output else Path("outputs") / "teachers")
     check_folder(folder, recipe, fresh=args.fresh)
+    if os.environ.get("RANK", "0") == "0":  # the others would find the folder held by the first
+        check_free(folder)
     target = None
     if args.push_to_hub is not None:
         target = Target(

@@ -7,7 +7,7 @@ import pytest
 from pipeline import PYTHON, mtimes, one_line, quiet_env
 
 from prism_hf.errors import OutputError
-from prism_hf.lock import HOLDER, LOCK, holder_of, holder_text, is_held, locked
+from prism_hf.lock import HOLDER, LOCK, check_free, holder_of, holder_text, is_held, locked
 from prism_hf.storage import write_bytes
 
 HOLD = """
@@ -98,3 +98,15 @@ def test_a_holder_that_cannot_be_read_is_another_process(tmp_path):
         (tmp_path / HOLDER).write_text(text)
         assert holder_of(tmp_path) is None
     assert holder_text(None) == "another process"
+
+
+def test_an_early_look_refuses_too_and_writes_nothing(tmp_path):
+    folder = tmp_path / "run"
+    check_free(folder, patience_s=0)
+    assert not folder.exists()
+    with locked(folder):
+        before = mtimes(folder)
+        with pytest.raises(OutputError, match=f"process {os.getpid()} on"):
+            check_free(folder, patience_s=0.3)
+        assert mtimes(folder) == before
+    check_free(folder, patience_s=0)

@@ -145,3 +145,9 @@ def test_the_command_prints_it(finished_run, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("OutputError: ")
     assert mtimes(finished_run) == before
+
+
+def test_teachers_are_done_when_all_are(copied):
+    assert "squeeze     done" in shown(copied)[1][1]
+    (copied / "work" / "squeezed.json").unlink()
+    assert "squeeze     begun" in shown(copied)[1][1]

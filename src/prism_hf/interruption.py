@@ -50,8 +50,9 @@ def raise_if_stopped() -> None:
 def leave_at_once() -> None:
     """End the process if somebody asked for it: everything is kept by now, and Python's own exit can take seconds."""
     if _exit_code:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(_exit_code)
 
 
@@ -111,10 +112,11 @@ def _stop(reason: str, code: int, finished: threading.Event) -> None:
         return
     _exit_code, _first_at = code, time.monotonic()
     _wanted.set()
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"\n{reason}: {_HOW_TO_RESUME}\n")
-        sys.stderr.flush()
     threading.Thread(target=_end, args=(code, finished), daemon=True).start()
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+            sys.stderr.write(f"\n{reason}: {_HOW_TO_RESUME}\n")
+            sys.stderr.flush()
 
 
 def _end(code: int, finished: threading.Event) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -40,10 +41,7 @@ def locked(folder: Path, *, patience_s: float = PATIENCE_S) -> Iterator[dict[str
         try:
             lock.acquire(timeout=patience_s)
         except Timeout as error:
-            raise OutputError(
-                f"output {str(folder)!r} is in use by {holder_text(holder_of(folder))}; wait for it, stop it, or use "
-                "another folder (--output DIR)"
-            ) from error
+            raise _in_use(folder) from error
     try:
         killed = holder_of(folder)
         write_json(folder / HOLDER, _myself())
@@ -51,6 +49,26 @@ def locked(folder: Path, *, patience_s: float = PATIENCE_S) -> Iterator[dict[str
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
         lock.release()
+
+
+def check_free(folder: Path, *, patience_s: float = PATIENCE_S) -> None:
+    """Refuse early, before anything is loaded; changes nothing.
+
+    Raises:
+        OutputError: Another launch holds the folder, and goes on holding it.
+    """
+    until = time.monotonic() + patience_s
+    while is_held(folder):
+        if time.monotonic() > until:
+            raise _in_use(folder)
+        time.sleep(0.2)
+
+
+def _in_use(folder: Path) -> OutputError:
+    return OutputError(
+        f"output {str(folder)!r} is in use by {holder_text(holder_of(folder))}; wait for it, stop it, or use another "
+        "folder (--output DIR)"
+    )
 
 
 def _myself() -> dict[str, object]:

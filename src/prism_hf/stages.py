@@ -29,7 +29,7 @@ from .session import Session
 from .squeeze import check_squeezed, clear_scratch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
 from .storage import is_sealed, set_aside, write_json
 from .students import Keep
-from .work import DISTILLED, RANDOM_REAL, SETS, read_failed
+from .work import DISTILLED, RANDOM_REAL, SETS, SQUEEZED, read_failed
 
 
 class Stages(Session):
@@ -72,8 +72,11 @@ class Stages(Session):
                 squeeze_teacher(name, self.recipe, self.data, root, device=device, every_s=every_s)
                 shown.advance()
         self.run.accelerator.wait_for_everyone()
-        for name, top1 in self.squeezed_top1().items():
+        scores = self.squeezed_top1()
+        for name, top1 in scores.items():
             self.run.say(f"squeeze: {name} scores {100 * top1:.1f} % on the test part")
+        if self.run.accelerator.is_main_process:
+            write_json(self.run.work / SQUEEZED, scores)  # for `--status`: teachers may lie anywhere
 
     def _is_squeezed(self, name: str) -> bool:
         """Whether a teacher is there and whole; a damaged one is set aside."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from .plan import STAGES, plan_jobs, size_text
 from .progress import duration_text
 from .recipe import Recipe
 from .recipe_file import load_recipe
-from .storage import files_below, is_sealed
-from .work import SETS, read_failed
+from .storage import is_sealed
+from .work import SETS, SQUEEZED, read_failed
 
 _QUIET_S = 600.0
 """A process that has said nothing for so long is worth a look."""
@@ -28,7 +30,8 @@ def survey(folder: Path) -> dict[str, Any]:
         folder: The output folder.
 
     Returns:
-        `recipe`, `running` (who holds the folder, or `None`), `stages` (for each: `done`, `of`, `unit`, `seconds` spent),
+        `recipe`, `running` (who holds the folder, or `None`), `stages` (for each: `done`, `of`, `unit`, `seconds`
+        spent; squeeze: `finished`),
         `processes` (what each is doing, with `seconds_left`), `failed` jobs with reasons, `checkpoints` (unfinished jobs),
         `aside` (damaged files), `seconds_left` of the running stage, `bytes` on the disk.
 
@@ -53,8 +56,18 @@ def survey(folder: Path) -> dict[str, Any]:
         "checkpoints": sorted(path.name for path in work.rglob("*.checkpoint*.safetensors")),
         "aside": sorted(path.relative_to(folder).as_posix() for path in work.rglob("*.aside-*") if is_data(path)),
         "seconds_left": max(left) if running and left else None,
-        "bytes": sum(path.stat().st_size for path in files_below(folder)),
+        "bytes": _bytes_below(folder),
     }
+
+
+def _bytes_below(folder: Path) -> int:
+    """Size of all files; those of a run at work come and go."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
 
 
 def is_data(path: Path) -> bool:
@@ -87,7 +100,8 @@ def _stages(recipe: Recipe, folder: Path) -> dict[str, dict[str, object]]:
     }
     seconds = _read(work / "times.json")
     spent = {name: seconds.get(name) for name in STAGES}
-    stages: dict[str, dict[str, object]] = {"squeeze": {"seconds": spent["squeeze"]}}
+    trained = (work / SQUEEZED).is_file()
+    stages: dict[str, dict[str, object]] = {"squeeze": {"finished": trained, "seconds": spent["squeeze"]}}
     for name, (done, total, unit) in count.items():
         stages[name] = {"done": done, "of": total, "unit": unit, "seconds": spent[name]}
     return stages
@@ -105,7 +119,8 @@ def status_text(state: Mapping[str, Any]) -> str:
             tail = f", {left} left" if left else ""
             lines.append(f"{name:<11} {stage['done']} of {stage['of']} {stage['unit']} done{tail}{spent}")
         else:
-            lines.append(f"{name:<11} {'done' if stage['seconds'] else 'not yet run'}{spent}")
+            begun = "begun" if stage["seconds"] else "not yet run"
+            lines.append(f"{name:<11} {'done' if stage['finished'] else begun}{spent}")
     for number, process in enumerate(state["processes"]):
         if process:
             lines.append(_process_text(number, process))

@@ -40,6 +40,8 @@ from .tensors import open_rows, read_row, write_rows, write_tensors
 log = logging.getLogger(__name__)
 DISTILLED, RANDOM_REAL = "distilled", "random_real"
 SETS = (DISTILLED, RANDOM_REAL)
+SQUEEZED = "squeezed.json"
+"""Written when all teachers are trained."""
 _WINDOW = 64
 """Images that are encoded or decoded at once."""
 _ROW = ("class", "slot", "job", "end")
