@@ -202,11 +202,16 @@ def test_no_job_has_failed_where_there_is_none(tmp_path):
 
 def test_a_job_that_was_finished_after_all_has_not_failed(finished_run, copied):
     """Killed between writing the images and removing the mark."""
-    write_tensors(copied / "work/jobs/job-00001.failed.safetensors", {}, {"job": 1, "reason": "bad"})
+    failed = copied / "work/jobs/job-00001.failed.safetensors"
+    write_tensors(failed, {}, {"job": 1, "reason": "bad"})
     assert read_failed(copied / "work") == []
-    make(copied, finished_run / "teachers")
-    seal_of(copied / "work/jobs/job-00001.safetensors").unlink()
+    seal = seal_of(copied / "work/jobs/job-00001.safetensors")
+    data = seal.read_bytes()
+    seal.unlink()
     assert read_failed(copied / "work") == [{"job": 1, "reason": "bad"}]
+    seal.write_bytes(data)
+    make(copied, finished_run / "teachers")
+    assert not failed.exists(), "it would be listed for ever"
 
 
 def test_each_job_and_precision_has_its_own_files(tmp_path):
