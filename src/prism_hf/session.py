@@ -11,6 +11,7 @@ import numpy as np
 from .alignment import BNAlignment
 from .data import SourceData, load_source, real_rows
 from .errors import DamagedError, StageError
+from .plan import STAGES
 from .preflight import check_inputs, check_space, check_verifier, inputs_of
 from .recipe_file import public_recipe
 from .run import Run, check_place
@@ -54,7 +55,8 @@ class Session:
         if stage == "squeeze":
             return
         if stage != "synthesize" and (fresh or not (self.run.folder / "recipe.yaml").is_file()):
-            raise StageError(f"{self.run.folder} holds no run to {stage}; run --stage synthesize and what follows it first")
+            before = STAGES[STAGES.index(stage) - 1]
+            raise StageError(f"{self.run.folder} holds no run to {stage}; run --stage {before}, and what comes before it")
         for name in self.recipe.squeezed_teachers:
             self._squeezed_folder(name)
 
