@@ -210,8 +210,9 @@ def test_jobs_of_another_recipe_are_not_taken(light, done, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "there", "word"),
     [
-        ("synthesize", None, "--stage squeeze"), ("relabel", None, "--stage synthesize"), ("package", None, "--stage relabel"),
-        ("evaluate", None, "--stage package"), ("relabel", "teachers", "--stage synthesize"),
+        ("synthesize", None, "--stage squeeze"), ("relabel", None, "--stage synthesize"),
+        ("package", None, "--stage relabel"), ("evaluate", None, "--stage package"),
+        ("relabel", "teachers", "--stage synthesize"),
         ("package", "teachers", "--stage relabel"), ("package", "work/jobs", "--stage relabel"),
         ("evaluate", "work/jobs", "--stage package"),
     ],
