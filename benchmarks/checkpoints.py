@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import machine
 import torch
 
 from prism_hf.checkpoint import EVERY_S, Checkpoint
-from prism_hf.packaging import versions
 from prism_hf.plan import plan_jobs
 from prism_hf.recipe_file import load_recipe
 from prism_hf.storage import write_json
@@ -52,7 +52,7 @@ def main() -> None:
         "pause_s": EVERY_S,
         "share_of_the_time": round(write / EVERY_S, 5),
         "command": f"python benchmarks/checkpoints.py --recipe {args.recipe.as_posix()}",
-        "versions": versions(),
+        **machine.facts(),
     }
     sys.stdout.write(f"{facts}\n")
     if args.record:

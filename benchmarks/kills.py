@@ -302,11 +302,12 @@ def main() -> None:
     result = summary(cases)
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
     if args.record:
-        from prism_hf.packaging import versions
+        from machine import facts
+
         from prism_hf.storage import write_json
 
         command = f"python benchmarks/kills.py --count {args.count} --first {args.first} --at-once {args.at_once}"
-        write_json(args.record, result | {"runs": [asdict(c) for c in cases], "command": command, "versions": versions()})
+        write_json(args.record, result | {"runs": [asdict(c) for c in cases], "command": command} | facts())
     sys.exit(any(case.problems for case in cases))
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py --output /a/folder --record benchmarks/results/memory.json
 
-Counted is anonymous memory (RssAnon of Linux): what the kernel cannot drop. Files that are mapped in are not.
+Counted is anonymous memory (RssAnon of Linux): what the kernel cannot drop. Files that are mapped in are not. With
+`--plain` the allocators give back what is freed; by default they keep some of it, more after more requests.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[1]
+PLAIN = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+}
+"""Settings of glibc and Arrow."""
 STAGES = ("synthesize", "relabel", "package", "evaluate")
 RECIPE = (
     "data.channels=3", "synthesis.iterations=2", "synthesis.slots_per_batch=1", "synthesis.batch_size=10",
@@ -85,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--plain", action="store_true", help="allocators that give back what is freed")
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--ipc", type=int, default=30)
     parser.add_argument("--epochs", type=int, default=20)
@@ -92,22 +101,26 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     from kills import environment
 
-    peaks = measure(args.output, size=args.size, ipc=args.ipc, epochs=args.epochs, env=environment())
+    peaks = measure(
+        args.output, size=args.size, ipc=args.ipc, epochs=args.epochs, env=environment() | (PLAIN if args.plain else {})
+    )
     worst = max(found["ratio"] for found in peaks.values())
     sys.stdout.write(json.dumps({"worst_ratio": worst}) + "\n")
     if args.record:
-        from prism_hf.packaging import versions
+        from machine import facts as machine_facts
+
         from prism_hf.storage import write_json
 
         pixels = 3 * args.size**2
+        scale = f"--size {args.size} --ipc {args.ipc} --epochs {args.epochs}"
         facts = {
             "images": {"1x": 10 * args.ipc, "10x": 100 * args.ipc, "bytes_each": pixels},
             "epochs_of_views": {"1x": max(2, args.epochs // 10), "10x": args.epochs},
             "memory_of_the_machine": psutil.virtual_memory().total,
-            "command": f"python benchmarks/memory.py --size {args.size} --ipc {args.ipc} --epochs {args.epochs}",
-            "versions": versions(),
+            "allocators": PLAIN if args.plain else "as they are",
+            "command": " ".join(["python benchmarks/memory.py", *(["--plain"] if args.plain else []), scale]),
         }
-        write_json(args.record, {"peak_bytes": peaks, "worst_ratio": worst, **facts})
+        write_json(args.record, {"peak_bytes": peaks, "worst_ratio": worst, **facts, **machine_facts()})
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import machine
 import torch
 
 from prism_hf.data import load_source, real_rows
-from prism_hf.packaging import versions
 from prism_hf.pixels import noise, to_reference
 from prism_hf.plan import plan_jobs
 from prism_hf.recipe_file import load_recipe
@@ -75,7 +75,7 @@ def main() -> None:
         "mean_absolute_difference_of_8_bit_levels": round(sum(differences) / len(differences), 3),
         **figures,
         "command": " ".join(["python benchmarks/precision.py", str(args.recipe), *args.overrides]),
-        "versions": versions(),
+        **machine.facts(),
     }
     sys.stdout.write(f"{facts}\n")
     if args.record:

@@ -6,9 +6,9 @@ the copies in cards/ are rendered from it (`make cards`).
 
 import argparse
 import json
-import os
-import platform
 from pathlib import Path
+
+import machine
 
 from prism_hf.card import card_facts
 from prism_hf.recipe import to_dict
@@ -16,15 +16,6 @@ from prism_hf.recipe_file import differing_keys, load_recipe
 from prism_hf.storage import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def cpu() -> str:
-    """The processor's name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def command_of(run: Path) -> str:
@@ -64,7 +55,7 @@ def main() -> None:
     names = datasets.load_dataset(str(args.run / "dataset"), split="train").features["label"].names
     result = {
         "command": command_of(args.run),
-        "hardware": {"cpu": cpu(), "cores": os.cpu_count(), **report["hardware"]},
+        "hardware": machine.hardware() | report["hardware"],
         "report": report,
         "card_facts": card_facts(args.run / "dataset", recipe, names, report),
     }

@@ -50,10 +50,11 @@ def main() -> None:
     }
     sys.stdout.write(f"{facts}\n")
     if args.record:
-        from prism_hf.packaging import versions
+        import machine
+
         from prism_hf.storage import write_json
 
-        write_json(args.record, facts | {"versions": versions()})
+        write_json(args.record, facts | machine.facts())
 
 
 if __name__ == "__main__":

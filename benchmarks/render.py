@@ -136,8 +136,10 @@ def refusals_table(result: dict) -> str:
 RELIABILITY = {
     "kills": kills_table,
     "memory": memory_table,
+    "memory_default": memory_table,
     "checkpoints": checkpoint_text,
     "precision": precision_table,
+    "precision_real": precision_table,
     "refusals": refusals_table,
 }
 

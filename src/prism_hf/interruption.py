@@ -21,14 +21,14 @@ import psutil
 
 from .errors import StoppedError
 
-GRACE_S = 3.5
+GRACE_S = 3.0
 """Seconds that the main thread has to keep its state; a busy machine takes its time, and five is what is promised."""
 _LAUNCHER_CHECK_S = 0.3
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
 _HOW_TO_RESUME = "what is finished is kept; the same command goes on where this run stopped"
 
-_wanted = threading.Event()
+_wanted, _told = threading.Event(), threading.Event()
 _exit_code = 0
 
 
@@ -50,6 +50,7 @@ def raise_if_stopped() -> None:
 def leave_at_once() -> None:
     """End the process if somebody asked for it: everything is kept by now, and Python's own exit can take seconds."""
     if _exit_code:
+        _told.wait(1.0)  # the line about it is another thread's
         with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
             sys.stdout.flush()
             sys.stderr.flush()
@@ -64,14 +65,17 @@ def stopping_cleanly() -> Iterator[None]:
         yield
         return
     _wanted.clear()
+    _told.clear()
     _exit_code = 0
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before = {number: signal.signal(number, _ignored) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
     old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     finished = threading.Event()
-    for target, args in ((_watch_signals, (reader, finished)), (_watch_launcher, (finished,))):
-        threading.Thread(target=target, args=args, daemon=True).start()
+    threading.Thread(target=_watch_signals, args=(reader, finished), daemon=True).start()
+    # Looked up here, not in the thread: the launcher may die before that has run.
+    if _is_launcher(parent := os.getppid()):
+        threading.Thread(target=_watch_launcher, args=(parent, finished), daemon=True).start()
     try:
         yield
     finally:
@@ -117,6 +121,7 @@ def _stop(reason: str, code: int, finished: threading.Event) -> None:
         with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
             sys.stderr.write(f"\n{reason}: {_HOW_TO_RESUME}\n")
             sys.stderr.flush()
+    _told.set()
 
 
 def _end(code: int, finished: threading.Event) -> None:
@@ -125,11 +130,8 @@ def _end(code: int, finished: threading.Event) -> None:
         os._exit(code)
 
 
-def _watch_launcher(finished: threading.Event) -> None:
+def _watch_launcher(parent: int, finished: threading.Event) -> None:
     """End with the launcher: `accelerate launch` that is killed would leave its processes behind, at work."""
-    parent = os.getppid()
-    if not _is_launcher(parent):
-        return
     while not finished.wait(_LAUNCHER_CHECK_S):
         if os.getppid() != parent:
             _stop("the launcher has ended", 128 + signal.SIGTERM, finished)
