@@ -14,8 +14,8 @@ from pathlib import Path
 import machine
 import torch
 
-from prism_hf.checkpoint import EVERY_S, Checkpoint
-from prism_hf.plan import plan_jobs
+from prism_hf.checkpoint import Checkpoint
+from prism_hf.plan import EVERY_S, plan_jobs
 from prism_hf.recipe_file import load_recipe
 from prism_hf.storage import write_json
 from prism_hf.synthesis import Progress

@@ -64,7 +64,6 @@ def main(args: argparse.Namespace) -> None:
     if len(words) != 1:
         raise RecipeError(f"expected one data set, got {len(words)}; protocol changes are written evaluation.key=value")
     quiet()
-    from prism_hf.checkpoint import EVERY_S
     from prism_hf.reading import load_distilled
     from prism_hf.run import Run, check_place, held, make_accelerator
     from prism_hf.training import check_network
@@ -86,8 +85,7 @@ def main(args: argparse.Namespace) -> None:
     data, test = real_parts(args, recipe, distilled.class_names, left_out)
     # One place for all that control and scores depend on: another data set of the same name must not find them.
     place = folder / digest(distilled.content, "" if data is None else data.train.content)
-    every_s = EVERY_S if args.checkpoint_every is None else args.checkpoint_every
-    run = Run(recipe, place, teachers, accelerator, every_s)
+    run = Run(recipe, place, teachers, accelerator, args.checkpoint_every)
     with held(run):
         score_all(run, distilled, data, test, left_out, words[0], args, folder / "report.json")
 

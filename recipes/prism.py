@@ -91,7 +91,6 @@ def print_status(folder: Path) -> None:
 
 def distil(recipe: Recipe, folder: Path, args: argparse.Namespace) -> None:
     quiet()
-    from prism_hf.checkpoint import EVERY_S
     from prism_hf.hub import check_here, check_target, reserve
     from prism_hf.lock import check_free
     from prism_hf.logs import log_file
@@ -115,8 +114,7 @@ def distil(recipe: Recipe, folder: Path, args: argparse.Namespace) -> None:
         )
         check_here(target)
     accelerator = make_accelerator(folder, log_with=args.log_with, threads=args.threads)
-    every_s = EVERY_S if args.checkpoint_every is None else args.checkpoint_every
-    run = Run(recipe, folder, teachers, accelerator, every_s, args.allow_partial)
+    run = Run(recipe, folder, teachers, accelerator, args.checkpoint_every, args.allow_partial)
     stages = Stages(run)
     if target is not None and accelerator.is_main_process:
         target = check_target(target, recipe.name)

@@ -37,7 +37,6 @@ def main(args: argparse.Namespace) -> None:
     if not recipe.squeezed_teachers:
         raise RecipeError(f"{paths[0]} names no `squeeze:` teacher, so there is nothing to train")
     quiet()
-    from prism_hf.checkpoint import EVERY_S
     from prism_hf.run import Run, check_place, make_accelerator
     from prism_hf.squeeze import check_architectures, teacher_folder
     from prism_hf.stages import Stages
@@ -45,10 +44,9 @@ def main(args: argparse.Namespace) -> None:
     check_place(args.output, "--output")
     check_architectures(recipe)
     accelerator = make_accelerator(threads=args.threads)
-    every_s = EVERY_S if args.checkpoint_every is None else args.checkpoint_every
     # The run folder is only needed by later stages; teachers go straight to the output.
     scratch = args.output / f".work-{recipe.name}"
-    Stages(Run(recipe, scratch, args.output, accelerator, every_s)).squeeze()
+    Stages(Run(recipe, scratch, args.output, accelerator, args.checkpoint_every)).squeeze()
     if accelerator.is_main_process:
         shutil.rmtree(scratch, ignore_errors=True)
         for name in recipe.squeezed_teachers:

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from .errors import DamagedError
 from .interruption import raise_if_stopped, stop_wanted
+from .plan import EVERY_S
 from .storage import check_sealed, is_sealed, remove_sealed, set_aside
 from .tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
-EVERY_S = 120.0
-"""Seconds between two checkpoints of a job."""
 SHARE = 0.01
 """Share of the time that writing checkpoints may take."""
 

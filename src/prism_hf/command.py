@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from .errors import PrismError, StoppedError
 from .interruption import leave_at_once, stopping_cleanly
+from .plan import EVERY_S
 
 INTERRUPTED = 130
 
@@ -50,8 +51,8 @@ def quiet() -> None:
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Options of every command that computes."""
     parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads per process")
-    every = "keep the state of long jobs this often; default: 120"
-    parser.add_argument("--checkpoint-every", type=_seconds, default=None, metavar="SECONDS", help=every)
+    every = f"keep the state of long jobs this often; default: {EVERY_S:g}"
+    parser.add_argument("--checkpoint-every", type=_seconds, default=EVERY_S, metavar="SECONDS", help=every)
     add_debug(parser)
 
 

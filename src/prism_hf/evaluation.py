@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import EVERY_S, Checkpoint
+from .checkpoint import Checkpoint
 from .data import ImageSplit
 from .diversity import Diversity, UnitSums, penultimate_features
 from .errors import DamagedError
 from .pixels import to_reference
+from .plan import EVERY_S
 from .reading import DistilledDataset
 from .recipe import EvaluationRecipe, RelabelView
 from .report import Evaluation, Score, SetFacts

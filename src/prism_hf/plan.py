@@ -16,6 +16,8 @@ from .recipe import Recipe, TeachersRecipe
 
 STAGES = ("squeeze", "synthesize", "relabel", "package", "evaluate")
 """What a run does, in order."""
+EVERY_S = 120.0
+"""Seconds between two checkpoints of a job."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
 """Where its losses and pictures can be recorded, through Accelerate."""
 

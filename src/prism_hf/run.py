@@ -27,10 +27,9 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
-from .checkpoint import EVERY_S
 from .errors import OutputError, RecipeError
 from .lock import HOLDER, LOCK, holder_text, locked
-from .plan import STAGES, TRACKERS
+from .plan import EVERY_S, STAGES, TRACKERS
 from .progress import Progress, progress
 from .recipe import Recipe, to_dict
 from .recipe_file import differing_keys, dump_recipe, load_recipe, public_recipe

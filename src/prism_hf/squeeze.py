@@ -22,14 +22,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .alignment import BNAlignment
-from .checkpoint import EVERY_S, Checkpoint
+from .checkpoint import Checkpoint
 from .data import ImageSplit, SourceData
 from .diversity import classifier_of
 from .errors import DamagedError, TeacherError
 from .lock import holder_of, holder_text, is_held, locked
 from .model_folder import is_stored, scored_on, source_facts, store_network
 from .pixels import reference_mean_std, to_reference
-from .plan import derived_seed
+from .plan import EVERY_S, derived_seed
 from .recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
 from .recipe_file import public_recipe
 from .storage import clear_drafts

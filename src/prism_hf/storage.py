@@ -162,7 +162,11 @@ def _json_bytes(value: object) -> bytes:
 
 def write_record(path: Path, value: Mapping[str, object]) -> None:
     """Write a JSON object that carries the SHA-256 of itself."""
-    write_json(path, {**value, "sha256": digest(value)})
+    write_bytes(path, _record_bytes(value))
+
+
+def _record_bytes(value: Mapping[str, object]) -> bytes:
+    return _json_bytes({**value, "sha256": digest(value)})
 
 
 def read_record(path: Path) -> dict[str, object]:
@@ -199,7 +203,7 @@ def write_sealed(path: Path, write: Callable[[Path], None], notes: Mapping[str, 
     value = {"notes": json.loads(json.dumps(dict(notes), allow_nan=False))}
     with _drafted(path, write) as draft:
         facts = {"file_sha256": sha256_of(draft), "bytes": draft.stat().st_size, **value}
-        data = _json_bytes({**facts, "sha256": digest(facts)})
+        data = _record_bytes(facts)
         with _drafted(seal_of(path), lambda seal: _write(seal, data)) as seal, writing(path):
             seal_of(path).unlink(missing_ok=True)
             os.replace(draft, path)
