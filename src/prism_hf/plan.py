@@ -36,7 +36,7 @@ class SynthesisJob:
         id: 0 to the number of jobs - 1.
         classes: Class of each image, (B,).
         slots: Slot of each image, (B,).
-        iterations: Adam steps.
+        iterations: Adam steps; 0 ships the start images.
         seed: Seed of the job's own generator (init noise, views).
         draw_key: Names the teacher draw; jobs of one slot share it.
         teachers: The recipe's teachers.
@@ -52,12 +52,20 @@ class SynthesisJob:
     teachers: TeachersRecipe
     recipe_seed: int
 
+    def logit_teacher(self, iteration: int) -> str:
+        """Who gives the classification loss of one iteration: always the same, but for selection `cycle`."""
+        names = self.teachers.synthesis_names
+        return names[iteration % len(names)] if self.teachers.selection == "cycle" else self.teachers.logit
+
     def bn_teachers(self, iteration: int) -> tuple[str, ...]:
         """The BN teachers of one iteration, the logit teacher first where it is one of them.
 
-        With selection `per_slot` the answer is the same for all iterations of all jobs of a slot.
+        With selection `per_slot` the answer is the same for all iterations of all jobs of a slot; with `cycle` it is the
+        logit teacher of the iteration.
         """
         rule = self.teachers
+        if rule.selection == "cycle":
+            return (self.logit_teacher(iteration),)
         key = self.draw_key if rule.selection == "per_slot" else f"{self.draw_key}/job{self.id}/{iteration}"
         rng = random.Random(derived_seed(self.recipe_seed, "bn teachers", key))
         pool, drawn = list(rule.bn_pool), []
@@ -96,6 +104,8 @@ def plan_jobs(recipe: Recipe) -> list[SynthesisJob]:
 
 def _batches(recipe: Recipe) -> list[tuple[str, list[tuple[int, int]]]]:
     synthesis, classes = recipe.synthesis, range(recipe.data.num_classes)
+    if recipe.method == "random":
+        return [("random", [(c, s) for c in classes for s in range(synthesis.ipc)])]
     if synthesis.batch_order == "within_class":
         order = [(c, s) for c in classes for s in range(synthesis.ipc)]
         chunks = _chunks(order, synthesis.batch_size)
@@ -125,6 +135,8 @@ def batch_ranges(count: int, size: int) -> list[range]:
 
 
 def _iterations(recipe: Recipe, slot: int) -> int:
+    if recipe.method == "random":
+        return 0
     ladder = recipe.synthesis.ladder
     return recipe.synthesis.iterations - (ladder.step * (slot % ladder.period) if ladder else 0)
 
@@ -154,12 +166,13 @@ def describe_plan(recipe: Recipe) -> str:
     lines = [
         f"{recipe.name} (fingerprint {recipe.fingerprint()})",
         f"data      {data.source}: {data.num_classes} classes, {data.channels} x {data.size} x {data.size}",
-        f"images    {recipe.num_images} ({synthesis.ipc} per class), init {synthesis.init}",
+        f"images    {recipe.num_images} ({synthesis.ipc} per class), "
+        + ("real images drawn at random" if recipe.method == "random" else f"init {synthesis.init}"),
         f"jobs      {len(jobs)} of up to {max(len(j.classes) for j in jobs)} images, {synthesis.batch_order}",
         f"steps     {steps:,} in all ({image_steps:,} image-iterations)",
-        f"logit     {recipe.teachers.logit}",
+        f"logit     {_logit_text(recipe)}",
     ]
-    for name in recipe.teachers.synthesis_names:
+    for name in recipe.teachers.synthesis_names if steps else ():
         lines.append(f"BN        {name}: in {drawn[name]:,} of {steps:,} steps ({drawn[name] / steps:.0%})")
     lines += [
         f"verifier  {recipe.teachers.verifier or 'none'}",
@@ -171,6 +184,12 @@ def describe_plan(recipe: Recipe) -> str:
         f"disk      about {size_text(sum(space_needed(recipe).values()))} for the whole run, control included",
     ]
     return "\n".join(lines)
+
+
+def _logit_text(recipe: Recipe) -> str:
+    if recipe.method == "random":
+        return "none (method random)"
+    return "each teacher in turn" if recipe.teachers.selection == "cycle" else recipe.teachers.logit
 
 
 def space_needed(recipe: Recipe, *, processes: int = 1) -> dict[str, int]:

@@ -10,10 +10,12 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 
 SQUEEZE_PREFIX = "squeeze:"
 _RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)
@@ -49,6 +51,20 @@ _STRICT = ConfigDict(strict=True, extra="forbid")
 def _ordered(key: str, pair: tuple[float, float]) -> None:
     if pair[0] > pair[1]:
         raise ValueError(f"{key} must be [smallest, largest], got [{pair[0]}, {pair[1]}]; swap the two values")
+
+
+def _unused(section: object, names: Sequence[str], why: str) -> None:
+    """Refuse values that nothing would read."""
+    for field in dataclasses.fields(section):  # type: ignore[arg-type]
+        if field.name in names and getattr(section, field.name) != _default(field):
+            raise ValueError(f"{why}, so nothing reads {field.name}; leave it out")
+
+
+def _default(field: dataclasses.Field[object]) -> object:
+    default = field.default
+    if isinstance(default, FieldInfo):
+        return default.get_default(call_default_factory=True)
+    return field.default_factory() if default is dataclasses.MISSING else default  # type: ignore[misc]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -100,6 +116,7 @@ class TeachersRecipe:
         draw_probability: Each draw is made with this probability; uniform, without replacement.
         selection: `per_slot`: drawn once per slot, or group of slots that share a batch (paper: pre-distillation); with
             `within_class` batches once per batch. `per_iteration`: drawn anew each iteration (intra-distillation).
+            `cycle` (G-VBSM): nothing is drawn; at each iteration the next of logit teacher and pool supplies both losses.
         verifier: A classifier outside logit teacher and pool that judges the synthetic images; never in the loss.
     """
 
@@ -108,7 +125,7 @@ class TeachersRecipe:
     include_logit: bool = True
     extras: Index = 3
     draw_probability: Fraction = 0.5
-    selection: Literal["per_slot", "per_iteration"] = "per_slot"
+    selection: Literal["per_slot", "per_iteration", "cycle"] = "per_slot"
     verifier: Name | None = None
 
     def __post_init__(self) -> None:
@@ -124,6 +141,8 @@ class TeachersRecipe:
             )
         if not self.bn_pool and not self.include_logit:
             raise ValueError("no BN teacher: bn_pool is empty and include_logit is false; set one of the two")
+        if self.selection == "cycle":
+            _unused(self, ("include_logit", "extras", "draw_probability"), "selection cycle draws no teacher")
 
     @property
     def synthesis_names(self) -> tuple[str, ...]:
@@ -133,6 +152,8 @@ class TeachersRecipe:
     @property
     def bn_candidates(self) -> tuple[str, ...]:
         """Every BN teacher that may be drawn; each must have something to align."""
+        if self.selection == "cycle":
+            return self.synthesis_names
         return ((self.logit,) if self.include_logit else ()) + (self.bn_pool if self.extras else ())
 
 
@@ -148,6 +169,8 @@ class SqueezeRecipe:
         crop_scale: Smallest and largest share of the image area kept by a random crop.
         flip: Horizontal flips with probability 0.5.
         noise_std: Largest standard deviation of Gaussian pixel noise, in [0, 1] pixel units; drawn per image.
+        seed: Seed of the teachers; `null` takes the recipe's. With a seed of their own, recipes that differ in theirs share
+            teachers.
     """
 
     epochs: Count = 14
@@ -157,6 +180,7 @@ class SqueezeRecipe:
     crop_scale: CropScale = (0.6, 1.0)
     flip: bool = False
     noise_std: NonNegative = 0.1
+    seed: Seed | None = None
 
     def __post_init__(self) -> None:
         _ordered("squeeze.crop_scale", self.crop_scale)
@@ -170,11 +194,14 @@ class SynthesisView:
         crop_scale: Smallest and largest share of the area kept by the random resized crop; [1, 1] is no crop.
         flip: Horizontal flip with probability 0.5.
         jitter: Roll by 0 to this many pixels along each axis.
+        curriculum: `cosine` (CDA, arXiv 2311.18838): the smallest share falls from the largest at the first iteration to
+            its own value at the last, along half a cosine.
     """
 
     crop_scale: CropScale = (0.08, 1.0)
     flip: bool = True
     jitter: Index = 32
+    curriculum: Literal["none", "cosine"] = "none"
 
     def __post_init__(self) -> None:
         _ordered("synthesis.view.crop_scale", self.crop_scale)
@@ -194,53 +221,122 @@ class Ladder:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class ConvStatistics:
+    """Statistics of convolution inputs, beside those of BN (G-VBSM, arXiv 2311.17950): per channel, and per patch.
+
+    Attributes:
+        patch: Side of a patch in pixels of the feature map; a smaller map is one patch.
+        drop: Each layer is left out of a step with this probability.
+    """
+
+    patch: Count = 16
+    drop: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Densification:
+    """Images of a class shall span more directions (G-VBSM): KL of the softmax of Gram eigenvalues, `temperature` to 1.
+
+    Attributes:
+        weight: Weight in the loss.
+        temperature: Of the target.
+        size: Images are pooled to this side first.
+    """
+
+    weight: Positive = 1.0
+    temperature: Positive = 4.0
+    size: Count = 32
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Mosaic:
+    """How a start image is put together (RDED, arXiv 2312.03526): four patches that the logit teacher knows best.
+
+    Attributes:
+        candidates: Real images of the class that patches are cut from.
+        crops: Crops of each, of which the best is kept.
+        crop_scale: Smallest and largest share of the area of a crop.
+        grid: Patches along each side.
+    """
+
+    candidates: Count = 300
+    crops: Count = 5
+    crop_scale: CropScale = (0.08, 1.0)
+    grid: AtLeastTwo = 2
+
+    def __post_init__(self) -> None:
+        _ordered("synthesis.mosaic.crop_scale", self.crop_scale)
+
+
+@dataclass(frozen=True, config=_STRICT)
 class SynthesisRecipe:
     """How pixels are optimised (PRISM, arXiv 2511.09905; stage "recover" of SRe2L, arXiv 2306.13092).
 
     Attributes:
         ipc: Images per class.
-        init: `noise` (N(0, 1) in the reference normalisation), `real_index` (image number `slot` of the class), or
-            `real_random` (a seeded random image of the class).
+        init: `noise` (N(0, 1) in the reference normalisation), `real_index` (image number `slot` of the class),
+            `real_random` (a seeded random image of the class), `real_median` (those whose loss at the logit teacher is
+            nearest to the median of the class: DELT), `real_kmeans` (the images nearest to the `ipc` centres of the class
+            in the features of the logit teacher), or `mosaic` (see there).
         batch_order: `cross_class`: a batch holds consecutive classes of the same slot(s); `within_class`: consecutive
             slots of the same class(es).
         batch_size: Images optimised together; their statistics are the BN loss, so the batch is part of the method.
         slots_per_batch: With `cross_class`: how many consecutive slots share a batch, a teacher draw and an iteration
             count. The paper has 1; few classes need more, since statistics of a handful of images mean little.
-        iterations: Adam steps per batch.
+        iterations: Adam steps per batch; 0 ships the start images as they are.
         ladder: Fewer iterations for later slots, or `null` for the same number everywhere.
         lr: Adam learning rate in the reference normalisation.
         betas: Adam's betas.
         lr_schedule: `cosine` (to zero) or `constant`.
         bn_weight: Weight of the BN alignment against the classification loss (r_bn).
-        bn_reduction: `sum` over layers, as published, or `mean` over layers, so that deep teachers do not dominate.
+        bn_reduction: `sum` over layers, as published; `mean` over layers, so that deep teachers do not dominate; or
+            `balanced`: the sum, divided by what it is for the start images of the batch, so that no teacher does.
         first_bn_multiplier: Weight of each teacher's first BN layer.
+        momentum: Share of the past in a moving average of the statistics that are matched; its gradient is that of the
+            batch (straight through). 0 is off. G-VBSM has 0.4.
+        conv: Match the statistics of convolutions too, or `null`.
+        densification: Its weight and shape, or `null`; it needs several images of a class in a batch.
+        mosaic: For init `mosaic`.
         view: The random view of each step.
         clamp: Clamp to the valid pixel range after each step.
         verify_every: Ask the verifier each this many iterations, at steps of ten, and at the end; it is only logged.
     """
 
     ipc: Count
-    batch_size: AtLeastTwo
-    iterations: Count
-    lr: Positive
-    init: Literal["noise", "real_index", "real_random"] = "real_random"
+    batch_size: AtLeastTwo = 100
+    iterations: Index = 4000
+    lr: Positive = 0.05
+    init: Literal["noise", "real_index", "real_random", "real_median", "real_kmeans", "mosaic"] = "real_random"
     batch_order: Literal["cross_class", "within_class"] = "cross_class"
     slots_per_batch: Count = 1
     ladder: Ladder | None = None
     betas: tuple[Fraction, Fraction] = (0.5, 0.9)
     lr_schedule: Literal["cosine", "constant"] = "cosine"
     bn_weight: NonNegative = 0.01
-    bn_reduction: Literal["sum", "mean"] = "sum"
+    bn_reduction: Literal["sum", "mean", "balanced"] = "sum"
     first_bn_multiplier: NonNegative = 10.0
     view: SynthesisView = Field(default_factory=SynthesisView)
     clamp: bool = True
     verify_every: Count = 100
+    momentum: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    conv: ConvStatistics | None = None
+    densification: Densification | None = None
+    mosaic: Mosaic | None = None
 
     def __post_init__(self) -> None:
         if max(self.betas) >= 1:
             raise ValueError(f"betas must be below 1, got {list(self.betas)}")
         if self.batch_order == "within_class" and self.slots_per_batch != 1:
             raise ValueError("slots_per_batch needs batch_order cross_class; a within_class batch takes slots as they come")
+        if (self.init == "mosaic") != (self.mosaic is not None):
+            raise ValueError("mosaic belongs to init mosaic: set both (`mosaic: {}` takes RDED's values) or neither")
+        if self.densification is not None and self.batch_order == "cross_class" and self.slots_per_batch == 1:
+            raise ValueError(
+                "densification compares images of one class, and a cross_class batch of one slot has one of each; use "
+                "batch_order within_class, or raise slots_per_batch"
+            )
+        if self.bn_reduction == "balanced" and (self.conv is not None or self.momentum):
+            raise ValueError("bn_reduction balanced is for plain BN statistics; leave out conv and momentum, or use mean")
         if self.ladder is not None:
             if self.batch_order == "within_class" or self.slots_per_batch != 1:
                 raise ValueError(
@@ -328,10 +424,14 @@ class EvaluationRecipe:
         student: timm architecture, or `transformers:<model type>` for a default configuration of that family.
         seeds: One student per seed and row.
         batch_size: Images per step.
-        epochs: Epochs of views to use; `null` uses all that the folder holds.
-        loss: Soft-label loss: `mse_ce`: MSE(student logits, stored logits) + ce_weight * CE; `kl`: KL at `temperature`.
-        ce_weight: Weight of the CE term of `mse_ce`.
-        temperature: Temperature of `kl`.
+        epochs: Epochs to train, each with a recorded epoch of views; `null` uses all that the folder holds, once.
+        label_epochs: Only the first so many recorded epochs of views are used, in turn; `null`: as many as `epochs`. Fewer
+            need fewer bytes of labels.
+        loss: Soft-label loss: `mse_ce`: MSE(student logits, stored logits) + ce_weight * CE; `kl`: KL at `temperature`;
+            `dist`: correlations of classes and of images at `temperature`; `cosine`: 1 - cosine of centred logits, plus
+            ce_weight * CE. See `soft_label_loss`.
+        ce_weight: Weight of the CE term of `mse_ce` and `cosine`.
+        temperature: Temperature of `kl` and `dist`.
         lr: AdamW learning rate; cosine to zero, no jump.
         weight_decay: AdamW weight decay; none on one-dimensional parameters.
         ema: Decay of an exponential moving average of the student's weights; 0 is off.
@@ -343,7 +443,8 @@ class EvaluationRecipe:
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     batch_size: AtLeastTwo = 50
     epochs: Count | None = None
-    loss: Literal["mse_ce", "kl"] = "mse_ce"
+    label_epochs: Count | None = None
+    loss: Literal["mse_ce", "kl", "dist", "cosine"] = "mse_ce"
     ce_weight: NonNegative = 0.1
     temperature: Positive = 20.0
     lr: Positive = 1.0e-3
@@ -362,6 +463,7 @@ class Recipe:
 
     Attributes:
         name: Names the run and its default output folder.
+        method: `synthesize`, or `random`: real images drawn at random, not optimised; relabelled and packaged like others.
         seed: Seed of every draw that is not a student's.
         data: The real data.
         teachers: Who supervises what.
@@ -383,6 +485,7 @@ class Recipe:
     synthesis: SynthesisRecipe
     relabel: RelabelRecipe
     evaluation: EvaluationRecipe
+    method: Literal["synthesize", "random"] = "synthesize"
     seed: Seed = 0
     squeeze: SqueezeRecipe = Field(default_factory=SqueezeRecipe)
     packaging: PackagingRecipe = Field(default_factory=PackagingRecipe)
@@ -397,6 +500,10 @@ class Recipe:
                 )
         synthesis = self.synthesis
         images = synthesis.ipc * self.data.num_classes
+        if self.method == "random":
+            unused = [f.name for f in dataclasses.fields(SynthesisRecipe) if f.name != "ipc"]
+            _unused(synthesis, unused, "method random optimises nothing")
+            _unused(self.teachers, ("bn_pool", "selection"), "method random optimises nothing")
         if images > _MOST_IMAGES:
             raise ValueError(
                 f"synthesis.ipc {synthesis.ipc} times data.num_classes {self.data.num_classes} is {images} images; "
@@ -412,7 +519,8 @@ class Recipe:
             raise ValueError(
                 f"slots_per_batch is {synthesis.slots_per_batch} but ipc is {synthesis.ipc}; lower slots_per_batch"
             )
-        if synthesis.batch_order == "cross_class" and synthesis.batch_size > (
+        batched = self.method != "random"
+        if batched and synthesis.batch_order == "cross_class" and synthesis.batch_size > (
             limit := synthesis.slots_per_batch * self.data.num_classes
         ):
             raise ValueError(
@@ -420,12 +528,14 @@ class Recipe:
                 f"{synthesis.slots_per_batch} slot(s) holds at most {limit} images; lower batch_size, or raise "
                 "slots_per_batch"
             )
-        if synthesis.batch_size > images:
+        if batched and synthesis.batch_size > images:
             raise ValueError(f"synthesis.batch_size is {synthesis.batch_size} but there are {images} images; lower it")
-        if self.evaluation.epochs is not None and self.evaluation.epochs > self.relabel.epochs:
+        needed = self.evaluation.label_epochs or self.evaluation.epochs or 0
+        if needed > self.relabel.epochs:
+            key = "evaluation.label_epochs" if self.evaluation.label_epochs else "evaluation.epochs"
             raise ValueError(
-                f"evaluation.epochs is {self.evaluation.epochs} but relabel stores {self.relabel.epochs} epochs of "
-                "views; lower the first or raise the second"
+                f"{key} is {needed} but relabel stores {self.relabel.epochs} epochs of views; lower the first, raise the "
+                "second, or use each epoch more than once with evaluation.label_epochs"
             )
 
     @property
@@ -447,12 +557,33 @@ class Recipe:
     def fingerprint(self, *sections: str) -> str:
         """Sixteen hex digits of the SHA-256 of the recipe's values, or of the named sections and the seed.
 
-        The name is left out: renaming a recipe changes no result.
+        The name is left out: renaming a recipe changes no result. So are the keys of later versions where they have their
+        default, which means what earlier versions did: what was published keeps its fingerprint.
         """
         values = to_dict(self)
+        for key, default in _ADDED.items():
+            *parents, last = key.split(".")
+            section = values
+            for parent in parents:
+                section = section[parent]  # type: ignore[assignment]
+            if section[last] == default:
+                del section[last]
         chosen = sections or tuple(k for k in values if k != "name")
         text = json.dumps({k: values[k] for k in (*chosen, "seed")}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_ADDED: dict[str, object] = {
+    "method": "synthesize",
+    "squeeze.seed": None,
+    "synthesis.momentum": 0.0,
+    "synthesis.conv": None,
+    "synthesis.densification": None,
+    "synthesis.mosaic": None,
+    "synthesis.view.curriculum": "none",
+    "evaluation.label_epochs": None,
+}
+"""Keys that the first recipes did not have, with their defaults."""
 
 
 def to_dict(recipe: Recipe) -> dict[str, object]:

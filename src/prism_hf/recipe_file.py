@@ -17,9 +17,12 @@ from pydantic import TypeAdapter, ValidationError
 from .errors import RecipeError
 from .outside import PlainLoader
 from .recipe import (
+    ConvStatistics,
     DataRecipe,
+    Densification,
     EvaluationRecipe,
     Ladder,
+    Mosaic,
     PackagingRecipe,
     Recipe,
     RelabelRecipe,
@@ -131,6 +134,9 @@ _SECTIONS: dict[tuple[str, ...], type] = {
     ("synthesis",): SynthesisRecipe,
     ("synthesis", "view"): SynthesisView,
     ("synthesis", "ladder"): Ladder,
+    ("synthesis", "conv"): ConvStatistics,
+    ("synthesis", "densification"): Densification,
+    ("synthesis", "mosaic"): Mosaic,
     ("relabel",): RelabelRecipe,
     ("relabel", "view"): RelabelView,
     ("packaging",): PackagingRecipe,

@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,14 @@ FACTS = "squeeze.json"
 def teacher_folder(name: str, recipe: Recipe, root: Path) -> Path:
     """Where a `squeeze:` teacher of a recipe lives: the architecture and a fingerprint of data, settings and seed."""
     architecture = name.removeprefix(SQUEEZE_PREFIX)
-    text = f"{architecture}/{recipe.fingerprint('data', 'squeeze')}"
+    # Recipes that differ in their seed, and name this one for the teachers, share them.
+    own = replace(recipe, seed=_seed(recipe), squeeze=replace(recipe.squeeze, seed=None))
+    text = f"{architecture}/{own.fingerprint('data', 'squeeze')}"
     return root / f"{architecture}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _seed(recipe: Recipe) -> int:
+    return recipe.seed if recipe.squeeze.seed is None else recipe.squeeze.seed
 
 
 def is_squeezed(folder: Path) -> bool:
@@ -216,7 +223,7 @@ def _steps(settings: SqueezeRecipe, split: ImageSplit) -> int:
 
 
 def _train(architecture: str, recipe: Recipe, data: SourceData, device: torch.device, checkpoint: Checkpoint) -> nn.Module:
-    seed = derived_seed(recipe.seed, "squeeze", architecture)
+    seed = derived_seed(_seed(recipe), "squeeze", architecture)
     settings, split = recipe.squeeze, data.train
     with seeded(seed, device):
         network = build_network(architecture, num_classes=data.num_classes, channels=3)
@@ -247,7 +254,7 @@ def _report(name: str, recipe: Recipe, data: SourceData) -> dict[str, object]:
         "source": source_facts(recipe, data),
         "test": scored_on(recipe),
         "settings": {
-            "seed": recipe.seed,
+            "seed": _seed(recipe),
             "data": public_recipe(recipe).data.source,
             "steps": _steps(recipe.squeeze, data.train),
             "epochs": recipe.squeeze.epochs,
