@@ -92,7 +92,7 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
     ).render(
         placeholder=_placeholder(recipe.name),
         name=recipe.name,  # safe as it is: a recipe's name is letters, digits, dot, dash, underscore
-        r=escape_all(facts["recipe"]),
+        r=escape_all(to_dict(recipe)),
         student=recipe.evaluation.student if re.fullmatch(r"\w+", recipe.evaluation.student) else "resnet18",
         class_names=[escape(name) for name in facts["class_names"][:20]],
         class_count=len(facts["class_names"]),
@@ -267,6 +267,15 @@ def fence_for(text: str) -> str:
 def method_in_words(recipe: Recipe) -> str:
     """One sentence on who supervised what."""
     teachers = recipe.teachers
+    if recipe.method == "random" or not recipe.synthesis.iterations:
+        return "nothing is optimised"
+    if teachers.selection == "cycle":
+        conv = " and of the inputs of convolutions" if recipe.synthesis.conv else ""
+        return (
+            f"{len(teachers.synthesis_names)} teachers take turns, one at each iteration, which gives both the "
+            f"classification loss and the alignment of batch-norm statistics{conv} "
+            f"(the {'G-VBSM' if conv else 'BN-only G-VBSM'} scheme)"
+        )
     if not teachers.bn_pool:
         return "one teacher gives both the classification loss and the batch-norm alignment (the SRe2L scheme)"
     draws = min(teachers.extras, len(teachers.bn_pool))

@@ -167,6 +167,23 @@ def load_source(recipe: DataRecipe) -> SourceData:
     )
 
 
+def count_classes(recipe: DataRecipe) -> int:
+    """K of a source, as its labels say it; `num_classes` of the recipe is not read.
+
+    Raises:
+        DataError: Not found, or labels that do not say how many classes there are.
+    """
+    rows = _digits()[0] if recipe.source == "digits" else _open_split(recipe, recipe.train_split)
+    column = _find(rows, recipe.label_column, datasets.ClassLabel, "label_column")
+    feature = rows.features[column]
+    if not isinstance(feature, datasets.ClassLabel):
+        raise DataError(
+            f"label column {column!r} of {recipe.source!r} is of type {feature}, which does not say how many classes there "
+            "are; make it a ClassLabel (`Dataset.class_encode_column`)"
+        )
+    return len(feature.names)
+
+
 def _labelled(
     rows: datasets.Dataset, image: str, label: str, names: Sequence[str], recipe: DataRecipe, split: str
 ) -> ImageSplit:

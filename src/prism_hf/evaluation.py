@@ -34,27 +34,40 @@ class Contest:
     """Who is compared with whom, and how.
 
     Attributes:
-        distilled: The data set to score.
+        distilled: The data set to score; `None` where only the ceiling is asked for.
         control: Random real images, packaged the same way, or `None`.
         train: All real training images, or `None`.
         test: The test part.
         settings: The student protocol.
         view: Crops of the ceiling row.
         left_out: Rows that cannot be had, with the reason.
+        names: Class names, where there is no data set that has them.
     """
 
-    distilled: DistilledDataset
+    distilled: DistilledDataset | None
     control: DistilledDataset | None
     train: ImageSplit | None
     test: ImageSplit
     settings: EvaluationRecipe
     view: RelabelView
     left_out: Mapping[str, str]
+    names: tuple[str, ...] = ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each class, K."""
+        return self.names if self.distilled is None else tuple(self.distilled.class_names)
+
+    def source(self, row: Row) -> DistilledDataset:
+        """The data set of a row other than the ceiling."""
+        source = self.distilled if row.images == "distilled" else self.control
+        assert source is not None
+        return source
 
     def rows(self) -> list[Row]:
         """The rows that can be had."""
         there = {
-            "distilled": True,
+            "distilled": self.distilled is not None,
             "random_real": self.control is not None,
             "full": self.train is not None and self.settings.full_data_epochs > 0,
         }
@@ -80,12 +93,19 @@ def task_key(contest: Contest, row: Row) -> str:
         assert contest.train is not None
         content = contest.train.content
     else:
-        source = contest.distilled if row.images == "distilled" else contest.control
-        assert source is not None
-        content = source.content
+        content = contest.source(row).content
     settings = asdict(replace(contest.settings, seeds=(0,)))
     view = asdict(contest.view) if row.images == "full" else None
     return digest([row.key, content, contest.test.content, settings, view])[:16]
+
+
+def read_score(folder: Path, row: Row, seed: int) -> float:
+    """Top-1 of one student, in [0, 1].
+
+    Raises:
+        DamagedError: Its record is not what was written.
+    """
+    return float(read_record(task_file(folder, row, seed))["top1"])  # type: ignore[arg-type]
 
 
 def is_scored(contest: Contest, row: Row, seed: int, folder: Path) -> bool:
@@ -132,7 +152,7 @@ def run_task(
     checkpoint = Checkpoint(_checkpoint_file(path), f"{key}/{seed}", every_s)
     student = _train(contest, row, seed, device, checkpoint)
     top1 = score(student, contest.test, device=device)
-    if keep is not None and (row, seed) == contest.kept():
+    if keep is not None and contest.distilled is not None and (row, seed) == contest.kept():
         count = len(contest.test)
         keep_student(student, contest.distilled, contest.settings, keep, seed=seed, top1=top1, test_count=count)
     write_record(path, {"top1": top1, "key": key})
@@ -141,15 +161,15 @@ def run_task(
 
 def _train(contest: Contest, row: Row, seed: int, device: torch.device, checkpoint: Checkpoint) -> nn.Module:
     if row.images != "full":
-        source = contest.distilled if row.images == "distilled" else contest.control
-        assert source is not None
-        return train_student(source, contest.settings, labels=row.labels, seed=seed, device=device, checkpoint=checkpoint)
+        return train_student(
+            contest.source(row), contest.settings, labels=row.labels, seed=seed, device=device, checkpoint=checkpoint
+        )
     assert contest.train is not None
     return train_on_real(
         contest.train,
         contest.settings,
         contest.view,
-        num_classes=len(contest.distilled.class_names),
+        num_classes=len(contest.class_names),
         seed=seed,
         device=device,
         checkpoint=checkpoint,
@@ -195,16 +215,13 @@ def collect(
     """
     scores = []
     for row in contest.rows():
-        top1 = tuple(
-            float(read_record(task_file(folder, row, seed))["top1"])  # type: ignore[arg-type]
-            for seed in contest.settings.seeds
-        )
+        top1 = tuple(read_score(folder, row, seed) for seed in contest.settings.seeds)
         scores.append(Score(row.images, row.labels, contest.settings.seeds, top1, _count(contest, row)))
     return Evaluation(
         scores=tuple(scores),
         sets=_facts(contest, verifier, network, device),
         student=contest.settings.student,
-        epochs=contest.settings.epochs or contest.distilled.num_epochs,
+        epochs=contest.settings.epochs or (contest.distilled.num_epochs if contest.distilled else 0),
         test_count=len(contest.test),
         verifier=verifier.name if verifier else None,
         similarity_network=network.name if network else None,
@@ -216,15 +233,13 @@ def _count(contest: Contest, row: Row) -> int:
     if row.images == "full":
         assert contest.train is not None
         return len(contest.train)
-    source = contest.distilled if row.images == "distilled" else contest.control
-    assert source is not None
-    return len(source.labels)
+    return len(contest.source(row).labels)
 
 
 def _facts(
     contest: Contest, verifier: Teacher | None, network: Teacher | None, device: torch.device
 ) -> dict[str, SetFacts]:
-    classes = len(contest.distilled.class_names)
+    classes = len(contest.class_names)
     sets: dict[str, SetFacts] = {}
     for name, source in (("distilled", contest.distilled), ("random_real", contest.control)):
         if source is not None:
@@ -232,12 +247,12 @@ def _facts(
             sets[name] = SetFacts(
                 image_bytes=source.image_bytes,
                 label_bytes=source.label_bytes,
-                verifier_top1=_agreement(verifier, pixels, source.labels, device),
-                diversity=_diversity(network, partial(_rows_of, pixels), source.labels, classes, device),
+                verifier_top1=agreement(verifier, pixels, source.labels, device),
+                diversity=similarity_of(network, partial(_rows_of, pixels), source.labels, classes, device),
             )
     if contest.train is not None:
         labels = torch.from_numpy(contest.train.labels)
-        diversity = _diversity(network, contest.train.images, labels, classes, device)
+        diversity = similarity_of(network, contest.train.images, labels, classes, device)
         sets["full"] = SetFacts(None, None, None, diversity)
     return sets
 
@@ -247,7 +262,8 @@ def _rows_of(images: Tensor, rows: range) -> Tensor:
 
 
 @torch.no_grad()
-def _agreement(verifier: Teacher | None, images: Tensor, labels: Tensor, device: torch.device) -> float | None:
+def agreement(verifier: Teacher | None, images: Tensor, labels: Tensor, device: torch.device) -> float | None:
+    """Share of the images (N, C, H, W) uint8 that a verifier puts in their class, in [0, 1]; `None` without one."""
     if verifier is None:
         return None
     hits = 0
@@ -257,9 +273,10 @@ def _agreement(verifier: Teacher | None, images: Tensor, labels: Tensor, device:
     return hits / len(images)
 
 
-def _diversity(
+def similarity_of(
     network: Teacher | None, images: Callable[[range], Tensor], labels: Tensor, classes: int, device: torch.device
 ) -> Diversity:
+    """Intra-class similarity of images (rows -> uint8) in the features of a network; all `None` without one."""
     if network is None:
         return Diversity((None,) * classes, None)
     sums = UnitSums(classes)

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
+from .conv_statistics import real_statistics
 from .errors import NotFiniteError, SynthesisError
+from .objective import Precision
 from .pictures import grid
 from .pixels import noise, to_reference
 from .plan import SynthesisJob, plan_jobs, share_of
 from .progress import Progress
 from .run import log_pictures
 from .session import Session
-from .synthesis import CHECK_EVERY, JobResult, Precision, synthesize
+from .synthesis import CHECK_EVERY, JobResult, synthesize
 from .teachers import Teacher
 from .tensors import write_tensors
 from .work import read_failed
@@ -30,6 +32,8 @@ class Jobs:
 
     def __init__(self, session: Session) -> None:
         self._session, self._run, self._recipe, self._work = session, session.run, session.recipe, session.work
+        self._start: Tensor | None = None
+        self._statistics: dict[str, dict[str, Tensor]] = {}
 
     def __call__(self) -> None:
         """Optimise every job that is not finished; those whose numbers go bad are listed at the end.
@@ -56,12 +60,36 @@ class Jobs:
         accelerator = self._run.accelerator
         teachers = self._session.teachers(self._recipe.teachers.synthesis_names)
         verifier = self._session.verifier()
+        self._prepare(teachers)
         mine = share_of(left, accelerator.process_index, accelerator.num_processes)
         before = 0
         with self._run.progress("synthesize", sum(job.iterations for job in mine), "step") as shown:
             for job in mine:
                 self._one_job(job, teachers, verifier, before, shown)
                 before += job.iterations
+
+    def _prepare(self, teachers: Mapping[str, Teacher]) -> None:
+        """What needs a pass over the real images: start images that a teacher chooses, statistics of convolutions.
+
+        The first process makes it, the others find it.
+        """
+        conv, rule = self._recipe.synthesis.conv, self._recipe.teachers
+        with self._run.accelerator.main_process_first():
+            self._start = self._session.start_images()
+            if conv is None:
+                return
+            split, size = self._session.data.train, self._recipe.data.size
+            for name in rule.bn_candidates:
+                self._run.say(f"synthesize: statistics of the convolutions of {name} on {len(split)} real images")
+                self._statistics[name] = real_statistics(
+                    teachers[name],
+                    split.images,
+                    len(split),
+                    f"{split.content}/{size}/{self._recipe.data.channels}",
+                    root=self._run.teachers_root,
+                    patch=conv.patch,
+                    seed=0,
+                )
 
     def _tell_failed(self) -> None:
         failed = read_failed(self._run.work)
@@ -129,6 +157,7 @@ class Jobs:
                     on_check=on_check,
                     checkpoint=checkpoint,
                     precision=precision,
+                    statistics=self._statistics,
                 )
             except NotFiniteError as error:
                 again = "; once more in float32" if precision != "float32" else "; the job is marked as failed"
@@ -152,4 +181,6 @@ class Jobs:
             return noise((len(job.classes), data.channels, data.size, data.size), generator)
         ipc = self._recipe.synthesis.ipc
         rows = [c * ipc + s for c, s in zip(job.classes, job.slots, strict=True)]
+        if self._start is not None:
+            return to_reference(self._start[rows])
         return to_reference(self._session.data.train.images(self._session.initial_rows[rows]))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 from accelerate.utils import tqdm
 
@@ -19,6 +20,75 @@ ESTIMATE_AFTER_S = 20.0
 _WRITE_EVERY_S = 5.0
 
 
+class Bar(Protocol):
+    """What shows how much is done."""
+
+    def update(self, count: float) -> object:
+        """So much more."""
+
+    def close(self) -> object:
+        """No more."""
+
+
+class Board:
+    """One bar over many runs; each run gives its stages their shares of one unit.
+
+    Args:
+        total: Runs in all.
+        done: Runs that an earlier launch had finished.
+        say: Prints a log line.
+    """
+
+    SHARES: ClassVar[Mapping[str, float]] = {"synthesize": 0.5, "relabel": 0.2, "evaluate": 0.3}
+    """Of one run; a guess that only the bar depends on."""
+
+    def __init__(self, total: int, done: int, say: Callable[[str], None]) -> None:
+        self._total, self._say, self._began = total, say, time.monotonic()
+        self._done = self._before = float(done)
+        self._run = ""
+        form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}]"
+        self._bar = tqdm(total=total, initial=done, desc="compare", bar_format=form)
+
+    def begin(self, run: str) -> None:
+        """A run begins."""
+        self._run = run
+        self._bar.set_description(run)
+
+    def end(self, number: int) -> None:
+        """`number` runs are done, whatever their stages have told."""
+        self._bar.update(number - self._done)
+        self._done = float(number)
+        spent = time.monotonic() - self._began
+        left = spent / (number - self._before) * (self._total - number)
+        about = f", about {duration_text(left)} left" if number < self._total else ""
+        self._say(f"{self._run}: {number} of {self._total} runs done{about}")
+
+    def share(self, stage: str, total: int) -> Bar:
+        """What a stage of the running run updates."""
+        self._bar.set_description(f"{self._run}, {stage}")
+        return _Share(self, self.SHARES.get(stage, 0.0) / max(total, 1))
+
+    def add(self, part: float) -> None:
+        """So much more of the running run."""
+        self._done += part
+        self._bar.update(part)
+
+    def close(self) -> None:
+        """No more runs."""
+        self._bar.close()
+
+
+class _Share:
+    def __init__(self, board: Board, weight: float) -> None:
+        self._board, self._weight = board, weight
+
+    def update(self, count: float) -> None:
+        self._board.add(count * self._weight)
+
+    def close(self) -> None:
+        pass
+
+
 class Progress:
     """This process's share of a stage.
 
@@ -28,16 +98,19 @@ class Progress:
         total: Units of this process's share.
         unit: What is counted.
         say: Prints a log line.
+        bar: What shows it, in place of a bar of its own.
     """
 
-    def __init__(self, path: Path, stage: str, total: int, unit: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, path: Path, stage: str, total: int, unit: str, say: Callable[[str], None], bar: Bar | None = None
+    ) -> None:
         self._path, self._stage, self._total, self._unit, self._say = path, stage, total, unit, say
         self._done, self._skipped = 0, 0
         self._started = time.monotonic()
         self._written = 0.0
-        self._told = False
+        self._told = bar is not None  # the bar of many runs tells it
         self._now = ""
-        self._bar = tqdm(total=total, desc=stage, unit=unit)
+        self._bar: Bar = tqdm(total=total, desc=stage, unit=unit) if bar is None else bar
 
     def skip(self, count: int) -> None:
         """Units that an earlier launch had done; they say nothing about speed."""
@@ -92,9 +165,11 @@ class Progress:
 
 
 @contextmanager
-def progress(path: Path, stage: str, total: int, unit: str, say: Callable[[str], None]) -> Iterator[Progress]:
+def progress(
+    path: Path, stage: str, total: int, unit: str, say: Callable[[str], None], bar: Bar | None = None
+) -> Iterator[Progress]:
     """A `Progress` for the length of the block; what a killed process was doing stays on the disk."""
-    shown = Progress(path, stage, total, unit, say)
+    shown = Progress(path, stage, total, unit, say, bar)
     try:
         yield shown
     finally:

@@ -64,7 +64,7 @@ def _default(field: dataclasses.Field[object]) -> object:
     default = field.default
     if isinstance(default, FieldInfo):
         return default.get_default(call_default_factory=True)
-    return field.default_factory() if default is dataclasses.MISSING else default  # type: ignore[misc]
+    return default
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -520,8 +520,10 @@ class Recipe:
                 f"slots_per_batch is {synthesis.slots_per_batch} but ipc is {synthesis.ipc}; lower slots_per_batch"
             )
         batched = self.method != "random"
-        if batched and synthesis.batch_order == "cross_class" and synthesis.batch_size > (
-            limit := synthesis.slots_per_batch * self.data.num_classes
+        if (
+            batched
+            and synthesis.batch_order == "cross_class"
+            and synthesis.batch_size > (limit := synthesis.slots_per_batch * self.data.num_classes)
         ):
             raise ValueError(
                 f"synthesis.batch_size is {synthesis.batch_size}, but a cross_class batch of "
@@ -554,6 +556,11 @@ class Recipe:
         verifier = (self.teachers.verifier,) if self.teachers.verifier else ()
         return tuple(dict.fromkeys((*self.teachers.synthesis_names, *self.relabel.teachers, *verifier)))
 
+    @property
+    def bn_candidates(self) -> tuple[str, ...]:
+        """Every BN teacher that may be drawn; none where nothing is optimised."""
+        return () if self.method == "random" else self.teachers.bn_candidates
+
     def fingerprint(self, *sections: str) -> str:
         """Sixteen hex digits of the SHA-256 of the recipe's values, or of the named sections and the seed.
 
@@ -569,7 +576,7 @@ class Recipe:
             if section[last] == default:
                 del section[last]
         chosen = sections or tuple(k for k in values if k != "name")
-        text = json.dumps({k: values[k] for k in (*chosen, "seed")}, sort_keys=True)
+        text = json.dumps({k: values[k] for k in (*chosen, "seed") if k in values}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -6,10 +6,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from .diversity import Diversity
 from .plan import size_text
 
+CONTROL_ITSELF = "These are random real images: what a distilled set is to be compared with."
 LABELS = {"distilled": "distilled", "random_real": "random real", "full": "all real"}
 
 
@@ -103,6 +105,11 @@ class Evaluation:
     verifier: str | None = None
     similarity_network: str | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def name_of(self, images: str) -> str:
+        """What a set is called in tables."""
+        return self.names.get(images, LABELS[images])
 
     def as_dict(self) -> dict[str, object]:
         """For report.json."""
@@ -116,8 +123,8 @@ class Evaluation:
             "left_out": dict(self.left_out),
             "verifier": self.verifier,
             "similarity_network": self.similarity_network,
-            "in_words": in_words([score.as_dict() for score in self.scores]),
-        }
+            "in_words": CONTROL_ITSELF if self.names else in_words([score.as_dict() for score in self.scores]),
+        } | ({"names": dict(self.names)} if self.names else {})
 
 
 def in_words(rows: Sequence[Mapping[str, object]]) -> str:
@@ -131,25 +138,37 @@ def in_words(rows: Sequence[Mapping[str, object]]) -> str:
         if control is None:
             sentences.append(f"With {labels} labels there is no random-real control to compare with.")
             continue
-        difference, error = _difference(ours, control)
-        if not math.isfinite(error):
+        gap, error = difference(ours, control)
+        found = verdict(gap, error)
+        if found == "open":
             sentences.append(
-                f"With {labels} labels distilled minus random real is {100 * difference:+.1f} points; one seed allows no "
-                "verdict."
+                f"With {labels} labels distilled minus random real is {100 * gap:+.1f} points; one seed allows no verdict."
             )
             continue
-        if abs(difference) <= 2 * error:
-            verdict = "the distilled images and random real images are level"
-        else:
-            verdict = "the distilled images win" if difference > 0 else "random real images win"
+        words = {
+            "level": "the distilled images and random real images are level",
+            "wins": "the distilled images win",
+            "loses": "random real images win",
+        }[found]
         sentences.append(
-            f"With {labels} labels {verdict}: distilled minus random real is "
-            f"{100 * difference:+.1f} points (standard error {100 * error:.1f})."
+            f"With {labels} labels {words}: distilled minus random real is "
+            f"{100 * gap:+.1f} points (standard error {100 * error:.1f})."
         )
     return " ".join(sentences)
 
 
-def _difference(a: Mapping[str, object], b: Mapping[str, object]) -> tuple[float, float]:
+def verdict(difference: float, error: float) -> Literal["level", "wins", "loses", "open"]:
+    """The rule of two standard errors; `open` where one seed allows no verdict."""
+    if not math.isfinite(error):
+        return "open"
+    if abs(difference) <= 2 * error:
+        return "level"
+    return "wins" if difference > 0 else "loses"
+
+
+def difference(a: Mapping[str, object], b: Mapping[str, object]) -> tuple[float, float]:
+    """Mean of row `a` minus that of row `b`, and the standard error (infinite for one seed); rows as `Score.as_dict`."""
+
     def variance(row: Mapping[str, object]) -> float:
         top1, std = row["top1"], row["std"]
         assert isinstance(top1, list)
@@ -173,7 +192,7 @@ def bytes_text(count: object) -> str:
     return size_text(count)
 
 
-def table_rows(evaluation: Mapping[str, object]) -> list[tuple[str, ...]]:
+def table_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The table of a report's `evaluation`, header first: images, how many, labels, top-1, bytes, similarity, verifier."""
     header = ("images", "count", "labels", "top-1 %", "image bytes", "label bytes", "intra-class cos", "verifier %")
     lines: list[tuple[str, ...]] = [header]
@@ -186,7 +205,7 @@ def table_rows(evaluation: Mapping[str, object]) -> list[tuple[str, ...]]:
         verifier = facts.get("verifier_top1")
         lines.append(
             (
-                LABELS[row["images"]],
+                evaluation.get("names", {}).get(row["images"], LABELS[row["images"]]),
                 str(row["count"]),
                 row["labels"],
                 top1_text(row),

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from .errors import OutputError, RecipeError
 from .lock import HOLDER, LOCK, holder_text, locked
+from .objective import Precision
 from .plan import EVERY_S, STAGES, TRACKERS
-from .progress import Progress, progress
+from .progress import Board, Progress, progress
 from .recipe import Recipe, to_dict
 from .recipe_file import differing_keys, dump_recipe, load_recipe, public_recipe
 from .storage import DRAFT, clear_drafts, restore_swapped, set_aside, write_bytes, write_json
-from .synthesis import Precision
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -53,6 +53,8 @@ class Run:
         accelerator: Processes, device, trackers.
         checkpoint_s: Seconds between two checkpoints of a long job.
         allow_partial: Go on without the jobs whose numbers went bad.
+        with_control: Make random real images beside the distilled ones, as every recipe by itself does.
+        board: The one bar over many runs, where this is one of them.
     """
 
     recipe: Recipe
@@ -61,6 +63,13 @@ class Run:
     accelerator: Accelerator
     checkpoint_s: float = EVERY_S
     allow_partial: bool = False
+    with_control: bool = True
+    board: Board | None = None
+
+    @property
+    def wants_control(self) -> bool:
+        """Whether there is a control to make: a data set of random real images is one itself."""
+        return self.with_control and self.recipe.method != "random"
 
     @property
     def dataset(self) -> Path:
@@ -98,7 +107,8 @@ class Run:
     def progress(self, stage: str, total: int, unit: str) -> AbstractContextManager[Progress]:
         """This process's part of a stage; see `Progress`."""
         path = self.work / f"progress-{self.accelerator.process_index}.json"
-        return progress(path, stage, total, unit, self.say)
+        bar = None if self.board is None else self.board.share(stage, total)
+        return progress(path, stage, total, unit, self.say, bar)
 
     def say(self, text: str) -> None:
         """One log line, from the main process only; accelerate's own logger would prefix it with the rank."""

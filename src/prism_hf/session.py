@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from .alignment import BNAlignment
 from .data import SourceData, load_source, real_rows
@@ -15,9 +16,11 @@ from .plan import STAGES
 from .preflight import check_inputs, check_space, check_verifier, inputs_of
 from .recipe_file import public_recipe
 from .run import Run, check_place
+from .selection import SCORED, start_images
 from .squeeze import check_architectures, check_batch, is_squeezed, read_squeezed, teacher_folder, weights_of
 from .storage import write_json
 from .teachers import Teacher, check_teacher, load_teachers
+from .tensors import open_rows, write_rows
 from .training import check_network
 from .work import Work
 
@@ -27,13 +30,15 @@ class Session:
 
     Args:
         run: Recipe, folder and processes.
+        like: A session of the same data and teachers, whose loaded ones are used.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, like: Session | None = None) -> None:
         self.run, self.recipe = run, run.recipe
         self.public = public_recipe(run.recipe)
-        self._data: SourceData | None = None
-        self._teachers: dict[str, Teacher] = {}
+        assert like is None or like.recipe.data == self.recipe.data
+        self._data: SourceData | None = like._data if like else None
+        self._teachers: dict[str, Teacher] = like._teachers if like else {}
 
     @property
     def data(self) -> SourceData:
@@ -77,7 +82,7 @@ class Session:
         check_architectures(recipe)
         there = [name for name in recipe.all_teachers if name not in recipe.squeezed_teachers]
         loaded = self.teachers(there)
-        for name in set(there) & set(recipe.teachers.bn_candidates):
+        for name in set(there) & set(recipe.bn_candidates):
             BNAlignment(loaded[name].model, name=name)
         check_verifier(recipe, loaded)
         check_batch(recipe, self.data)
@@ -118,6 +123,20 @@ class Session:
         """Rows of the real training images that synthesis starts from, class-major."""
         synthesis = self.recipe.synthesis
         return real_rows(self.data, synthesis.ipc, seed=self.recipe.seed, by_index=synthesis.init == "real_index")
+
+    def start_images(self) -> Tensor | None:
+        """Start images that the logit teacher chooses, (K * ipc, C, S, S) uint8, class-major; `None` for other inits.
+
+        They are made by whoever asks first, and kept in DIR/work.
+        """
+        if self.recipe.synthesis.init not in SCORED:
+            return None
+        path, key = self.work.start_file, self.work.start_key
+        if not self.work.is_whole(path, key):
+            name = self.recipe.teachers.logit
+            images = start_images(self.recipe, self.data, self.teachers([name])[name], device=self.run.accelerator.device)
+            write_rows(path, [images.numpy()], tuple(images.shape), "uint8", {"key": key})
+        return open_rows(path)
 
     def _squeezed_folder(self, name: str) -> Path:
         folder = teacher_folder(name, self.recipe, self.run.teachers_root)

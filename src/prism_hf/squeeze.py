@@ -123,7 +123,7 @@ def check_architectures(recipe: Recipe) -> None:
         if not timm.is_model(architecture):
             raise TeacherError(f"teacher {name!r}: timm knows no such architecture; timm.list_models() lists all")
         network = check_network(architecture, num_classes=recipe.data.num_classes, channels=3, size=recipe.data.size)
-        if name in recipe.teachers.bn_candidates:
+        if name in recipe.bn_candidates:
             BNAlignment(network, name=name)
         if name == (recipe.teachers.verifier or recipe.teachers.logit) and classifier_of(network) is None:
             raise TeacherError(

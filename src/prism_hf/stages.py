@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -119,7 +120,8 @@ class Stages(Session):
         if self.run.accelerator.is_main_process:
             count = sum(len(job.classes) for job in jobs)
             self._encode(DISTILLED, self.work.distilled_key(jobs), self.work.distilled_images(jobs), count)
-            self._encode_control(jobs)
+            if self.run.wants_control:
+                self._encode_control(jobs)
         self._label(SETS)
 
     def build_control(self) -> None:
@@ -222,7 +224,9 @@ class Stages(Session):
             keep=Keep(self.run.student, source_facts(self.recipe, self.data), scored_on(self.recipe)),
         )
         if self.run.accelerator.is_main_process:
-            sets = {LABELS[name]: facts.diversity for name, facts in evaluation.sets.items()}
+            if self.recipe.method == "random":
+                evaluation = replace(evaluation, names={DISTILLED: LABELS[RANDOM_REAL]})
+            sets = {evaluation.name_of(name): facts.diversity for name, facts in evaluation.sets.items()}
             draw_diversity(self.run.dataset / "assets" / "diversity.png", sets, self.data.class_names)
             report = self.report(evaluation)
             write_json(self.run.folder / "report.json", report)
@@ -234,7 +238,9 @@ class Stages(Session):
         with self.run.accelerator.main_process_first():
             distilled = load_distilled(self.run.dataset)
             control = load_distilled(self.run.control) if self.run.control.is_dir() else None
-        if control is None:
+        if self.recipe.method == "random":
+            left_out["random real"] = "the data set itself is random real images"
+        elif control is None:
             left_out["random real"] = "a class has fewer real training images than ipc"
         if not self.recipe.evaluation.full_data_epochs:
             left_out["all real"] = "not yet run: the recipe sets evaluation.full_data_epochs to 0"

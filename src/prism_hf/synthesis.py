@@ -1,119 +1,30 @@
-"""How pixels are optimised: the PRISM objective, and one job's loop.
+"""How pixels are optimised: one job's loop.
 
 Legend: B images of a job, C channels, H W pixels, K classes.
-
-Source: PRISM (arXiv 2511.09905), with A one random view for the whole batch:
-
-    L(x) = CE(f_p(A x), y)  +  bn_weight * (1 / |S|) * sum_{t in S} R_bn(f_t, A x)
-
-SRe2L (arXiv 2306.13092) is the row with an empty BN pool: S = {p}.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .alignment import BNAlignment, Reduction
 from .checkpoint import Checkpoint, State, optimizer_state, part, prefixed, restore_optimizer
 from .errors import NotFiniteError
 from .memory import told_in_one_line
+from .objective import Objective, Precision, Statistics
 from .pixels import clamp_, to_reference, to_uint8
 from .plan import SynthesisJob
 from .recipe import SynthesisRecipe, SynthesisView
 from .teachers import Teacher
 from .views import draw_crop, resample
 
-Precision = Literal["float32", "bf16"]
-
 CHECK_EVERY = 10
 """Steps between looks at the losses; each look waits for the device, and finds the exact step that went wrong."""
-
-
-class Terms(NamedTuple):
-    """The two terms of the loss, unweighted scalars: cross entropy, and R_bn averaged over the BN teachers."""
-
-    ce: Tensor
-    bn: Tensor
-
-
-class Objective:
-    """The PRISM objective of one job; the hooks of its BN teachers live inside a `with` block.
-
-    Args:
-        teachers: Logit teacher and BN pool by name.
-        logit: Name of the logit teacher.
-        bn_names: Every BN teacher that may be drawn.
-        bn_weight: r_bn.
-        reduction: `sum` or `mean` over layers.
-        first_bn_multiplier: Weight of each teacher's first BN layer.
-        precision: Of the teachers' forward and backward passes; pixels, statistics and losses stay in float32.
-    """
-
-    def __init__(
-        self,
-        teachers: Mapping[str, Teacher],
-        *,
-        logit: str,
-        bn_names: tuple[str, ...],
-        bn_weight: float,
-        reduction: Reduction = "sum",
-        first_bn_multiplier: float = 10.0,
-        precision: Precision = "float32",
-    ) -> None:
-        self._teachers, self._logit, self._bn_weight, self._precision = teachers, logit, bn_weight, precision
-        self._alignments = {
-            name: BNAlignment(teachers[name].model, reduction=reduction, first_bn_multiplier=first_bn_multiplier, name=name)
-            for name in bn_names
-        }
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Objective:
-        for alignment in self._alignments.values():
-            self._stack.enter_context(alignment)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
-
-    def backward(self, view: Tensor, labels: Tensor, bn_teachers: tuple[str, ...]) -> Terms:
-        """Add the gradient of L to `view.grad`, one teacher at a time: only one network's activations are alive.
-
-        Args:
-            view: A x, a leaf that requires a gradient, (B, C, H, W) in the reference normalisation.
-            labels: y, (B,) int64.
-            bn_teachers: S of this step. May be empty: then there is no BN term.
-
-        Returns:
-            CE and the mean of R_bn over S (zero if S is empty), detached.
-        """
-        total_bn = torch.zeros((), device=view.device)
-        share = self._bn_weight / max(len(bn_teachers), 1)
-        for name in dict.fromkeys((self._logit, *bn_teachers)):
-            teacher, is_logit = self._teachers[name], name == self._logit
-            x = teacher.prepare(view)
-            loss = torch.zeros((), device=view.device)
-            with torch.autocast(view.device.type, dtype=torch.bfloat16, enabled=self._precision == "bf16"):
-                if name in bn_teachers:
-                    logits, mismatch = self._alignments[name](x, head=is_logit)
-                    loss = loss + share * mismatch
-                    total_bn = total_bn + mismatch.detach() / len(bn_teachers)
-                else:
-                    # The logit teacher is a BN teacher at every step or at none, so it carries no hooks here.
-                    logits = teacher.model(x)
-            if is_logit:
-                assert logits is not None
-                ce = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
-                loss = loss + ce
-            loss.backward()
-        return Terms(ce.detach(), total_bn)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +34,7 @@ class JobResult:
     Attributes:
         images_uint8: (B, C, H, W).
         history: One dict each `CHECK_EVERY` steps: `step`, `ce`, `bn`, `grad` (largest size of a pixel's gradient), `lr`,
-            and `verifier_top1` where it was asked.
+            `densification` where it is on, and `verifier_top1` where it was asked.
         logit_top1: Share of the final 8-bit images that the logit teacher puts in their class.
         verifier_top1: The same of the held-out verifier, or `None` without one.
         precision: Of the passes that made it.
@@ -152,12 +63,14 @@ class Progress:
         self.step = 0
         self.history: list[dict[str, float]] = []
         self.losses: list[Tensor] = []
+        self.averages: dict[str, Tensor] = {}
 
-    def state(self) -> State:
-        """For a checkpoint."""
+    def state(self, objective: Objective | None = None) -> State:
+        """For a checkpoint; with the moving averages of the objective, where it has any."""
         optimizer = optimizer_state(self.optimizer)
         losses = torch.stack(self.losses) if self.losses else torch.empty(0, 3)
         tensors = {"images": self.images, "generator": self.generator.get_state(), "losses": losses}
+        tensors |= prefixed("averages", objective.state() if objective is not None else {})
         notes = {"step": self.step, "history": self.history, "optimizer": optimizer.notes}
         return State(tensors | prefixed("optimizer", optimizer.tensors), notes)
 
@@ -166,6 +79,7 @@ class Progress:
         self.images.data.copy_(state.tensors["images"])
         self.generator.set_state(state.tensors["generator"])
         self.losses = list(state.tensors["losses"].to(self.images.device))
+        self.averages = part("averages", state.tensors)
         self.step, self.history = state.notes["step"], list(state.notes["history"])
         restore_optimizer(self.optimizer, State(part("optimizer", state.tensors), state.notes["optimizer"]))
 
@@ -180,6 +94,7 @@ def synthesize(
     on_check: Callable[[dict[str, float]], None] | None = None,
     checkpoint: Checkpoint | None = None,
     precision: Precision = "float32",
+    statistics: Mapping[str, Statistics] | None = None,
 ) -> JobResult:
     """Optimise the images of one job.
 
@@ -192,6 +107,7 @@ def synthesize(
         on_check: Called with each new entry of the history.
         checkpoint: Where the job's state is kept now and then, and where it goes on if there is one.
         precision: `bf16` runs the teachers under autocast.
+        statistics: What each teacher's convolutions see on real data, from `gather_statistics`; for `settings.conv`.
 
     Raises:
         NotFiniteError: A loss, gradient or pixel is NaN or infinite (names job and step; its state is in the checkpoint).
@@ -208,15 +124,16 @@ def synthesize(
     if checkpoint is not None and (saved := checkpoint.load()) is not None:
         now.restore(saved)
     with _enough_memory(job):
-        with _objective(job, settings, teachers, precision) as objective:
+        with Objective.of(job.teachers, settings, teachers, precision, now.generator, statistics) as objective:
+            objective.begin(initial, now.averages)
             while now.step < job.iterations:
                 lr = _one_step(now, job, settings, objective, labels)
                 if now.step % CHECK_EVERY == 0 or now.step == job.iterations:
-                    now.history.append(_look(now, job, settings, lr, verifier, labels, checkpoint))
+                    now.history.append(_look(now, job, settings, lr, verifier, labels, checkpoint, objective))
                     if on_check is not None:
                         on_check(now.history[-1])
                 if checkpoint is not None:
-                    checkpoint.tick(now.state)
+                    checkpoint.tick(lambda: now.state(objective))
         final = to_uint8(now.images.detach())
         logit_top1 = _top1(teachers[job.teachers.logit], final, labels)
         verifier_top1 = None if verifier is None else _top1(verifier, final, labels)
@@ -226,16 +143,17 @@ def synthesize(
 def _one_step(now: Progress, job: SynthesisJob, settings: SynthesisRecipe, objective: Objective, labels: Tensor) -> float:
     """One Adam step on the pixels; the learning rate that it used."""
     lr = _set_lr(now.optimizer, settings, now.step, job.iterations)
-    view = draw_view(now.images, settings.view, now.generator)
+    view = draw_view(now.images, settings.view, now.generator, progress=now.step / max(job.iterations - 1, 1))
     leaf = view.detach().requires_grad_()
-    terms = objective.backward(leaf, labels, job.bn_teachers(now.step))
+    terms = objective.backward(leaf, labels, job.bn_teachers(now.step), logit=job.logit_teacher(now.step))
     assert leaf.grad is not None
     now.optimizer.zero_grad(set_to_none=True)
     view.backward(leaf.grad)
     now.optimizer.step()
     if settings.clamp:
         clamp_(now.images.data)
-    now.losses.append(torch.stack((*terms, torch.linalg.vector_norm(leaf.grad, ord=torch.inf))))
+    extra = () if terms.densification is None else (terms.densification,)
+    now.losses.append(torch.stack((terms.ce, terms.bn, torch.linalg.vector_norm(leaf.grad, ord=torch.inf), *extra)))
     now.step += 1
     return lr
 
@@ -248,13 +166,14 @@ def _look(
     verifier: Teacher | None,
     labels: Tensor,
     checkpoint: Checkpoint | None,
+    objective: Objective,
 ) -> dict[str, float]:
     """A new entry of the history, after a look at the last steps: the one place that waits for the device."""
     try:
         entry = _check(now, job) | {"lr": lr}
     except NotFiniteError:
         if checkpoint is not None:
-            checkpoint.save(now.state())
+            checkpoint.save(now.state(objective))
         raise
     now.losses = []
     last_look = int(now.history[-1]["step"]) if now.history else 0
@@ -264,27 +183,31 @@ def _look(
     return entry
 
 
-def draw_view(images: Tensor, view: SynthesisView, generator: torch.Generator) -> Tensor:
-    """A x: one crop, flip and roll for the whole batch, drawn on the CPU: the same on any device."""
-    crop = draw_crop(1, images.shape[-1], view.crop_scale, generator)
+def draw_view(images: Tensor, view: SynthesisView, generator: torch.Generator, *, progress: float = 1.0) -> Tensor:
+    """A x: one crop, flip and roll for the whole batch, drawn on the CPU: the same on any device.
+
+    Args:
+        images: x, (B, C, H, W) float.
+        view: What may be drawn.
+        generator: Where all randomness comes from.
+        progress: Share of the iterations that are done, in [0, 1]; for the curriculum.
+    """
+    crop = draw_crop(1, images.shape[-1], crop_range(view, progress), generator)
     uniform = torch.rand(3, generator=generator)
     flip = (uniform[:1] < 0.5) & view.flip
     roll = (uniform[1:] * (view.jitter + 1)).long().clamp(max=view.jitter).tolist()
     return resample(images, crop, flip, roll=(roll[0], roll[1]))
 
 
-def _objective(
-    job: SynthesisJob, settings: SynthesisRecipe, teachers: Mapping[str, Teacher], precision: Precision
-) -> Objective:
-    return Objective(
-        teachers,
-        logit=job.teachers.logit,
-        bn_names=job.teachers.bn_candidates,
-        bn_weight=settings.bn_weight,
-        reduction=settings.bn_reduction,
-        first_bn_multiplier=settings.first_bn_multiplier,
-        precision=precision,
-    )
+def crop_range(view: SynthesisView, progress: float) -> tuple[float, float]:
+    """Smallest and largest share of the area of a crop, after this share of the iterations.
+
+    Source: CDA (arXiv 2311.18838): global views first, local ones later; the lower end falls along half a cosine.
+    """
+    low, high = view.crop_scale
+    if view.curriculum == "cosine":
+        low = high + (low - high) * 0.5 * (1 - math.cos(math.pi * progress))
+    return low, high
 
 
 def _enough_memory(job: SynthesisJob) -> AbstractContextManager[None]:
@@ -310,14 +233,14 @@ def _check(now: Progress, job: SynthesisJob) -> dict[str, float]:
     advice = "Lower synthesis.lr or synthesis.bn_weight, or keep synthesis.clamp on"
     if bad:
         step = now.step - len(now.losses) + bad[0] + 1
-        ce, bn, grad = values[bad[0]].tolist()
+        ce, bn, grad, *_ = values[bad[0]].tolist()
         raise NotFiniteError(
             f"job {job.id}, iteration {step}: not finite (ce {ce:g}, bn {bn:g}, largest gradient {grad:g}). {advice}"
         )
     if not bool(now.images.isfinite().all()):
         raise NotFiniteError(f"job {job.id}, iteration {now.step}: a pixel is not finite. {advice}")
-    ce, bn, grad = values[-1].tolist()
-    return {"step": now.step, "ce": ce, "bn": bn, "grad": grad}
+    ce, bn, grad, *extra = values[-1].tolist()
+    return {"step": now.step, "ce": ce, "bn": bn, "grad": grad} | dict(zip(("densification",), extra, strict=False))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What the stages of a run leave for each other in DIR/work, what each file was made from, and whether it still is whole.
 
+start.npy                          start images that a teacher has chosen, (N, C, H, W) uint8
 jobs/job-N.safetensors             the images of one synthesis job, (B, C, H, W) uint8
 jobs/job-N.checkpoint.safetensors  a job that is not finished
 jobs/job-N.failed.safetensors      a job whose numbers went bad, as it was then
@@ -14,6 +15,7 @@ Every file is sealed (see `storage`), and its seal carries a key: a digest of ev
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,12 +31,12 @@ from torch import Tensor
 
 from .errors import DamagedError
 from .interruption import raise_if_stopped
+from .objective import Precision
 from .packaging import GROUP_BYTES, Epoch, ImageTable, view_features, view_table
 from .pixels import decode, encode
 from .plan import VIEW_ROW_BYTES, SynthesisJob
 from .recipe import Recipe
 from .storage import check_sealed, digest, is_sealed, read_seal, remove_sealed, set_aside, write_sealed
-from .synthesis import Precision
 from .tensors import open_rows, read_row, write_rows, write_tensors
 
 log = logging.getLogger(__name__)
@@ -97,7 +99,20 @@ class Work:
     def synthesis_key(self) -> str:
         """What every job is made from."""
         names = self.recipe.teachers.synthesis_names
-        return self._key("synthesis", ("data", "teachers", "squeeze", "synthesis"), names)
+        return self._key("synthesis", ("method", "data", "teachers", "squeeze", "synthesis"), names)
+
+    @property
+    def start_file(self) -> Path:
+        """Where start images are that a teacher has chosen."""
+        return self.folder / "start.npy"
+
+    @property
+    def start_key(self) -> str:
+        """What they are made from."""
+        synthesis = self.recipe.synthesis
+        mosaic = None if synthesis.mosaic is None else dataclasses.asdict(synthesis.mosaic)
+        rule = [synthesis.init, synthesis.ipc, mosaic]
+        return self._key("start", ("data", "squeeze"), (self.recipe.teachers.logit,), *rule)
 
     def job_file(self, job: SynthesisJob) -> Path:
         """Where the images of a finished job are."""

@@ -1,0 +1,177 @@
+"""Compare methods on your data: several recipes under one protocol, beside random real images.
+
+    accelerate launch recipes/compare.py recipes/digits/prism_ipc10.yaml recipes/digits/sre2l_ipc10.yaml
+    accelerate launch recipes/compare.py A.yaml B.yaml --data ORG/NAME          # a Hub id, or a folder
+    accelerate launch recipes/compare.py A.yaml B.yaml --seeds 0,1,2 --students resnet18,mobilenetv3_small_050
+    accelerate launch recipes/compare.py A.yaml B.yaml --dry-run                # what would be run
+
+Data, teachers' training, labels, packaging and students are those of the first recipe. Random real images are always among
+the methods. Leaves comparison.html (one file, for a browser), comparison.md, comparison.json and the runs, each with its
+data set. The same command goes on where an interrupted one stopped, with any number of processes.
+"""
+
+import argparse
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Python puts this folder first on its path, where our evaluate.py would hide the package of that name.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from prism_hf.command import add_common, quiet, run_command, split_overrides
+from prism_hf.errors import RecipeError
+from prism_hf.plan import plan_jobs
+from prism_hf.recipe import Recipe
+from prism_hf.recipe_file import load_recipe, override_recipe
+
+if TYPE_CHECKING:
+    from prism_hf.comparison import Method, Reading
+    from prism_hf.comparison_runs import Comparison
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="+", metavar="RECIPE.yaml | key=value", help="recipes, and overrides for all")
+    parser.add_argument("--data", metavar="HUB_ID_OR_FOLDER", help="your data, in place of the first recipe's")
+    parser.add_argument("--seeds", type=_seeds, metavar="N,N,...", help="one run of each; default: evaluation.seeds")
+    parser.add_argument("--students", metavar="NAME,NAME,...", help="architectures; default: evaluation.student")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/compare-<name of the first recipe>")
+    parser.add_argument("--teachers", type=Path, metavar="DIR", help="where squeezed teachers are kept")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run and stop")
+    add_common(parser)
+    return parser.parse_intermixed_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    paths, overrides = split_overrides(args.words)
+    if not paths:
+        raise RecipeError("expected at least one recipe, got none; give the path of a YAML file")
+    recipes = [load_recipe(path) for path in paths]
+    quiet()
+    from prism_hf.comparison import Reading, under_one_protocol
+
+    if args.data is not None:
+        recipes = [_on(recipe, args.data) for recipe in recipes]
+    recipes = [override_recipe(recipe, overrides) for recipe in recipes]
+    methods, notes = under_one_protocol([(recipe.name, recipe) for recipe in recipes])
+    seeds = args.seeds or list(recipes[0].evaluation.seeds)
+    students = [recipes[0].evaluation.student] if args.students is None else args.students.split(",")
+    readings = [Reading(student, labels) for student in dict.fromkeys(students) for labels in ("soft", "hard")]
+    if args.dry_run:
+        sys.stdout.write(describe(methods, notes, seeds, readings))
+        return
+    folder = args.output or Path("outputs") / f"compare-{recipes[0].name}"
+    teachers = args.teachers or (folder / "teachers" if args.output else Path("outputs") / "teachers")
+    compare(methods, notes, readings, seeds, folder, teachers, args)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"expected different whole numbers with commas between, got {text!r}")
+    return seeds
+
+
+def _on(recipe: Recipe, source: str) -> Recipe:
+    """A recipe on other data: what it says of its own (columns, revision, number of classes) does not hold there."""
+    from prism_hf.data import count_classes
+
+    data = replace(
+        recipe.data,
+        source=source,
+        config=None,
+        revision=None,
+        image_column=None,
+        label_column=None,
+        licence="unknown",
+    )
+    classes = count_classes(data)
+    return override_recipe(
+        recipe,
+        [f"data.{key}={value}" for key, value in (("num_classes", classes), ("licence", "unknown"))]
+        + [f"data.{key}=null" for key in ("config", "revision", "image_column", "label_column")]
+        + [f"data.source={source}"],
+    )
+
+
+def describe(methods: "list[Method]", notes: list[str], seeds: list[int], readings: "list[Reading]") -> str:
+    """What would be run."""
+    lines = [f"{len(methods)} methods, {len(seeds)} seeds: {len(methods) * len(seeds)} runs"]
+    for method in methods:
+        steps = sum(job.iterations for job in plan_jobs(method.recipe))
+        lines.append(f"  {method.label}: {method.recipe.num_images} images, {steps:,} steps")
+    lines.append("students: " + ", ".join(f"{reading.student} ({reading.key} labels)" for reading in readings))
+    return "\n".join([*lines, *(f"note: {note}" for note in notes)]) + "\n"
+
+
+def compare(
+    methods: "list[Method]",
+    notes: list[str],
+    readings: "list[Reading]",
+    seeds: list[int],
+    folder: Path,
+    teachers: Path,
+    args: argparse.Namespace,
+) -> None:
+    from prism_hf.comparison_runs import Comparison
+    from prism_hf.lock import check_free, locked
+    from prism_hf.logs import log_file
+    from prism_hf.run import check_place, make_accelerator
+
+    check_place(folder, "--output")
+    if os.environ.get("RANK", "0") == "0":  # the others would find the folder held by the first
+        check_free(folder)
+    accelerator = make_accelerator(threads=args.threads)
+    made = Comparison(
+        methods,
+        readings,
+        seeds,
+        folder=folder,
+        teachers_root=teachers,
+        accelerator=accelerator,
+        checkpoint_s=args.checkpoint_every,
+    )
+    made.check()
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(locked(folder))
+        accelerator.wait_for_everyone()
+        stack.enter_context(log_file(folder, accelerator.process_index))
+        made()
+        if accelerator.is_main_process:
+            show(made, notes, folder)
+        accelerator.end_training()
+
+
+def show(made: "Comparison", notes: list[str], folder: Path) -> None:
+    """Write the page, and say where it is."""
+    from prism_hf.comparison_page import render_html, render_markdown, verdicts
+    from prism_hf.comparison_pictures import draw_comparison
+    from prism_hf.comparison_report import Findings
+    from prism_hf.storage import write_bytes, write_json
+
+    findings = Findings(made)
+    comparison = findings.as_dict()
+    comparison["protocol"]["notes"] = notes
+    comparison["command"] = " ".join(["accelerate launch recipes/compare.py", *map(_shown, sys.argv[1:])])
+    write_json(folder / "comparison.json", comparison)
+    pictures = draw_comparison(folder / "assets", comparison, findings.grids())
+    write_bytes(folder / "comparison.md", render_markdown(comparison).encode())
+    loaded = {name: path.read_bytes() for name, path in pictures.items()}
+    write_bytes(folder / "comparison.html", render_html(comparison, loaded).encode())
+    sys.stdout.write("\n".join([*verdicts(comparison), f"page: {folder / 'comparison.html'}"]) + "\n")
+
+
+def _shown(word: str) -> str:
+    """A word of the command, without what it says of this machine."""
+    return Path(word).name if Path(word).is_absolute() else word
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, parse()))

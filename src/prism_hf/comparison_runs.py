@@ -1,0 +1,261 @@
+"""How a comparison is made: its runs one after the other, by all processes together, each found again by a second launch.
+
+DIR/runs/METHOD/seed-N   an ordinary run, as recipes/prism.py would leave it, data set included
+DIR/cells/               what was found of each run
+DIR/full/                students of all real images
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from .comparison import Cell, Method, Reading
+from .errors import DamagedError, SynthesisError
+from .evaluation import Contest, agreement, is_scored, read_score, run_task, similarity_of
+from .plan import EVERY_S, plan_jobs
+from .progress import Board
+from .reading import DistilledDataset, load_distilled
+from .recipe import Recipe
+from .run import Run, claimed
+from .stages import Stages
+from .storage import digest, read_record, set_aside, write_record
+from .students import Row
+from .teachers import Teacher
+
+log = logging.getLogger(__name__)
+FULL = Row("full", "hard")
+
+
+class Comparison:
+    """The runs of a comparison, made one after the other by all processes together.
+
+    Args:
+        methods: From `under_one_protocol`.
+        readings: How students read each data set.
+        seeds: One run each.
+        folder: DIR.
+        teachers_root: Where squeezed teachers are kept.
+        accelerator: The processes.
+        checkpoint_s: Seconds between two checkpoints of a long job.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[Method],
+        readings: Sequence[Reading],
+        seeds: Sequence[int],
+        *,
+        folder: Path,
+        teachers_root: Path,
+        accelerator: Accelerator,
+        checkpoint_s: float = EVERY_S,
+    ) -> None:
+        self.methods, self.readings, self.seeds, self.folder = methods, readings, seeds, folder
+        self._root, self.accelerator, self._checkpoint_s = teachers_root, accelerator, checkpoint_s
+        # Seed by seed: a comparison that is cut short has every method, with fewer seeds.
+        self.cells = [Cell(method, seed) for seed in seeds for method in methods]
+        self.failed: dict[str, str] = {}
+        self.shared = Stages(self.run_of(self.cells[0]))
+
+    @property
+    def students(self) -> list[str]:
+        """Architectures, in order."""
+        return list(dict.fromkeys(reading.student for reading in self.readings))
+
+    def run_of(self, cell: Cell, board: Board | None = None) -> Run:
+        """The run of a cell; `board` is the bar that its stages move."""
+        folder = self.folder / "runs" / cell.method.slug / f"seed-{cell.seed}"
+        return Run(cell.recipe, folder, self._root, self.accelerator, self._checkpoint_s, with_control=False, board=board)
+
+    def check(self) -> None:
+        """Look at what can be wrong with any of the methods before anything costs time; see `Session.check`."""
+        for cell in self.cells[: len(self.methods)]:
+            Stages(self.run_of(cell), like=self.shared).check()
+
+    def __call__(self) -> None:
+        """Make what is not there yet."""
+        run = self.shared.run
+        self.shared.squeeze()
+        self.accelerator.wait_for_everyone()
+        left = run.not_yet(self.cells, self.is_found)
+        done = len(self.cells) - len(left)
+        run.say(f"compare: {done} of {len(self.cells)} runs found, {len(left)} to make")
+        board = Board(len(self.cells), done, run.say)
+        for number, cell in enumerate(left, start=done + 1):
+            board.begin(f"{cell.method.label}, seed {cell.seed}")
+            self._make(cell, board)
+            board.end(number)
+        board.close()
+        self._full_data()
+        self.accelerator.wait_for_everyone()
+
+    # -- one run ------------------------------------------------------------------------------------------------------
+
+    def record_file(self, cell: Cell) -> Path:
+        """Where what was found of a run is kept."""
+        return self.folder / "cells" / f"{cell.name}.json"
+
+    def _key(self, cell: Cell) -> str:
+        """What a cell is made from: recipe, images, weights, and how it is read."""
+        stages = Stages(self.run_of(cell), like=self.shared)
+        readings = [dataclasses.astuple(reading) for reading in self.readings]
+        data = self.shared.data
+        return digest([cell.recipe.fingerprint(), data.train.content, data.test.content, stages.work.weights, readings])[
+            :16
+        ]
+
+    def is_found(self, cell: Cell) -> bool:
+        """Whether a run is there, and made from what is compared now."""
+        path = self.record_file(cell)
+        if not path.is_file():
+            return False
+        try:
+            return read_record(path).get("key") == self._key(cell)
+        except DamagedError as error:
+            log.warning("%s; set aside as %s, it is made again", error, set_aside(path).name)
+            return False
+
+    def _make(self, cell: Cell, board: Board) -> None:
+        run = self.run_of(cell, board)
+        stages = Stages(run, like=self.shared)
+        with _claimed(run):
+            try:
+                stages(("synthesize", "relabel", "package"))
+            except SynthesisError as error:  # raised by every process alike
+                self.failed[cell.name] = str(error)
+                run.say(f"{cell.name}: {error}; the comparison goes on without it")
+                return
+            with self.accelerator.main_process_first():
+                distilled = load_distilled(run.dataset)
+            self._train(run, cell, distilled)
+            if self.accelerator.is_main_process:
+                scores = [self._score(run, cell, distilled, reading) for reading in self.readings]
+                facts = self._facts(run, stages, distilled)
+                write_record(self.record_file(cell), {"key": self._key(cell), "scores": scores, **facts})
+            self.accelerator.wait_for_everyone()
+
+    def _contest(self, recipe: Recipe, distilled: DistilledDataset, reading: Reading) -> Contest:
+        settings = replace(recipe.evaluation, student=reading.student, label_epochs=reading.label_epochs)
+        data = self.shared.data
+        return Contest(distilled, None, data.train, data.test, settings, recipe.relabel.view, {})
+
+    def _students(self, run: Run, reading: Reading) -> Path:
+        return run.work / "students" / f"{re.sub(r'[^A-Za-z0-9_]+', '-', reading.student)}-{reading.key}"
+
+    def _train(self, run: Run, cell: Cell, distilled: DistilledDataset) -> None:
+        def finished(reading: Reading) -> bool:
+            contest = self._contest(cell.recipe, distilled, reading)
+            return is_scored(contest, Row("distilled", reading.labels), cell.seed, self._students(run, reading))
+
+        left = run.not_yet(self.readings, finished)
+        with run.progress("evaluate", len(mine := run.mine(left)), "student") as shown:
+            for reading in mine:
+                shown.doing(f"{reading.student}, {reading.key}")
+                run_task(
+                    self._contest(cell.recipe, distilled, reading),
+                    Row("distilled", reading.labels),
+                    cell.seed,
+                    self._students(run, reading),
+                    device=self.accelerator.device,
+                    every_s=self._checkpoint_s,
+                )
+                shown.advance()
+        self.accelerator.wait_for_everyone()
+
+    def _score(self, run: Run, cell: Cell, distilled: DistilledDataset, reading: Reading) -> dict[str, object]:
+        row = Row("distilled", reading.labels)
+        top1 = read_score(self._students(run, reading), row, cell.seed)
+        epochs = reading.label_epochs or cell.recipe.evaluation.epochs
+        return {
+            "student": reading.student,
+            "labels": reading.key,
+            "top1": top1,
+            "label_bytes": distilled.label_bytes_of(reading.labels, epochs),
+        }
+
+    def _facts(self, run: Run, stages: Stages, distilled: DistilledDataset) -> dict[str, object]:
+        verifier, network = stages.verifier(), self.network()
+        device, classes = self.accelerator.device, len(distilled.class_names)
+        images = partial(_rows_of, distilled.images_uint8)
+        similarity = similarity_of(network, images, distilled.labels, classes, device)
+        jobs = [stages.work.job_notes(job) for job in plan_jobs(run.recipe)]
+        return {
+            "images": len(distilled.labels),
+            "image_bytes": distilled.image_bytes,
+            "label_bytes": distilled.label_bytes,
+            "verifier_top1": agreement(verifier, distilled.images_uint8, distilled.labels, device),
+            "similarity": {"mean": similarity.mean, "per_class": list(similarity.per_class)},
+            "seconds_per_image": run.times().get("synthesize", 0.0) / len(distilled.labels),
+            "steps": sum(job.iterations for job in plan_jobs(run.recipe)),
+            "image_steps": sum(job.iterations * len(job.classes) for job in plan_jobs(run.recipe)),
+            "logit_top1": statistics.fmean(float(note["logit_top1"]) for note in jobs),
+        }
+
+    def network(self) -> Teacher:
+        """Whose features measure similarity: the verifier, or else the first recipe's logit teacher."""
+        recipe = self.methods[-1].recipe
+        name = recipe.teachers.verifier or recipe.teachers.logit
+        return self.shared.teachers([name])[name]
+
+    # -- the ceiling --------------------------------------------------------------------------------------------------
+
+    def _full_data(self) -> None:
+        """Students of all real images, hard labels; where the protocol has epochs for them."""
+        recipe = self.cells[0].recipe
+        if not recipe.evaluation.full_data_epochs:
+            return
+        tasks = [(student, seed) for student in self.students for seed in self.seeds]
+        run = self.shared.run
+        contests = {student: self._ceiling(recipe, student) for student in self.students}
+        folders = {student: self.full_folder(student) for student in self.students}
+        left = run.not_yet(tasks, lambda task: is_scored(contests[task[0]], FULL, task[1], folders[task[0]]))
+        run.say(
+            f"compare: {len(tasks) - len(left)} of {len(tasks)} students of all real images found, {len(left)} to train"
+        )
+        with run.progress("all real", len(mine := run.mine(left)), "student") as shown:
+            for student, seed in mine:
+                shown.doing(f"{student}, seed {seed}")
+                run_task(
+                    contests[student],
+                    FULL,
+                    seed,
+                    folders[student],
+                    device=self.accelerator.device,
+                    every_s=self._checkpoint_s,
+                )
+                shown.advance()
+
+    def full_folder(self, student: str) -> Path:
+        """Where the scores of one architecture on all real images are."""
+        return self.folder / "full" / re.sub(r"[^A-Za-z0-9_]+", "-", student)
+
+    def _ceiling(self, recipe: Recipe, student: str) -> Contest:
+        settings, data = replace(recipe.evaluation, student=student), self.shared.data
+        return Contest(None, None, data.train, data.test, settings, recipe.relabel.view, {}, data.class_names)
+
+
+@contextmanager
+def _claimed(run: Run) -> Iterator[None]:
+    """The folder of one run is held by the first process, and has its recipe before the others go on."""
+    if run.accelerator.is_main_process:
+        with claimed(run.folder, run.recipe):
+            run.accelerator.wait_for_everyone()
+            yield
+    else:
+        run.accelerator.wait_for_everyone()
+        yield
+
+
+def _rows_of(images: Tensor, rows: range) -> Tensor:
+    return images[rows.start : rows.stop]
