@@ -8,7 +8,7 @@ from torch import nn
 
 from prism_hf.alignment import BNAlignment, channel_mismatch
 from prism_hf.errors import TeacherError
-from prism_hf.synthesis import Objective
+from prism_hf.objective import Objective
 
 LABELS = torch.tensor([0, 1, 2, 1])
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
