@@ -14,9 +14,9 @@ MODULES = sorted(SRC.glob("*.py"))
 # Low to high: a module imports only from modules before it. `__init__` sees all.
 ORDER = (
     "errors outside storage interruption lock memory logs patience recipe recipe_file plan pixels views alignment "
-    "tensors checkpoint data weights teachers training synthesis diversity model_folder squeeze relabel packaging work "
-    "reading verification export students report pictures readme card model_card bundle repository hub progress run "
-    "evaluation preflight session jobs packager stages status command console __init__"
+    "tensors checkpoint data weights teachers training synthesis diversity selection model_folder squeeze relabel "
+    "packaging work reading verification export students report pictures readme card model_card bundle repository hub "
+    "progress run evaluation preflight session jobs packager stages status command console __init__"
 ).split()
 TEST_FILE = {"command": "test_commands.py", "outside": "test_security.py"}
 every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
