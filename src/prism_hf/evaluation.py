@@ -41,6 +41,7 @@ class Contest:
         settings: The student protocol.
         view: Crops of the ceiling row.
         left_out: Rows that cannot be had, with the reason.
+        wanted: Rows that are asked for.
     """
 
     distilled: DistilledDataset
@@ -50,15 +51,16 @@ class Contest:
     settings: EvaluationRecipe
     view: RelabelView
     left_out: Mapping[str, str]
+    wanted: tuple[Row, ...] = ROWS
 
     def rows(self) -> list[Row]:
-        """The rows that can be had."""
+        """The rows that are wanted and can be had."""
         there = {
             "distilled": True,
             "random_real": self.control is not None,
             "full": self.train is not None and self.settings.full_data_epochs > 0,
         }
-        return [row for row in ROWS if there[row.images]]
+        return [row for row in self.wanted if there[row.images]]
 
     def tasks(self) -> list[tuple[Row, int]]:
         """(row, seed), the long ceiling runs first, so that processes finish together."""
@@ -84,6 +86,8 @@ def task_key(contest: Contest, row: Row) -> str:
         assert source is not None
         content = source.content
     settings = asdict(replace(contest.settings, seeds=(0,)))
+    if contest.settings.label_epochs is None:
+        del settings["label_epochs"]  # scores of earlier versions, which did not have it, stay
     view = asdict(contest.view) if row.images == "full" else None
     return digest([row.key, content, contest.test.content, settings, view])[:16]
 
@@ -145,6 +149,7 @@ def _train(contest: Contest, row: Row, seed: int, device: torch.device, checkpoi
         assert source is not None
         return train_student(source, contest.settings, labels=row.labels, seed=seed, device=device, checkpoint=checkpoint)
     assert contest.train is not None
+    assert row.labels == "hard"
     return train_on_real(
         contest.train,
         contest.settings,
