@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -13,7 +14,7 @@ from prism_hf.evaluation import Contest, collect, run_task, task_file, task_key
 from prism_hf.pixels import to_reference
 from prism_hf.reading import DistilledDataset
 from prism_hf.recipe_file import load_recipe
-from prism_hf.storage import write_record
+from prism_hf.storage import digest, write_record
 from prism_hf.students import KEPT, ROWS, Keep, Row
 from prism_hf.teachers import load_teacher
 from prism_hf.views import draw_views, from_columns, to_columns
@@ -63,6 +64,33 @@ def contest(source, **changes):
 
 def test_all_rows_have_every_seed(source):
     assert sorted(contest(source).tasks(), key=str) == sorted(((r, s) for r in ROWS for s in (0, 1)), key=str)
+
+
+IMAGE_ROWS = (Row("distilled", "image"), Row("random_real", "image"))
+
+
+def test_rows_with_image_labels_can_be_asked_for(source, tmp_path):
+    assert not set(IMAGE_ROWS) & set(ROWS)
+    made = contest(source, wanted=(*ROWS, *IMAGE_ROWS))
+    assert {row for row, _ in made.tasks()} == {*ROWS, *IMAGE_ROWS}
+    assert IMAGE_ROWS[1] not in contest(source, wanted=IMAGE_ROWS, control=None).rows()
+    assert len({task_key(made, row) for row in made.rows()}) == 7
+    made = contest(source, wanted=IMAGE_ROWS)
+    for row, seed in made.tasks():
+        run_task(made, row, seed, tmp_path, device=DEVICE)
+    found = collect(made, tmp_path, verifier=None, network=None, device=DEVICE)
+    assert [(score.images, score.labels) for score in found.scores] == [("distilled", "image"), ("random_real", "image")]
+    assert "With image labels" in found.as_dict()["in_words"]
+
+
+def test_scores_from_before_label_epochs_are_still_theirs(source):
+    made = contest(source)
+    settings = dataclasses.asdict(dataclasses.replace(made.settings, seeds=(0,)))
+    assert settings.pop("label_epochs") is None
+    key = digest(["distilled-soft", "0", made.test.content, settings, None])[:16]
+    assert task_key(made, KEPT) == key
+    fewer = contest(source, settings=dataclasses.replace(made.settings, label_epochs=1))
+    assert task_key(fewer, KEPT) != key
 
 
 @pytest.mark.parametrize(("missing", "gone"), [("control", "random_real"), ("train", "full")])

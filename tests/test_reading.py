@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import hashlib
 import os
@@ -43,6 +44,45 @@ def test_we_read_what_we_wrote(tmp_path, channels, image_format):
     assert data.image_bytes == sum(map(len, table.encoded))
     files = sum(path.stat().st_size for path in tmp_path.rglob("*.parquet"))
     assert data.label_bytes == files - data.image_bytes
+
+
+def sizes(folder, table, column=""):
+    """Compressed bytes of each row group, as its metadata say."""
+    for path in sorted((folder / table).iterdir()):
+        metadata = pq.read_metadata(path).to_dict()
+        for group in metadata["row_groups"]:
+            chunks = [chunk for chunk in group["columns"] if chunk["path_in_schema"].startswith(column)]
+            yield sum(chunk["total_compressed_size"] for chunk in chunks)
+
+
+@pytest.mark.parametrize("shard_mb", [500, 1], ids=["one file", "some files"])
+def test_bytes_of_labels_are_those_of_the_epochs_that_are_read(tmp_path, shard_mb):
+    recipe, names, *_ = small_set(tmp_path, classes=300, ipc=2, epochs=4, size=8, shard_mb=shard_mb)
+    add_card(tmp_path, recipe, names)
+    assert len(list((tmp_path / "views").iterdir())) == (1 if shard_mb == 500 else 2)
+    data, groups = load_distilled(tmp_path), list(sizes(tmp_path, "views"))
+    assert len(groups) == 4
+    assert [data.label_bytes_of(epochs) for epochs in range(5)] == [sum(groups[:epochs]) for epochs in range(5)]
+    assert data.label_bytes_of() == sum(groups) < data.label_bytes
+    logits = sum(sizes(tmp_path, "data", "teacher_logits"))
+    assert 0 < data.image_label_bytes() == logits < 600 * 300 * 2 * 1.1
+
+
+def test_a_row_group_of_several_epochs_is_read_whole(tmp_path):
+    recipe, names, *_ = small_set(tmp_path, epochs=4)
+    (path,) = (tmp_path / "views").iterdir()
+    pq.write_table(pq.read_table(path), path, row_group_size=30)  # 12 images: epochs 0, 1 and half of 2, and the rest
+    add_card(tmp_path, recipe, names)
+    data, (first, second) = load_distilled(tmp_path), sizes(tmp_path, "views")
+    assert [data.label_bytes_of(epochs) for epochs in range(5)] == [0, first, first, first + second, first + second]
+
+
+def test_without_files_nothing_is_said_of_their_bytes(tmp_path):
+    recipe, names, *_ = small_set(tmp_path)
+    add_card(tmp_path, recipe, names)
+    data = dataclasses.replace(load_distilled(tmp_path), footers=lambda _: None)
+    assert data.label_bytes_of(1) is None
+    assert data.image_label_bytes() is None
 
 
 def foreign(folder, kind):

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import logging
+import math
+import statistics
 
 import datasets
 import pytest
@@ -9,8 +11,9 @@ from PIL import Image
 from pipeline import add_card, small_set
 
 from prism_hf import reading, students
+from prism_hf.checkpoint import Checkpoint
 from prism_hf.data import ImageSplit
-from prism_hf.errors import DataError
+from prism_hf.errors import DataError, StoppedError
 from prism_hf.evaluation import Contest
 from prism_hf.pixels import to_reference
 from prism_hf.plan import batch_ranges
@@ -21,6 +24,7 @@ from prism_hf.students import (
     Keep,
     class_shares,
     keep_student,
+    label_bytes,
     soft_label_loss,
     train_on_real,
     train_student,
@@ -84,11 +88,11 @@ def base(student):
     return student()
 
 
-def batches_of_whole_epochs(source, epochs, batch_size):
+def batches_of_whole_epochs(source, epochs, batch_size, recorded=None):
     """What a student sees, the plain way: all images as floats, whole epochs of views."""
     images = to_reference(source.images_uint8)
     for epoch in range(epochs):
-        rows, logits = source.epoch(epoch)
+        rows, logits = source.epoch(epoch % recorded if recorded else epoch)
         for part in batch_ranges(len(logits), batch_size):
             cut = rows[part.start : part.stop]
             own = source.labels[cut.image_index]
@@ -111,6 +115,15 @@ def packed(request, tmp_path, monkeypatch):
     add_card(tmp_path, recipe, names)
     monkeypatch.setattr(reading, "_IN_MEMORY", 0)
     return reading.load_distilled(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def packed_once(tmp_path_factory):
+    """As `packed`, for tests that train on it."""
+    folder = tmp_path_factory.mktemp("packed")
+    recipe, names, *_ = small_set(folder, channels=3, size=32, classes=3, ipc=7, epochs=4)
+    add_card(folder, recipe, names)
+    return reading.load_distilled(folder)
 
 
 @pytest.mark.parametrize("window", [1, 3000, 2**22], ids=["a batch", "some batches", "an epoch"])
@@ -139,6 +152,38 @@ def test_nothing_is_read_of_batches_that_are_passed_over(packed, monkeypatch):
     next(students._view_batches(packed, 4, 6, CPU, start=9))
     assert prepared == [6, 6], "the images of one batch, and their partners"
     assert read == [(2 * 21 + 6, 2 * 21 + 12)]
+
+
+@pytest.mark.parametrize("recorded", [1, 3, 4])
+def test_recorded_epochs_come_in_turn_from_anywhere(packed, monkeypatch, recorded):
+    monkeypatch.setattr(students, "_WINDOW", 3000)
+    expected = list(batches_of_whole_epochs(packed, 4, 6, recorded))
+    assert len(expected) == 16
+    for start in (0, 3, 4, 7, 8, 11, 15, 16):
+        same_batches(students._view_batches(packed, 4, 6, CPU, start, recorded=recorded), expected[start:])
+
+
+def test_views_of_other_epochs_are_not_read(packed, monkeypatch):
+    read, rows = [], packed.epoch.rows
+    monkeypatch.setattr(packed.epoch, "rows", lambda start, stop: read.append((start, stop)) or rows(start, stop))
+    list(students._view_batches(packed, 5, 6, CPU, recorded=2))
+    assert max(stop for _, stop in read) == 2 * 21
+
+
+def test_image_labels_are_mixed_as_their_view_is(packed):
+    ours = students._view_batches(packed, 3, 5, CPU, recorded=2, per_image=True)
+    theirs = list(batches_of_whole_epochs(packed, 3, 5, 2))
+    for number, (batch, (shown, _, shares)) in enumerate(zip(ours, theirs, strict=True)):
+        part = batch_ranges(21, 5)[number % 4]
+        rows, _ = packed.views(number // 4 % 2, part)
+        for row in range(len(part)):
+            own, partner = int(rows.image_index[row]), int(rows.view.mix_with[row])
+            weight, logits = float(rows.view.mix_weight[row]), packed.teacher_logits.double()
+            expected = logits[own] if partner < 0 else weight * logits[own] + (1 - weight) * logits[partner]
+            torch.testing.assert_close(batch[1][row].double(), expected, rtol=1e-6, atol=1e-6)
+        assert batch[1].dtype == torch.float32
+        assert torch.equal(batch[0], shown)
+        assert torch.equal(batch[2], shares)
 
 
 def literal_kl(logits, teacher_logits, temperature):
@@ -170,9 +215,135 @@ def test_mse_ce_is_the_formula(tiny_recipe, ce_weight):
     torch.testing.assert_close(soft_label_loss(logits, teacher_logits, shares, settings), mse + ce_weight * ce)
 
 
+def literal_loss(logits, teacher_logits, shares, loss, ce_weight, temperature):
+    """Number by number."""
+    rows, classes = len(logits), len(logits[0])
+
+    def softmax(row, t=1.0):
+        powers = [math.exp((value - max(row)) / t) for value in row]
+        return [power / sum(powers) for power in powers]
+
+    ce = 0.0
+    for row, share in zip(logits, shares, strict=True):
+        ce -= sum(s * math.log(p) for s, p in zip(share, softmax(row), strict=True)) / rows
+    if loss == "mse_ce":
+        squares = [(a - b) ** 2 for x, y in zip(logits, teacher_logits, strict=True) for a, b in zip(x, y, strict=True)]
+        return sum(squares) / len(squares) + ce_weight * ce
+    if loss == "cosine":
+        total = 0.0
+        for a, b in zip(logits, teacher_logits, strict=True):
+            a, b = [x - sum(a) / classes for x in a], [x - sum(b) / classes for x in b]
+            total += sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+        return 1 - total / rows + ce_weight * ce
+    guess = [softmax(row, temperature) for row in logits]
+    target = [softmax(row, temperature) for row in teacher_logits]
+    if loss == "kl":
+        pairs = [(q, p) for x, y in zip(target, guess, strict=True) for q, p in zip(x, y, strict=True)]
+        return temperature**2 * sum(q * math.log(q / p) for q, p in pairs) / rows
+    inter = [statistics.correlation(p, q) for p, q in zip(guess, target, strict=True)]
+    columns = zip(zip(*guess, strict=True), zip(*target, strict=True), strict=True)
+    intra = [statistics.correlation(p, q) for p, q in columns]
+    return temperature**2 * ((1 - sum(inter) / rows) + (1 - sum(intra) / classes))
+
+
+LOSSES = ("mse_ce", "kl", "dist", "cosine")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 20.0])
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_is_its_literal_version(tiny_recipe, loss, ce_weight, temperature):
+    settings = settings_of(tiny_recipe, {"loss": loss, "ce_weight": ce_weight, "temperature": temperature})
+    batch = some_batch()
+    expected = literal_loss(*(values.tolist() for values in batch), loss, ce_weight, temperature)
+    assert float(soft_label_loss(*batch, settings)) == pytest.approx(expected, rel=1e-10)
+    single = soft_label_loss(*(values.float() for values in batch), settings)
+    assert float(single) == pytest.approx(expected, rel=1e-4)
+    assert single.dtype == torch.float32
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_gradient_of_a_loss_is_that_of_its_values(tiny_recipe, loss):
+    settings = settings_of(tiny_recipe, {"loss": loss, "temperature": 2.0})
+    logits, teacher_logits, shares = some_batch()
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: soft_label_loss(x, teacher_logits, shares, settings), logits)
+
+
+@pytest.mark.parametrize("loss", ["dist", "cosine"])
+def test_a_correlation_loss_is_least_at_its_optimum_and_knows_no_offset(tiny_recipe, loss):
+    settings = settings_of(tiny_recipe, {"loss": loss, "ce_weight": 0.0})
+    logits, teacher_logits, shares = some_batch()
+    offset = torch.randn(5, 1, dtype=torch.float64)
+    ours = soft_label_loss(logits, teacher_logits, shares, settings)
+    assert float(soft_label_loss(logits + offset, teacher_logits, shares, settings)) == pytest.approx(float(ours))
+    assert abs(float(soft_label_loss(teacher_logits + offset, teacher_logits, shares, settings))) < 1e-10
+    if loss == "cosine":
+        assert abs(float(soft_label_loss(3 * teacher_logits, teacher_logits, shares, settings))) < 1e-10
+
+
+def degenerate(kind):
+    logits, teacher_logits, shares = (values.float() for values in some_batch())
+    if kind == "one image":
+        return logits[:1], teacher_logits[:1], shares[:1]
+    if kind == "a flat row":
+        logits[0], teacher_logits[1] = 0.7, -3.0
+    if kind == "all flat":
+        logits[:], teacher_logits[:] = 0.1, 0.3
+    if kind == "student flat":
+        logits[:] = 0.1
+    if kind == "equal rows":  # each column is constant
+        logits[:], teacher_logits[:] = logits[0].clone(), teacher_logits[0].clone()
+    if kind == "far apart":  # probabilities of other classes are zero, or nearly
+        logits[:] = torch.linspace(-400, 400, 5).view(-1, 1) * torch.tensor([1.0, -1.0, 0.2, 0.0])
+    if kind == "the same":
+        logits[:] = teacher_logits
+    return logits, teacher_logits, shares
+
+
+KINDS = ("one image", "a flat row", "all flat", "student flat", "equal rows", "far apart", "the same")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 20.0])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_gradient_is_finite_whatever_comes(tiny_recipe, loss, kind, temperature):
+    logits, teacher_logits, shares = degenerate(kind)
+    logits.requires_grad_()
+    value = soft_label_loss(
+        logits, teacher_logits, shares, settings_of(tiny_recipe, {"loss": loss, "temperature": temperature})
+    )
+    value.backward()
+    assert value.isfinite()
+    assert logits.grad.isfinite().all()
+    assert logits.grad.abs().max() < 1e4, "rounding noise is no direction"
+
+
+def test_what_does_not_vary_has_no_correlation_and_no_gradient():
+    a = torch.tensor([[0.1] * 7, [0.1, 0.2, 0.3, 0.1, 0.5, 0.6, 0.9]], requires_grad=True)
+    found = students.correlation(a, torch.rand(2, 7), dim=1)
+    found.sum().backward()
+    assert float(found[0].detach()) == 0
+    assert not a.grad[0].any()
+    assert a.grad[1].any()
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e20])
+def test_a_correlation_knows_no_scale(scale):
+    a, b = torch.rand(4, 9), torch.rand(4, 9)
+    torch.testing.assert_close(students.correlation(a * scale, b, dim=0), students.correlation(a, b, dim=0))
+
+
 @pytest.mark.parametrize(
     ("start", "change"),
-    [({}, {"loss": "kl"}), ({}, {"ce_weight": 0.5}), ({"loss": "kl"}, {"loss": "kl", "temperature": 2.0})],
+    [
+        ({}, {"loss": "kl"}),
+        ({}, {"ce_weight": 0.5}),
+        ({"loss": "kl"}, {"loss": "kl", "temperature": 2.0}),
+        ({"loss": "kl"}, {"loss": "dist"}),
+        ({"loss": "dist"}, {"loss": "dist", "temperature": 2.0}),
+        ({"loss": "cosine"}, {"loss": "cosine", "ce_weight": 0.5}),
+    ],
 )
 def test_every_switch_of_the_loss_changes_it(tiny_recipe, start, change):
     batch = some_batch()
@@ -195,6 +366,9 @@ def test_class_shares_mix_the_two_classes():
         {"weight_decay": 0.5},
         {"ema": 0.9},
         {"epochs": 1},
+        {"label_epochs": 1},
+        {"loss": "dist"},
+        {"loss": "cosine"},
         {"batch_size": 2},
         {"student": "test_byobnet"},
     ],
@@ -262,6 +436,65 @@ def test_more_epochs_than_the_folder_holds_are_an_error(tiny_recipe, toy):
     settings = tiny_recipe({"relabel.epochs": 9, "evaluation.epochs": 3}).evaluation
     with pytest.raises(DataError, match="holds 2 epochs of views, evaluation.epochs is 3"):
         train_student(toy, settings, labels="soft", seed=0, device=CPU)
+
+
+def test_fewer_label_epochs_are_used_again(student, base, toy):
+    """Two epochs of training with one recorded epoch are those of a set that holds it twice."""
+    twice = dataclasses.replace(toy, epoch=lambda _: toy.epoch(0))
+    assert same(student({"label_epochs": 1}), student(source=twice))
+    assert same(base, student({"label_epochs": 2}))
+    once = dataclasses.replace(toy, num_epochs=1)
+    assert same(student({"label_epochs": 1, "epochs": 2}), student({"label_epochs": 1, "epochs": 2}, source=once))
+
+
+def test_more_label_epochs_than_the_folder_holds_are_an_error(tiny_recipe, toy):
+    settings = tiny_recipe({"relabel.epochs": 9, "evaluation.label_epochs": 3, "evaluation.epochs": 50}).evaluation
+    with pytest.raises(DataError, match="holds 2 epochs of views, evaluation.label_epochs is 3"):
+        train_student(toy, settings, labels="soft", seed=0, device=CPU)
+
+
+@pytest.mark.parametrize("labels", ["soft", "image"])
+@pytest.mark.parametrize("stopped", [5, 6, 7])
+def test_a_training_goes_on_across_the_turn_of_the_epochs(tiny_recipe, packed_once, tmp_path, monkeypatch, labels, stopped):
+    settings = settings_of(tiny_recipe, {"epochs": 4, "label_epochs": 2, "batch_size": 8})
+    whole = train_student(packed_once, settings, labels=labels, seed=0, device=CPU).state_dict()
+    file, steps = tmp_path / "state.safetensors", []
+
+    def stop(checkpoint, make_state):
+        steps.append(1)
+        if len(steps) == stopped:
+            checkpoint.save(make_state())
+            raise StoppedError("here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "tick", stop)
+        with pytest.raises(StoppedError):
+            train_student(packed_once, settings, labels=labels, seed=0, device=CPU, checkpoint=Checkpoint(file, "key", 1e9))
+    found = train_student(packed_once, settings, labels=labels, seed=0, device=CPU, checkpoint=Checkpoint(file, "key", 1e9))
+    assert same(whole, found.state_dict())
+
+
+def test_image_labels_are_the_only_ones_that_such_a_student_knows(student, base, toy):
+    image = student(labels="image")
+    assert same(image, student(labels="image", source=other_logits(toy)))
+    assert not same(image, base)
+    assert not same(image, student(labels="hard"))
+    changed = dataclasses.replace(toy, teacher_logits=toy.teacher_logits.flip(1))
+    assert not same(image, student(labels="image", source=changed))
+    assert not same(image, student({"loss": "kl"}, labels="image")), "the loss is that of the settings"
+
+
+def test_a_student_reads_the_bytes_of_its_labels(tiny_recipe, packed_once, toy):
+    def found(labels, **changes):
+        return label_bytes(packed_once, settings_of(tiny_recipe, changes), labels)
+
+    assert found("soft") == packed_once.label_bytes_of(4)
+    assert found("soft", epochs=2) == packed_once.label_bytes_of(2) < packed_once.label_bytes_of(3)
+    assert found("soft", epochs=2, label_epochs=1) == packed_once.label_bytes_of(1)
+    assert found("soft", epochs=1, label_epochs=2) == packed_once.label_bytes_of(1)
+    assert found("image", epochs=2) == packed_once.image_label_bytes() > 0
+    assert found("hard") == 0
+    assert label_bytes(toy, settings_of(tiny_recipe), "soft") is None
 
 
 @pytest.fixture(scope="module")

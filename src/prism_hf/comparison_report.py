@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ class Findings:
                     "method": method.label,
                     "ipc": method.recipe.synthesis.ipc,
                     "student": reading.student,
-                    "label_bytes": statistics.fmean(score["label_bytes"] for score in found),
+                    "label_bytes": _mean(score["label_bytes"] for score in found),
                     **{key: value for key, value in score.as_dict().items() if key != "images"},
                 }
             )
@@ -130,7 +130,6 @@ class Findings:
         distilled = self._dataset(method)
         pixels = distilled.images_uint8
         vectors = features_of(network, lambda rows: pixels[rows.start : rows.stop], len(pixels), self._device)
-        verified = [record["verifier_top1"] for record in found]
         return {
             "label": method.label,
             "recipe": method.recipe.name,
@@ -140,12 +139,12 @@ class Findings:
             # The first run of a method may also have gathered what later ones found on the disk.
             "seconds_per_image": statistics.median(float(record["seconds_per_image"]) for record in found),
             "image_steps": found[0]["image_steps"],
-            "image_bytes": statistics.fmean(record["image_bytes"] for record in found),
-            "label_bytes": statistics.fmean(record["label_bytes"] for record in found),
-            "verifier_top1": None if None in verified else statistics.fmean(verified),
+            "image_bytes": _mean(record["image_bytes"] for record in found),
+            "label_bytes": _mean(record["label_bytes"] for record in found),
+            "verifier_top1": _mean(record["verifier_top1"] for record in found),
             "logit_top1": statistics.fmean(record["logit_top1"] for record in found),
             "similarity": {
-                "mean": None if None in means else statistics.fmean(means),
+                "mean": _mean(means),
                 "std_over_seeds": None if None in means or len(means) < 2 else statistics.stdev(means),
                 "per_class": found[0]["similarity"]["per_class"],
             },
@@ -182,6 +181,12 @@ class Findings:
 
     def _dataset(self, method: Method) -> DistilledDataset:
         return load_distilled(self._made.run_of(Cell(method, self._records[method.slug][0][0])).dataset)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean, or `None` where one is not known."""
+    known = list(values)
+    return None if None in known else statistics.fmean(known)  # type: ignore[arg-type]
 
 
 def _differences(scores: Sequence[Mapping[str, Any]], methods: Sequence[Method]) -> list[dict[str, Any]]:

@@ -176,13 +176,20 @@ class Comparison:
     def _score(self, run: Run, cell: Cell, distilled: DistilledDataset, reading: Reading) -> dict[str, object]:
         row = Row("distilled", reading.labels)
         top1 = read_score(self._students(run, reading), row, cell.seed)
-        epochs = reading.label_epochs or cell.recipe.evaluation.epochs
         return {
             "student": reading.student,
             "labels": reading.key,
             "top1": top1,
-            "label_bytes": distilled.label_bytes_of(reading.labels, epochs),
+            "label_bytes": self._label_bytes(distilled, reading, cell),
         }
+
+    def _label_bytes(self, distilled: DistilledDataset, reading: Reading, cell: Cell) -> int | None:
+        """What a student reads beside the images and their classes."""
+        if reading.labels == "hard":
+            return 0
+        if reading.labels == "image":
+            return distilled.image_label_bytes()
+        return distilled.label_bytes_of(reading.label_epochs or cell.recipe.evaluation.epochs)
 
     def _facts(self, run: Run, stages: Stages, distilled: DistilledDataset) -> dict[str, object]:
         verifier, network = stages.verifier(), self.network()

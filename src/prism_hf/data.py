@@ -243,16 +243,20 @@ def real_rows(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) 
     """
     chosen: list[np.ndarray] = []
     for label, rows in enumerate(data.train.rows_by_class(data.num_classes)):
-        if len(rows) < ipc:
-            raise DataError(
-                f"class {data.class_names[label]!r} has {len(rows)} training images, but ipc is {ipc}; "
-                "lower ipc (init noise needs no real images)"
-            )
+        check_class_size(data.class_names[label], len(rows), ipc)
         if not by_index:
             generator = torch.Generator().manual_seed(derived_seed(seed, "real images", label))
             rows = rows[torch.randperm(len(rows), generator=generator).numpy()]
         chosen.append(rows[:ipc])
     return np.concatenate(chosen)
+
+
+def check_class_size(name: str, count: int, ipc: int) -> None:
+    """Raise a `DataError` if a class has fewer than `ipc` training images."""
+    if count < ipc:
+        raise DataError(
+            f"class {name!r} has {count} training images, but ipc is {ipc}; lower ipc (init noise needs no real images)"
+        )
 
 
 def _digits() -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -103,9 +103,7 @@ def penultimate_features(
     """
     classifier = classifier_of(teacher.model)
     if classifier is None:
-        raise TeacherError(
-            f"network {teacher.name!r} has no linear layer, so no penultimate features; name another verifier"
-        )
+        raise TeacherError(f"network {teacher.name!r} has no linear layer, so no penultimate features; name another one")
     seen: list[Tensor] = []
     handle = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
     try:

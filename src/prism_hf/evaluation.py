@@ -42,6 +42,7 @@ class Contest:
         view: Crops of the ceiling row.
         left_out: Rows that cannot be had, with the reason.
         names: Class names, where there is no data set that has them.
+        wanted: Rows that are asked for.
     """
 
     distilled: DistilledDataset | None
@@ -52,6 +53,7 @@ class Contest:
     view: RelabelView
     left_out: Mapping[str, str]
     names: tuple[str, ...] = ()
+    wanted: tuple[Row, ...] = ROWS
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -65,13 +67,13 @@ class Contest:
         return source
 
     def rows(self) -> list[Row]:
-        """The rows that can be had."""
+        """The rows that are wanted and can be had."""
         there = {
             "distilled": self.distilled is not None,
             "random_real": self.control is not None,
             "full": self.train is not None and self.settings.full_data_epochs > 0,
         }
-        return [row for row in ROWS if there[row.images]]
+        return [row for row in self.wanted if there[row.images]]
 
     def tasks(self) -> list[tuple[Row, int]]:
         """(row, seed), the long ceiling runs first, so that processes finish together."""
@@ -95,6 +97,8 @@ def task_key(contest: Contest, row: Row) -> str:
     else:
         content = contest.source(row).content
     settings = asdict(replace(contest.settings, seeds=(0,)))
+    if contest.settings.label_epochs is None:
+        del settings["label_epochs"]  # scores of earlier versions, which did not have it, stay
     view = asdict(contest.view) if row.images == "full" else None
     return digest([row.key, content, contest.test.content, settings, view])[:16]
 
@@ -165,6 +169,7 @@ def _train(contest: Contest, row: Row, seed: int, device: torch.device, checkpoi
             contest.source(row), contest.settings, labels=row.labels, seed=seed, device=device, checkpoint=checkpoint
         )
     assert contest.train is not None
+    assert row.labels == "hard"
     return train_on_real(
         contest.train,
         contest.settings,

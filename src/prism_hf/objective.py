@@ -138,9 +138,9 @@ class Objective:
             initial: The start images, (B, C, H, W) in the reference normalisation.
             averages: From `state`; empty at the very start.
         """
-        for name, alignment in self._moving.items():
+        for name, moving in self._moving.items():
             if saved := part(name, averages):
-                alignment.restore(saved)
+                moving.restore(saved)
         if self._balanced:
             with torch.no_grad():
                 for name, alignment in self._alignments.items():

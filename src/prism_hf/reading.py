@@ -12,10 +12,10 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import accumulate, chain, count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import torch
 from huggingface_hub import HfApi, hf_hub_download, is_offline_mode
 from huggingface_hub.errors import (
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from .data import check_local, local_cache, local_folder, reason_of
 from .errors import DataError
+from .outside import is_plain_path
 from .packaging import VIEWS, image_features, view_features
 from .patience import SHORT, again
 from .pixels import UNREADABLE, decode
@@ -97,6 +99,8 @@ class DistilledDataset:
         recipe: The recipe in the folder, or `None`.
         content: Sixteen hex digits over images, labels and all views: whether this is the same data set.
         teacher_weights: SHA-256 of the weights of each teacher, as provenance.json tells.
+        footers: Folder of a table ("data", "views") -> the metadata of its Parquet files in order, `None` if they are not
+            at hand.
     """
 
     images_uint8: Tensor
@@ -110,6 +114,7 @@ class DistilledDataset:
     recipe: Recipe | None
     content: str
     teacher_weights: Mapping[str, str] = field(default_factory=dict)
+    footers: Callable[[str], Sequence[pq.FileMetaData] | None] = lambda _: None
 
     def views(self, epoch: int, rows: range) -> tuple[ViewRows, Tensor]:
         """Some views of an epoch and their raw logits, (B, K) float16; no other row is read.
@@ -123,6 +128,31 @@ class DistilledDataset:
             return self.epoch.rows(first + rows.start, first + rows.stop)
         views, logits = self.epoch(epoch)
         return views[rows.start : rows.stop], logits[rows.start : rows.stop]
+
+    def label_bytes_of(self, epochs: int | None = None) -> int | None:
+        """Bytes, as compressed, of views and logits of the first epochs; `None` if no Parquet files are at hand.
+
+        A row group is read whole, so it counts whole if one of its rows is needed; those that we write end with an epoch.
+        Footers and indices of the files are left out.
+
+        Args:
+            epochs: How many; `None` for all.
+        """
+        files = self.footers(VIEWS)
+        if files is None:
+            return None
+        rows = len(self.labels) * (self.num_epochs if epochs is None else epochs)
+        groups = [file.row_group(number) for file in files for number in range(file.num_row_groups)]
+        starts = accumulate((group.num_rows for group in groups), initial=0)
+        return sum(_compressed(group) for group, first in zip(groups, starts, strict=False) if first < rows)
+
+    def image_label_bytes(self) -> int | None:
+        """Bytes, as compressed, of the column `teacher_logits` of the images; `None` if no files are at hand."""
+        files = self.footers("data")
+        if files is None:
+            return None
+        groups = [file.row_group(number) for file in files for number in range(file.num_row_groups)]
+        return sum(_compressed(group, "teacher_logits") for group in groups)
 
 
 def load_distilled(source: str | Path, *, revision: str | None = None, channels: int | None = None) -> DistilledDataset:
@@ -173,7 +203,34 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
         recipe=recipe,
         content=content,
         teacher_weights=_teacher_weights(_shipped(source, "provenance.json", revision)),
+        footers=lambda table: _footers(source, table, revision),
     )
+
+
+def _compressed(group: pq.RowGroupMetaData, column: str = "") -> int:
+    """Bytes of a row group in its file, or of one of its columns."""
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    return sum(
+        chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column or not column
+    )
+
+
+def _footers(source: str | Path, table: str, revision: str | None) -> list[pq.FileMetaData] | None:
+    """Metadata of the Parquet files of a table; those of a Hub data set lie in the cache since it was loaded."""
+    folder = local_folder(source)
+    if folder is not None:
+        names = [f"{table}/{path.name}" for path in sorted((folder / table).glob("train-*.parquet"))]
+    else:
+        listed = _listed_files(_shipped(source, "provenance.json", revision))
+        names = [name for name in listed if name.startswith(f"{table}/train-") and is_plain_path(name)]
+    paths = [_shipped(source, name, revision) for name in names]
+    found = [path for path in paths if path is not None]
+    if not found or len(found) < len(paths):
+        return None
+    try:
+        return [pq.read_metadata(path) for path in found]
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{str(source)!r}, {table}: no readable Parquet ({reason_of(error)})") from error
 
 
 def _check_columns(source: str | Path, images: datasets.Dataset, views: datasets.Dataset) -> None:
@@ -296,11 +353,28 @@ def _teacher_weights(provenance: Path | None) -> dict[str, str]:
     try:
         teachers = json.loads(provenance.read_text(encoding="utf-8"))["teachers"]
         return {str(teacher["name"]): str(teacher["weights_sha256"]) for teacher in teachers}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{str(provenance)!r} cannot be read ({type(error).__name__}); expected what prism-hf packaged, package or "
-            "download the data set again"
-        ) from error
+    except _NO_PROVENANCE as error:
+        raise _unreadable(provenance, error) from error
+
+
+def _listed_files(provenance: Path | None) -> list[str]:
+    """Names of the files that provenance.json vouches for, sorted."""
+    if provenance is None:
+        return []
+    try:
+        return sorted(str(name) for name in json.loads(provenance.read_text(encoding="utf-8"))["files"])
+    except _NO_PROVENANCE as error:
+        raise _unreadable(provenance, error) from error
+
+
+_NO_PROVENANCE = (OSError, ValueError, LookupError, TypeError, RecursionError)
+
+
+def _unreadable(provenance: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{str(provenance)!r} cannot be read ({type(error).__name__}); expected what prism-hf packaged, package or "
+        "download the data set again"
+    )
 
 
 def _content(images: datasets.Dataset, views: datasets.Dataset) -> tuple[str, int]:

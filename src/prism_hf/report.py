@@ -21,7 +21,7 @@ class Score:
 
     Attributes:
         images: `distilled`, `random_real` or `full`.
-        labels: `soft` or `hard`.
+        labels: `soft`, `hard` or `image`.
         seeds: One student each.
         top1: In [0, 1], one per seed.
         count: Training images.
@@ -131,7 +131,7 @@ def in_words(rows: Sequence[Mapping[str, object]]) -> str:
     """Whether the distilled images beat random real ones, with the standard error of the difference."""
     by_key = {(row["images"], row["labels"]): row for row in rows}
     sentences = []
-    for labels in ("soft", "hard"):
+    for labels in ("soft", "image", "hard"):
         ours, control = by_key.get(("distilled", labels)), by_key.get(("random_real", labels))
         if ours is None:
             continue

@@ -30,7 +30,7 @@ from .training import Batches, ShuffledBatches, build_network, fit, seeded
 from .views import draw_views, resample
 
 log = logging.getLogger(__name__)
-Labels = Literal["soft", "hard"]
+Labels = Literal["soft", "hard", "image"]
 
 _ON_DEVICE = 2**25
 """Bytes of uint8 images that are put on the device once; of a larger set each batch comes from the mapped file."""
@@ -44,7 +44,8 @@ class Row:
 
     Attributes:
         images: `distilled`, `random_real` or `full`.
-        labels: `soft` (stored logits of the views) or `hard` (the class, mixed as the view mixes).
+        labels: `soft` (stored logits of the views), `hard` (the class, mixed as the view mixes) or `image` (stored logits
+            of the image without a view, mixed as the view mixes: one label per image, whatever the epochs).
     """
 
     images: Literal["distilled", "random_real", "full"]
@@ -63,6 +64,7 @@ ROWS = (
     Row("random_real", "hard"),
     Row("full", "hard"),
 )
+"""The rows of the table unless others are asked for."""
 KEPT = Row("distilled", "soft")
 """The row whose first student is kept for others to use."""
 
@@ -76,13 +78,42 @@ def soft_label_loss(logits: Tensor, teacher_logits: Tensor, class_shares: Tensor
         class_shares: The classes in the view, (B, K), rows sum to 1.
         settings: `mse_ce`: mean squared error of the logits + ce_weight * CE (G-VBSM, PRISM; here CE knows the mix
             partner, which the published code ignores). `kl`: KL(teacher || student) at the temperature, times its square
-            (SRe2L; arXiv 1503.02531), so that the gradient does not vanish with it.
+            (SRe2L; arXiv 1503.02531), so that the gradient does not vanish with it. `dist` (DIST, arXiv 2205.10536): of
+            the probabilities at the temperature, 1 - mean correlation of the rows (classes of an image) + 1 - mean
+            correlation of the columns (images of a class), times the squared temperature. `cosine` (GIFT, arXiv
+            2405.14736): 1 - mean cosine of the logits, centred over the classes, + ce_weight * CE. What does not vary has
+            no correlation: it counts as 0 and has no gradient.
     """
+    t = settings.temperature
     if settings.loss == "kl":
-        t = settings.temperature
         target, guess = F.log_softmax(teacher_logits / t, dim=1), F.log_softmax(logits / t, dim=1)
         return F.kl_div(guess, target, reduction="batchmean", log_target=True) * t * t
-    return F.mse_loss(logits, teacher_logits) + settings.ce_weight * F.cross_entropy(logits, class_shares)
+    if settings.loss == "dist":
+        guess, target = F.softmax(logits / t, dim=1), F.softmax(teacher_logits / t, dim=1)
+        alike = [correlation(guess, target, dim=dim).mean() for dim in (1, 0)]
+        return (2 - alike[0] - alike[1]) * t * t
+    ce = settings.ce_weight * F.cross_entropy(logits, class_shares)
+    if settings.loss == "cosine":
+        return 1 - correlation(logits, teacher_logits, dim=1).mean() + ce
+    return F.mse_loss(logits, teacher_logits) + ce
+
+
+def correlation(a: Tensor, b: Tensor, *, dim: int) -> Tensor:
+    """Pearson's correlation along a dimension of two matrices; 0, without a gradient, where one is constant."""
+    (a, a_varies), (b, b_varies) = _centred(a, dim), _centred(b, dim)
+    varies = a_varies & b_varies
+    squares = torch.where(varies, a.square().sum(dim) * b.square().sum(dim), 1)
+    return torch.where(varies, (a * b).sum(dim) / squares.sqrt(), 0)
+
+
+def _centred(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """`x` less its mean, largest value 1 (squares of small probabilities would be zero), and where it varies at all."""
+    rounding = 8 * torch.finfo(x.dtype).eps * x.detach().abs().amax(dim, keepdim=True)
+    x = x - x.mean(dim, keepdim=True)
+    # A correlation knows no scale, so the scale needs no gradient.
+    spread = x.detach().abs().amax(dim, keepdim=True)
+    varies = spread > rounding.clamp(min=1e-30)
+    return x / torch.where(varies, spread, 1), varies.squeeze(dim)
 
 
 def train_student(
@@ -99,7 +130,8 @@ def train_student(
     Args:
         source: The distilled (or control) data set.
         settings: Architecture, loss, optimiser.
-        labels: `soft`: the stored logits; `hard`: plain CE on the classes, same views, same steps.
+        labels: `soft`: the stored logits of the views; `image`: those of the images, mixed as the view mixes; `hard`: plain
+            CE on the classes. Views, batches and steps are the same.
         seed: Of the weights; the order of images comes from the views.
         device: Where to train.
         checkpoint: Where its state is kept now and then, and where its training goes on if there is one.
@@ -108,14 +140,12 @@ def train_student(
         The student in eval mode, on `device`, taking the reference normalisation.
 
     Raises:
-        DataError: The folder holds fewer epochs of views than `settings.epochs`.
+        DataError: The folder holds fewer epochs of views than `settings.label_epochs`, or else `settings.epochs`.
 
     Example:
         >>> student = train_student(load_distilled(folder), recipe.evaluation, labels="soft", seed=0, device=device)
     """
-    epochs = settings.epochs or source.num_epochs
-    if epochs > source.num_epochs:
-        raise DataError(f"the data set holds {source.num_epochs} epochs of views, evaluation.epochs is {epochs}; lower it")
+    epochs, recorded = settings.epochs or source.num_epochs, recorded_epochs(source, settings)
     count, classes = len(source.images_uint8), len(source.class_names)
     steps = epochs * len(batch_ranges(count, settings.batch_size))
 
@@ -124,10 +154,39 @@ def train_student(
             return F.cross_entropy(logits, shares)
         return soft_label_loss(logits, teacher_logits, shares, settings)
 
-    batches = _Replayed(lambda start: _view_batches(source, epochs, settings.batch_size, device, start))
+    batches = _Replayed(
+        lambda start: _view_batches(
+            source, epochs, settings.batch_size, device, start, recorded=recorded, per_image=labels == "image"
+        )
+    )
     with seeded(seed, device):
         network = _student(settings, classes, source.images_uint8.shape[1], device)
         return _fit(network, batches, loss, steps, settings, f"student {settings.student}, seed {seed}", checkpoint)
+
+
+def recorded_epochs(source: DistilledDataset, settings: EvaluationRecipe) -> int:
+    """How many recorded epochs of views the training takes in turn.
+
+    Raises:
+        DataError: The data set holds fewer.
+    """
+    wanted = settings.label_epochs or settings.epochs or source.num_epochs
+    if wanted > source.num_epochs:
+        key = "label_epochs" if settings.label_epochs else "epochs"
+        raise DataError(f"the data set holds {source.num_epochs} epochs of views, evaluation.{key} is {wanted}; lower it")
+    return wanted
+
+
+def label_bytes(source: DistilledDataset, settings: EvaluationRecipe, labels: Labels) -> int | None:
+    """Bytes of stored labels that a student reads; `None` if the files are not at hand.
+
+    `soft`: views and logits of the epochs that it reads; `image`: one row of logits per image; `hard`: none.
+    """
+    if labels == "hard":
+        return 0
+    if labels == "image":
+        return source.image_label_bytes()
+    return source.label_bytes_of(min(recorded_epochs(source, settings), settings.epochs or source.num_epochs))
 
 
 def train_on_real(
@@ -192,10 +251,27 @@ def class_shares(labels: Tensor, partner_labels: Tensor, weight: Tensor, num_cla
 
 
 def _view_batches(
-    source: DistilledDataset, epochs: int, batch_size: int, device: torch.device, start: int = 0
+    source: DistilledDataset,
+    epochs: int,
+    batch_size: int,
+    device: torch.device,
+    start: int = 0,
+    *,
+    recorded: int | None = None,
+    per_image: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Views, logits and class shares of each batch; the first `start` batches are passed over, no image of them is read."""
-    images = source.images_uint8
+    """Views, logits and class shares of each batch; the first `start` batches are passed over, no image of them is read.
+
+    Args:
+        source: The data set.
+        epochs: Epochs of the training.
+        batch_size: Views per batch.
+        device: Where the batches go.
+        start: Batches that are done.
+        recorded: The training takes the first so many recorded epochs in turn; by default it has as many.
+        per_image: Logits of the images, mixed as the view mixes, instead of those of the views.
+    """
+    images, recorded = source.images_uint8, recorded or epochs
     if images.nbytes <= _ON_DEVICE:
         images = images.to(device)
     parts = batch_ranges(len(source.labels), batch_size)
@@ -205,17 +281,27 @@ def _view_batches(
         left = parts[skip:] if epoch == first else parts
         for window in (left[i : i + at_once] for i in range(0, len(left), at_once)):
             begin = window[0].start
-            rows, logits = source.views(epoch, range(begin, window[-1].stop))
+            rows, logits = source.views(epoch % recorded, range(begin, window[-1].stop))
             for part in window:
                 cut = rows[part.start - begin : part.stop - begin]
-                own = source.labels[cut.image_index]
-                partner = source.labels[cut.view.mix_with.clamp(min=0)]
-                shares = class_shares(own, partner, cut.view.mix_weight, len(source.class_names))
+                stored = logits[part.start - begin : part.stop - begin]
+                partner, weight = cut.view.mix_with.clamp(min=0), cut.view.mix_weight
+                if per_image:
+                    stored = _mixed_logits(source.teacher_logits, cut.image_index, partner, weight)
+                shares = class_shares(
+                    source.labels[cut.image_index], source.labels[partner], weight, len(source.class_names)
+                )
                 yield (
                     cut.replay(images, lambda picked: to_reference(picked.to(device))),
-                    logits[part.start - begin : part.stop - begin].to(device, torch.float32),
+                    stored.to(device, torch.float32),
                     shares.to(device),
                 )
+
+
+def _mixed_logits(logits: Tensor, image: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
+    """Logits of images, (N, K), at (B,) images and partners -> (B, K) float32; only their rows are read."""
+    own, other = logits[image].float(), logits[partner].float()
+    return torch.lerp(other, own, weight.view(-1, 1))
 
 
 def _real_batches(
@@ -293,7 +379,7 @@ def keep_student(
 def _student_facts(distilled: DistilledDataset, settings: EvaluationRecipe, keep: Keep) -> dict[str, object]:
     """student.json beside the result. No hardware and no times: the same recipe gives the same bytes."""
     recipe = distilled.recipe
-    elsewhere = ("student", "seeds", "epochs", "full_data_epochs")
+    elsewhere = ("student", "seeds", "epochs", "full_data_epochs") + (() if settings.label_epochs else ("label_epochs",))
     return {
         "kind": "student",
         "architecture": settings.student,
