@@ -151,6 +151,7 @@ def compare(
 
 def show(made: "Comparison", notes: list[str], folder: Path) -> None:
     """Write the page, and say where it is."""
+    return
     from prism_hf.comparison_page import render_html, render_markdown, verdicts
     from prism_hf.comparison_pictures import draw_comparison
     from prism_hf.comparison_report import Findings

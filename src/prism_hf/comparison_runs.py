@@ -30,7 +30,7 @@ from .recipe import Recipe
 from .run import Run, claimed
 from .stages import Stages
 from .storage import digest, read_record, set_aside, write_record
-from .students import Row
+from .students import Row, label_bytes
 from .teachers import Teacher
 
 log = logging.getLogger(__name__)
@@ -66,12 +66,17 @@ class Comparison:
         # Seed by seed: a comparison that is cut short has every method, with fewer seeds.
         self.cells = [Cell(method, seed) for seed in seeds for method in methods]
         self.failed: dict[str, str] = {}
-        self.shared = Stages(self.run_of(self.cells[0]))
+        self.shared = self._shared(self.cells[0])
 
     @property
     def students(self) -> list[str]:
         """Architectures, in order."""
         return list(dict.fromkeys(reading.student for reading in self.readings))
+
+    def _shared(self, cell: Cell, like: Stages | None = None) -> Stages:
+        """What belongs to no single run: data, teachers, students of all real images."""
+        run = Run(cell.recipe, self.folder, self._root, self.accelerator, self._checkpoint_s, with_control=False)
+        return Stages(run, like=like)
 
     def run_of(self, cell: Cell, board: Board | None = None) -> Run:
         """The run of a cell; `board` is the bar that its stages move."""
@@ -81,13 +86,14 @@ class Comparison:
     def check(self) -> None:
         """Look at what can be wrong with any of the methods before anything costs time; see `Session.check`."""
         for cell in self.cells[: len(self.methods)]:
-            Stages(self.run_of(cell), like=self.shared).check()
+            self._shared(cell, self.shared).check()
 
     def __call__(self) -> None:
         """Make what is not there yet."""
         run = self.shared.run
-        self.shared.squeeze()
-        self.accelerator.wait_for_everyone()
+        for cell in self.cells[: len(self.methods)]:
+            self._shared(cell, self.shared).squeeze()
+            self.accelerator.wait_for_everyone()
         left = run.not_yet(self.cells, self.is_found)
         done = len(self.cells) - len(left)
         run.say(f"compare: {done} of {len(self.cells)} runs found, {len(left)} to make")
@@ -180,16 +186,8 @@ class Comparison:
             "student": reading.student,
             "labels": reading.key,
             "top1": top1,
-            "label_bytes": self._label_bytes(distilled, reading, cell),
+            "label_bytes": label_bytes(distilled, self._contest(cell.recipe, distilled, reading).settings, reading.labels),
         }
-
-    def _label_bytes(self, distilled: DistilledDataset, reading: Reading, cell: Cell) -> int | None:
-        """What a student reads beside the images and their classes."""
-        if reading.labels == "hard":
-            return 0
-        if reading.labels == "image":
-            return distilled.image_label_bytes()
-        return distilled.label_bytes_of(reading.label_epochs or cell.recipe.evaluation.epochs)
 
     def _facts(self, run: Run, stages: Stages, distilled: DistilledDataset) -> dict[str, object]:
         verifier, network = stages.verifier(), self.network()
