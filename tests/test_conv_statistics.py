@@ -488,8 +488,10 @@ def test_without_averages_and_convolutions_it_is_bn_alignment(tiny_teachers, nam
         assert align.state() == {}
 
 
-@every_net
-@pytest.mark.parametrize(("momentum", "reduction", "first"), [(0.4, "sum", 10.0), (0.4, "mean", 1.0), (0.0, "sum", 0.3)])
+@pytest.mark.parametrize(
+    ("name", "momentum", "reduction", "first"),
+    [(name, 0.4, "sum", 10.0) for name in NETS] + [("test_byobnet", 0.4, "mean", 1.0), ("test_byobnet", 0.0, "sum", 0.3)],
+)
 def test_it_is_the_equation_over_several_batches(tiny_teachers, tiny_images, name, momentum, reduction, first):
     teacher = double(tiny_teachers[name])
     conv = gathered(tiny_teachers[name], tiny_images)

@@ -35,7 +35,7 @@ def slow_densification(images, labels, temperature, size):
             continue
         x = torch.stack([pooled(images[row], size) for row in rows])
         eigenvalues = [value**2 for value in torch.linalg.svdvals(x)]
-        soft = [math.exp(float(value) / temperature) for value in eigenvalues]
+        soft = [math.exp(value.item() / temperature) for value in eigenvalues]
         target = [value / sum(soft) for value in soft]
         normaliser = torch.log(sum(torch.exp(value) for value in eigenvalues))
         for p, value in zip(target, eigenvalues, strict=True):
