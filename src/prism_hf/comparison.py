@@ -86,11 +86,14 @@ class Cell:
         )
 
 
-def under_one_protocol(recipes: Sequence[tuple[str, Recipe]]) -> tuple[list[Method], list[str]]:
+def under_one_protocol(
+    recipes: Sequence[tuple[str, Recipe]], *, own: Sequence[str] = ()
+) -> tuple[list[Method], list[str]]:
     """Every recipe with the protocol of the first one, and random real images for each number of images per class.
 
     Args:
         recipes: Label and recipe.
+        own: Sections that each recipe keeps as it has them, against the protocol.
 
     Returns:
         The methods, in order, controls first; and one line for each value of a recipe that gives way to the protocol.
@@ -103,7 +106,7 @@ def under_one_protocol(recipes: Sequence[tuple[str, Recipe]]) -> tuple[list[Meth
     first_label, first = recipes[0]
     methods, notes = [], []
     for label, recipe in recipes:
-        common = _protocol_of(first, recipe, label)
+        common = _protocol_of(first, recipe, label, own)
         methods.append(Method(label, common, control=recipe.method == "random"))
         notes += [
             f"{label}: {key} is that of {first_label}"
@@ -121,9 +124,9 @@ def under_one_protocol(recipes: Sequence[tuple[str, Recipe]]) -> tuple[list[Meth
     return methods, notes
 
 
-def _protocol_of(first: Recipe, recipe: Recipe, label: str) -> Recipe:
+def _protocol_of(first: Recipe, recipe: Recipe, label: str, own: Sequence[str]) -> Recipe:
     values, common = to_dict(recipe), to_dict(first)
-    values |= {key: common[key] for key in (*PROTOCOL, "seed")}
+    values |= {key: common[key] for key in (*PROTOCOL, "seed") if key not in own}
     values["teachers"]["verifier"] = first.teachers.verifier  # type: ignore[index]
     return parse_recipe(values, origin=label)
 

@@ -8,6 +8,7 @@ processes or, beyond what the teacher itself computes, of threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Literal
@@ -61,7 +62,17 @@ def start_images(recipe: Recipe, data: SourceData, teacher: Teacher, *, device: 
         )
     assert synthesis.init in ("real_median", "real_kmeans")
     rule: Rule = "real_median" if synthesis.init == "real_median" else "real_kmeans"
-    rows = choose_rows(data.train, teacher, ipc, rule, num_classes=classes, seed=seed, class_names=names, device=device)
+    rows = choose_rows(
+        data.train,
+        teacher,
+        ipc,
+        rule,
+        num_classes=classes,
+        seed=seed,
+        class_names=names,
+        device=device,
+        easiest=synthesis.easiest,
+    )
     return data.train.images(rows)
 
 
@@ -75,6 +86,7 @@ def choose_rows(
     seed: int,
     class_names: Sequence[str],
     device: torch.device,
+    easiest: float = 1.0,
 ) -> np.ndarray:
     """Which `ipc` real images per class to take, (K * ipc,) int64 row numbers, class-major, none twice.
 
@@ -89,6 +101,8 @@ def choose_rows(
         seed: Of the k-means; `real_median` draws nothing.
         class_names: K names, for errors.
         device: Where the teacher is.
+        easiest: For `real_kmeans`: only this share of each class, that of the lowest loss at the teacher, and at least
+            `ipc` images. What a teacher is unsure of is often mislabelled or of a look of its own.
 
     Raises:
         DataError: A class has fewer than `ipc` images.
@@ -102,6 +116,9 @@ def choose_rows(
         if rule == "real_median":
             picked = _nearest_to_median(_losses(split, rows, teacher, label, device), ipc)
         else:
+            if easiest < 1:
+                count = max(ipc, math.ceil(easiest * len(rows)))
+                rows = np.sort(rows[np.argsort(_losses(split, rows, teacher, label, device), kind="stable")[:count]])
             features = _features(split, rows, teacher, device)
             picked = nearest_to_centres(features, ipc, seed=derived_seed(seed, "k-means", label) % 2**32)
         chosen.append(rows[picked])

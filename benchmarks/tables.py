@@ -1,0 +1,242 @@
+"""The tables of docs/comparison.md, each a comparison of its own: `accelerate launch benchmarks/tables.py [NAME ...]`.
+
+    accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
+        benchmarks/tables.py --data outputs/fashion-mnist --threads 1              # all of them, over night on 2 cores
+    accelerate launch benchmarks/tables.py methods-ipc10 --data outputs/fashion-mnist
+    accelerate launch benchmarks/tables.py --reduced --data outputs/fashion-mnist    # half an hour: fewer seeds and sizes
+
+Without --data the images come from the Hub. What is finished is kept in outputs/tables, so the same command goes on; each
+finished table is written to benchmarks/results/fashion-NAME.json.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import machine
+
+from prism_hf.command import add_common, quiet, run_command
+from prism_hf.errors import RecipeError
+from prism_hf.recipe import Recipe
+from prism_hf.recipe_file import load_recipe
+from prism_hf.students import Labels
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes" / "fashion"
+SEEDS = (0, 1, 2, 3, 4)
+PRISM = "prism_ipc10"
+METHODS = {
+    "random real": "random_ipc10",
+    "SRe2L": "sre2l_ipc10",
+    "G-VBSM": "gvbsm_ipc10",
+    "G-VBSM, BN only": "gvbsm_bn_ipc10",
+    "PRISM per slot": PRISM,
+    "PRISM per iteration": "prism_per_iteration_ipc10",
+}
+SIZES: dict[int, tuple[str, ...]] = {
+    1: (
+        "synthesis.ipc=1", "relabel.epochs=300", "relabel.batch_size=10", "evaluation.batch_size=10",
+    ),
+    10: (),
+    50: (
+        "synthesis.ipc=50", "relabel.epochs=20", "relabel.batch_size=50", "evaluation.batch_size=50",
+    ),
+}  # fmt: skip
+"""What the number of images per class changes: about as many views in all."""
+STUDENTS = ("test_resnet", "test_efficientnet", "test_convnext")
+"""The logit teacher's architecture, a BN teacher's, and one that is no teacher's and has no BatchNorm."""
+
+Row = tuple[str, str, tuple[str, ...]]  # label, recipe, overrides
+
+
+@dataclass(frozen=True)
+class Table:
+    """One comparison.
+
+    Attributes:
+        rows: Label, recipe and overrides of each method.
+        seeds: Runs of each.
+        common: Overrides of every row.
+        students: Architectures; the first with soft and hard labels, the others with soft ones.
+        budgets: Further ways to read the labels of the first student: kind, and epochs of views.
+        own: Sections that each recipe keeps, against the protocol.
+    """
+
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...] = SEEDS
+    common: tuple[str, ...] = ()
+    students: tuple[str, ...] = STUDENTS[:1]
+    budgets: tuple[tuple[Labels, int | None], ...] = ()
+    own: tuple[str, ...] = ()
+
+
+def methods_at(ipc: int) -> tuple[Row, ...]:
+    """Every method at a size, under the protocol of PRISM's recipe, which so comes first."""
+    rows = [(label, name, SIZES[ipc] + _batches(name, ipc)) for label, name in METHODS.items()]
+    best = ("prism_best", f"prism_best_ipc{ipc}", ())
+    first = next(row for row in rows if row[1] == PRISM)
+    return (first, *(row for row in rows if row is not first), best)
+
+
+def _batches(name: str, ipc: int) -> tuple[str, ...]:
+    """With one image per class a batch holds ten; else as in the recipe."""
+    if ipc > 1 or name == "random_ipc10":
+        return ()
+    if name.startswith("gvbsm"):
+        return ("synthesis.batch_size=10",)
+    return ("synthesis.slots_per_batch=1", "synthesis.batch_size=10")
+
+
+def switch(label: str, *overrides: str) -> Row:
+    """PRISM with one thing changed."""
+    return (label, PRISM, overrides)
+
+
+BN_TEACHERS = (
+    switch("a drawn subset (PRISM)"),
+    switch("none", "teachers.bn_pool=[]", "synthesis.bn_weight=0"),
+    switch("the logit teacher", "teachers.bn_pool=[]"),
+    switch(
+        "one other",
+        "teachers.include_logit=false",
+        "teachers.bn_pool=[squeeze:test_byobnet]",
+        "teachers.draw_probability=1",
+    ),
+    switch("all four", "teachers.draw_probability=1"),
+)
+NOISE = ("synthesis.init=noise", "synthesis.lr=NOISE_LR", "synthesis.bn_weight=NOISE_BN")
+TABLES = {
+    "methods-ipc10": Table(methods_at(10), students=STUDENTS),
+    "methods-ipc1": Table(methods_at(1)),
+    "methods-ipc50": Table(methods_at(50)),
+    "decoupling": Table(BN_TEACHERS),
+    "decoupling-noise": Table(
+        tuple((label, name, (*NOISE, *more)) for label, name, more in BN_TEACHERS),
+    ),
+    "switches": Table(
+        (
+            switch("PRISM"),
+            switch("init: noise", "synthesis.init=noise"),
+            switch("init: median difficulty", "synthesis.init=real_median"),
+            switch("init: k-means", "synthesis.init=real_kmeans"),
+            switch("init: mosaic", "synthesis.init=mosaic", "synthesis.mosaic={crop_scale: [0.3, 1.0]}"),
+            switch("ladder", "synthesis.slots_per_batch=1", "synthesis.batch_size=10", "synthesis.ladder={step: 12, period: 8}"),
+            switch("one slot per batch, no ladder", "synthesis.slots_per_batch=1", "synthesis.batch_size=10"),
+            switch("BN reduction: sum", "synthesis.bn_reduction=sum"),
+            switch("BN reduction: balanced", "synthesis.bn_reduction=balanced"),
+            switch("within-class batches", "synthesis.batch_order=within_class", "synthesis.slots_per_batch=1"),
+            switch("first BN layer x 10", "synthesis.first_bn_multiplier=10"),
+            switch("crop curriculum", "synthesis.view.curriculum=cosine"),
+            switch("labels: plain mean", "relabel.ensemble=mean"),
+            switch("labels: logit teacher", "relabel.teachers=[squeeze:test_resnet]", "relabel.ensemble=mean"),
+        ),
+        own=("relabel",),
+    ),
+    "labels": Table(
+        (switch("PRISM per slot"), ("random real", "random_ipc10", ())),
+        common=("relabel.epochs=300", "evaluation.epochs=300"),
+        budgets=(("image", None), ("soft", 10), ("soft", 50)),
+    ),
+}
+
+
+def recipe_of(row: Row, table: Table, data: str | None) -> Recipe:
+    """The recipe of a row."""
+    _, name, overrides = row
+    source = () if data is None else (f"data.source={data}",)
+    return load_recipe(RECIPES / f"{name}.yaml", [*source, *table.common, *overrides])
+
+
+def reduced(name: str, table: Table) -> Table:
+    """For half an hour: two seeds, one student."""
+    return Table(table.rows, (0, 1), table.common, table.students[:1], table.budgets, table.own)
+
+
+REDUCED = ("methods-ipc1", "methods-ipc10", "decoupling")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(TABLES))
+    parser.add_argument("--data", metavar="FOLDER", help="from recipes/fashion/to_parquet.py; default: the Hub")
+    parser.add_argument("--reduced", action="store_true", help=f"two seeds, one student, of {', '.join(REDUCED)}")
+    parser.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds")
+    add_common(parser)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Make tables one after the other."""
+    unknown = [name for name in args.names if name not in TABLES]
+    if unknown:
+        raise RecipeError(f"no table is called {unknown[0]!r}; there are {', '.join(TABLES)}")
+    quiet()
+    from prism_hf.run import make_accelerator
+
+    accelerator = make_accelerator(threads=args.threads)
+    for name in args.names or (REDUCED if args.reduced else TABLES):
+        table = TABLES[name]
+        make(name, reduced(name, table) if args.reduced else table, args, accelerator)
+    accelerator.end_training()
+
+
+def make(name: str, table: Table, args: argparse.Namespace, accelerator: object) -> None:
+    """One table, and its JSON."""
+    from prism_hf.comparison import Reading, under_one_protocol
+    from prism_hf.comparison_report import Findings
+    from prism_hf.comparison_runs import Comparison
+    from prism_hf.lock import locked
+    from prism_hf.storage import write_json
+
+    recipes = [(row[0], recipe_of(row, table, args.data)) for row in table.rows]
+    methods, notes = under_one_protocol(recipes, own=table.own)
+    seeds = table.seeds[: args.seeds]
+    folder = ROOT / "outputs" / "tables" / (f"{name}-reduced" if args.reduced else name)
+    made = Comparison(
+        methods,
+        readings_of(table),
+        seeds,
+        folder=folder,
+        teachers_root=ROOT / "outputs" / "teachers",
+        accelerator=accelerator,
+        checkpoint_s=args.checkpoint_every,
+    )
+    made.check()
+    if accelerator.is_main_process:
+        with locked(folder):
+            accelerator.wait_for_everyone()
+            made()
+            found = Findings(made).as_dict()
+            found["protocol"]["notes"] = notes
+            command = f"accelerate launch benchmarks/tables.py {name}" + (" --reduced" if args.reduced else "")
+            result = {"command": command, **small(found), "hardware": machine.hardware() | found["hardware"]}
+            write_json(ROOT / "benchmarks" / "results" / f"fashion-{folder.name}.json", result)
+    else:
+        accelerator.wait_for_everyone()
+        made()
+
+
+def readings_of(table: Table) -> "Sequence[Reading]":
+    """How students read the labels: soft and hard, further students soft, further budgets."""
+    from prism_hf.comparison import Reading
+
+    first, *others = table.students
+    budgets = [Reading(first, labels, epochs) for labels, epochs in table.budgets]
+    return [Reading(first, "soft"), Reading(first, "hard"), *(Reading(name, "soft") for name in others), *budgets]
+
+
+def small(found: dict[str, object]) -> dict[str, object]:
+    """Without what only pictures are drawn from."""
+    methods = [
+        {key: value for key, value in method.items() if key not in ("histogram", "points")}
+        for method in found["methods"]
+    ]
+    real = {"similarity": found["real"]["similarity"]}
+    return {**{key: value for key, value in found.items() if key != "map"}, "methods": methods, "real": real}
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, parse()))
