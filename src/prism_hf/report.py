@@ -131,25 +131,37 @@ def in_words(rows: Sequence[Mapping[str, object]]) -> str:
         if control is None:
             sentences.append(f"With {labels} labels there is no random-real control to compare with.")
             continue
-        difference, error = _difference(ours, control)
-        if not math.isfinite(error):
+        gap, error = difference(ours, control)
+        found = verdict(gap, error)
+        if found is None:
             sentences.append(
-                f"With {labels} labels distilled minus random real is {100 * difference:+.1f} points; one seed allows no "
-                "verdict."
+                f"With {labels} labels distilled minus random real is {100 * gap:+.1f} points; one seed allows no verdict."
             )
             continue
-        if abs(difference) <= 2 * error:
-            verdict = "the distilled images and random real images are level"
-        else:
-            verdict = "the distilled images win" if difference > 0 else "random real images win"
+        words = {
+            "level": "the distilled images and random real images are level",
+            "wins": "the distilled images win",
+            "loses": "random real images win",
+        }[found]
         sentences.append(
-            f"With {labels} labels {verdict}: distilled minus random real is "
-            f"{100 * difference:+.1f} points (standard error {100 * error:.1f})."
+            f"With {labels} labels {words}: distilled minus random real is "
+            f"{100 * gap:+.1f} points (standard error {100 * error:.1f})."
         )
     return " ".join(sentences)
 
 
-def _difference(a: Mapping[str, object], b: Mapping[str, object]) -> tuple[float, float]:
+def verdict(gap: float, error: float) -> str | None:
+    """`wins`, `loses`, or `level` within two standard errors; `None` if the error is not finite: one seed tells nothing."""
+    if not math.isfinite(error):
+        return None
+    if abs(gap) <= 2 * error:
+        return "level"
+    return "wins" if gap > 0 else "loses"
+
+
+def difference(a: Mapping[str, object], b: Mapping[str, object]) -> tuple[float, float]:
+    """Mean top-1 of row `a` minus that of row `b`, and its standard error; infinite if a row has a single seed."""
+
     def variance(row: Mapping[str, object]) -> float:
         top1, std = row["top1"], row["std"]
         assert isinstance(top1, list)
