@@ -15,8 +15,8 @@ MODULES = sorted(SRC.glob("*.py"))
 ORDER = (
     "errors outside storage interruption lock memory logs patience recipe recipe_file plan pixels views alignment "
     "tensors checkpoint data weights teachers training synthesis diversity model_folder squeeze relabel packaging work "
-    "reading verification export students report pictures readme card model_card bundle repository hub progress run "
-    "evaluation preflight session jobs packager stages status command console __init__"
+    "reading verification export students report pictures readme card comparison_pictures comparison_page model_card "
+    "bundle repository hub progress run evaluation preflight session jobs packager stages status command console __init__"
 ).split()
 TEST_FILE = {"command": "test_commands.py", "outside": "test_security.py"}
 every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
