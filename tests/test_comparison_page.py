@@ -134,7 +134,17 @@ def test_the_numbers_are_those_of_the_comparison(comparison):
         assert row[10] == f"{100 * method['verifier_top1']:.1f}"
     assert rows[-1][3] == top1_text(comparison["full_data"][0])
     text = Page(render_html(comparison, PICTURES)).text
-    for word in ("1,347 training images", "450 test images", "91.2", "0.512", "1 h 12 min", "2.13.0", "cutmix", "0, 1, 2"):
+    for word in (
+        "3 methods on digits",
+        "1,347 training images",
+        "450 test images",
+        "91.2",
+        "0.512",
+        "1 h 12 min",
+        "2.13.0",
+        "cutmix",
+        "0, 1, 2",
+    ):
         assert word in text, word
 
 
