@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prism_hf.objective import Objective
 from prism_hf.packaging import versions
 from prism_hf.storage import write_json
-from prism_hf.objective import Objective
 from prism_hf.teachers import Teacher
 
 RESULT = Path(__file__).resolve().parent / "results" / "step_time.json"

@@ -11,13 +11,13 @@ finished table is written to benchmarks/results/fashion-NAME.json.
 
 import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import machine
 
 from prism_hf.command import add_common, quiet, run_command
+from prism_hf.comparison import Reading
 from prism_hf.errors import RecipeError
 from prism_hf.recipe import Recipe
 from prism_hf.recipe_file import load_recipe
@@ -122,7 +122,9 @@ TABLES = {
             switch("init: median difficulty", "synthesis.init=real_median"),
             switch("init: k-means", "synthesis.init=real_kmeans"),
             switch("init: mosaic", "synthesis.init=mosaic", "synthesis.mosaic={crop_scale: [0.3, 1.0]}"),
-            switch("ladder", "synthesis.slots_per_batch=1", "synthesis.batch_size=10", "synthesis.ladder={step: 12, period: 8}"),
+            switch(
+                "ladder", "synthesis.slots_per_batch=1", "synthesis.batch_size=10", "synthesis.ladder={step: 12, period: 8}"
+            ),
             switch("one slot per batch, no ladder", "synthesis.slots_per_batch=1", "synthesis.batch_size=10"),
             switch("BN reduction: sum", "synthesis.bn_reduction=sum"),
             switch("BN reduction: balanced", "synthesis.bn_reduction=balanced"),
@@ -185,7 +187,7 @@ def main(args: argparse.Namespace) -> None:
 
 def make(name: str, table: Table, args: argparse.Namespace, accelerator: object) -> None:
     """One table, and its JSON."""
-    from prism_hf.comparison import Reading, under_one_protocol
+    from prism_hf.comparison import under_one_protocol
     from prism_hf.comparison_report import Findings
     from prism_hf.comparison_runs import Comparison
     from prism_hf.lock import locked
@@ -219,10 +221,8 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
         made()
 
 
-def readings_of(table: Table) -> "Sequence[Reading]":
+def readings_of(table: Table) -> list[Reading]:
     """How students read the labels: soft and hard, further students soft, further budgets."""
-    from prism_hf.comparison import Reading
-
     first, *others = table.students
     budgets = [Reading(first, labels, epochs) for labels, epochs in table.budgets]
     return [Reading(first, "soft"), Reading(first, "hard"), *(Reading(name, "soft") for name in others), *budgets]
@@ -231,8 +231,7 @@ def readings_of(table: Table) -> "Sequence[Reading]":
 def small(found: dict[str, object]) -> dict[str, object]:
     """Without what only pictures are drawn from."""
     methods = [
-        {key: value for key, value in method.items() if key not in ("histogram", "points")}
-        for method in found["methods"]
+        {key: value for key, value in method.items() if key not in ("histogram", "points")} for method in found["methods"]
     ]
     real = {"similarity": found["real"]["similarity"]}
     return {**{key: value for key, value in found.items() if key != "map"}, "methods": methods, "real": real}

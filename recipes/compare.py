@@ -151,10 +151,10 @@ def compare(
 
 def show(made: "Comparison", notes: list[str], folder: Path) -> None:
     """Write the page, and say where it is."""
-    return
-    from prism_hf.comparison_page import render_html, render_markdown, verdicts
+    from prism_hf.comparison_page import render_html, render_markdown, table_of
     from prism_hf.comparison_pictures import draw_comparison
     from prism_hf.comparison_report import Findings
+    from prism_hf.report import plain_table
     from prism_hf.storage import write_bytes, write_json
 
     findings = Findings(made)
@@ -166,7 +166,7 @@ def show(made: "Comparison", notes: list[str], folder: Path) -> None:
     write_bytes(folder / "comparison.md", render_markdown(comparison).encode())
     loaded = {name: path.read_bytes() for name, path in pictures.items()}
     write_bytes(folder / "comparison.html", render_html(comparison, loaded).encode())
-    sys.stdout.write("\n".join([*verdicts(comparison), f"page: {folder / 'comparison.html'}"]) + "\n")
+    sys.stdout.write(f"{plain_table(table_of(comparison))}\npage: {folder / 'comparison.html'}\n")
 
 
 def _shown(word: str) -> str:

@@ -21,6 +21,7 @@ from datasets.splits import SplitDict, SplitInfo
 from huggingface_hub import DatasetCardData
 from jinja2 import Environment, StrictUndefined
 
+from .outside import visible
 from .packaging import VIEWS, image_features, view_features
 from .readme import block_of
 from .recipe import Recipe, to_dict
@@ -231,8 +232,6 @@ def _size_category(rows: int) -> str:
     return next((name for bound, name in bounds if rows < bound), "10M<n<100M")
 
 
-_UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Control characters, and those that turn the direction of what follows."""
 _LINK = re.compile(r":(?=//)|@|(?<=www)\.", re.IGNORECASE)
 _LINE_START = re.compile(r"^(\d*)([-=.)])")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
@@ -240,7 +239,7 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 
 def escape(text: object) -> str:
     """Text that shows as itself in one line of Markdown or HTML, inside a table too, whatever it contains."""
-    line = _MARKDOWN.sub(r"\\\1", " ".join(_UNSEEN.sub("\ufffd", str(text)).split()))
+    line = _MARKDOWN.sub(r"\\\1", " ".join(visible(str(text)).split()))
     # A dash, an equals sign or a number with a dot would open a list, a rule or a heading at the start of a line.
     line = _LINE_START.sub(r"\1\\\2", line)
     # Addresses and @names would become links on their own.

@@ -86,9 +86,7 @@ class Cell:
         )
 
 
-def under_one_protocol(
-    recipes: Sequence[tuple[str, Recipe]], *, own: Sequence[str] = ()
-) -> tuple[list[Method], list[str]]:
+def under_one_protocol(recipes: Sequence[tuple[str, Recipe]], *, own: Sequence[str] = ()) -> tuple[list[Method], list[str]]:
     """Every recipe with the protocol of the first one, and random real images for each number of images per class.
 
     Args:
@@ -113,12 +111,14 @@ def under_one_protocol(
             for key in differing_keys(recipe, common)
             if key not in ("seed", "method")
         ]
-    for ipc in dict.fromkeys(method.recipe.synthesis.ipc for method in methods):
+    sizes = dict.fromkeys(method.recipe.synthesis.ipc for method in methods)
+    for ipc in sizes:
         if not any(method.control and method.recipe.synthesis.ipc == ipc for method in methods):
-            methods.append(Method(RANDOM, random_recipe(first, ipc), control=True))
+            label = RANDOM if len(sizes) == 1 else f"{RANDOM}, ipc {ipc}"
+            methods.append(Method(label, random_recipe(first, ipc), control=True))
     methods.sort(key=lambda method: not method.control)
-    slugs = [method.slug for method in methods]
-    twice = next((method.label for method in methods if slugs.count(method.slug) > 1), None)
+    slugs = [re.sub(r"-ipc\d+$", "", method.slug) for method in methods]
+    twice = next((method.label for method, slug in zip(methods, slugs, strict=True) if slugs.count(slug) > 1), None)
     if twice is not None:
         raise RecipeError(f"two methods are called {twice!r}; give each recipe a name of its own")
     return methods, notes

@@ -89,6 +89,7 @@ class Findings:
             },
             "differences": _differences(scores, self._made.methods),
             "left_out": self._left_out(),
+            "wall_time_s": sum(record["wall_time_s"] for records in self._records.values() for _, record in records),
             "hardware": self._made.shared.run.hardware | {"processes": self._made.accelerator.num_processes},
             "versions": versions(),
         }
@@ -151,6 +152,7 @@ class Findings:
             "histogram": pair_histogram(vectors, distilled.labels),
             "points": {"xy": features.project(vectors), "label": distilled.labels.tolist()},
             "seeds": [seed for seed, _ in records],
+            "grid": "assets/grids.png",
         }
 
     def _full_scores(self) -> list[dict[str, Any]]:

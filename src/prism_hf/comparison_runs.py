@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import re
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -134,7 +135,7 @@ class Comparison:
 
     def _make(self, cell: Cell, board: Board) -> None:
         run = self.run_of(cell, board)
-        stages = Stages(run, like=self.shared)
+        stages, began = Stages(run, like=self.shared), time.perf_counter()
         with _claimed(run):
             try:
                 stages(("synthesize", "relabel", "package"))
@@ -148,6 +149,7 @@ class Comparison:
             if self.accelerator.is_main_process:
                 scores = [self._score(run, cell, distilled, reading) for reading in self.readings]
                 facts = self._facts(run, stages, distilled)
+                facts["wall_time_s"] = time.perf_counter() - began  # of this launch
                 write_record(self.record_file(cell), {"key": self._key(cell), "scores": scores, **facts})
             self.accelerator.wait_for_everyone()
 

@@ -15,7 +15,14 @@ LONGEST_NAME = 200
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".tbz2", ".xz", ".txz", ".7z", ".rar", ".zst", ".lz4")
 
 _ELSEWHERE = re.compile(r"^[/\\~]|^\w[\w+.-]*:[/\\]|::")
+_UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, and those that turn the direction of what follows."""
 _HEADER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.MULTILINE | re.DOTALL)
+
+
+def visible(text: str) -> str:
+    """Text with a mark in the place of each letter that is not seen but changes how the rest is read."""
+    return _UNSEEN.sub("\ufffd", text)
 
 
 class PlainLoader(yaml.SafeLoader):

@@ -297,6 +297,7 @@ class SynthesisRecipe:
         conv: Match the statistics of convolutions too, or `null`.
         densification: Its weight and shape, or `null`; it needs several images of a class in a batch.
         mosaic: For init `mosaic`.
+        easiest: For init `real_kmeans`: only this share of each class, the images of the lowest loss at the logit teacher.
         view: The random view of each step.
         clamp: Clamp to the valid pixel range after each step.
         verify_every: Ask the verifier each this many iterations, at steps of ten, and at the end; it is only logged.
@@ -322,6 +323,7 @@ class SynthesisRecipe:
     conv: ConvStatistics | None = None
     densification: Densification | None = None
     mosaic: Mosaic | None = None
+    easiest: Annotated[Float, Field(gt=0, le=1)] = 1.0
 
     def __post_init__(self) -> None:
         if max(self.betas) >= 1:
@@ -330,6 +332,8 @@ class SynthesisRecipe:
             raise ValueError("slots_per_batch needs batch_order cross_class; a within_class batch takes slots as they come")
         if (self.init == "mosaic") != (self.mosaic is not None):
             raise ValueError("mosaic belongs to init mosaic: set both (`mosaic: {}` takes RDED's values) or neither")
+        if self.easiest != 1 and self.init != "real_kmeans":
+            raise ValueError("easiest belongs to init real_kmeans; leave it out")
         if self.densification is not None and self.batch_order == "cross_class" and self.slots_per_batch == 1:
             raise ValueError(
                 "densification compares images of one class, and a cross_class batch of one slot has one of each; use "
@@ -587,6 +591,7 @@ _ADDED: dict[str, object] = {
     "synthesis.conv": None,
     "synthesis.densification": None,
     "synthesis.mosaic": None,
+    "synthesis.easiest": 1.0,
     "synthesis.view.curriculum": "none",
     "evaluation.label_epochs": None,
 }

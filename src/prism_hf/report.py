@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from .diversity import Diversity
 from .plan import size_text
@@ -140,7 +140,7 @@ def in_words(rows: Sequence[Mapping[str, object]]) -> str:
             continue
         gap, error = difference(ours, control)
         found = verdict(gap, error)
-        if found == "open":
+        if found is None:
             sentences.append(
                 f"With {labels} labels distilled minus random real is {100 * gap:+.1f} points; one seed allows no verdict."
             )
@@ -157,17 +157,17 @@ def in_words(rows: Sequence[Mapping[str, object]]) -> str:
     return " ".join(sentences)
 
 
-def verdict(difference: float, error: float) -> Literal["level", "wins", "loses", "open"]:
-    """The rule of two standard errors; `open` where one seed allows no verdict."""
+def verdict(gap: float, error: float) -> str | None:
+    """`wins`, `loses`, or `level` within two standard errors; `None` if the error is not finite: one seed tells nothing."""
     if not math.isfinite(error):
-        return "open"
-    if abs(difference) <= 2 * error:
+        return None
+    if abs(gap) <= 2 * error:
         return "level"
-    return "wins" if difference > 0 else "loses"
+    return "wins" if gap > 0 else "loses"
 
 
 def difference(a: Mapping[str, object], b: Mapping[str, object]) -> tuple[float, float]:
-    """Mean of row `a` minus that of row `b`, and the standard error (infinite for one seed); rows as `Score.as_dict`."""
+    """Mean top-1 of row `a` minus that of row `b`, and its standard error; infinite if a row has a single seed."""
 
     def variance(row: Mapping[str, object]) -> float:
         top1, std = row["top1"], row["std"]

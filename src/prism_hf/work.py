@@ -111,7 +111,7 @@ class Work:
         """What they are made from."""
         synthesis = self.recipe.synthesis
         mosaic = None if synthesis.mosaic is None else dataclasses.asdict(synthesis.mosaic)
-        rule = [synthesis.init, synthesis.ipc, mosaic]
+        rule = [synthesis.init, synthesis.ipc, mosaic, synthesis.easiest]
         return self._key("start", ("data", "squeeze"), (self.recipe.teachers.logit,), *rule)
 
     def job_file(self, job: SynthesisJob) -> Path:
