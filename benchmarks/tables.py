@@ -106,7 +106,10 @@ BN_TEACHERS = (
     ),
     switch("all four", "teachers.draw_probability=1"),
 )
-NOISE = ("synthesis.init=noise", "synthesis.lr=NOISE_LR", "synthesis.bn_weight=NOISE_BN")
+NOISE = (
+    "synthesis.init=noise", "synthesis.lr=0.25", "synthesis.bn_weight=0.3", "synthesis.bn_reduction=mean",
+    "synthesis.first_bn_multiplier=1",
+)  # fmt: skip
 TABLES = {
     "methods-ipc10": Table(methods_at(10), students=STUDENTS),
     "methods-ipc1": Table(methods_at(1)),

@@ -13,14 +13,19 @@ SRC = ROOT / "src" / "prism_hf"
 MODULES = sorted(SRC.glob("*.py"))
 # Low to high: a module imports only from modules before it. `__init__` sees all.
 ORDER = (
-    "errors outside storage interruption lock memory logs patience recipe recipe_file plan pixels views alignment "
-    "densification tensors checkpoint data weights teachers conv_statistics training objective synthesis diversity "
-    "feature_map selection model_folder squeeze relabel packaging work reading verification export students "
-    "comparison report pictures readme card comparison_pictures comparison_page model_card bundle repository hub "
-    "progress run evaluation preflight session jobs packager stages comparison_runs comparison_report status "
-    "command console __init__"
+    "errors outside storage interruption lock memory logs patience recipe_fields recipe_synthesis recipe "
+    "recipe_file plan pixels views alignment densification tensors checkpoint data weights teachers conv_statistics "
+    "training objective synthesis diversity feature_map selection model_folder squeeze relabel packaging work "
+    "reading verification export students comparison report pictures readme card comparison_pictures "
+    "comparison_page model_card bundle repository hub progress run evaluation preflight session jobs packager "
+    "stages comparison_runs comparison_report status command console __init__"
 ).split()
-TEST_FILE = {"command": "test_commands.py", "outside": "test_security.py"}
+TEST_FILE = {
+    "command": "test_commands.py",
+    "outside": "test_security.py",
+    "recipe_fields": "test_recipe.py",
+    "recipe_synthesis": "test_recipe.py",
+}
 every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 
 

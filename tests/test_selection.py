@@ -15,7 +15,7 @@ from prism_hf.data import ImageSplit, SourceData
 from prism_hf.errors import DataError, TeacherError
 from prism_hf.pixels import reference_mean_std, to_reference
 from prism_hf.plan import derived_seed
-from prism_hf.recipe import Mosaic
+from prism_hf.recipe_synthesis import Mosaic
 from prism_hf.selection import choose_rows, mosaics, nearest_to_centres, start_images
 from prism_hf.views import draw_crop
 

@@ -8,7 +8,7 @@ import torch
 from prism_hf.errors import SynthesisError
 from prism_hf.pixels import noise, reference_mean_std
 from prism_hf.plan import plan_jobs
-from prism_hf.recipe import SynthesisView
+from prism_hf.recipe_synthesis import SynthesisView
 from prism_hf.synthesis import CHECK_EVERY, draw_view, synthesize
 
 STILL = {"crop_scale": [1.0, 1.0], "flip": False, "jitter": 0}

@@ -25,7 +25,8 @@ from .alignment import BNAlignment
 from .checkpoint import part, prefixed
 from .conv_statistics import MovingAlignment
 from .densification import densification
-from .recipe import Densification, SynthesisRecipe, TeachersRecipe
+from .recipe import TeachersRecipe
+from .recipe_synthesis import Densification, SynthesisRecipe
 from .teachers import Teacher
 
 Precision = Literal["float32", "bf16"]

@@ -10,64 +10,35 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
-from pydantic.fields import FieldInfo
+
+from .recipe_fields import (
+    MOST_IMAGES,
+    STRICT,
+    AtLeastTwo,
+    Count,
+    CropScale,
+    Float,
+    Fraction,
+    Index,
+    Name,
+    NonNegative,
+    Positive,
+    Seed,
+    check_order,
+    refuse_unused,
+)  # fmt: skip
+from .recipe_synthesis import SynthesisRecipe
 
 SQUEEZE_PREFIX = "squeeze:"
 _RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)
 """What Windows keeps for devices, with any extension."""
 
 
-def _number_from_yaml(value: object) -> object:
-    # YAML 1.1 reads `1e-3` (no dot) as a string; people write it all the same, so a float field accepts it.
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-Float = Annotated[float, BeforeValidator(_number_from_yaml), Field(allow_inf_nan=False)]
-Positive = Annotated[Float, Field(gt=0)]
-NonNegative = Annotated[Float, Field(ge=0)]
-Fraction = Annotated[Float, Field(ge=0, le=1)]
-_MOST = 2**31 - 1  # the tables count in int32
-_MOST_IMAGES = 10**7  # a plan holds every one of them
-Count = Annotated[int, Field(ge=1, le=_MOST)]
-AtLeastTwo = Annotated[int, Field(ge=2, le=_MOST)]
-Index = Annotated[int, Field(ge=0, le=_MOST)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch.manual_seed takes
-Name = Annotated[str, Field(min_length=1)]
-CropScale = tuple[Annotated[Float, Field(gt=0, le=1)], Annotated[Float, Field(gt=0, le=1)]]
-
-_STRICT = ConfigDict(strict=True, extra="forbid")
-
-
-def _ordered(key: str, pair: tuple[float, float]) -> None:
-    if pair[0] > pair[1]:
-        raise ValueError(f"{key} must be [smallest, largest], got [{pair[0]}, {pair[1]}]; swap the two values")
-
-
-def _unused(section: object, names: Sequence[str], why: str) -> None:
-    """Refuse values that nothing would read."""
-    for field in dataclasses.fields(section):  # type: ignore[arg-type]
-        if field.name in names and getattr(section, field.name) != _default(field):
-            raise ValueError(f"{why}, so nothing reads {field.name}; leave it out")
-
-
-def _default(field: dataclasses.Field[object]) -> object:
-    default = field.default
-    if isinstance(default, FieldInfo):
-        return default.get_default(call_default_factory=True)
-    return default
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DataRecipe:
     """The real data set: where it is, its columns, and the working size.
 
@@ -101,7 +72,7 @@ class DataRecipe:
     licence: Name = "unknown"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TeachersRecipe:
     """Who supervises what: the decoupling that is PRISM. An empty `bn_pool` is SRe2L (one teacher for both losses).
 
@@ -142,7 +113,7 @@ class TeachersRecipe:
         if not self.bn_pool and not self.include_logit:
             raise ValueError("no BN teacher: bn_pool is empty and include_logit is false; set one of the two")
         if self.selection == "cycle":
-            _unused(self, ("include_logit", "extras", "draw_probability"), "selection cycle draws no teacher")
+            refuse_unused(self, ("include_logit", "extras", "draw_probability"), "selection cycle draws no teacher")
 
     @property
     def synthesis_names(self) -> tuple[str, ...]:
@@ -157,7 +128,7 @@ class TeachersRecipe:
         return ((self.logit,) if self.include_logit else ()) + (self.bn_pool if self.extras else ())
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class SqueezeRecipe:
     """How `squeeze:` teachers are trained (SRe2L stage 1): AdamW, one-cycle learning rate, crops and pixel noise.
 
@@ -183,179 +154,10 @@ class SqueezeRecipe:
     seed: Seed | None = None
 
     def __post_init__(self) -> None:
-        _ordered("squeeze.crop_scale", self.crop_scale)
+        check_order("squeeze.crop_scale", self.crop_scale)
 
 
-@dataclass(frozen=True, config=_STRICT)
-class SynthesisView:
-    """The random view of one synthesis step, one draw for the whole batch.
-
-    Attributes:
-        crop_scale: Smallest and largest share of the area kept by the random resized crop; [1, 1] is no crop.
-        flip: Horizontal flip with probability 0.5.
-        jitter: Roll by 0 to this many pixels along each axis.
-        curriculum: `cosine` (CDA, arXiv 2311.18838): the smallest share falls from the largest at the first iteration to
-            its own value at the last, along half a cosine.
-    """
-
-    crop_scale: CropScale = (0.08, 1.0)
-    flip: bool = True
-    jitter: Index = 32
-    curriculum: Literal["none", "cosine"] = "none"
-
-    def __post_init__(self) -> None:
-        _ordered("synthesis.view.crop_scale", self.crop_scale)
-
-
-@dataclass(frozen=True, config=_STRICT)
-class Ladder:
-    """Fewer iterations for later slots (DELT's early-late idea): `iterations - step * (slot mod period)`.
-
-    Attributes:
-        step: Iterations less per slot.
-        period: After this many slots the ladder starts again.
-    """
-
-    step: Count
-    period: AtLeastTwo
-
-
-@dataclass(frozen=True, config=_STRICT)
-class ConvStatistics:
-    """Statistics of convolution inputs, beside those of BN (G-VBSM, arXiv 2311.17950): per channel, and per patch.
-
-    Attributes:
-        patch: Side of a patch in pixels of the feature map; a smaller map is one patch.
-        drop: Each layer is left out of a step with this probability.
-    """
-
-    patch: Count = 16
-    drop: Annotated[Float, Field(ge=0, lt=1)] = 0.0
-
-
-@dataclass(frozen=True, config=_STRICT)
-class Densification:
-    """Images of a class shall span more directions (G-VBSM): KL of the softmax of Gram eigenvalues, `temperature` to 1.
-
-    Attributes:
-        weight: Weight in the loss.
-        temperature: Of the target.
-        size: Images are pooled to this side first.
-    """
-
-    weight: Positive = 1.0
-    temperature: Positive = 4.0
-    size: Count = 32
-
-
-@dataclass(frozen=True, config=_STRICT)
-class Mosaic:
-    """How a start image is put together (RDED, arXiv 2312.03526): four patches that the logit teacher knows best.
-
-    Attributes:
-        candidates: Real images of the class that patches are cut from.
-        crops: Crops of each, of which the best is kept.
-        crop_scale: Smallest and largest share of the area of a crop.
-        grid: Patches along each side.
-    """
-
-    candidates: Count = 300
-    crops: Count = 5
-    crop_scale: CropScale = (0.08, 1.0)
-    grid: AtLeastTwo = 2
-
-    def __post_init__(self) -> None:
-        _ordered("synthesis.mosaic.crop_scale", self.crop_scale)
-
-
-@dataclass(frozen=True, config=_STRICT)
-class SynthesisRecipe:
-    """How pixels are optimised (PRISM, arXiv 2511.09905; stage "recover" of SRe2L, arXiv 2306.13092).
-
-    Attributes:
-        ipc: Images per class.
-        init: `noise` (N(0, 1) in the reference normalisation), `real_index` (image number `slot` of the class),
-            `real_random` (a seeded random image of the class), `real_median` (those whose loss at the logit teacher is
-            nearest to the median of the class: DELT), `real_kmeans` (the images nearest to the `ipc` centres of the class
-            in the features of the logit teacher), or `mosaic` (see there).
-        batch_order: `cross_class`: a batch holds consecutive classes of the same slot(s); `within_class`: consecutive
-            slots of the same class(es).
-        batch_size: Images optimised together; their statistics are the BN loss, so the batch is part of the method.
-        slots_per_batch: With `cross_class`: how many consecutive slots share a batch, a teacher draw and an iteration
-            count. The paper has 1; few classes need more, since statistics of a handful of images mean little.
-        iterations: Adam steps per batch; 0 ships the start images as they are.
-        ladder: Fewer iterations for later slots, or `null` for the same number everywhere.
-        lr: Adam learning rate in the reference normalisation.
-        betas: Adam's betas.
-        lr_schedule: `cosine` (to zero) or `constant`.
-        bn_weight: Weight of the BN alignment against the classification loss (r_bn).
-        bn_reduction: `sum` over layers, as published; `mean` over layers, so that deep teachers do not dominate; or
-            `balanced`: the sum, divided by what it is for the start images of the batch, so that no teacher does.
-        first_bn_multiplier: Weight of each teacher's first BN layer.
-        momentum: Share of the past in a moving average of the statistics that are matched; its gradient is that of the
-            batch (straight through). 0 is off. G-VBSM has 0.4.
-        conv: Match the statistics of convolutions too, or `null`.
-        densification: Its weight and shape, or `null`; it needs several images of a class in a batch.
-        mosaic: For init `mosaic`.
-        easiest: For init `real_kmeans`: only this share of each class, the images of the lowest loss at the logit teacher.
-        view: The random view of each step.
-        clamp: Clamp to the valid pixel range after each step.
-        verify_every: Ask the verifier each this many iterations, at steps of ten, and at the end; it is only logged.
-    """
-
-    ipc: Count
-    batch_size: AtLeastTwo = 100
-    iterations: Index = 4000
-    lr: Positive = 0.05
-    init: Literal["noise", "real_index", "real_random", "real_median", "real_kmeans", "mosaic"] = "real_random"
-    batch_order: Literal["cross_class", "within_class"] = "cross_class"
-    slots_per_batch: Count = 1
-    ladder: Ladder | None = None
-    betas: tuple[Fraction, Fraction] = (0.5, 0.9)
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
-    bn_weight: NonNegative = 0.01
-    bn_reduction: Literal["sum", "mean", "balanced"] = "sum"
-    first_bn_multiplier: NonNegative = 10.0
-    view: SynthesisView = Field(default_factory=SynthesisView)
-    clamp: bool = True
-    verify_every: Count = 100
-    momentum: Annotated[Float, Field(ge=0, lt=1)] = 0.0
-    conv: ConvStatistics | None = None
-    densification: Densification | None = None
-    mosaic: Mosaic | None = None
-    easiest: Annotated[Float, Field(gt=0, le=1)] = 1.0
-
-    def __post_init__(self) -> None:
-        if max(self.betas) >= 1:
-            raise ValueError(f"betas must be below 1, got {list(self.betas)}")
-        if self.batch_order == "within_class" and self.slots_per_batch != 1:
-            raise ValueError("slots_per_batch needs batch_order cross_class; a within_class batch takes slots as they come")
-        if (self.init == "mosaic") != (self.mosaic is not None):
-            raise ValueError("mosaic belongs to init mosaic: set both (`mosaic: {}` takes RDED's values) or neither")
-        if self.easiest != 1 and self.init != "real_kmeans":
-            raise ValueError("easiest belongs to init real_kmeans; leave it out")
-        if self.densification is not None and self.batch_order == "cross_class" and self.slots_per_batch == 1:
-            raise ValueError(
-                "densification compares images of one class, and a cross_class batch of one slot has one of each; use "
-                "batch_order within_class, or raise slots_per_batch"
-            )
-        if self.bn_reduction == "balanced" and (self.conv is not None or self.momentum):
-            raise ValueError("bn_reduction balanced is for plain BN statistics; leave out conv and momentum, or use mean")
-        if self.ladder is not None:
-            if self.batch_order == "within_class" or self.slots_per_batch != 1:
-                raise ValueError(
-                    "ladder gives every slot its own iterations, so a batch must hold one slot: "
-                    "use batch_order cross_class and slots_per_batch 1, or set ladder to null"
-                )
-            shortest = self.iterations - self.ladder.step * (self.ladder.period - 1)
-            if shortest < 1:
-                raise ValueError(
-                    f"ladder leaves {shortest} iterations for the last slot of a period; raise iterations, or lower "
-                    "ladder.step or ladder.period"
-                )
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class RelabelView:
     """The recorded views of the relabel stage.
 
@@ -372,10 +174,10 @@ class RelabelView:
     mix_alpha: Positive = 1.0
 
     def __post_init__(self) -> None:
-        _ordered("relabel.view.crop_scale", self.crop_scale)
+        check_order("relabel.view.crop_scale", self.crop_scale)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class RelabelRecipe:
     """Which teachers label the shipped images, under which views.
 
@@ -405,7 +207,7 @@ class RelabelRecipe:
             raise ValueError(f"{len(self.weights)} weights for {len(self.teachers)} teachers; give one weight each")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class PackagingRecipe:
     """How the images are encoded and the tables cut.
 
@@ -420,7 +222,7 @@ class PackagingRecipe:
     shard_megabytes: Count = 500
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class EvaluationRecipe:
     """How students are trained from scratch; the same protocol for every row of the table.
 
@@ -461,7 +263,7 @@ class EvaluationRecipe:
             raise ValueError(f"seeds must differ, got {list(self.seeds)}")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """One distilled data set, from source to table.
 
@@ -506,12 +308,12 @@ class Recipe:
         images = synthesis.ipc * self.data.num_classes
         if self.method == "random":
             unused = [f.name for f in dataclasses.fields(SynthesisRecipe) if f.name != "ipc"]
-            _unused(synthesis, unused, "method random optimises nothing")
-            _unused(self.teachers, ("bn_pool", "selection"), "method random optimises nothing")
-        if images > _MOST_IMAGES:
+            refuse_unused(synthesis, unused, "method random optimises nothing")
+            refuse_unused(self.teachers, ("bn_pool", "selection"), "method random optimises nothing")
+        if images > MOST_IMAGES:
             raise ValueError(
                 f"synthesis.ipc {synthesis.ipc} times data.num_classes {self.data.num_classes} is {images} images; "
-                f"expected at most {_MOST_IMAGES:,}, lower ipc"
+                f"expected at most {MOST_IMAGES:,}, lower ipc"
             )
         if self.relabel.batch_size > images:
             raise ValueError(

@@ -17,22 +17,17 @@ from pydantic import TypeAdapter, ValidationError
 from .errors import RecipeError
 from .outside import PlainLoader
 from .recipe import (
-    ConvStatistics,
     DataRecipe,
-    Densification,
     EvaluationRecipe,
-    Ladder,
-    Mosaic,
     PackagingRecipe,
     Recipe,
     RelabelRecipe,
     RelabelView,
     SqueezeRecipe,
-    SynthesisRecipe,
-    SynthesisView,
     TeachersRecipe,
     to_dict,
 )
+from .recipe_synthesis import ConvStatistics, Densification, Ladder, Mosaic, SynthesisRecipe, SynthesisView
 
 _MOST_VALUES = 10_000
 """A recipe has a few dozen; YAML aliases can make billions out of a few lines."""

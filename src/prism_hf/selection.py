@@ -26,7 +26,8 @@ from .errors import DataError
 from .interruption import raise_if_stopped
 from .pixels import to_reference, to_uint8
 from .plan import batch_ranges, derived_seed
-from .recipe import Mosaic, Recipe
+from .recipe import Recipe
+from .recipe_synthesis import Mosaic
 from .teachers import Teacher
 from .views import axis_matrix, draw_crop, resample
 

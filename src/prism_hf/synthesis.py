@@ -19,7 +19,7 @@ from .memory import told_in_one_line
 from .objective import Objective, Precision, Statistics
 from .pixels import clamp_, to_reference, to_uint8
 from .plan import SynthesisJob
-from .recipe import SynthesisRecipe, SynthesisView
+from .recipe_synthesis import SynthesisRecipe, SynthesisView
 from .teachers import Teacher
 from .views import draw_crop, resample
 
