@@ -41,7 +41,7 @@ SIZES: dict[int, tuple[str, ...]] = {
     ),
     10: (),
     50: (
-        "synthesis.ipc=50", "relabel.epochs=20", "relabel.batch_size=50", "evaluation.batch_size=50",
+        "synthesis.ipc=50", "relabel.epochs=16", "relabel.batch_size=50", "evaluation.batch_size=50",
     ),
 }  # fmt: skip
 """What the number of images per class changes: about as many views in all."""
@@ -129,10 +129,10 @@ TABLES = {
                 "ladder", "synthesis.slots_per_batch=1", "synthesis.batch_size=10", "synthesis.ladder={step: 12, period: 8}"
             ),
             switch("one slot per batch, no ladder", "synthesis.slots_per_batch=1", "synthesis.batch_size=10"),
-            switch("BN reduction: sum", "synthesis.bn_reduction=sum"),
-            switch("BN reduction: balanced", "synthesis.bn_reduction=balanced"),
+            switch("BN reduction: mean", "synthesis.bn_reduction=mean"),
+            switch("BN reduction: balanced, weight 1", "synthesis.bn_reduction=balanced", "synthesis.bn_weight=1"),
             switch("within-class batches", "synthesis.batch_order=within_class", "synthesis.slots_per_batch=1"),
-            switch("first BN layer x 10", "synthesis.first_bn_multiplier=10"),
+            switch("first BN layer x 1", "synthesis.first_bn_multiplier=1"),
             switch("crop curriculum", "synthesis.view.curriculum=cosine"),
             switch("labels: plain mean", "relabel.ensemble=mean"),
             switch("labels: logit teacher", "relabel.teachers=[squeeze:test_resnet]", "relabel.ensemble=mean"),
