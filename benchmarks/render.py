@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+import fashion
+
 from prism_hf.card import render_card
 from prism_hf.recipe_file import load_recipe, parse_recipe
 from prism_hf.report import markdown_table, table_rows, top1_text
@@ -34,7 +36,7 @@ def rendered() -> dict[Path, str]:
         if recipe.name in found:
             facts = found[recipe.name]["card_facts"]
             files[ROOT / "cards" / f"{recipe.name}.md"] = render_card(facts, parse_recipe(facts["recipe"]))
-    for name in ("README.md", "docs/method.md", "docs/reproduction.md", "docs/reliability.md"):
+    for name in ("README.md", "docs/method.md", "docs/reproduction.md", "docs/reliability.md", "docs/comparison.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         files[ROOT / name] = MARKERS.sub(lambda m: m[1] + section(m["what"], found) + m[3], text)
     return files
@@ -44,6 +46,9 @@ def section(what: str, found: dict[str, dict]) -> str:
     """One generated part of a document: a run's table by its label, or `comparison` over all runs."""
     if what == "comparison":
         return markdown_table(comparison(found)) + "\n"
+    if what in fashion.SECTIONS:
+        source = fashion.SOURCES.get(what, what)
+        return fashion.SECTIONS[what](found[source]) + "\n" if source in found else "*not yet run*\n"
     if what in RELIABILITY and what not in found:
         return "*not yet run*\n"
     result = found[what]

@@ -45,8 +45,8 @@ SIZES: dict[int, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """What the number of images per class changes: about as many views in all."""
-STUDENTS = ("test_resnet", "test_efficientnet", "test_convnext")
-"""The logit teacher's architecture, a BN teacher's, and one that is no teacher's and has no BatchNorm."""
+STUDENTS = ("test_resnet", "test_efficientnet", "cs3darknet_s")
+"""The logit teacher's architecture, a BN teacher's, and one that is no teacher's."""
 
 Row = tuple[str, str, tuple[str, ...]]  # label, recipe, overrides
 
@@ -117,6 +117,19 @@ TABLES = {
     "decoupling": Table(BN_TEACHERS),
     "decoupling-noise": Table(
         tuple((label, name, (*NOISE, *more)) for label, name, more in BN_TEACHERS),
+        seeds=SEEDS[:3],
+    ),
+    "iterations": Table(
+        tuple(
+            (f"{label}, {steps} iterations", name, (*overrides, f"synthesis.iterations={steps}"))
+            for steps in (100, 400)
+            for label, name, overrides in (
+                ("PRISM", PRISM, ()),
+                ("PRISM from noise", PRISM, NOISE),
+                ("SRe2L", "sre2l_ipc10", ()),
+            )
+        ),
+        seeds=SEEDS[:3],
     ),
     "switches": Table(
         (
@@ -135,12 +148,13 @@ TABLES = {
             switch("first BN layer x 1", "synthesis.first_bn_multiplier=1"),
             switch("crop curriculum", "synthesis.view.curriculum=cosine"),
             switch("labels: plain mean", "relabel.ensemble=mean"),
-            switch("labels: logit teacher", "relabel.teachers=[squeeze:test_resnet]", "relabel.ensemble=mean"),
         ),
+        seeds=SEEDS[:3],
         own=("relabel",),
     ),
     "labels": Table(
         (switch("PRISM per slot"), ("random real", "random_ipc10", ())),
+        seeds=SEEDS[:3],
         common=("relabel.epochs=300", "evaluation.epochs=300"),
         budgets=(("image", None), ("soft", 10), ("soft", 50)),
     ),

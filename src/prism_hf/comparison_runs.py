@@ -33,6 +33,7 @@ from .stages import Stages
 from .storage import digest, read_record, set_aside, write_record
 from .students import Row, label_bytes
 from .teachers import Teacher
+from .training import check_network
 
 log = logging.getLogger(__name__)
 FULL = Row("full", "hard")
@@ -88,6 +89,9 @@ class Comparison:
         """Look at what can be wrong with any of the methods before anything costs time; see `Session.check`."""
         for cell in self.cells[: len(self.methods)]:
             self._shared(cell, self.shared).check()
+        data = self.cells[0].recipe.data
+        for student in self.students:
+            check_network(student, num_classes=data.num_classes, channels=data.channels, size=data.size)
 
     def __call__(self) -> None:
         """Make what is not there yet."""

@@ -37,7 +37,7 @@ class Session:
         self.run, self.recipe = run, run.recipe
         self.public = public_recipe(run.recipe)
         assert like is None or like.recipe.data == self.recipe.data
-        self._data: SourceData | None = like._data if like else None
+        self._data: SourceData | None = like.data if like else None
         self._teachers: dict[str, Teacher] = like._teachers if like else {}
 
     @property

@@ -1,0 +1,159 @@
+"""How the tables of docs/comparison.md are written from the JSON of benchmarks/tables.py."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from prism_hf.report import bytes_text, difference, markdown_table, top1_text, verdict
+
+NOT_YET = "*not yet run*"
+SIGNS = {"wins": "**above**", "level": "level", "loses": "*below*"}
+
+
+def score_of(result: dict[str, Any], method: str, labels: str, student: str | None = None) -> dict[str, Any] | None:
+    """The row of a method, of the first student unless another is named."""
+    student = student or result["scores"][0]["student"]
+    key = (method, labels, student)
+    return next((s for s in result["scores"] if (s["method"], s["labels"], s["student"]) == key), None)
+
+
+def gap_text(a: dict[str, Any] | None, b: dict[str, Any] | None) -> str:
+    """`+1.2 ± 0.4 **above**`: difference, its standard error, and what two standard errors say."""
+    if a is None or b is None:
+        return "-"
+    gap, error = difference(a, b)
+    found = verdict(gap, error)
+    if found is None:
+        return f"{100 * gap:+.1f} (one seed)"
+    return f"{100 * gap:+.1f} ± {100 * error:.1f} {SIGNS[found]}"
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    """Mean and standard deviation, or that it was not run."""
+    return NOT_YET if row is None else top1_text(row)
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """Command, seeds, machine."""
+    hardware = result["hardware"]
+    seeds = ", ".join(map(str, result["protocol"]["seeds"]))
+    student = result["scores"][0]["student"]
+    return (
+        f"`{result['command']}`: seeds {seeds} (of synthesis and student alike), student {student}, last epoch, "
+        f"{result['data']['test_count']:,} test images; {hardware['cpu']}, {hardware['cores']} cores, "
+        f"{hardware['processes']} processes."
+    )
+
+
+def methods_table(result: dict[str, Any]) -> str:
+    """Table 1 at one size."""
+    control = next(method["label"] for method in result["methods"] if method["control"])
+    head = (
+        "method", "soft", "hard", "soft - random", "hard - random", "intra-class cos", "verifier %", "s / image",
+        "images", "labels",
+    )  # fmt: skip
+    rows: list[Sequence[str]] = [head]
+    for method in result["methods"]:
+        soft, hard = (score_of(result, method["label"], labels) for labels in ("soft", "hard"))
+        own = [
+            "-" if method["control"] else gap_text(row, score_of(result, control, labels))
+            for row, labels in ((soft, "soft"), (hard, "hard"))
+        ]
+        similarity = method["similarity"]["mean"]
+        rows.append(
+            (
+                method["label"],
+                cell(soft),
+                cell(hard),
+                *own,
+                "-" if similarity is None else f"{similarity:.3f}",
+                f"{100 * method['verifier_top1']:.0f}",
+                "-" if method["control"] else f"{method['seconds_per_image']:.2f}",
+                bytes_text(round(method["image_bytes"])),
+                bytes_text(round(method["label_bytes"])),
+            )
+        )
+    first = result["scores"][0]["student"]
+    for full in result["full_data"]:
+        if full["student"] == first:
+            reference = result["real"]["similarity"]["mean"]
+            rows.append(("all 60,000 real", "-", top1_text(full), "-", "-", f"{reference:.3f}", *["-"] * 4))
+    return f"{markdown_table(rows)}\n\n{provenance(result)}"
+
+
+def against_first(result: dict[str, Any]) -> str:
+    """Tables 2 and 3: every row against the first method, one thing changed."""
+    methods = [method["label"] for method in result["methods"]]
+    first = next(method["label"] for method in result["methods"] if not method["control"])
+    rows: list[Sequence[str]] = [
+        ("", "soft", "hard", f"soft - {first}", f"hard - {first}", "intra-class cos", "verifier %")
+    ]
+    for label in sorted(methods, key=lambda label: label != first):
+        found = {labels: score_of(result, label, labels) for labels in ("soft", "hard")}
+        gaps = ["-" if label == first else gap_text(found[labels], score_of(result, first, labels)) for labels in found]
+        facts = next(method for method in result["methods"] if method["label"] == label)
+        similarity = facts["similarity"]["mean"]
+        rows.append(
+            (
+                label,
+                *map(cell, found.values()),
+                *gaps,
+                "-" if similarity is None else f"{similarity:.3f}",
+                f"{100 * facts['verifier_top1']:.0f}",
+            )
+        )
+    return f"{markdown_table(rows)}\n\n{provenance(result)}"
+
+
+def students_table(result: dict[str, Any]) -> str:
+    """Table 4: soft labels, a column for each student."""
+    students = list(dict.fromkeys(score["student"] for score in result["scores"]))
+    rows: list[Sequence[str]] = [("method, soft labels", *students)]
+    for method in result["methods"]:
+        rows.append((method["label"], *(cell(score_of(result, method["label"], "soft", name)) for name in students)))
+    full = {row["student"]: row for row in result["full_data"]}
+    rows.append(
+        ("all 60,000 real, hard labels", *(top1_text(full[name]) if name in full else NOT_YET for name in students))
+    )
+    return f"{markdown_table(rows)}\n\n{provenance(result)}"
+
+
+def labels_table(result: dict[str, Any]) -> str:
+    """Table 5: what the bytes of labels buy."""
+    methods = [method["label"] for method in result["methods"]]
+    kinds = list(dict.fromkeys(score["labels"] for score in result["scores"]))
+    names = {
+        "hard": "class only",
+        "image": "one label per image",
+        "soft": f"views of {result['protocol']['relabel']['epochs']} epochs",
+    }
+    order = sorted(kinds, key=lambda kind: (score_of(result, methods[0], kind) or {})["label_bytes"] or 0)
+    rows: list[Sequence[str]] = [("labels", "bytes", *methods, *(f"{label} - {methods[0]}" for label in methods[1:]))]
+    for kind in order:
+        found = [score_of(result, label, kind) for label in methods]
+        size = found[0]["label_bytes"] if found[0] else None
+        words = names.get(kind) or f"views of {kind.removeprefix('soft-')} epochs, in turn"
+        rows.append(
+            (
+                words,
+                "0 B" if not size else bytes_text(round(size)),
+                *map(cell, found),
+                *(gap_text(row, found[0]) for row in found[1:]),
+            )
+        )
+    epochs = result["protocol"]["evaluation"]["epochs"]
+    return f"{markdown_table(rows)}\n\nEvery student trains {epochs} epochs. {provenance(result)}"
+
+
+SECTIONS = {
+    "fashion-methods-ipc1": methods_table,
+    "fashion-methods-ipc10": methods_table,
+    "fashion-methods-ipc50": methods_table,
+    "fashion-decoupling": against_first,
+    "fashion-decoupling-noise": against_first,
+    "fashion-switches": against_first,
+    "fashion-iterations": against_first,
+    "fashion-students": students_table,
+    "fashion-labels": labels_table,
+}
+SOURCES = {"fashion-students": "fashion-methods-ipc10"}
+"""Sections that are another view of a result."""
