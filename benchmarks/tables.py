@@ -228,10 +228,9 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
         with locked(folder):
             accelerator.wait_for_everyone()
             made()
-            found = Findings(made).as_dict()
-            found["protocol"]["notes"] = notes
             command = f"accelerate launch benchmarks/tables.py {name}" + (" --reduced" if args.reduced else "")
-            result = {"command": command, **small(found), "hardware": machine.hardware() | found["hardware"]}
+            found = Findings(made).write(folder, notes=notes, command=command)
+            result = {**small(found), "hardware": machine.hardware() | found["hardware"]}
             write_json(ROOT / "benchmarks" / "results" / f"fashion-{folder.name}.json", result)
     else:
         accelerator.wait_for_everyone()

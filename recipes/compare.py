@@ -151,21 +151,12 @@ def compare(
 
 def show(made: "Comparison", notes: list[str], folder: Path) -> None:
     """Write the page, and say where it is."""
-    from prism_hf.comparison_page import render_html, render_markdown, table_of
-    from prism_hf.comparison_pictures import draw_comparison
+    from prism_hf.comparison_page import table_of
     from prism_hf.comparison_report import Findings
     from prism_hf.report import plain_table
-    from prism_hf.storage import write_bytes, write_json
 
-    findings = Findings(made)
-    comparison = findings.as_dict()
-    comparison["protocol"]["notes"] = notes
-    comparison["command"] = " ".join(["accelerate launch recipes/compare.py", *map(_shown, sys.argv[1:])])
-    write_json(folder / "comparison.json", comparison)
-    pictures = draw_comparison(folder / "assets", comparison, findings.grids())
-    write_bytes(folder / "comparison.md", render_markdown(comparison).encode())
-    loaded = {name: path.read_bytes() for name, path in pictures.items()}
-    write_bytes(folder / "comparison.html", render_html(comparison, loaded).encode())
+    command = " ".join(["accelerate launch recipes/compare.py", *map(_shown, sys.argv[1:])])
+    comparison = Findings(made).write(folder, notes=notes, command=command)
     sys.stdout.write(f"{plain_table(table_of(comparison))}\npage: {folder / 'comparison.html'}\n")
 
 

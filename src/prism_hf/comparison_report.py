@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .comparison import Cell, Method
+from .comparison_page import render_html, render_markdown
+from .comparison_pictures import draw_comparison
 from .comparison_runs import FULL, Comparison
 from .diversity import intra_class_similarity, penultimate_features
 from .evaluation import read_score
@@ -20,7 +23,7 @@ from .recipe import to_dict
 from .recipe_file import dump_recipe, public_recipe
 from .report import Score, difference
 from .stages import Stages
-from .storage import read_record
+from .storage import read_record, write_bytes, write_json
 from .teachers import Teacher
 
 _SAMPLE = 100
@@ -174,6 +177,23 @@ class Findings:
         if not self._made.cells[0].recipe.evaluation.full_data_epochs:
             left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
         return left_out
+
+    def write(self, folder: Path, *, notes: Sequence[str], command: str) -> dict[str, Any]:
+        """Write comparison.json, the page as Markdown and as one HTML file, and its pictures in assets/; what they say.
+
+        Args:
+            folder: Where to.
+            notes: What gave way to the protocol, from `under_one_protocol`.
+            command: What makes the comparison again.
+        """
+        comparison = self.as_dict() | {"command": command}
+        comparison["protocol"]["notes"] = list(notes)
+        write_json(folder / "comparison.json", comparison)
+        pictures = draw_comparison(folder / "assets", comparison, self.grids())
+        write_bytes(folder / "comparison.md", render_markdown(comparison).encode())
+        loaded = {name: path.read_bytes() for name, path in pictures.items()}
+        write_bytes(folder / "comparison.html", render_html(comparison, loaded).encode())
+        return comparison
 
     def grids(self) -> dict[str, Tensor]:
         """Images of the first run of each method, class-major, (K * ipc, C, S, S) uint8."""
