@@ -28,7 +28,7 @@ from .plan import EVERY_S, plan_jobs
 from .progress import Board
 from .reading import DistilledDataset, load_distilled
 from .recipe import Recipe
-from .run import Run, claimed
+from .run import Run, claimed, is_of_another
 from .stages import Stages
 from .storage import digest, read_record, set_aside, write_record
 from .students import Row, label_bytes
@@ -96,9 +96,13 @@ class Comparison:
     def __call__(self) -> None:
         """Make what is not there yet."""
         run = self.shared.run
+        named: set[str] = set()
         for cell in self.cells[: len(self.methods)]:
-            self._shared(cell, self.shared).squeeze()
-            self.accelerator.wait_for_everyone()
+            # Most methods have the same teachers; each is looked at once.
+            if not named.issuperset(cell.recipe.squeezed_teachers):
+                named |= set(cell.recipe.squeezed_teachers)
+                self._shared(cell, self.shared).squeeze()
+                self.accelerator.wait_for_everyone()
         left = run.not_yet(self.cells, self.is_found)
         done = len(self.cells) - len(left)
         run.say(f"compare: {done} of {len(self.cells)} runs found, {len(left)} to make")
@@ -258,9 +262,14 @@ class Comparison:
 
 @contextmanager
 def _claimed(run: Run) -> Iterator[None]:
-    """The folder of one run is held by the first process, and has its recipe before the others go on."""
+    """The folder of one run is held by the first process, and has its recipe before the others go on.
+
+    What another recipe of that name has left there is moved aside: it was changed since.
+    """
     if run.accelerator.is_main_process:
-        with claimed(run.folder, run.recipe):
+        with claimed(run.folder, run.recipe, fresh=is_of_another(run.folder, run.recipe)) as line:
+            if line is not None:
+                run.say(line)
             run.accelerator.wait_for_everyone()
             yield
     else:

@@ -244,6 +244,17 @@ def _check_recipe(folder: Path, marker: Path, recipe: Recipe) -> None:
         )
 
 
+def is_of_another(folder: Path, recipe: Recipe) -> bool:
+    """Whether a run of another recipe is in `folder`, or one whose recipe cannot be read."""
+    marker = folder / "recipe.yaml"
+    if not marker.is_file():
+        return False
+    try:
+        return load_recipe(marker).fingerprint() != recipe.fingerprint()
+    except RecipeError:
+        return True
+
+
 @contextmanager
 def claimed(folder: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[str | None]:
     """Make `folder` the output of `recipe`, or find that it is already, and hold it for the length of the block.
