@@ -41,8 +41,16 @@ RECIPES = {
         "prism_noise_ipc10.yaml",
         ("teachers.selection=per_iteration", "packaging.image_format=jpeg"),
     ),
+    "gvbsm": (
+        "prism_noise_ipc10.yaml",
+        (
+            "teachers.selection=cycle", "teachers.extras=3", "teachers.draw_probability=0.5",
+            "synthesis.batch_order=within_class", "synthesis.batch_size=6", "synthesis.bn_reduction=sum",
+            "synthesis.momentum=0.4", "synthesis.conv={patch: 4, drop: 0.3}", "synthesis.densification={size: 8}",
+        ),
+    ),
     "sre2l": ("sre2l_ipc10.yaml", ("teachers.bn_pool=[]", "relabel.teachers=[squeeze:test_byobnet]")),
-}
+}  # fmt: skip
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 PARTS = ("dataset", "control", "student", "work/jobs", "work/students")
 """What must be the same."""

@@ -11,10 +11,10 @@ data set. The same command goes on where an interrupted one stopped, with any nu
 """
 
 import argparse
+import json
 import os
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,9 +53,9 @@ def main(args: argparse.Namespace) -> None:
     quiet()
     from prism_hf.comparison import Reading, under_one_protocol
 
-    if args.data is not None:
-        recipes = [_on(recipe, args.data) for recipe in recipes]
-    recipes = [override_recipe(recipe, overrides) for recipe in recipes]
+    recipes = [
+        override_recipe(recipe, overrides) if args.data is None else _on(recipe, args.data, overrides) for recipe in recipes
+    ]
     methods, notes = under_one_protocol([(recipe.name, recipe) for recipe in recipes])
     seeds = args.seeds or list(recipes[0].evaluation.seeds)
     students = [recipes[0].evaluation.student] if args.students is None else args.students.split(",")
@@ -73,31 +73,20 @@ def _seeds(text: str) -> list[int]:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
         seeds = []
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+    if not seeds or min(seeds) < 0 or max(seeds) >= 2**63 or len(set(seeds)) < len(seeds):
         raise argparse.ArgumentTypeError(f"expected different whole numbers with commas between, got {text!r}")
     return seeds
 
 
-def _on(recipe: Recipe, source: str) -> Recipe:
+def _on(recipe: Recipe, source: str, overrides: list[str]) -> Recipe:
     """A recipe on other data: what it says of its own (columns, revision, number of classes) does not hold there."""
     from prism_hf.data import count_classes
 
-    data = replace(
-        recipe.data,
-        source=source,
-        config=None,
-        revision=None,
-        image_column=None,
-        label_column=None,
-        licence="unknown",
-    )
-    classes = count_classes(data)
-    return override_recipe(
-        recipe,
-        [f"data.{key}={value}" for key, value in (("num_classes", classes), ("licence", "unknown"))]
-        + [f"data.{key}=null" for key in ("config", "revision", "image_column", "label_column")]
-        + [f"data.source={source}"],
-    )
+    words = [f"data.{key}=null" for key in ("config", "revision", "image_column", "label_column")]
+    words += ["data.licence=unknown", f"data.source={json.dumps(source)}"]
+    # Columns and splits may be named on the command line; the rest waits for the number of classes.
+    data = override_recipe(recipe, [*words, *(word for word in overrides if word.startswith("data."))]).data
+    return override_recipe(recipe, [*words, f"data.num_classes={count_classes(data)}", *overrides])
 
 
 def describe(methods: "list[Method]", notes: list[str], seeds: list[int], readings: "list[Reading]") -> str:

@@ -71,6 +71,16 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def compared(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A finished comparison of PRISM and SRe2L, and its teachers; tests that change it copy it."""
+    from comparisons import comparison, named
+
+    folder = tmp_path_factory.mktemp("compared") / "compare"
+    comparison(folder, finished_run / "teachers", named("prism", "sre2l"))()
+    return folder, finished_run / "teachers"
+
+
+@pytest.fixture(scope="session")
 def tiny_recipe() -> MakeRecipe:
     """`tiny_recipe({"synthesis.lr": 0.1})` -> Recipe; `values=True` gives the plain values instead."""
 

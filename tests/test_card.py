@@ -231,7 +231,6 @@ def test_the_control_card_loads_and_is_named_as_control(packed, facts):
 @pytest.mark.parametrize(
     "path",
     [
-        "recipe.synthesis.init", "recipe.synthesis.ladder", "recipe.data.licence", "recipe.relabel.view.mix",
         "provenance.versions.torch", "provenance.hardware.threads", "provenance.recipe_fingerprint",
         "provenance.format_version", "provenance.teachers.0.licence", "provenance.teachers.0.test_top1",
         "evaluation.test_count", "evaluation.in_words", "evaluation.left_out", "evaluation.student",

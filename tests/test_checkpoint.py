@@ -7,7 +7,7 @@ from pipeline import file_limit, mtimes, one_line
 from torch import nn
 
 from prism_hf import checkpoint as module
-from prism_hf import interruption
+from prism_hf import interruption, synthesis
 from prism_hf.checkpoint import (
     Checkpoint,
     State,
@@ -18,7 +18,9 @@ from prism_hf.checkpoint import (
     restore_optimizer,
     restore_random_state,
 )
+from prism_hf.conv_statistics import gather_statistics
 from prism_hf.errors import NotFiniteError, OutputError, StoppedError
+from prism_hf.objective import Objective
 from prism_hf.pixels import noise
 from prism_hf.plan import plan_jobs
 from prism_hf.storage import seal_of
@@ -186,7 +188,13 @@ STEPS = 12
 KINDS = {
     "drawn teachers": {},
     "ladder and clamp off": {"synthesis.clamp": False, "synthesis.lr_schedule": "constant", "teachers.extras": 2},
-}
+    "G-VBSM": {
+        "teachers.selection": "cycle", "teachers.extras": 3, "synthesis.batch_order": "within_class",
+        "synthesis.momentum": 0.4, "synthesis.conv": {"patch": 8, "drop": 0.3}, "synthesis.densification": {"size": 8},
+        "synthesis.view": {"curriculum": "cosine"},
+    },
+    "balanced": {"synthesis.bn_reduction": "balanced"},
+}  # fmt: skip
 
 
 def job_of(tiny_recipe, changes):
@@ -199,26 +207,34 @@ def job_of(tiny_recipe, changes):
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_job_killed_at_any_step_goes_on_to_the_same_bytes(tiny_recipe, tiny_teachers, tiny_verifier, tmp_path, kind):
-    work = job_of(tiny_recipe, KINDS[kind])
-    plain = synthesize(*work, tiny_teachers, verifier=tiny_verifier)
-    # With drawn teachers at every step; else around a look at the losses.
-    for step in range(STEPS) if kind == "drawn teachers" else (1, 9, 10):
+def test_a_job_killed_at_any_step_goes_on_to_the_same_bytes(
+    tiny_recipe, tiny_teachers, tiny_verifier, tiny_images, tmp_path, monkeypatch, kind
+):
+    work, more = job_of(tiny_recipe, KINDS[kind]), {"verifier": tiny_verifier}
+    if work[1].conv:
+        more["statistics"] = {
+            name: gather_statistics(teacher, lambda rows: tiny_images[rows], 7, patch=8, seed=0)
+            for name, teacher in tiny_teachers.items()
+        }
+    plain = synthesize(*work, tiny_teachers, **more)
+    # With drawn teachers at every step; else around a look at the losses, and where each teacher has had its turn.
+    for step in range(STEPS) if kind == "drawn teachers" else (1, 4, 9, 10):
         kept, left = Checkpoint(tmp_path / str(step), "key", 0), [step]
 
-        def kill(*_, left=left):
+        def backward(*args, left=left, **kwargs):
             left[0] -= 1
             if left[0] < 0:
                 raise Killed
+            return Objective.backward(*args, **kwargs)
 
-        # Every step asks the logit teacher once, with or without its statistics.
-        handle = tiny_teachers["test_resnet"].model.register_forward_pre_hook(kill)
-        with pytest.raises(Killed):
-            synthesize(*work, tiny_teachers, verifier=tiny_verifier, checkpoint=kept)
-        handle.remove()
+        killing = type("Killing", (Objective,), {"backward": backward})
+        with monkeypatch.context() as patched:
+            patched.setattr(synthesis, "Objective", killing)
+            with pytest.raises(Killed):
+                synthesize(*work, tiny_teachers, **more, checkpoint=kept)
         found = kept.load()
         assert (found.notes["step"] if found else 0) == step
-        again = synthesize(*work, tiny_teachers, verifier=tiny_verifier, checkpoint=kept)
+        again = synthesize(*work, tiny_teachers, **more, checkpoint=kept)
         assert torch.equal(again.images_uint8, plain.images_uint8)
         assert again.history == plain.history
         assert (again.logit_top1, again.verifier_top1) == (plain.logit_top1, plain.verifier_top1)

@@ -130,6 +130,31 @@ def test_draw_follows_each_teachers_field(tiny_recipe, changes, expected):
     assert len(names) == len(expected)
 
 
+CYCLE = {"teachers.bn_pool": ["a", "b", "c"], "teachers.selection": "cycle", "teachers.extras": 3,
+         "teachers.draw_probability": 0.5}  # fmt: skip
+RANDOM = {"method": "random", "synthesis": {"ipc": 4}, "teachers": {"logit": "test_resnet", "verifier": "v"}}
+
+
+def test_with_cycle_teachers_take_turns_in_every_job(tiny_recipe):
+    jobs = plan_jobs(tiny_recipe(CYCLE | {"synthesis.iterations": 9}))
+    assert len(jobs) == 2
+    for job in jobs:
+        assert [job.logit_teacher(i) for i in range(9)] == ["test_resnet", "a", "b", "c"] * 2 + ["test_resnet"]
+        assert all(job.bn_teachers(i) == (job.logit_teacher(i),) for i in range(9))
+
+
+@pytest.mark.parametrize("selection", ["per_slot", "per_iteration"])
+def test_without_cycle_the_logit_teacher_stays(tiny_recipe, selection):
+    job = plan_jobs(tiny_recipe(POOL | {"teachers.selection": selection}))[0]
+    assert {job.logit_teacher(i) for i in range(20)} == {"test_resnet"}
+
+
+def test_method_random_is_one_job_without_a_step(tiny_recipe):
+    (job,) = plan_jobs(tiny_recipe(RANDOM))
+    assert (job.id, job.iterations) == (0, 0)
+    assert list(zip(job.classes, job.slots, strict=True)) == [(c, s) for c in range(3) for s in range(4)]
+
+
 @pytest.mark.parametrize("extras", [1, 2])
 def test_extras_limits_the_draws(tiny_recipe, extras):
     job = plan_jobs(tiny_recipe(POOL | {"teachers.extras": extras, "teachers.draw_probability": 1.0}))[0]
@@ -198,6 +223,10 @@ def lines_of(text: str) -> dict[str, str]:
         ({"evaluation.student": "resnet18"}, "students"),
         ({"evaluation.seeds": [0]}, "students"),
         ({"packaging.image_format": "webp"}, "bytes"),
+        (CYCLE, "logit"),
+        (RANDOM, "logit"),
+        (RANDOM, "images"),
+        (RANDOM, "steps"),
     ],
 )
 def test_description_tells_each_change(tiny_recipe, changes, line):
@@ -214,3 +243,19 @@ def test_description_counts_the_draws(tiny_recipe, selection):
     assert "steps     22 in all (66 image-iterations)" in text
     for name in made.teachers.synthesis_names:
         assert f"BN        {name}: in {counts[name]} of 22 steps" in text
+
+
+def test_description_of_a_cycle_counts_the_turns(tiny_recipe):
+    text = describe_plan(tiny_recipe(CYCLE | {"synthesis.iterations": 6}))
+    assert "logit     each teacher in turn" in text
+    turns = [line.split(":")[1] for line in text.splitlines() if line.startswith("BN")]
+    assert turns == [f" in {count} of 12 steps ({count / 12:.0%})" for count in (4, 4, 2, 2)]
+
+
+@pytest.mark.parametrize("changes", [RANDOM, {"synthesis.iterations": 0}], ids=["random", "no iterations"])
+def test_description_of_what_is_not_optimised(tiny_recipe, changes):
+    text = describe_plan(tiny_recipe(changes))
+    assert "steps     0 in all (0 image-iterations)" in text
+    assert "\nBN " not in text
+    assert ("real images drawn at random" in text) == ("method" in changes)
+    assert ("logit     none" in text) == ("method" in changes)

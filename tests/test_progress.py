@@ -3,7 +3,7 @@ import json
 import pytest
 
 from prism_hf import progress as module
-from prism_hf.progress import Progress, duration_text, progress
+from prism_hf.progress import Board, Progress, duration_text, progress
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,72 @@ def test_a_long_stage_says_once_how_long_it_takes(tmp_path, monkeypatch):
             shown.advance()
     (line,) = said
     assert line.startswith("relabel: about ")
+
+
+class Bar:
+    """What a terminal would show."""
+
+    def __init__(self, *, total, initial, **_):
+        self.total, self.n, self.names, self.open = total, float(initial), [], True
+
+    def update(self, count):
+        self.n += count
+
+    def set_description(self, text):
+        self.names.append(text)
+
+    def close(self):
+        self.open = False
+
+
+@pytest.fixture
+def board(monkeypatch):
+    monkeypatch.setattr(module, "tqdm", Bar)
+    said = []
+    return Board(4, 1, said.append), said
+
+
+def test_one_bar_serves_many_runs(board, tmp_path):
+    shown, said = board
+    bar = shown._bar
+    assert (bar.total, bar.n) == (4, 1), "a run that an earlier launch had finished"
+    shown.begin("SRe2L, seed 0")
+    for stage, total in (("synthesize", 10), ("relabel", 0), ("package", 3), ("evaluate", 2)):
+        with progress(tmp_path / "p.json", stage, total, "unit", print, shown.share(stage, total)) as part:
+            part.skip(total // 2)
+            part.advance(total - total // 2)
+        assert bar.open, "it is not of one stage"
+    assert bar.n == pytest.approx(1 + Board.SHARES["synthesize"] + Board.SHARES["evaluate"])
+    assert bar.names == [
+        "SRe2L, seed 0",
+        *(f"SRe2L, seed 0, {s}" for s in ("synthesize", "relabel", "package", "evaluate")),
+    ]
+    shown.end(2)
+    assert bar.n == pytest.approx(2), "whatever its stages have told"
+    for number in (3, 4):
+        shown.begin(f"run {number}")
+        shown.end(number)
+    shown.close()
+    assert bar.n == pytest.approx(4)
+    assert not bar.open
+    assert [line.partition(",")[0] for line in said] == ["SRe2L", "run 3: 3 of 4 runs done", "run 4: 4 of 4 runs done"]
+
+
+def test_the_shares_of_a_run_are_one_run():
+    assert sum(Board.SHARES.values()) == pytest.approx(1)
+
+
+def test_the_estimate_of_a_board_counts_only_this_launch(board, monkeypatch):
+    shown, said = board
+    monkeypatch.setattr(shown, "_began", module.time.monotonic() - 600)
+    shown.begin("a")
+    shown.end(2)
+    assert said == ["a: 2 of 4 runs done, about 20 min left"]
+
+
+def test_on_a_board_no_stage_tells_its_own_estimate(board, tmp_path, monkeypatch):
+    shown, said = board
+    monkeypatch.setattr(module, "ESTIMATE_AFTER_S", -1.0)
+    with progress(tmp_path / "p.json", "relabel", 3, "epoch", said.append, shown.share("relabel", 3)) as part:
+        part.advance(2)
+    assert said == []

@@ -1,6 +1,7 @@
 import ast
 import copy
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -9,21 +10,29 @@ import yaml
 from prism_hf import plan, recipe
 from prism_hf.errors import RecipeError
 from prism_hf.recipe import Recipe, to_dict
+from prism_hf.recipe_synthesis import Densification
 from prism_hf.recipe_file import differing_keys, load_recipe, parse_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = sorted(
-    path
-    for path in (ROOT / "recipes").rglob("*.yaml")
-    if isinstance(values := yaml.safe_load(path.read_text()), dict) and "synthesis" in values
-)
+SHIPPED = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "\nsynthesis:" in path.read_text())
+PUBLISHED = sorted((ROOT / "benchmarks" / "results").glob("digits-*.json"))
 # Every optional section and value set, so that a walk over the fields meets each of them.
 FULL = {
     "synthesis.ladder": {"step": 1, "period": 2},
     "teachers.verifier": "test_resnet#v",
     "relabel.ensemble": "weighted",
     "relabel.weights": [1.0, 2.0],
+    "synthesis.init": "mosaic",
+    "synthesis.mosaic": {},
+    "synthesis.conv": {},
 }
+
+
+def full(tiny_recipe):
+    made = tiny_recipe(FULL)
+    # A ladder wants batches of one slot, densification wants several: no recipe has both.
+    object.__setattr__(made.synthesis, "densification", Densification())
+    return made
 
 
 def leaves(section: object, prefix: str = "") -> list[str]:
@@ -49,9 +58,34 @@ def other(value: object) -> object:
     raise TypeError(type(value))
 
 
+CYCLE = {"teachers.selection": "cycle", "teachers.extras": 3, "teachers.draw_probability": 0.5}
+RANDOM = {"method": "random", "synthesis": {"ipc": 2}, "teachers": {"logit": "test_resnet"}}
+UNREAD = {"init": "noise", "lr": 0.1, "iterations": 0, "batch_size": 3, "view": {"flip": False}, "verify_every": 5}
+ADDED = {
+    "method": RANDOM,
+    "squeeze.seed": {"squeeze.seed": 0},
+    "synthesis.momentum": {"synthesis.momentum": 0.4},
+    "synthesis.conv": {"synthesis.conv": {}},
+    "synthesis.densification": {"synthesis.densification": {}},
+    "synthesis.mosaic": {"synthesis.mosaic": {"grid": 3}},
+    "synthesis.easiest": {"synthesis.easiest": 0.5},
+    "synthesis.view.curriculum": {"synthesis.view.curriculum": "cosine"},
+    "evaluation.label_epochs": {"evaluation.label_epochs": 1},
+}
+BESIDE = {
+    "synthesis.densification": {"synthesis.slots_per_batch": 2},
+    "synthesis.mosaic": {"synthesis.init": "mosaic", "synthesis.mosaic": {}},
+    "synthesis.easiest": {"synthesis.init": "real_kmeans"},
+}
 LEAVES = leaves(parse_recipe(yaml.safe_load((ROOT / "recipes/digits/prism_ipc10.yaml").read_text())))
-LEAVES += ["synthesis.ladder.step", "synthesis.ladder.period"]
-LEAVES.remove("synthesis.ladder")
+for section, names in {
+    "ladder": ("step", "period"),
+    "conv": ("patch", "drop"),
+    "densification": ("weight", "temperature", "size"),
+    "mosaic": ("candidates", "crops", "crop_scale", "grid"),
+}.items():
+    LEAVES.remove(f"synthesis.{section}")
+    LEAVES += [f"synthesis.{section}.{name}" for name in names]
 
 
 def test_shipped_recipes_are_found():
@@ -66,7 +100,7 @@ def test_shipped_recipe_loads_and_plans(path):
 
 @pytest.mark.parametrize("key", LEAVES)
 def test_changing_any_leaf_changes_the_fingerprint(tiny_recipe, key):
-    base = tiny_recipe(FULL)
+    base = full(tiny_recipe)
     changed = copy.deepcopy(base)
     *parents, last = key.split(".")
     section = changed
@@ -85,7 +119,34 @@ def test_the_walk_meets_every_leaf_of_the_resolved_recipe(tiny_recipe):
             found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"}
         return found
 
-    assert flat(to_dict(tiny_recipe(FULL))) == set(LEAVES)
+    assert flat(to_dict(full(tiny_recipe))) == set(LEAVES)
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
+def test_what_was_published_keeps_its_fingerprint(path):
+    report = json.loads(path.read_text())["report"]
+    assert parse_recipe({"name": "x", **report["settings"]}).fingerprint() == report["recipe_fingerprint"]
+    shipped = ROOT / "recipes" / "digits" / f"{path.stem.removeprefix('digits-').replace('-', '_')}.yaml"
+    if shipped.is_file():
+        assert load_recipe(shipped).fingerprint() == report["recipe_fingerprint"]
+
+
+def test_every_shipped_digits_recipe_was_published():
+    names = {f"digits-{path.stem.replace('_', '-')}" for path in SHIPPED if path.parent.name == "digits"}
+    assert len(names) == 4
+    assert names <= {path.stem for path in PUBLISHED}
+
+
+@pytest.mark.parametrize("key", recipe._ADDED)
+def test_a_key_of_a_later_version_counts_where_it_is_used(tiny_recipe, key):
+    assert set(recipe._ADDED) == set(ADDED)
+    changed = tiny_recipe(BESIDE.get(key, {}) | ADDED[key])
+    if key == "method":  # past validation: one that optimises has more keys
+        base = copy.deepcopy(changed)
+        object.__setattr__(base, "method", "synthesize")
+    else:
+        base = tiny_recipe(BESIDE.get(key))
+    assert changed.fingerprint() != base.fingerprint()
 
 
 def test_section_fingerprint_sees_its_section_and_the_seed_only(tiny_recipe):
@@ -109,7 +170,7 @@ def test_fingerprint_does_not_depend_on_how_the_recipe_is_written(tiny_recipe):
         ("synthesis.iterations", "20"),
         ("synthesis.iterations", 20.5),
         ("synthesis.iterations", True),
-        ("synthesis.iterations", 0),
+        ("synthesis.iterations", -1),
         ("synthesis.clamp", 1),
         ("synthesis.clamp", "yes"),
         ("synthesis.lr", "fast"),
@@ -135,6 +196,20 @@ def test_fingerprint_does_not_depend_on_how_the_recipe_is_written(tiny_recipe):
         ("evaluation.seeds", []),
         ("name", "a/b"),
         ("seed", -1),
+        ("squeeze.seed", -1),
+        ("method", "magic"),
+        ("synthesis.momentum", 1.0),
+        ("synthesis.conv", {"patch": 0}),
+        ("synthesis.conv", {"drop": 1.0}),
+        ("synthesis.densification", {"weight": 0}),
+        ("synthesis.densification", {"size": 0}),
+        ("synthesis.mosaic", {"grid": 1}),
+        ("synthesis.easiest", 0),
+        ("synthesis.bn_reduction", "max"),
+        ("synthesis.view.curriculum", "linear"),
+        ("teachers.selection", "in turn"),
+        ("evaluation.label_epochs", 0),
+        ("evaluation.loss", "mae"),
         ("synthesis", None),
     ],
 )
@@ -183,6 +258,22 @@ def test_wrong_value_is_an_error_that_names_the_key(tiny_recipe, key, value):
         ),
         ({"evaluation.epochs": 3}, "evaluation.epochs is 3 but relabel stores 2"),
         ({"evaluation.seeds": [1, 1]}, "seeds must differ"),
+        ({"evaluation.label_epochs": 3}, "evaluation.label_epochs is 3 but relabel stores 2"),
+        ({"evaluation.label_epochs": 3, "evaluation.epochs": 2}, "evaluation.label_epochs is 3"),
+        ({"teachers.selection": "cycle"}, "selection cycle draws no teacher, so nothing reads"),
+        (CYCLE | {"teachers.extras": 2}, "nothing reads extras"),
+        (CYCLE | {"teachers.include_logit": False}, "nothing reads include_logit"),
+        (CYCLE | {"teachers.draw_probability": 0.4}, "nothing reads draw_probability"),
+        (RANDOM | {"teachers.bn_pool": ["a"]}, "method random optimises nothing, so nothing reads bn_pool"),
+        (RANDOM | CYCLE, "nothing reads selection"),
+        *((RANDOM | {f"synthesis.{key}": value}, f"nothing reads {key}") for key, value in UNREAD.items()),
+        ({"synthesis.init": "mosaic"}, "mosaic belongs to init mosaic"),
+        ({"synthesis.mosaic": {}}, "mosaic belongs to init mosaic"),
+        ({"synthesis.mosaic": {"crop_scale": [1.0, 0.5]}}, "synthesis.mosaic.crop_scale must be [smallest, largest]"),
+        ({"synthesis.easiest": 0.5}, "easiest belongs to init real_kmeans"),
+        ({"synthesis.densification": {}}, "densification compares images of one class"),
+        ({"synthesis.bn_reduction": "balanced", "synthesis.conv": {}}, "balanced is for plain BN statistics"),
+        ({"synthesis.bn_reduction": "balanced", "synthesis.momentum": 0.4}, "balanced is for plain BN statistics"),
     ],
 )
 def test_impossible_mix_says_what_to_do(tiny_recipe, changes, message):
@@ -200,8 +291,8 @@ def test_all_problems_are_named_at_once(tiny_recipe):
 
 def test_missing_key_is_named(tiny_recipe):
     values = tiny_recipe(values=True)
-    del values["teachers"], values["synthesis"]["lr"]
-    with pytest.raises(RecipeError, match="'teachers' is missing.*'synthesis.lr' is missing"):
+    del values["teachers"], values["synthesis"]["ipc"]
+    with pytest.raises(RecipeError, match="'teachers' is missing.*'synthesis.ipc' is missing"):
         parse_recipe(values)
 
 

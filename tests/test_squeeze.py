@@ -162,6 +162,28 @@ def test_recipes_share_teachers_whose_training_is_the_same(squeezed, override):
     assert teacher_folder(NAME, tiny(*FAST, override), folder.parent) == folder
 
 
+def test_a_seed_of_their_own_is_shared_by_recipes_of_other_seeds(squeezed, tmp_path):
+    _, folder, report = squeezed
+    before = mtimes(folder)
+    for seed in (0, 1, 2):
+        _, found, again = train(folder.parent, f"seed={seed}", "squeeze.seed=0")
+        assert found == folder, "also that of the recipe of seed 0 without it"
+        assert again == report
+    assert mtimes(folder) == before
+    others = {
+        teacher_folder(NAME, tiny(*FAST, f"seed={a}", f"squeeze.seed={b}"), tmp_path).name for a in (0, 1) for b in (1, 2)
+    }
+    assert len(others) == 2
+    assert folder.name not in others
+    assert teacher_folder(NAME, tiny(*FAST, "seed=1"), tmp_path).name in others
+
+
+def test_a_seed_of_their_own_is_the_one_that_is_used(tmp_path):
+    _, _, report = train(tmp_path / "own", "seed=0", "squeeze.seed=1")
+    assert report["settings"]["seed"] == 1
+    assert weights(tmp_path / "own", "seed=0", "squeeze.seed=1") == weights(tmp_path / "recipe", "seed=1")
+
+
 def test_unknown_architectures_and_large_batches_are_one_line(tmp_path):
     with pytest.raises(TeacherError) as error:
         check_architectures(tiny("teachers.logit=squeeze:nonsense_net"))

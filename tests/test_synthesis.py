@@ -5,11 +5,13 @@ from collections import Counter
 import pytest
 import torch
 
+from prism_hf import synthesis as module
+from prism_hf.conv_statistics import gather_statistics
 from prism_hf.errors import SynthesisError
-from prism_hf.pixels import noise, reference_mean_std
+from prism_hf.pixels import noise, reference_mean_std, to_uint8
 from prism_hf.plan import plan_jobs
 from prism_hf.recipe_synthesis import SynthesisView
-from prism_hf.synthesis import CHECK_EVERY, draw_view, synthesize
+from prism_hf.synthesis import CHECK_EVERY, crop_range, draw_view, synthesize
 
 STILL = {"crop_scale": [1.0, 1.0], "flip": False, "jitter": 0}
 
@@ -44,7 +46,10 @@ def run_one(recipe, teachers, initial=None, **more):
 
 
 LADDER = {"synthesis.ipc": 3, "synthesis.ladder": {"step": 1, "period": 2}}
-TWO_SLOTS = {"synthesis.slots_per_batch": 2}
+TWO_SLOTS = {"synthesis.slots_per_batch": 2, "synthesis.batch_size": 6}
+CONV = {"synthesis.conv": {"patch": 8}}
+DENSE = {"synthesis.densification": {"size": 8}}
+DRAWS = {"teachers.extras": 3, "teachers.draw_probability": 0.5}
 SWITCHES = [
     ({}, {"seed": 1}),
     ({}, {"synthesis.iterations": 5}),
@@ -61,8 +66,8 @@ SWITCHES = [
     ({}, {"synthesis.view.jitter": 0}),
     ({}, {"synthesis.clamp": False}),
     ({}, {"synthesis.batch_order": "within_class"}),
-    (TWO_SLOTS, {"synthesis.batch_size": 6}),
-    ({}, TWO_SLOTS),
+    ({"synthesis.slots_per_batch": 2}, {"synthesis.batch_size": 6}),
+    ({}, {"synthesis.slots_per_batch": 2}),
     ({"synthesis.ipc": 3}, {"synthesis.ladder": {"step": 1, "period": 2}}),
     (LADDER, {"synthesis.ladder": {"step": 2, "period": 2}}),
     (LADDER, {"synthesis.ladder": {"step": 1, "period": 3}}),
@@ -74,6 +79,20 @@ SWITCHES = [
     ({}, {"teachers.extras": 2}),
     ({}, {"teachers.draw_probability": 0.0}),
     ({}, {"teachers.selection": "per_iteration"}),
+    ({}, {"synthesis.iterations": 0}),
+    ({}, {"synthesis.bn_reduction": "balanced"}),
+    ({}, {"synthesis.view.curriculum": "cosine"}),
+    ({}, {"synthesis.momentum": 0.4}),
+    ({"synthesis.momentum": 0.4}, {"synthesis.momentum": 0.5}),
+    ({}, CONV),
+    (CONV, {"synthesis.conv": {"patch": 4}}),
+    (CONV, {"synthesis.conv": {"patch": 8, "drop": 0.5}}),
+    (CONV, {"synthesis.bn_reduction": "mean"}),
+    (TWO_SLOTS, DENSE),
+    ({**TWO_SLOTS, **DENSE}, {"synthesis.densification": {"size": 8, "weight": 2.0}}),
+    ({**TWO_SLOTS, **DENSE}, {"synthesis.densification": {"size": 8, "temperature": 2.0}}),
+    ({**TWO_SLOTS, **DENSE}, {"synthesis.densification": {"size": 4}}),
+    (DRAWS, {"teachers.selection": "cycle"}),
 ]
 
 
@@ -83,13 +102,28 @@ def teachers(tiny_teachers, tiny_verifier):
 
 
 @pytest.fixture(scope="module")
-def outcome(tiny_recipe, teachers):
+def statistics(teachers, tiny_images):
+    """What convolutions see on a handful of images, for two sizes of patch."""
+
+    def gather(patch):
+        return {
+            name: gather_statistics(teacher, lambda rows: tiny_images[rows], 7, patch=patch, seed=0)
+            for name, teacher in teachers.items()
+        }
+
+    return {patch: gather(patch) for patch in (4, 8)}
+
+
+@pytest.fixture(scope="module")
+def outcome(tiny_recipe, teachers, statistics):
     known = {}
 
     def run(changes):
         key = repr(changes)
         if key not in known:
-            known[key] = run_all(tiny_recipe(changes), teachers)[0]
+            recipe = tiny_recipe(changes)
+            conv = recipe.synthesis.conv
+            known[key] = run_all(recipe, teachers, statistics=statistics[conv.patch] if conv else None)[0]
         return known[key]
 
     return run
@@ -99,6 +133,41 @@ def outcome(tiny_recipe, teachers):
 def test_every_switch_changes_the_images(outcome, base, change):
     # No seed depends on these fields (but `seed`), so the images differ only because the field is read.
     assert not torch.equal(outcome(base), outcome({**base, **change}))
+
+
+def test_no_iterations_ship_the_start_images_as_they_are(tiny_recipe, teachers, tiny_verifier):
+    made = tiny_recipe({"synthesis.iterations": 0, "teachers.bn_pool": []})
+    initial = start(made)[:, 0].clone()
+    result = run_one(made, teachers, initial, verifier=tiny_verifier)
+    assert torch.equal(result.images_uint8, to_uint8(initial))
+    assert result.history == []
+    assert 0 <= result.logit_top1 <= 1
+    assert 0 <= result.verifier_top1 <= 1
+
+
+@pytest.mark.parametrize("ends", [(0.08, 1.0), (0.3, 0.6)])
+def test_the_curriculum_goes_from_the_largest_crop_to_the_whole_range(ends):
+    plain, course = (SynthesisView(crop_scale=ends, curriculum=rule) for rule in ("none", "cosine"))
+    assert all(crop_range(plain, progress) == ends for progress in (0.0, 0.5, 1.0))
+    assert crop_range(course, 0.0) == (ends[1], ends[1])
+    assert crop_range(course, 1.0) == pytest.approx(ends)
+    assert crop_range(course, 0.5) == pytest.approx((sum(ends) / 2, ends[1]))
+    lows = [crop_range(course, n / 20)[0] for n in range(21)]
+    assert lows == sorted(lows, reverse=True)
+
+
+def test_the_curriculum_reaches_both_ends_in_a_job(tiny_recipe, teachers, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "crop_range", lambda view, progress: seen.append(progress) or (1.0, 1.0))
+    for iterations in (5, 1):
+        run_one(tiny_recipe({"synthesis.iterations": iterations, "teachers.bn_pool": []}), teachers)
+    assert seen == [0, 0.25, 0.5, 0.75, 1, 0]
+
+
+def test_densification_stands_in_the_history(tiny_recipe, teachers):
+    (entry,) = run_one(tiny_recipe(TWO_SLOTS | DENSE), teachers).history
+    assert list(entry) == ["step", "ce", "bn", "grad", "densification", "lr"]
+    assert entry["densification"] > 0
 
 
 def test_ladder_spares_the_first_slot(outcome):
@@ -275,9 +344,10 @@ def test_with_an_empty_s_only_the_logit_teacher_counts(tiny_recipe, teachers):
     assert torch.equal(result.images_uint8, run_one(tiny_recipe({"synthesis.bn_weight": 0.0}), teachers).images_uint8)
 
 
-@pytest.mark.parametrize("selection", ["per_slot", "per_iteration"])
+@pytest.mark.parametrize("selection", ["per_slot", "per_iteration", "cycle"])
 def test_teachers_run_as_they_are_drawn(tiny_recipe, teachers, selection):
-    made = tiny_recipe({"teachers.selection": selection, "synthesis.iterations": 12})
+    draws = DRAWS if selection == "cycle" else {}
+    made = tiny_recipe({"teachers.selection": selection, "synthesis.iterations": 12, **draws})
     job, order = plan_jobs(made)[0], []
     handles = [
         teachers[name].model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
@@ -291,7 +361,7 @@ def test_teachers_run_as_they_are_drawn(tiny_recipe, teachers, selection):
     drawn = [name for step in range(12) for name in job.bn_teachers(step)]
     assert order == [*drawn, "test_resnet"]  # the last one scores the shipped images
     counts = Counter(order)
-    assert (0 < counts["test_byobnet"] < 12) == (selection == "per_iteration")
+    assert (0 < counts["test_byobnet"] < 12) == (selection != "per_slot")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The tables of docs/comparison.md: their rows, and how they are written; and Fashion-MNIST's folder from its authors' files."""
+"""The tables of docs/comparison.md: their rows, how they are written, and Fashion-MNIST's folder from its authors' files."""
 
 import argparse
 import gzip
@@ -37,7 +37,9 @@ def test_the_rows_of_a_table_have_one_protocol_and_a_control(name):
 
 @pytest.mark.parametrize("ipc", [1, 10, 50])
 def test_methods_have_the_same_iterations_and_labels(ipc):
-    methods, _ = under_one_protocol([(row[0], tables.recipe_of(row, tables.Table(()), None)) for row in tables.methods_at(ipc)])
+    methods, _ = under_one_protocol(
+        [(row[0], tables.recipe_of(row, tables.Table(()), None)) for row in tables.methods_at(ipc)]
+    )
     others = [method.recipe for method in methods if not method.control]
     assert len(others) == 6
     assert {recipe.synthesis.iterations for recipe in others} == {100}
@@ -77,7 +79,9 @@ def toy(mean_a, mean_b, *, seeds=(0, 1)):
         "protocol": {"seeds": list(seeds), "relabel": {"epochs": 3}, "evaluation": {"epochs": 3}},
         "methods": [method("random real", True), method("ours", False)],
         "scores": [
-            score(name, kind, top1) for name, top1 in (("random real", mean_b), ("ours", mean_a)) for kind in ("soft", "hard")
+            score(name, kind, top1)
+            for name, top1 in (("random real", mean_b), ("ours", mean_a))
+            for kind in ("soft", "hard")
         ],
         "full_data": [{"student": "net", "labels": "hard", "top1": [0.9], "mean": 0.9, "std": None, "count": 60_000}],
         "real": {"similarity": {"mean": 0.8}},

@@ -172,7 +172,8 @@ class Findings:
     def _left_out(self) -> dict[str, str]:
         left_out = dict(self._made.failed)
         for method in self._made.methods:
-            if not self._records[method.slug]:
+            tried = any(Cell(method, seed).name in left_out for seed in self._made.seeds)
+            if not self._records[method.slug] and not tried:
                 left_out.setdefault(f"{method.label}, ipc {method.recipe.synthesis.ipc}", "not yet run")
         if not self._made.cells[0].recipe.evaluation.full_data_epochs:
             left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"

@@ -87,6 +87,9 @@ class Comparison:
 
     def check(self) -> None:
         """Look at what can be wrong with any of the methods before anything costs time; see `Session.check`."""
+        data = self.cells[0].recipe.data
+        for student in self.students:
+            check_network(student, num_classes=data.num_classes, channels=data.channels, size=data.size)
         for cell in self.cells[: len(self.methods)]:
             self._shared(cell, self.shared).check()
         data = self.cells[0].recipe.data
@@ -133,7 +136,7 @@ class Comparison:
     def is_found(self, cell: Cell) -> bool:
         """Whether a run is there, and made from what is compared now."""
         path = self.record_file(cell)
-        if not path.is_file():
+        if not path.is_file() or not (self.run_of(cell).dataset / "README.md").is_file():
             return False
         try:
             return read_record(path).get("key") == self._key(cell)

@@ -56,7 +56,7 @@ class Board:
 
     def end(self, number: int) -> None:
         """`number` runs are done, whatever their stages have told."""
-        self._bar.update(number - self._done)
+        self.add(number - self._done)
         self._done = float(number)
         spent = time.monotonic() - self._began
         left = spent / (number - self._before) * (self._total - number)
@@ -70,6 +70,7 @@ class Board:
 
     def add(self, part: float) -> None:
         """So much more of the running run."""
+        part = min(part, self._total - self._bar.n)  # shares are rounded, and a bar that is more than full complains
         self._done += part
         self._bar.update(part)
 

@@ -1,0 +1,26 @@
+"""What the tests of comparisons share: a tiny one, run in process."""
+
+from accelerate.state import AcceleratorState
+from pipeline import tiny
+
+from prism_hf.comparison import Reading, under_one_protocol
+from prism_hf.comparison_runs import Comparison
+from prism_hf.run import make_accelerator
+
+STUDENTS = ("test_byobnet", "test_efficientnet")
+LIGHT = ("evaluation.seeds=[0,1]", "evaluation.full_data_epochs=0")
+RECIPES = {"prism": (), "sre2l": ("teachers.bn_pool=[]",), "bad": ("synthesis.lr=1.0e30", "synthesis.clamp=false")}
+
+
+def named(*names):
+    return [(name, tiny(*LIGHT, *RECIPES.get(name, ()), f"name={name}")) for name in names]
+
+
+def comparison(folder, teachers, recipes, *, seeds=(0, 1), students=STUDENTS):
+    """A comparison as the command makes it, not yet run."""
+    AcceleratorState._reset_state(True)
+    methods, _ = under_one_protocol(recipes)
+    readings = [Reading(student, labels) for student in students for labels in ("soft", "hard")]
+    return Comparison(
+        methods, readings, list(seeds), folder=folder, teachers_root=teachers, accelerator=make_accelerator(threads=1)
+    )

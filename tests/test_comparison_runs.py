@@ -1,0 +1,136 @@
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from comparisons import STUDENTS, comparison, named
+from pipeline import launch, mtimes, sha_tree
+
+from prism_hf.comparison_report import Findings
+from prism_hf.recipe_file import dump_recipe
+from prism_hf.storage import read_record
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+NAMES = ("random-real-ipc2", "prism-ipc2", "sre2l-ipc2")
+
+
+@pytest.fixture
+def copied(compared, tmp_path):
+    return Path(shutil.copytree(compared[0], tmp_path / "compare"))
+
+
+def again(folder, compared, names=("prism", "sre2l"), **more):
+    made = comparison(folder, compared[1], named(*names), **more)
+    made.check()
+    made()
+    return made
+
+
+def made_of(folder):
+    """What was computed, without notes of launches."""
+    parts = ("runs/*/*/work/jobs", "runs/*/*/work/students", "runs/*/*/dataset", "cells")
+    return {path: time for part in parts for place in folder.glob(part) for path, time in mtimes(place).items()}
+
+
+def scores(folder):
+    return {path.name: dict(read_record(path)) | {"wall_time_s": 0} for path in sorted((folder / "cells").glob("*.json"))}
+
+
+def test_it_leaves_a_run_and_a_record_for_each_method_and_seed(compared):
+    folder, teachers = compared
+    assert sorted(p.relative_to(folder / "runs").as_posix() for p in (folder / "runs").glob("*/*")) == sorted(
+        f"{name}/seed-{seed}" for name in NAMES for seed in (0, 1)
+    )
+    records = scores(folder)
+    assert list(records) == sorted(f"{name}-seed{seed}.json" for name in NAMES for seed in (0, 1))
+    for record in records.values():
+        assert [(s["student"], s["labels"]) for s in record["scores"]] == [
+            (s, k) for s in STUDENTS for k in ("soft", "hard")
+        ]
+        assert all(0 <= score["top1"] <= 1 for score in record["scores"])
+        assert record["images"] == 20
+    assert {records[f"{name}-seed0.json"]["steps"] for name in NAMES} == {0, 8}
+    assert not list(folder.glob("runs/*/*/control"))
+    assert len([p for p in teachers.iterdir() if p.name.startswith("test_")]) == 2, "seeds share the teachers"
+
+
+def test_seeds_and_methods_differ_in_their_images(compared):
+    tables = {
+        sha for place in compared[0].glob("runs/*/*/dataset") for n, sha in sha_tree(place).items() if n.startswith("data/")
+    }
+    assert len(tables) == 6
+
+
+def test_a_second_launch_finds_everything(compared, copied, caplog):
+    before = made_of(copied)
+    assert len(before) > 60
+    with caplog.at_level(logging.INFO, "prism_hf"):
+        again(copied, compared)
+    assert made_of(copied) == before
+    assert "compare: 6 of 6 runs found, 0 to make" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["record gone", "record damaged", "run gone"])
+def test_what_was_lost_is_made_again_and_nothing_else(compared, copied, kind):
+    name, whole = "prism-ipc2-seed1", scores(copied)
+    record, run = copied / "cells" / f"{name}.json", copied / "runs" / "prism-ipc2" / "seed-1"
+    before = {path: time for path, time in made_of(copied).items() if name not in path and str(run) not in path}
+    images = sha_tree(run / "dataset")
+    if kind == "record damaged":
+        record.write_text(record.read_text().replace("top1", "top2", 1))
+    elif kind == "record gone":
+        record.unlink()
+    else:
+        shutil.rmtree(run)
+    made = again(copied, compared)
+    after = made_of(copied)
+    assert {path: after[path] for path in before} == before
+    assert sha_tree(run / "dataset") == images
+    assert {n: r for n, r in scores(copied).items() if ".aside-" not in n}[f"{name}.json"]["scores"] == whole[
+        f"{name}.json"
+    ]["scores"]
+    assert len(Findings(made).grids()) == 3
+
+
+def test_another_method_and_another_seed_go_on_from_what_is_there(compared, copied):
+    before = made_of(copied)
+    recipes = [*named("prism", "sre2l"), ("longer", named("prism")[0][1])]
+    students = {"students": STUDENTS[:1]}
+    made = comparison(copied, compared[1], recipes, seeds=(0,), **students)
+    made()
+    kept = {path: time for path, time in before.items() if "/cells/" not in path}
+    after = made_of(copied)
+    assert {path: after[path] for path in kept} == kept, "fewer students: the same images and scores, another record"
+    assert (copied / "runs" / "longer-ipc2" / "seed-0" / "dataset").is_dir()
+    before = made_of(copied)
+    comparison(copied, compared[1], named("prism"), seeds=(0, 2), **students)()
+    after = made_of(copied)
+    assert {path: after[path] for path in before} == before
+    new = {Path(path).relative_to(copied).parts[1:3] for path in after if path not in before and "/runs/" in path}
+    assert new == {("random-real-ipc2", "seed-2"), ("prism-ipc2", "seed-2")}
+
+
+def test_a_run_is_the_one_that_the_other_command_makes(compared, tmp_path):
+    folder, teachers = compared
+    made = comparison(folder, teachers, named("prism", "sre2l"))
+    cell = next(cell for cell in made.cells if cell.name == "prism-ipc2-seed1")
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(cell.recipe))
+    for stage in ("synthesize", "relabel", "package"):
+        words = ("--output", tmp_path / "run", "--teachers", teachers, "--threads", "1", "--stage", stage)
+        assert launch(*words, recipe=tmp_path / "recipe.yaml") == 0
+    assert sha_tree(tmp_path / "run" / "dataset") == sha_tree(folder / "runs" / "prism-ipc2" / "seed-1" / "dataset")
+
+
+def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):
+    AcceleratorState._reset_state(True)
+    made = again(tmp_path / "bad", compared, ("prism", "bad"), seeds=(0,), students=STUDENTS[:1])
+    assert list(made.failed) == ["bad-ipc2-seed0"]
+    assert "the comparison goes on without it" in caplog.text
+    found = Findings(made).as_dict()
+    assert [method["label"] for method in found["methods"]] == ["random real", "prism"]
+    assert {row["method"] for row in found["scores"]} == {"random real", "prism"}
+    assert "not finite" in found["left_out"]["bad-ipc2-seed0"]
+    assert "not yet run" not in [reason for name, reason in found["left_out"].items() if name.startswith("bad")]
+    assert json.dumps(found, allow_nan=False)
