@@ -1,4 +1,4 @@
-"""The tables of docs/comparison.md: their rows, how they are written, and Fashion-MNIST's folder from its authors' files."""
+"""The tables of docs/comparison.md: their rows, how they are written; and Fashion-MNIST as its authors store it."""
 
 import argparse
 import gzip

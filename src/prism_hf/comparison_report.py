@@ -163,7 +163,7 @@ class Findings:
         if not recipe.evaluation.full_data_epochs:
             return []
         rows = []
-        for student in self._made.students:
+        for student in self._made.ceilings:
             top1 = tuple(read_score(self._made.full_folder(student), FULL, seed) for seed in self._made.seeds)
             score = Score("full", "hard", tuple(self._made.seeds), top1, len(self._made.shared.data.train))
             rows.append({"student": student, **score.as_dict()})
@@ -177,6 +177,8 @@ class Findings:
                 left_out.setdefault(f"{method.label}, ipc {method.recipe.synthesis.ipc}", "not yet run")
         if not self._made.cells[0].recipe.evaluation.full_data_epochs:
             left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
+        elif not self._made.ceilings:
+            left_out["all real"] = "not asked for"
         return left_out
 
     def write(self, folder: Path, *, notes: Sequence[str], command: str) -> dict[str, Any]:

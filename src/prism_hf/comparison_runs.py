@@ -50,6 +50,7 @@ class Comparison:
         teachers_root: Where squeezed teachers are kept.
         accelerator: The processes.
         checkpoint_s: Seconds between two checkpoints of a long job.
+        ceilings: Architectures that are trained on all real images too; default: every student.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class Comparison:
         teachers_root: Path,
         accelerator: Accelerator,
         checkpoint_s: float = EVERY_S,
+        ceilings: Sequence[str] | None = None,
     ) -> None:
         self.methods, self.readings, self.seeds, self.folder = methods, readings, seeds, folder
+        self.ceilings = list(dict.fromkeys(r.student for r in readings)) if ceilings is None else list(ceilings)
         self._root, self.accelerator, self._checkpoint_s = teachers_root, accelerator, checkpoint_s
         # Seed by seed: a comparison that is cut short has every method, with fewer seeds.
         self.cells = [Cell(method, seed) for seed in seeds for method in methods]
@@ -233,10 +236,10 @@ class Comparison:
         recipe = self.cells[0].recipe
         if not recipe.evaluation.full_data_epochs:
             return
-        tasks = [(student, seed) for student in self.students for seed in self.seeds]
+        tasks = [(student, seed) for student in self.ceilings for seed in self.seeds]
         run = self.shared.run
-        contests = {student: self._ceiling(recipe, student) for student in self.students}
-        folders = {student: self.full_folder(student) for student in self.students}
+        contests = {student: self._ceiling(recipe, student) for student in self.ceilings}
+        folders = {student: self.full_folder(student) for student in self.ceilings}
         left = run.not_yet(tasks, lambda task: is_scored(contests[task[0]], FULL, task[1], folders[task[0]]))
         run.say(
             f"compare: {len(tasks) - len(left)} of {len(tasks)} students of all real images found, {len(left)} to train"
