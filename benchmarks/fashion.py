@@ -144,6 +144,30 @@ def labels_table(result: dict[str, Any]) -> str:
     return f"{markdown_table(rows)}\n\nEvery student trains {epochs} epochs. {provenance(result)}"
 
 
+def summary_table(found: dict[str, dict[str, Any]]) -> str:
+    """For the README: every size, and the two differences that matter."""
+    results = {ipc: found[name] for ipc in (1, 10, 50) if (name := f"fashion-methods-ipc{ipc}") in found}
+    if not results:
+        return NOT_YET
+    methods = list(dict.fromkeys(method["label"] for result in results.values() for method in result["methods"]))
+    control = next(method["label"] for result in results.values() for method in result["methods"] if method["control"])
+    kinds = [(ipc, labels) for ipc in results for labels in ("soft", "hard")]
+    rows: list[Sequence[str]] = [("method", *(f"{ipc} per class, {labels}" for ipc, labels in kinds))]
+    for method in methods:
+        rows.append((method, *(cell(score_of(results[ipc], method, labels)) for ipc, labels in kinds)))
+    for a, b in (
+        ("prism_best", control),
+        ("prism_best", "PRISM per slot"),
+        ("PRISM per slot", control),
+        ("PRISM per slot", "SRe2L"),
+    ):
+        gaps = [gap_text(score_of(results[ipc], a, labels), score_of(results[ipc], b, labels)) for ipc, labels in kinds]
+        rows.append((f"{a} - {b}", *gaps))
+    counts = {ipc: len(result["protocol"]["seeds"]) for ipc, result in results.items()}
+    seeds = ", ".join(f"{count} at {ipc}" for ipc, count in counts.items())
+    return f"{markdown_table(rows)}\n\nSeeds: {seeds} per class."
+
+
 SECTIONS = {
     "fashion-methods-ipc1": methods_table,
     "fashion-methods-ipc10": methods_table,

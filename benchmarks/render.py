@@ -46,6 +46,8 @@ def section(what: str, found: dict[str, dict]) -> str:
     """One generated part of a document: a run's table by its label, or `comparison` over all runs."""
     if what == "comparison":
         return markdown_table(comparison(found)) + "\n"
+    if what == "fashion-summary":
+        return fashion.summary_table(found) + "\n"
     if what in fashion.SECTIONS:
         source = fashion.SOURCES.get(what, what)
         return fashion.SECTIONS[what](found[source]) + "\n" if source in found else "*not yet run*\n"

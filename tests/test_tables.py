@@ -41,8 +41,11 @@ def test_methods_have_the_same_iterations_and_labels(ipc):
         [(row[0], tables.recipe_of(row, tables.Table(()), None)) for row in tables.methods_at(ipc)]
     )
     others = [method.recipe for method in methods if not method.control]
-    assert len(others) == 6
-    assert {recipe.synthesis.iterations for recipe in others} == {100}
+    assert len(others) == 7
+    *optimised, chosen = others
+    assert {recipe.synthesis.iterations for recipe in optimised} == {100}
+    assert differing_keys(optimised[-1], chosen) == ["synthesis.iterations"]
+    assert chosen.synthesis.iterations == 0
     assert len({recipe.relabel for recipe in others}) == 1
     assert {recipe.synthesis.ipc for recipe in others} == {ipc}
 
