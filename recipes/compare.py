@@ -6,8 +6,9 @@
     accelerate launch recipes/compare.py A.yaml B.yaml --dry-run                # what would be run
 
 Data, teachers' training, labels, packaging and students are those of the first recipe, its size and channels too (change
-them with data.size=64 data.channels=3). Random real images are always among the methods. Leaves comparison.html (one file, for a browser), comparison.md, comparison.json and the runs, each with its
-data set. The same command goes on where an interrupted one stopped, with any number of processes.
+them with data.size=64 data.channels=3). Random real images are always among the methods. Leaves comparison.html (one file,
+for a browser), comparison.md, comparison.json and the runs, each with its data set. The same command goes on where an
+interrupted one stopped, with any number of processes.
 """
 
 import argparse
