@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from comparisons import STUDENTS, comparison, named
-from pipeline import launch, mtimes, sha_tree
+from comparisons import LIGHT, STUDENTS, comparison, named
+from pipeline import launch, mtimes, sha_tree, tiny
 
 from prism_hf.comparison_report import Findings
 from prism_hf.recipe_file import dump_recipe
@@ -72,7 +72,7 @@ def test_a_second_launch_finds_everything(compared, copied, caplog):
     assert "compare: 6 of 6 runs found, 0 to make" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["record gone", "record damaged", "run gone"])
+@pytest.mark.parametrize("kind", ["record gone", "record damaged", "run gone", "table damaged"])
 def test_what_was_lost_is_made_again_and_nothing_else(compared, copied, kind):
     name, whole = "prism-ipc2-seed1", scores(copied)
     record, run = copied / "cells" / f"{name}.json", copied / "runs" / "prism-ipc2" / "seed-1"
@@ -82,6 +82,9 @@ def test_what_was_lost_is_made_again_and_nothing_else(compared, copied, kind):
         record.write_text(record.read_text().replace("top1", "top2", 1))
     elif kind == "record gone":
         record.unlink()
+    elif kind == "table damaged":
+        (table,) = (run / "dataset" / "data").glob("*.parquet")
+        table.write_bytes(b"x" * table.stat().st_size)
     else:
         shutil.rmtree(run)
     made = again(copied, compared)
@@ -134,3 +137,13 @@ def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):
     assert "not finite" in found["left_out"]["bad-ipc2-seed0"]
     assert "not yet run" not in [reason for name, reason in found["left_out"].items() if name.startswith("bad")]
     assert json.dumps(found, allow_nan=False)
+
+
+def test_the_first_method_says_who_measures_similarity_whatever_comes_after(compared):
+    other = [("other", tiny(*LIGHT, "teachers.logit=squeeze:test_efficientnet", "teachers.bn_pool=[]", "name=other"))]
+    found = {}
+    for recipes in (named("prism") + other, other + named("prism")):
+        made = comparison(*compared, recipes)
+        cell = next(cell for cell in made.cells if cell.method.label == "prism")
+        found[made.network().name] = made.is_found(cell)
+    assert found == {"squeeze:test_byobnet": True, "squeeze:test_efficientnet": False}

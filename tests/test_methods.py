@@ -47,6 +47,7 @@ def test_random_real_images_are_a_data_set_like_any_other(finished_run, tmp_path
     assert "Real training images, drawn at random; nothing is optimised." in card
     assert "| random real | 20 | soft |" in card
     assert "distilled images" not in card.split("---", 2)[2]
+    assert json.loads((run / "dataset" / "provenance.json").read_text())["images"] == "random_real"
 
 
 def test_gvbsm_gives_the_same_bytes_with_one_process_and_two(finished_run, tmp_path):

@@ -22,21 +22,40 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .comparison import Cell, Method, Reading
-from .errors import DamagedError, SynthesisError
+from .errors import DamagedError, OutputError, SynthesisError
 from .evaluation import Contest, agreement, is_scored, read_score, run_task, similarity_of
+from .lock import HOLDER, LOCK
 from .plan import EVERY_S, plan_jobs
 from .progress import Board
 from .reading import DistilledDataset, load_distilled
 from .recipe import Recipe
-from .run import Run, claimed, is_of_another
+from .run import Run, check_place, claimed, is_of_another
 from .stages import Stages
-from .storage import digest, read_record, set_aside, write_record
+from .storage import DRAFT, digest, read_record, set_aside, write_record
 from .students import Row, label_bytes
 from .teachers import Teacher
 from .training import check_network
+from .verification import check_folder
 
 log = logging.getLogger(__name__)
 FULL = Row("full", "hard")
+_OURS = (
+    "runs", "cells", "full", "teachers", "work", "logs", "assets", "comparison.html", "comparison.md", "comparison.json",
+    LOCK, HOLDER,
+)  # fmt: skip
+
+
+def check_comparison_folder(folder: Path) -> None:
+    """Find out whether `folder` is, or can become, the output of a comparison; writes nothing.
+
+    Raises:
+        OutputError: It is a file, or holds other things and no comparison.
+    """
+    check_place(folder, "--output")
+    if not folder.is_dir() or (folder / "runs").is_dir():
+        return
+    if any(path.name not in _OURS and not path.name.startswith(DRAFT) for path in folder.iterdir()):
+        raise OutputError(f"output {str(folder)!r} is not empty and holds no comparison; use another folder (--output DIR)")
 
 
 class Comparison:
@@ -71,6 +90,7 @@ class Comparison:
         # Seed by seed: a comparison that is cut short has every method, with fewer seeds.
         self.cells = [Cell(method, seed) for seed in seeds for method in methods]
         self.failed: dict[str, str] = {}
+        self._whole: set[Path] = set()
         self.shared = self._shared(self.cells[0])
 
     @property
@@ -95,9 +115,6 @@ class Comparison:
             check_network(student, num_classes=data.num_classes, channels=data.channels, size=data.size)
         for cell in self.cells[: len(self.methods)]:
             self._shared(cell, self.shared).check()
-        data = self.cells[0].recipe.data
-        for student in self.students:
-            check_network(student, num_classes=data.num_classes, channels=data.channels, size=data.size)
 
     def __call__(self) -> None:
         """Make what is not there yet."""
@@ -131,21 +148,28 @@ class Comparison:
         """What a cell is made from: recipe, images, weights, and how it is read."""
         stages = Stages(self.run_of(cell), like=self.shared)
         readings = [dataclasses.astuple(reading) for reading in self.readings]
-        data = self.shared.data
-        return digest([cell.recipe.fingerprint(), data.train.content, data.test.content, stages.work.weights, readings])[
-            :16
-        ]
+        data, recipe = self.shared.data, cell.recipe
+        parts = [recipe.fingerprint(), data.train.content, data.test.content, stages.work.weights, readings]
+        if recipe.teachers.verifier is None:  # else it measures, and is among the weights
+            parts.append(self.network().weights_sha256)
+        return digest(parts)[:16]
 
     def is_found(self, cell: Cell) -> bool:
         """Whether a run is there, and made from what is compared now."""
-        path = self.record_file(cell)
-        if not path.is_file() or not (self.run_of(cell).dataset / "README.md").is_file():
+        path, dataset = self.record_file(cell), self.run_of(cell).dataset
+        if not path.is_file() or not (dataset / "README.md").is_file():
             return False
         try:
-            return read_record(path).get("key") == self._key(cell)
+            if read_record(path).get("key") != self._key(cell):
+                return False
         except DamagedError as error:
             log.warning("%s; set aside as %s, it is made again", error, set_aside(path).name)
             return False
+        if dataset not in self._whole and not (differences := check_folder(dataset).differences):
+            self._whole.add(dataset)
+        elif dataset not in self._whole:
+            log.warning("%s: %s; it is packaged again", dataset, differences[0])
+        return dataset in self._whole
 
     def _make(self, cell: Cell, board: Board) -> None:
         run = self.run_of(cell, board)
@@ -224,8 +248,8 @@ class Comparison:
         }
 
     def network(self) -> Teacher:
-        """Whose features measure similarity: the verifier, or else the first recipe's logit teacher."""
-        recipe = self.methods[-1].recipe
+        """Whose features measure similarity: the verifier, or else the logit teacher of the first method."""
+        recipe = next((method for method in self.methods if not method.control), self.methods[0]).recipe
         name = recipe.teachers.verifier or recipe.teachers.logit
         return self.shared.teachers([name])[name]
 
