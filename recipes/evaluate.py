@@ -133,6 +133,8 @@ def score_all(
     verifier = network if recipe.teachers.verifier else None
     scores = run.work / f"students-{protocol_key}"
     evaluation = evaluate_contest(run, contest, scores, verifier=verifier, network=network, keep=keep)
+    if recipe.method == "random":
+        evaluation = evaluation.of_random_images()
     if run.accelerator.is_main_process:
         report = {
             "recipe": recipe.name,
@@ -190,7 +192,11 @@ def tested_recipe(recipe: Recipe, test: str | None) -> Recipe:
 def find_control(stages: "Stages", distilled: "DistilledDataset", left_out: dict[str, str]) -> "DistilledDataset | None":
     """Random real images labelled by the very teachers that labelled the data set, or the reason why there are none."""
     from prism_hf.reading import load_distilled
+    from prism_hf.report import NO_CONTROL
 
+    if stages.recipe.method == "random":
+        left_out["random real"] = NO_CONTROL
+        return None
     try:
         public = public_recipe(stages.recipe).relabel.teachers
         loaded = stages.teachers(stages.recipe.relabel.teachers)

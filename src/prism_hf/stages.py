@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from .plan import STAGES, SynthesisJob, plan_jobs
 from .reading import load_distilled
 from .recipe import to_dict
 from .relabel import label_images, relabel_batches
-from .report import LABELS, Evaluation
+from .report import LABELS, NO_CONTROL, Evaluation
 from .session import Session
 from .squeeze import check_squeezed, clear_scratch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
 from .storage import is_sealed, set_aside, write_json
@@ -225,7 +224,7 @@ class Stages(Session):
         )
         if self.run.accelerator.is_main_process:
             if self.recipe.method == "random":
-                evaluation = replace(evaluation, names={DISTILLED: LABELS[RANDOM_REAL]})
+                evaluation = evaluation.of_random_images()
             sets = {evaluation.name_of(name): facts.diversity for name, facts in evaluation.sets.items()}
             draw_diversity(self.run.dataset / "assets" / "diversity.png", sets, self.data.class_names)
             report = self.report(evaluation)
@@ -239,7 +238,7 @@ class Stages(Session):
             distilled = load_distilled(self.run.dataset)
             control = load_distilled(self.run.control) if self.run.control.is_dir() else None
         if self.recipe.method == "random":
-            left_out["random real"] = "the data set itself is random real images"
+            left_out["random real"] = NO_CONTROL
         elif control is None:
             left_out["random real"] = "a class has fewer real training images than ipc"
         if not self.recipe.evaluation.full_data_epochs:
