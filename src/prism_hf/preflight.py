@@ -50,7 +50,7 @@ def check_apart(folder: Path, source: str) -> None:
     Raises:
         OutputError: It is inside.
     """
-    data = local_folder(source)
+    data = None if source == "digits" else local_folder(source)
     if data is not None and folder.resolve().is_relative_to(data.resolve()):
         raise OutputError(f"output {str(folder)!r} is inside the data {source!r}; use another folder (--output DIR)")
 

@@ -171,8 +171,6 @@ class SynthesisRecipe:
             raise ValueError("easiest belongs to init real_kmeans; leave it out")
         if self.iterations == 0 and self.init == "noise":
             raise ValueError("iterations 0 ships the start images, and init is noise; take real images, or iterate")
-        if self.densification is not None and self.ipc == 1:
-            raise ValueError("densification compares images of one class, and ipc is 1; raise ipc, or leave it out")
         if self.densification is not None and self.batch_order == "cross_class" and self.slots_per_batch == 1:
             raise ValueError(
                 "densification compares images of one class, and a cross_class batch of one slot has one of each; use "
