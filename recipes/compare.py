@@ -6,14 +6,17 @@
     accelerate launch recipes/compare.py A.yaml B.yaml --dry-run                # what would be run
 
 Data, teachers' training, labels, packaging and students are those of the first recipe, its size and channels too (change
-them with data.size=64 data.channels=3). Random real images are always among the methods. Leaves comparison.html (one file,
-for a browser), comparison.md, comparison.json and the runs, each with its data set. The same command goes on where an
-interrupted one stopped, with any number of processes.
+them with data.size=64 data.channels=3). Random real images are always among the methods. Leaves comparison.html (one
+file, for a browser), comparison.md, comparison.json and the runs, each with its data set. The same command goes on where
+an interrupted one stopped, with any number of processes.
 """
 
 import argparse
+import dataclasses
 import json
 import os
+import re
+import shlex
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,9 +57,9 @@ def main(args: argparse.Namespace) -> None:
     quiet()
     from prism_hf.comparison import Reading, under_one_protocol
 
-    recipes = [
-        override_recipe(recipe, overrides) if args.data is None else _on(recipe, args.data, overrides) for recipe in recipes
-    ]
+    if args.data is not None:
+        overrides = _on(recipes[0], args.data, overrides)
+    recipes = [override_recipe(recipe, overrides) for recipe in recipes]
     methods, notes = under_one_protocol([(recipe.name, recipe) for recipe in recipes])
     seeds = args.seeds or list(recipes[0].evaluation.seeds)
     students = [recipes[0].evaluation.student] if args.students is None else args.students.split(",")
@@ -79,15 +82,17 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
-def _on(recipe: Recipe, source: str, overrides: list[str]) -> Recipe:
-    """A recipe on other data: what it says of its own (columns, revision, number of classes) does not hold there."""
+def _on(first: Recipe, source: str, overrides: list[str]) -> list[str]:
+    """Overrides for all recipes: other data. What the first says of its own (columns, revision, classes) does not hold."""
     from prism_hf.data import count_classes
 
     words = [f"data.{key}=null" for key in ("config", "revision", "image_column", "label_column")]
     words += ["data.licence=unknown", f"data.source={json.dumps(source)}"]
     # Columns and splits may be named on the command line; the rest waits for the number of classes.
-    data = override_recipe(recipe, [*words, *(word for word in overrides if word.startswith("data."))]).data
-    return override_recipe(recipe, [*words, f"data.num_classes={count_classes(data)}", *overrides])
+    data = override_recipe(first, [*words, *(word for word in overrides if word.startswith("data."))]).data
+    # The section as a whole: the other recipes may read splits or columns that are not here.
+    found = dataclasses.asdict(data) | {"num_classes": count_classes(data)}
+    return [f"data={json.dumps(found, ensure_ascii=False)}", *overrides]
 
 
 def describe(methods: "list[Method]", notes: list[str], seeds: list[int], readings: "list[Reading]") -> str:
@@ -109,12 +114,13 @@ def compare(
     teachers: Path,
     args: argparse.Namespace,
 ) -> None:
-    from prism_hf.comparison_runs import Comparison
+    from prism_hf.comparison_runs import Comparison, check_comparison_folder
     from prism_hf.lock import check_free, locked
     from prism_hf.logs import log_file
-    from prism_hf.run import check_place, make_accelerator
+    from prism_hf.run import make_accelerator
+    from prism_hf.storage import clear_drafts
 
-    check_place(folder, "--output")
+    check_comparison_folder(folder)
     if os.environ.get("RANK", "0") == "0":  # the others would find the folder held by the first
         check_free(folder)
     accelerator = make_accelerator(threads=args.threads)
@@ -131,6 +137,9 @@ def compare(
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(locked(folder))
+            # Not below DIR/teachers: other runs may be at work there.
+            for name in (".", "cells", "full", "assets", "work"):
+                clear_drafts(folder / name, deep=name == "full")
         accelerator.wait_for_everyone()
         stack.enter_context(log_file(folder, accelerator.process_index))
         made()
@@ -150,9 +159,13 @@ def show(made: "Comparison", notes: list[str], folder: Path) -> None:
     sys.stdout.write(f"{plain_table(table_of(comparison))}\npage: {folder / 'comparison.html'}\n")
 
 
+_PLACE = re.compile(r"""(?<![\w./~-])/(?!/)[^,\]"']*""")
+"""An absolute path, alone or inside an option, an override or a list; no address."""
+
+
 def _shown(word: str) -> str:
-    """A word of the command, without what it says of this machine."""
-    return Path(word).name if Path(word).is_absolute() else word
+    """A word of the command as a shell reads it, without what it says of this machine."""
+    return shlex.quote(_PLACE.sub(lambda found: Path(found[0]).name, word))
 
 
 if __name__ == "__main__":

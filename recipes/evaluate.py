@@ -79,8 +79,10 @@ def main(args: argparse.Namespace) -> None:
     channels, size = distilled.images_uint8.shape[1], distilled.images_uint8.shape[-1]
     check_network(recipe.evaluation.student, num_classes=len(distilled.class_names), channels=channels, size=size)
     folder = args.output or Path("outputs") / "evaluate" / recipe.name
-    beside = Path(words[0]).parent / "teachers"
-    teachers = args.teachers or (beside if beside.is_dir() else Path("outputs") / "teachers")
+    # Beside the data set, or in the comparison that its run is part of.
+    places = [place / "teachers" for place in Path(words[0]).parents[:4]]
+    beside = next((place for place in places if place.is_dir()), Path("outputs") / "teachers")
+    teachers = args.teachers or beside
     left_out: dict[str, str] = {}
     data, test = real_parts(args, recipe, distilled.class_names, left_out)
     # One place for all that control and scores depend on: another data set of the same name must not find them.
@@ -133,6 +135,8 @@ def score_all(
     verifier = network if recipe.teachers.verifier else None
     scores = run.work / f"students-{protocol_key}"
     evaluation = evaluate_contest(run, contest, scores, verifier=verifier, network=network, keep=keep)
+    if recipe.method == "random":
+        evaluation = evaluation.of_random_images()
     if run.accelerator.is_main_process:
         report = {
             "recipe": recipe.name,
@@ -190,7 +194,11 @@ def tested_recipe(recipe: Recipe, test: str | None) -> Recipe:
 def find_control(stages: "Stages", distilled: "DistilledDataset", left_out: dict[str, str]) -> "DistilledDataset | None":
     """Random real images labelled by the very teachers that labelled the data set, or the reason why there are none."""
     from prism_hf.reading import load_distilled
+    from prism_hf.report import NO_CONTROL
 
+    if stages.recipe.method == "random":
+        left_out["random real"] = NO_CONTROL
+        return None
     try:
         public = public_recipe(stages.recipe).relabel.teachers
         loaded = stages.teachers(stages.recipe.relabel.teachers)

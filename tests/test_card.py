@@ -20,6 +20,7 @@ from prism_hf.card import (
 )
 from prism_hf.diversity import Diversity
 from prism_hf.packaging import image_features, view_features
+from prism_hf.recipe import to_dict
 from prism_hf.recipe_file import load_recipe
 from prism_hf.report import Evaluation, Score, SetFacts
 
@@ -317,12 +318,29 @@ def test_a_hostile_licence_in_the_recipe_stays_inside_its_yaml(packed, facts, te
         (("teachers.selection=per_iteration",), ["anew at each iteration"]),
         (("teachers.include_logit=false",), ["PRISM"]),
         (("teachers.bn_pool=[]",), ["SRe2L"]),
+        (("teachers.selection=cycle",), ["2 teachers take turns", "BN-only G-VBSM"]),
+        (("teachers.selection=cycle", "teachers.bn_pool=[]"), ["SRe2L"]),
     ],
 )
 def test_the_method_is_said_in_words(overrides, words):
     text = method_in_words(tiny(*overrides))
     assert all(word in text for word in words)
-    assert ("logit teacher itself" in text) == (not overrides or "selection" in overrides[0])
+    assert ("logit teacher itself" in text) == (not overrides or "per_iteration" in overrides[0])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("synthesis.bn_reduction=balanced",), ["(sum over layers, divided by that of the start images)"]),
+        (("synthesis.conv={patch: 4, drop: 0.2}",), ["per patch of 4 pixels", "with probability 0.2"]),
+        (("synthesis.init=real_kmeans", "synthesis.easiest=0.5"), ["real\\_kmeans among the easiest 50 % of each class"]),
+        (("synthesis.init=mosaic", "synthesis.mosaic={}", "synthesis.iterations=0"), ["mosaics of real images and not"]),
+    ],
+)
+def test_what_a_method_has_of_its_own_is_on_the_card(facts, overrides, words):
+    recipe = tiny(*overrides)
+    text = render_card(facts | {"recipe": to_dict(recipe)}, recipe)
+    assert all(word in text for word in words), text
 
 
 @pytest.mark.parametrize("text", ["https://evil.example", "http://x", "www.evil.example", "@somebody", "a@b.example"])

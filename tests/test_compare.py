@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from pipeline import launch, mtimes, random_picture, tiny
+from pipeline import command, launch, mtimes, random_picture, tiny
 
 from prism_hf.recipe_file import dump_recipe
 
@@ -68,6 +68,7 @@ BAD = {
     "unknown key": ("a", ["synthesis.iteration=3"], ["iterations"]),
     "unknown teacher": ("ab", ["teachers.logit=squeeze:nonsense"], ["nonsense"]),
     "classes": ("a", ["data.num_classes=11"], ["10 classes"]),
+    "few candidates": ("a", ["synthesis.init=mosaic", "synthesis.mosaic={candidates: 3}"], ["needs 8 candidates"]),
     "batches for three classes": ("a", ["--data", "PICTURES"], ["relabel.batch_size is 10 but there are 6 images"]),
 }
 
@@ -128,3 +129,51 @@ def test_it_compares_on_pictures_in_a_folder(tmp_path, capsys, monkeypatch, pict
     assert {path: after[path] for path in before} == before
     again = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert again["scores"] == found["scores"]
+
+
+def test_a_folder_of_other_things_is_no_place_for_a_comparison(tmp_path, capsys, recipes):
+    (tmp_path / "thesis.txt").write_text("mine")
+    before = mtimes(tmp_path)
+    assert go(recipes[0], "--output", tmp_path) == 2
+    assert "is not empty and holds no comparison" in capsys.readouterr().err
+    assert mtimes(tmp_path) == before
+
+
+def test_a_comparison_is_not_written_into_its_data(capsys, recipes, pictures):
+    before = mtimes(pictures)
+    assert go(recipes[0], *THREE, "--data", pictures, "--output", pictures / "out") == 2
+    assert "is inside the data" in capsys.readouterr().err
+    assert mtimes(pictures) == before
+
+
+def test_only_the_first_recipe_is_asked_for_splits(tmp_path, capsys, pictures, recipes):
+    other = tmp_path / "other.yaml"
+    other.write_text(dump_recipe(tiny("name=other", "data.train_split=practice", "data.image_column=photo")))
+    assert go(recipes[0], other, *THREE, "--data", pictures, "--dry-run") == 0
+    assert "other: 6 images" in capsys.readouterr().out
+
+
+def test_a_verifier_that_teaches_elsewhere_is_said_to_be_the_protocols(tmp_path, capsys, recipes):
+    judged = tmp_path / "judged.yaml"
+    judged.write_text(
+        dump_recipe(tiny("name=judged", "teachers.bn_pool=[]", "teachers.verifier=squeeze:test_efficientnet"))
+    )
+    assert go(judged, recipes[0], "--dry-run") == 2
+    assert "prism under the protocol of judged: teachers: verifier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("/home/me/zoo", "zoo"),
+        ("--data=/home/me/my zoo", "'--data=my zoo'"),
+        ("data.source=/home/me/zoo", "data.source=zoo"),
+        ("teachers.bn_pool=[local-dir:/home/me/a, local-dir:/home/me/b]", "'teachers.bn_pool=[local-dir:a, local-dir:b]'"),
+        ("data.licence=https://a.org/b", "data.licence=https://a.org/b"),
+        ("recipes/digits/prism_ipc10.yaml", "recipes/digits/prism_ipc10.yaml"),
+        ("../zoo", "../zoo"),
+        ("a.yaml; rm -r x", "'a.yaml; rm -r x'"),
+    ],
+)
+def test_the_command_is_shown_for_a_shell_and_without_places_of_this_machine(word, shown):
+    assert command("compare")._shown(word) == shown

@@ -196,6 +196,16 @@ def test_a_control_of_another_ipc_does_not_count(comparison):
     assert all("no random-real control at ipc 10" in text for *_, text in said)
 
 
+def test_the_caption_names_the_lines_that_are_drawn(comparison):
+    assert "Dotted: random real. Dashed: all real data." in render_markdown(comparison)
+    comparison["methods"][1]["control"] = True
+    comparison["full_data"] = []
+    for page in (render_markdown(comparison), render_html(comparison, PICTURES)):
+        assert "single seeds." in page
+        assert "Dotted" not in page
+        assert "Dashed" not in page
+
+
 def test_several_students_are_told_apart():
     comparison = make_comparison(methods=2, students=("test_resnet", "other"))[0]
     markdown, page = render_markdown(comparison), Page(render_html(comparison, PICTURES))

@@ -59,6 +59,11 @@ def test_one_seed_has_no_standard_error(compared):
     json.dumps(found, allow_nan=False)
 
 
+def test_the_protocol_has_the_seeds_and_students_that_were_asked_for(found):
+    evaluation = found["protocol"]["evaluation"]
+    assert (evaluation["seeds"], evaluation["student"]) == ([0, 1], list(STUDENTS))
+
+
 def test_methods_have_their_facts(compared, found):
     methods = {method["label"]: method for method in found["methods"]}
     assert list(methods) == LABELS

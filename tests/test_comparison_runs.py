@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from comparisons import STUDENTS, comparison, named
-from pipeline import launch, mtimes, sha_tree
+from comparisons import LIGHT, STUDENTS, comparison, named
+from pipeline import launch, mtimes, sha_tree, tiny
 
 from prism_hf.comparison_report import Findings
 from prism_hf.recipe_file import dump_recipe
@@ -72,7 +72,7 @@ def test_a_second_launch_finds_everything(compared, copied, caplog):
     assert "compare: 6 of 6 runs found, 0 to make" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["record gone", "record damaged", "run gone"])
+@pytest.mark.parametrize("kind", ["record gone", "record damaged", "run gone", "table damaged"])
 def test_what_was_lost_is_made_again_and_nothing_else(compared, copied, kind):
     name, whole = "prism-ipc2-seed1", scores(copied)
     record, run = copied / "cells" / f"{name}.json", copied / "runs" / "prism-ipc2" / "seed-1"
@@ -82,6 +82,9 @@ def test_what_was_lost_is_made_again_and_nothing_else(compared, copied, kind):
         record.write_text(record.read_text().replace("top1", "top2", 1))
     elif kind == "record gone":
         record.unlink()
+    elif kind == "table damaged":
+        (table,) = (run / "dataset" / "data").glob("*.parquet")
+        table.write_bytes(b"x" * table.stat().st_size)
     else:
         shutil.rmtree(run)
     made = again(copied, compared)
@@ -100,7 +103,8 @@ def test_another_method_and_another_seed_go_on_from_what_is_there(compared, copi
     students = {"students": STUDENTS[:1]}
     made = comparison(copied, compared[1], recipes, seeds=(0,), **students)
     made()
-    kept = {path: time for path, time in before.items() if "/cells/" not in path}
+    written = ("/cells/", "/dataset/README.md", "/assets/diversity.png", "/report.json")
+    kept = {path: time for path, time in before.items() if not any(part in path for part in written)}
     after = made_of(copied)
     assert {path: after[path] for path in kept} == kept, "fewer students: the same images and scores, another record"
     assert (copied / "runs" / "longer-ipc2" / "seed-0" / "dataset").is_dir()
@@ -120,7 +124,14 @@ def test_a_run_is_the_one_that_the_other_command_makes(compared, tmp_path):
     for stage in ("synthesize", "relabel", "package"):
         words = ("--output", tmp_path / "run", "--teachers", teachers, "--threads", "1", "--stage", stage)
         assert launch(*words, recipe=tmp_path / "recipe.yaml") == 0
-    assert sha_tree(tmp_path / "run" / "dataset") == sha_tree(folder / "runs" / "prism-ipc2" / "seed-1" / "dataset")
+    theirs, ours = sha_tree(tmp_path / "run" / "dataset"), sha_tree(folder / "runs" / "prism-ipc2" / "seed-1" / "dataset")
+    # The comparison has scored it, and says so.
+    card = (folder / "runs" / "prism-ipc2" / "seed-1" / "dataset" / "README.md").read_text()
+    assert "| distilled | 20 | soft |" in card
+    assert "Left out, random real: a run of its own in the comparison" in card
+    assert ours.pop("assets/diversity.png")
+    assert theirs.pop("README.md") != ours.pop("README.md")
+    assert theirs == ours
 
 
 def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):
@@ -134,3 +145,13 @@ def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):
     assert "not finite" in found["left_out"]["bad-ipc2-seed0"]
     assert "not yet run" not in [reason for name, reason in found["left_out"].items() if name.startswith("bad")]
     assert json.dumps(found, allow_nan=False)
+
+
+def test_the_first_method_says_who_measures_similarity_whatever_comes_after(compared):
+    other = [("other", tiny(*LIGHT, "teachers.logit=squeeze:test_efficientnet", "teachers.bn_pool=[]", "name=other"))]
+    found = {}
+    for recipes in (named("prism") + other, other + named("prism")):
+        made = comparison(*compared, recipes)
+        cell = next(cell for cell in made.cells if cell.method.label == "prism")
+        found[made.network().name] = made.is_found(cell)
+    assert found == {"squeeze:test_byobnet": True, "squeeze:test_efficientnet": False}

@@ -47,6 +47,12 @@ def test_random_real_images_are_a_data_set_like_any_other(finished_run, tmp_path
     assert "Real training images, drawn at random; nothing is optimised." in card
     assert "| random real | 20 | soft |" in card
     assert "distilled images" not in card.split("---", 2)[2]
+    assert json.loads((run / "dataset" / "provenance.json").read_text())["images"] == "random_real"
+    words = ("--output", tmp_path / "scored", "--teachers", finished_run / "teachers", "--threads", "1")
+    assert launch(run / "dataset", *words, name="evaluate", recipe=None) == 0
+    scored = json.loads((tmp_path / "scored" / "report.json").read_text())["evaluation"]
+    assert all(scored[key] == evaluation[key] for key in ("rows", "names", "in_words"))
+    assert scored["left_out"]["random real"] == evaluation["left_out"]["random real"]
 
 
 def test_gvbsm_gives_the_same_bytes_with_one_process_and_two(finished_run, tmp_path):

@@ -53,7 +53,7 @@ def test_a_long_stage_says_once_how_long_it_takes(tmp_path, monkeypatch):
 class Bar:
     """What a terminal would show."""
 
-    def __init__(self, *, total, initial, **_):
+    def __init__(self, *, total, initial=0, **_):
         self.total, self.n, self.names, self.open = total, float(initial), [], True
 
     def update(self, count):
@@ -70,7 +70,9 @@ class Bar:
 def board(monkeypatch):
     monkeypatch.setattr(module, "tqdm", Bar)
     said = []
-    return Board(4, 1, said.append), said
+    made = Board(4, said.append)
+    made.found(1)
+    return made, said
 
 
 def test_one_bar_serves_many_runs(board, tmp_path):
@@ -96,7 +98,18 @@ def test_one_bar_serves_many_runs(board, tmp_path):
     shown.close()
     assert bar.n == pytest.approx(4)
     assert not bar.open
-    assert [line.partition(",")[0] for line in said] == ["SRe2L", "run 3: 3 of 4 runs done", "run 4: 4 of 4 runs done"]
+    assert [line.partition(",")[0] for line in said] == ["SRe2L", "run 3: 3 of 4 jobs done", "run 4: 4 of 4 jobs done"]
+
+
+def test_teachers_and_students_of_real_images_are_jobs_on_the_same_bar(board, tmp_path):
+    shown, _ = board
+    shown.begin("teachers")
+    with progress(tmp_path / "p.json", "squeeze", 2, "teacher", print, shown.share("squeeze", 2)) as part:
+        part.advance()
+        assert shown._bar.n == pytest.approx(2)
+        part.advance()
+    assert shown._bar.n == pytest.approx(3)
+    shown.close()
 
 
 def test_the_shares_of_a_run_are_one_run():
@@ -108,7 +121,7 @@ def test_the_estimate_of_a_board_counts_only_this_launch(board, monkeypatch):
     monkeypatch.setattr(shown, "_began", module.time.monotonic() - 600)
     shown.begin("a")
     shown.end(2)
-    assert said == ["a: 2 of 4 runs done, about 20 min left"]
+    assert said == ["a: 2 of 4 jobs done, about 20 min left"]
 
 
 def test_on_a_board_no_stage_tells_its_own_estimate(board, tmp_path, monkeypatch):

@@ -271,6 +271,8 @@ def test_wrong_value_is_an_error_that_names_the_key(tiny_recipe, key, value):
         ({"synthesis.mosaic": {}}, "mosaic belongs to init mosaic"),
         ({"synthesis.mosaic": {"crop_scale": [1.0, 0.5]}}, "synthesis.mosaic.crop_scale must be [smallest, largest]"),
         ({"synthesis.easiest": 0.5}, "easiest belongs to init real_kmeans"),
+        ({"synthesis.iterations": 0, "synthesis.init": "noise"}, "ships the start images, and init is noise"),
+        (RANDOM | {"teachers.extras": 0}, "nothing reads extras"),
         ({"synthesis.densification": {}}, "densification compares images of one class"),
         ({"synthesis.bn_reduction": "balanced", "synthesis.conv": {}}, "balanced is for plain BN statistics"),
         ({"synthesis.bn_reduction": "balanced", "synthesis.momentum": 0.4}, "balanced is for plain BN statistics"),

@@ -268,7 +268,7 @@ def method_in_words(recipe: Recipe) -> str:
     teachers = recipe.teachers
     if recipe.method == "random" or not recipe.synthesis.iterations:
         return "nothing is optimised"
-    if teachers.selection == "cycle":
+    if teachers.selection == "cycle" and teachers.bn_pool:
         conv = " and of the inputs of convolutions" if recipe.synthesis.conv else ""
         return (
             f"{len(teachers.synthesis_names)} teachers take turns, one at each iteration, which gives both the "

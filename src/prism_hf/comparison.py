@@ -128,7 +128,7 @@ def _protocol_of(first: Recipe, recipe: Recipe, label: str, own: Sequence[str]) 
     values, common = to_dict(recipe), to_dict(first)
     values |= {key: common[key] for key in (*PROTOCOL, "seed") if key not in own}
     values["teachers"]["verifier"] = first.teachers.verifier  # type: ignore[index]
-    return parse_recipe(values, origin=label)
+    return parse_recipe(values, origin=label if recipe is first else f"{label} under the protocol of {first.name}")
 
 
 def random_recipe(recipe: Recipe, ipc: int) -> Recipe:

@@ -150,6 +150,8 @@ def _page(comparison: Mapping[str, Any], how: Callable[[str], str]) -> dict[str,
         "verifier": safe["protocol"]["verifier"],
         "notes": safe["protocol"]["notes"],
         "count": sum(not method["control"] for method in methods),
+        "one_control": sum(method["control"] for method in methods) == 1,  # as in the picture
+        "has_full": bool(safe["full_data"]),
         "classes": names[:MAX_CLASSES],
         "class_count": len(names),
         "train_count": f"{safe['data']['train_count']:,}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from .evaluation import read_score
 from .feature_map import FeatureMap, pair_histogram
 from .packaging import versions
 from .reading import DistilledDataset, load_distilled
-from .recipe import to_dict
+from .recipe import Recipe, to_dict
 from .recipe_file import dump_recipe, public_recipe
 from .report import Score, difference
 from .stages import Stages
@@ -62,7 +63,7 @@ class Findings:
             methods.append(self._facts_of(method, records, features, network))
         public = public_recipe(recipe)
         return {
-            "name": self._made.folder.name,
+            "name": self._made.folder.absolute().name,
             "data": {
                 "source": public.data.source,
                 "classes": list(data.class_names),
@@ -73,7 +74,7 @@ class Findings:
             "protocol": {
                 "teachers": self._teachers_top1(),
                 "relabel": to_dict(public)["relabel"],
-                "evaluation": to_dict(public)["evaluation"],
+                "evaluation": self._evaluation(public),
                 "squeeze": to_dict(public)["squeeze"],
                 "verifier": public.teachers.verifier,
                 "seeds": list(self._made.seeds),
@@ -96,6 +97,12 @@ class Findings:
             "hardware": self._made.shared.run.hardware | {"processes": self._made.accelerator.num_processes},
             "versions": versions(),
         }
+
+    def _evaluation(self, recipe: Recipe) -> dict[str, object]:
+        """The student protocol, with the students and seeds that were asked for in place of the recipe's."""
+        students = self._made.students
+        own = {"student": students[0] if len(students) == 1 else students, "seeds": list(self._made.seeds)}
+        return dataclasses.asdict(recipe.evaluation) | own
 
     def _teachers_top1(self) -> dict[str, float | None]:
         names = dict.fromkeys(name for method in self._made.methods for name in method.recipe.all_teachers)

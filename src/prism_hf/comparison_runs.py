@@ -22,21 +22,40 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .comparison import Cell, Method, Reading
-from .errors import DamagedError, SynthesisError
-from .evaluation import Contest, agreement, is_scored, read_score, run_task, similarity_of
+from .errors import DamagedError, OutputError, SynthesisError
+from .evaluation import Contest, agreement, collect, is_scored, read_score, run_task, similarity_of
+from .lock import HOLDER, LOCK
 from .plan import EVERY_S, plan_jobs
 from .progress import Board
 from .reading import DistilledDataset, load_distilled
 from .recipe import Recipe
-from .run import Run, claimed, is_of_another
+from .run import Run, check_place, claimed, is_of_another
 from .stages import Stages
-from .storage import digest, read_record, set_aside, write_record
+from .storage import DRAFT, digest, read_record, set_aside, write_record
 from .students import Row, label_bytes
 from .teachers import Teacher
 from .training import check_network
+from .verification import check_folder
 
 log = logging.getLogger(__name__)
 FULL = Row("full", "hard")
+_OURS = (
+    "runs", "cells", "full", "teachers", "work", "logs", "assets", "comparison.html", "comparison.md", "comparison.json",
+    LOCK, HOLDER,
+)  # fmt: skip
+
+
+def check_comparison_folder(folder: Path) -> None:
+    """Find out whether `folder` is, or can become, the output of a comparison; writes nothing.
+
+    Raises:
+        OutputError: It is a file, or holds other things and no comparison.
+    """
+    check_place(folder, "--output")
+    if not folder.is_dir() or (folder / "runs").is_dir():
+        return
+    if any(path.name not in _OURS and not path.name.startswith(DRAFT) for path in folder.iterdir()):
+        raise OutputError(f"output {str(folder)!r} is not empty and holds no comparison; use another folder (--output DIR)")
 
 
 class Comparison:
@@ -71,6 +90,7 @@ class Comparison:
         # Seed by seed: a comparison that is cut short has every method, with fewer seeds.
         self.cells = [Cell(method, seed) for seed in seeds for method in methods]
         self.failed: dict[str, str] = {}
+        self._whole: set[Path] = set()
         self.shared = self._shared(self.cells[0])
 
     @property
@@ -78,10 +98,9 @@ class Comparison:
         """Architectures, in order."""
         return list(dict.fromkeys(reading.student for reading in self.readings))
 
-    def _shared(self, cell: Cell, like: Stages | None = None) -> Stages:
+    def _shared(self, cell: Cell, like: Stages | None = None, board: Board | None = None) -> Stages:
         """What belongs to no single run: data, teachers, students of all real images."""
-        run = Run(cell.recipe, self.folder, self._root, self.accelerator, self._checkpoint_s, with_control=False)
-        return Stages(run, like=like)
+        return Stages(replace(self.run_of(cell, board), folder=self.folder), like=like)
 
     def run_of(self, cell: Cell, board: Board | None = None) -> Run:
         """The run of a cell; `board` is the bar that its stages move."""
@@ -95,31 +114,37 @@ class Comparison:
             check_network(student, num_classes=data.num_classes, channels=data.channels, size=data.size)
         for cell in self.cells[: len(self.methods)]:
             self._shared(cell, self.shared).check()
-        data = self.cells[0].recipe.data
-        for student in self.students:
-            check_network(student, num_classes=data.num_classes, channels=data.channels, size=data.size)
 
     def __call__(self) -> None:
         """Make what is not there yet."""
         run = self.shared.run
-        named: set[str] = set()
-        for cell in self.cells[: len(self.methods)]:
-            # Most methods have the same teachers; each is looked at once.
-            if not named.issuperset(cell.recipe.squeezed_teachers):
-                named |= set(cell.recipe.squeezed_teachers)
-                self._shared(cell, self.shared).squeeze()
-                self.accelerator.wait_for_everyone()
+        first = self.cells[: len(self.methods)]
+        teachers = {name for cell in first for name in cell.recipe.squeezed_teachers}
+        tasks = self._full_tasks()
+        board = Board(len(teachers) + len(self.cells) + len(tasks), run.say)
+        self._squeeze(first, board)
+        board.end(done := len(teachers))
         left = run.not_yet(self.cells, self.is_found)
-        done = len(self.cells) - len(left)
-        run.say(f"compare: {done} of {len(self.cells)} runs found, {len(left)} to make")
-        board = Board(len(self.cells), done, run.say)
+        run.say(f"compare: {len(self.cells) - len(left)} of {len(self.cells)} runs found, {len(left)} to make")
+        board.found(len(self.cells) - len(left))
+        done += len(self.cells) - len(left)
         for number, cell in enumerate(left, start=done + 1):
             board.begin(f"{cell.method.label}, seed {cell.seed}")
             self._make(cell, board)
             board.end(number)
-        board.close()
-        self._full_data()
+        self._full_data(tasks, board)
         self.accelerator.wait_for_everyone()
+        board.close()
+
+    def _squeeze(self, cells: Sequence[Cell], board: Board) -> None:
+        """Train the teachers that are not there; most methods have the same, and each is looked at once."""
+        board.begin("teachers")
+        named: set[str] = set()
+        for cell in cells:
+            if not named.issuperset(cell.recipe.squeezed_teachers):
+                named |= set(cell.recipe.squeezed_teachers)
+                self._shared(cell, self.shared, board).squeeze()
+                self.accelerator.wait_for_everyone()
 
     # -- one run ------------------------------------------------------------------------------------------------------
 
@@ -131,21 +156,28 @@ class Comparison:
         """What a cell is made from: recipe, images, weights, and how it is read."""
         stages = Stages(self.run_of(cell), like=self.shared)
         readings = [dataclasses.astuple(reading) for reading in self.readings]
-        data = self.shared.data
-        return digest([cell.recipe.fingerprint(), data.train.content, data.test.content, stages.work.weights, readings])[
-            :16
-        ]
+        data, recipe = self.shared.data, cell.recipe
+        parts = [recipe.fingerprint(), data.train.content, data.test.content, stages.work.weights, readings]
+        if recipe.teachers.verifier is None:  # else it measures, and is among the weights
+            parts.append(self.network().weights_sha256)
+        return digest(parts)[:16]
 
     def is_found(self, cell: Cell) -> bool:
         """Whether a run is there, and made from what is compared now."""
-        path = self.record_file(cell)
-        if not path.is_file() or not (self.run_of(cell).dataset / "README.md").is_file():
+        path, dataset = self.record_file(cell), self.run_of(cell).dataset
+        if not path.is_file() or not (dataset / "README.md").is_file():
             return False
         try:
-            return read_record(path).get("key") == self._key(cell)
+            if read_record(path).get("key") != self._key(cell):
+                return False
         except DamagedError as error:
             log.warning("%s; set aside as %s, it is made again", error, set_aside(path).name)
             return False
+        if dataset not in self._whole and not (differences := check_folder(dataset).differences):
+            self._whole.add(dataset)
+        elif dataset not in self._whole:
+            log.warning("%s: %s; it is packaged again", dataset, differences[0])
+        return dataset in self._whole
 
     def _make(self, cell: Cell, board: Board) -> None:
         run = self.run_of(cell, board)
@@ -161,6 +193,7 @@ class Comparison:
                 distilled = load_distilled(run.dataset)
             self._train(run, cell, distilled)
             if self.accelerator.is_main_process:
+                self._conclude(run, stages, distilled)
                 scores = [self._score(run, cell, distilled, reading) for reading in self.readings]
                 facts = self._facts(run, stages, distilled)
                 facts["wall_time_s"] = time.perf_counter() - began  # of this launch
@@ -173,7 +206,31 @@ class Comparison:
         return Contest(distilled, None, data.train, data.test, settings, recipe.relabel.view, {})
 
     def _students(self, run: Run, reading: Reading) -> Path:
-        return run.work / "students" / f"{re.sub(r'[^A-Za-z0-9_]+', '-', reading.student)}-{reading.key}"
+        name = re.sub(r"[^A-Za-z0-9_]+", "-", reading.student)
+        return run.work / "students" / (name if reading.label_epochs is None else f"{name}-{reading.label_epochs}-epochs")
+
+    def _conclude(self, run: Run, stages: Stages, distilled: DistilledDataset) -> None:
+        """The run's own report and card, with the scores of the first student; the controls are other runs."""
+        student = self.readings[0].student
+        plain = [r for r in self.readings if r.student == student and r.label_epochs is None]
+        if not plain:
+            return
+        elsewhere = "a run of its own in the comparison that this one belongs to"
+        contest = replace(
+            self._contest(run.recipe, distilled, plain[0]),
+            train=None,
+            wanted=tuple(Row("distilled", reading.labels) for reading in plain),
+            left_out={"random real": elsewhere, "all real": elsewhere},
+        )
+        stages.conclude(
+            collect(
+                contest,
+                self._students(run, plain[0]),
+                verifier=stages.verifier(),
+                network=self.network(),
+                device=self.accelerator.device,
+            )
+        )
 
     def _train(self, run: Run, cell: Cell, distilled: DistilledDataset) -> None:
         def finished(reading: Reading) -> bool:
@@ -224,20 +281,25 @@ class Comparison:
         }
 
     def network(self) -> Teacher:
-        """Whose features measure similarity: the verifier, or else the first recipe's logit teacher."""
-        recipe = self.methods[-1].recipe
+        """Whose features measure similarity: the verifier, or else the logit teacher of the first method."""
+        recipe = next((method for method in self.methods if not method.control), self.methods[0]).recipe
         name = recipe.teachers.verifier or recipe.teachers.logit
         return self.shared.teachers([name])[name]
 
     # -- the ceiling --------------------------------------------------------------------------------------------------
 
-    def _full_data(self) -> None:
-        """Students of all real images, hard labels; where the protocol has epochs for them."""
-        recipe = self.cells[0].recipe
-        if not recipe.evaluation.full_data_epochs:
+    def _full_tasks(self) -> list[tuple[str, int]]:
+        """(student, seed) of the students of all real images; none where the protocol has no epochs for them."""
+        if not self.cells[0].recipe.evaluation.full_data_epochs:
+            return []
+        return [(student, seed) for student in self.ceilings for seed in self.seeds]
+
+    def _full_data(self, tasks: Sequence[tuple[str, int]], board: Board) -> None:
+        """Students of all real images, hard labels."""
+        if not tasks:
             return
-        tasks = [(student, seed) for student in self.ceilings for seed in self.seeds]
-        run = self.shared.run
+        board.begin("all real images")
+        recipe, run = self.cells[0].recipe, replace(self.shared.run, board=board)
         contests = {student: self._ceiling(recipe, student) for student in self.ceilings}
         folders = {student: self.full_folder(student) for student in self.ceilings}
         left = run.not_yet(tasks, lambda task: is_scored(contests[task[0]], FULL, task[1], folders[task[0]]))

@@ -101,7 +101,7 @@ class Packager:
                 source_on_hub=self._session.data.on_hub,
                 hardware=self._hardware(name),
                 squeezed_top1=self._session.squeezed_top1(),
-                images=name,
+                images=RANDOM_REAL if self._recipe.method == "random" else name,
                 partial=self._partial,
             )
         except BaseException:

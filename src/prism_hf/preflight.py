@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from .data import SourceData
+from .data import SourceData, local_folder
 from .diversity import classifier_of
 from .errors import OutputError, RecipeError, TeacherError
 from .plan import size_text, space_needed
@@ -42,6 +42,17 @@ def check_verifier(recipe: Recipe, loaded: Mapping[str, Teacher]) -> None:
             )
     if name in loaded and classifier_of(loaded[name].model) is None:
         raise TeacherError(f"verifier {name!r} has no linear classifier to take features from; name another one")
+
+
+def check_apart(folder: Path, source: str) -> None:
+    """Refuse an output folder inside the data: what is written there would be read as data by the next launch.
+
+    Raises:
+        OutputError: It is inside.
+    """
+    data = None if source == "digits" else local_folder(source)
+    if data is not None and folder.resolve().is_relative_to(data.resolve()):
+        raise OutputError(f"output {str(folder)!r} is inside the data {source!r}; use another folder (--output DIR)")
 
 
 def check_space(recipe: Recipe, folder: Path, *, processes: int) -> None:

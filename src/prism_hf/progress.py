@@ -31,45 +31,52 @@ class Bar(Protocol):
 
 
 class Board:
-    """One bar over many runs; each run gives its stages their shares of one unit.
+    """One bar over many jobs: teachers, runs, students. A run gives its stages their shares of one unit.
 
     Args:
-        total: Runs in all.
-        done: Runs that an earlier launch had finished.
+        total: Jobs in all.
         say: Prints a log line.
     """
 
     SHARES: ClassVar[Mapping[str, float]] = {"synthesize": 0.5, "relabel": 0.2, "evaluate": 0.3}
     """Of one run; a guess that only the bar depends on."""
+    WHOLE = ("squeeze", "all real")
+    """Stages outside of runs, each of whose units is a job."""
 
-    def __init__(self, total: int, done: int, say: Callable[[str], None]) -> None:
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
         self._total, self._say, self._began = total, say, time.monotonic()
-        self._done = self._before = float(done)
+        self._done = self._before = 0.0
         self._run = ""
-        form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}]"
-        self._bar = tqdm(total=total, initial=done, desc="compare", bar_format=form)
+        form = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total} jobs [{elapsed}]"
+        self._bar = tqdm(total=total, desc="compare", bar_format=form)
+
+    def found(self, number: int) -> None:
+        """So many more are done already; they say nothing about speed."""
+        self.add(number)
+        self._before += number
 
     def begin(self, run: str) -> None:
-        """A run begins."""
+        """A run, or a stage outside of runs, begins."""
         self._run = run
         self._bar.set_description(run)
 
     def end(self, number: int) -> None:
-        """`number` runs are done, whatever their stages have told."""
+        """`number` jobs are done, whatever their stages have told."""
         self.add(number - self._done)
         self._done = float(number)
-        spent = time.monotonic() - self._began
-        left = spent / (number - self._before) * (self._total - number)
-        about = f", about {duration_text(left)} left" if number < self._total else ""
-        self._say(f"{self._run}: {number} of {self._total} runs done{about}")
+        made = number - self._before
+        if made:
+            left = (time.monotonic() - self._began) / made * (self._total - number)
+            about = f", about {duration_text(left)} left" if number < self._total else ""
+            self._say(f"{self._run}: {number} of {self._total} jobs done{about}")
 
     def share(self, stage: str, total: int) -> Bar:
-        """What a stage of the running run updates."""
+        """What a stage of the running run updates; of those in `WHOLE` each unit is a job."""
         self._bar.set_description(f"{self._run}, {stage}")
-        return _Share(self, self.SHARES.get(stage, 0.0) / max(total, 1))
+        return _Share(self, 1.0 if stage in self.WHOLE else self.SHARES.get(stage, 0.0) / max(total, 1))
 
     def add(self, part: float) -> None:
-        """So much more of the running run."""
+        """So much more."""
         part = min(part, self._total - self._bar.n)  # shares are rounded, and a bar that is more than full complains
         self._done += part
         self._bar.update(part)

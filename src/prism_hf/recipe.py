@@ -309,7 +309,8 @@ class Recipe:
         if self.method == "random":
             unused = [f.name for f in dataclasses.fields(SynthesisRecipe) if f.name != "ipc"]
             refuse_unused(synthesis, unused, "method random optimises nothing")
-            refuse_unused(self.teachers, ("bn_pool", "selection"), "method random optimises nothing")
+            unused = [f.name for f in dataclasses.fields(TeachersRecipe) if f.name not in ("logit", "verifier")]
+            refuse_unused(self.teachers, unused, "method random optimises nothing")
         if images > MOST_IMAGES:
             raise ValueError(
                 f"synthesis.ipc {synthesis.ipc} times data.num_classes {self.data.num_classes} is {images} images; "

@@ -169,6 +169,8 @@ class SynthesisRecipe:
             raise ValueError("mosaic belongs to init mosaic: set both (`mosaic: {}` takes RDED's values) or neither")
         if self.easiest != 1 and self.init != "real_kmeans":
             raise ValueError("easiest belongs to init real_kmeans; leave it out")
+        if self.iterations == 0 and self.init == "noise":
+            raise ValueError("iterations 0 ships the start images, and init is noise; take real images, or iterate")
         if self.densification is not None and self.batch_order == "cross_class" and self.slots_per_batch == 1:
             raise ValueError(
                 "densification compares images of one class, and a cross_class batch of one slot has one of each; use "

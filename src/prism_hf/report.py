@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .diversity import Diversity
 from .plan import size_text
 
 CONTROL_ITSELF = "These are random real images: what a distilled set is to be compared with."
+NO_CONTROL = "the data set itself is random real images"
 LABELS = {"distilled": "distilled", "random_real": "random real", "full": "all real"}
 
 
@@ -90,6 +91,7 @@ class Evaluation:
         scores: Rows of the table.
         sets: Facts by set: `distilled`, `random_real`, `full`.
         left_out: Rows that could not be had, with the reason.
+        names: What sets are called in tables, where not as in `LABELS`.
         student: Architecture.
         epochs: Epochs of views per student.
         similarity_network: Whose features measured similarity, or `None`.
@@ -110,6 +112,10 @@ class Evaluation:
     def name_of(self, images: str) -> str:
         """What a set is called in tables."""
         return self.names.get(images, LABELS[images])
+
+    def of_random_images(self) -> Evaluation:
+        """The same, where the data set is random real images: method `random`."""
+        return replace(self, names={"distilled": LABELS["random_real"]})
 
     def as_dict(self) -> dict[str, object]:
         """For report.json."""

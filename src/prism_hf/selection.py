@@ -77,6 +77,18 @@ def start_images(recipe: Recipe, data: SourceData, teacher: Teacher, *, device: 
     return data.train.images(rows)
 
 
+def check_candidates(recipe: Recipe, data: SourceData) -> None:
+    """Find out, before any work, whether each class has enough images for the mosaics of a recipe.
+
+    Raises:
+        DataError: A class has too few.
+    """
+    settings = recipe.synthesis.mosaic
+    if settings is not None:
+        for name, rows in zip(data.class_names, data.train.rows_by_class(data.num_classes), strict=True):
+            _check_candidates(name, min(len(rows), settings.candidates), recipe.synthesis.ipc, settings)
+
+
 def choose_rows(
     split: ImageSplit,
     teacher: Teacher,

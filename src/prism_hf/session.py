@@ -13,10 +13,10 @@ from .alignment import BNAlignment
 from .data import SourceData, load_source, real_rows
 from .errors import DamagedError, StageError
 from .plan import STAGES
-from .preflight import check_inputs, check_space, check_verifier, inputs_of
+from .preflight import check_apart, check_inputs, check_space, check_verifier, inputs_of
 from .recipe_file import public_recipe
 from .run import Run, check_place
-from .selection import SCORED, start_images
+from .selection import SCORED, check_candidates, start_images
 from .squeeze import check_architectures, check_batch, is_squeezed, read_squeezed, teacher_folder, weights_of
 from .storage import write_json
 from .teachers import Teacher, check_teacher, load_teachers
@@ -77,6 +77,7 @@ class Session:
         recipe = self.recipe
         data = recipe.data
         check_place(self.run.teachers_root, "--teachers")
+        check_apart(self.run.folder, data.source)
         check_space(recipe, self.run.folder, processes=self.run.accelerator.num_processes)
         check_network(recipe.evaluation.student, num_classes=data.num_classes, channels=data.channels, size=data.size)
         check_architectures(recipe)
@@ -88,6 +89,7 @@ class Session:
         check_batch(recipe, self.data)
         if recipe.synthesis.init != "noise":
             assert len(self.initial_rows) == recipe.num_images
+        check_candidates(recipe, self.data)
         if not fresh:
             check_inputs(self.run.work / "inputs.json", inputs_of(recipe, self.data, loaded))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from .plan import STAGES, SynthesisJob, plan_jobs
 from .reading import load_distilled
 from .recipe import to_dict
 from .relabel import label_images, relabel_batches
-from .report import LABELS, Evaluation
+from .report import LABELS, NO_CONTROL, Evaluation
 from .session import Session
 from .squeeze import check_squeezed, clear_scratch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
 from .storage import is_sealed, set_aside, write_json
@@ -224,13 +223,17 @@ class Stages(Session):
             keep=Keep(self.run.student, source_facts(self.recipe, self.data), scored_on(self.recipe)),
         )
         if self.run.accelerator.is_main_process:
-            if self.recipe.method == "random":
-                evaluation = replace(evaluation, names={DISTILLED: LABELS[RANDOM_REAL]})
-            sets = {evaluation.name_of(name): facts.diversity for name, facts in evaluation.sets.items()}
-            draw_diversity(self.run.dataset / "assets" / "diversity.png", sets, self.data.class_names)
-            report = self.report(evaluation)
-            write_json(self.run.folder / "report.json", report)
-            Packager(self).write_card(self.run.dataset, report)
+            self.conclude(evaluation)
+
+    def conclude(self, evaluation: Evaluation) -> None:
+        """Write report.json, and the figures into the card."""
+        if self.recipe.method == "random":
+            evaluation = evaluation.of_random_images()
+        sets = {evaluation.name_of(name): facts.diversity for name, facts in evaluation.sets.items()}
+        draw_diversity(self.run.dataset / "assets" / "diversity.png", sets, self.data.class_names)
+        report = self.report(evaluation)
+        write_json(self.run.folder / "report.json", report)
+        Packager(self).write_card(self.run.dataset, report)
 
     def _contest(self) -> Contest:
         left_out = {}
@@ -239,7 +242,7 @@ class Stages(Session):
             distilled = load_distilled(self.run.dataset)
             control = load_distilled(self.run.control) if self.run.control.is_dir() else None
         if self.recipe.method == "random":
-            left_out["random real"] = "the data set itself is random real images"
+            left_out["random real"] = NO_CONTROL
         elif control is None:
             left_out["random real"] = "a class has fewer real training images than ipc"
         if not self.recipe.evaluation.full_data_epochs:
