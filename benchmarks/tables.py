@@ -185,6 +185,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(TABLES))
     parser.add_argument("--data", metavar="FOLDER", help="from recipes/fashion/to_parquet.py; default: the Hub")
     parser.add_argument("--reduced", action="store_true", help=f"two seeds, one student, of {', '.join(REDUCED)}")
+    parser.add_argument("--as-is", action="store_true", help="make nothing: write what is there of each table")
     parser.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds")
     add_common(parser)
     return parser.parse_args(argv)
@@ -231,14 +232,16 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
     if accelerator.is_main_process:
         with locked(folder):
             accelerator.wait_for_everyone()
-            made()
+            if not args.as_is:
+                made()
             command = f"accelerate launch benchmarks/tables.py {name}" + (" --reduced" if args.reduced else "")
             found = Findings(made).write(folder, notes=notes, command=command)
             result = {**small(found), "hardware": machine.hardware() | found["hardware"]}
             write_json(ROOT / "benchmarks" / "results" / f"fashion-{folder.name}.json", result)
     else:
         accelerator.wait_for_everyone()
-        made()
+        if not args.as_is:
+            made()
 
 
 def readings_of(table: Table) -> list[Reading]:

@@ -252,7 +252,9 @@ def test_description_of_a_cycle_counts_the_turns(tiny_recipe):
     assert turns == [f" in {count} of 12 steps ({count / 12:.0%})" for count in (4, 4, 2, 2)]
 
 
-@pytest.mark.parametrize("changes", [RANDOM, {"synthesis.iterations": 0}], ids=["random", "no iterations"])
+@pytest.mark.parametrize(
+    "changes", [RANDOM, {"synthesis.iterations": 0, "synthesis.init": "real_random"}], ids=["random", "no iterations"]
+)
 def test_description_of_what_is_not_optimised(tiny_recipe, changes):
     text = describe_plan(tiny_recipe(changes))
     assert "steps     0 in all (0 image-iterations)" in text

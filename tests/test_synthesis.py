@@ -79,7 +79,7 @@ SWITCHES = [
     ({}, {"teachers.extras": 2}),
     ({}, {"teachers.draw_probability": 0.0}),
     ({}, {"teachers.selection": "per_iteration"}),
-    ({}, {"synthesis.iterations": 0}),
+    ({}, {"synthesis.iterations": 0, "synthesis.init": "real_random"}),
     ({}, {"synthesis.bn_reduction": "balanced"}),
     ({}, {"synthesis.view.curriculum": "cosine"}),
     ({}, {"synthesis.momentum": 0.4}),
@@ -136,7 +136,7 @@ def test_every_switch_changes_the_images(outcome, base, change):
 
 
 def test_no_iterations_ship_the_start_images_as_they_are(tiny_recipe, teachers, tiny_verifier):
-    made = tiny_recipe({"synthesis.iterations": 0, "teachers.bn_pool": []})
+    made = tiny_recipe({"synthesis.iterations": 0, "synthesis.init": "real_random", "teachers.bn_pool": []})
     initial = start(made)[:, 0].clone()
     result = run_one(made, teachers, initial, verifier=tiny_verifier)
     assert torch.equal(result.images_uint8, to_uint8(initial))

@@ -16,7 +16,7 @@ from .comparison_page import render_html, render_markdown
 from .comparison_pictures import draw_comparison
 from .comparison_runs import FULL, Comparison
 from .diversity import intra_class_similarity, penultimate_features
-from .evaluation import read_score
+from .evaluation import read_score, task_file
 from .feature_map import FeatureMap, pair_histogram
 from .packaging import versions
 from .reading import DistilledDataset, load_distilled
@@ -171,9 +171,12 @@ class Findings:
             return []
         rows = []
         for student in self._made.ceilings:
-            top1 = tuple(read_score(self._made.full_folder(student), FULL, seed) for seed in self._made.seeds)
-            score = Score("full", "hard", tuple(self._made.seeds), top1, len(self._made.shared.data.train))
-            rows.append({"student": student, **score.as_dict()})
+            folder = self._made.full_folder(student)
+            seeds = tuple(seed for seed in self._made.seeds if task_file(folder, FULL, seed).is_file())
+            if seeds:
+                top1 = tuple(read_score(folder, FULL, seed) for seed in seeds)
+                score = Score("full", "hard", seeds, top1, len(self._made.shared.data.train))
+                rows.append({"student": student, **score.as_dict()})
         return rows
 
     def _left_out(self) -> dict[str, str]:
@@ -184,8 +187,8 @@ class Findings:
                 left_out.setdefault(f"{method.label}, ipc {method.recipe.synthesis.ipc}", "not yet run")
         if not self._made.cells[0].recipe.evaluation.full_data_epochs:
             left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
-        elif not self._made.ceilings:
-            left_out["all real"] = "not asked for"
+        elif not self._full_scores():
+            left_out["all real"] = "not yet run" if self._made.ceilings else "not asked for"
         return left_out
 
     def write(self, folder: Path, *, notes: Sequence[str], command: str) -> dict[str, Any]:
