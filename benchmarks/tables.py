@@ -171,7 +171,7 @@ def recipe_of(row: Row, table: Table, data: str | None) -> Recipe:
     return load_recipe(RECIPES / f"{name}.yaml", [*source, *table.common, *overrides])
 
 
-def reduced(name: str, table: Table) -> Table:
+def reduced(table: Table) -> Table:
     """For half an hour: two seeds, one student."""
     return replace(table, seeds=(0, 1), students=table.students[:1], ceiling=False)
 
@@ -202,7 +202,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(threads=args.threads)
     for name in args.names or (REDUCED if args.reduced else TABLES):
         table = TABLES[name]
-        make(name, reduced(name, table) if args.reduced else table, args, accelerator)
+        make(name, reduced(table) if args.reduced else table, args, accelerator)
     accelerator.end_training()
 
 

@@ -16,6 +16,7 @@ from prism_hf.storage import (
     draft_folder,
     folder_state,
     is_sealed,
+    is_whole,
     read_record,
     read_seal,
     remove_sealed,
@@ -234,6 +235,22 @@ def test_notes_of_a_seal_are_plain_and_finite(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         seal(path, b"new", loss=float("nan"))
     assert check_sealed(path)["notes"] == {"shape": [1, 2]}
+
+
+@pytest.mark.parametrize("kind", ["absent", "unsealed", "damaged", "foreign", "good"])
+def test_only_what_is_finished_unchanged_and_made_from_the_same_is_whole(tmp_path, caplog, kind):
+    path = tmp_path / "a.bin"
+    if kind != "absent":
+        seal(path, b"good", key="other" if kind == "foreign" else "this")
+    if kind == "unsealed":
+        seal_of(path).unlink()
+    if kind == "damaged":
+        path.write_bytes(b"baad")
+    assert is_whole(path, "this", otherwise="other data") == (kind == "good")
+    aside = kind in ("damaged", "foreign")
+    assert (tmp_path / "a.bin.aside-1").is_file() == aside
+    assert ("a.bin.aside-1" in caplog.text) == aside
+    assert ("was made from other data" in caplog.text) == (kind == "foreign")
 
 
 def test_a_file_is_removed_with_its_seal(tmp_path):

@@ -75,7 +75,7 @@ class Aligned(NamedTuple):
     mismatch: Tensor
 
 
-class _HeadNotNeeded(Exception):
+class HeadNotNeeded(Exception):
     """Leaves a forward pass at the last BatchNorm2d: what comes after it cannot change R_bn."""
 
 
@@ -142,7 +142,7 @@ class BNAlignment:
         logits: Tensor | None = None
         try:
             logits = self.model(x)
-        except _HeadNotNeeded:
+        except HeadNotNeeded:
             pass
         self._calls = self._calls or len(self._terms)
         terms, self._terms = self._terms, []
@@ -154,4 +154,4 @@ class BNAlignment:
         assert isinstance(layer, nn.BatchNorm2d)
         self._terms.append(channel_mismatch(inputs[0], layer))
         if self._skip_head and len(self._terms) == self._calls:
-            raise _HeadNotNeeded
+            raise HeadNotNeeded

@@ -50,7 +50,7 @@ class Findings:
     def as_dict(self) -> dict[str, Any]:
         """Everything, as comparison.json has it."""
         recipe, data = self._made.cells[0].recipe, self._made.shared.data
-        network = self._made.network()
+        network, full_data = self._made.network(), self._full_scores()
         real = _Sample(self._made.shared, network, self._device)
         features = FeatureMap(real.features)
         methods = []
@@ -81,7 +81,7 @@ class Findings:
             },
             "methods": methods,
             "scores": scores,
-            "full_data": self._full_scores(),
+            "full_data": full_data,
             "real": {
                 "similarity": real.similarity(),
                 "histogram": pair_histogram(real.features, real.labels),
@@ -92,7 +92,7 @@ class Findings:
                 "how": "first two principal components of the features of real training images",
             },
             "differences": _differences(scores, self._made.methods),
-            "left_out": self._left_out(),
+            "left_out": self._left_out(full_data),
             "wall_time_s": sum(record["wall_time_s"] for records in self._records.values() for _, record in records),
             "hardware": self._made.shared.run.hardware | {"processes": self._made.accelerator.num_processes},
             "versions": versions(),
@@ -107,7 +107,7 @@ class Findings:
     def _teachers_top1(self) -> dict[str, float | None]:
         names = dict.fromkeys(name for method in self._made.methods for name in method.recipe.all_teachers)
         squeezed: dict[str, float] = {}
-        for cell in self._made.cells[: len(self._made.methods)]:
+        for cell in self._made.one_of_each:
             squeezed |= Stages(self._made.run_of(cell), like=self._made.shared).squeezed_top1()
         return {name: squeezed.get(name) for name in names}
 
@@ -179,7 +179,7 @@ class Findings:
                 rows.append({"student": student, **score.as_dict()})
         return rows
 
-    def _left_out(self) -> dict[str, str]:
+    def _left_out(self, full_data: Sequence[object]) -> dict[str, str]:
         left_out = dict(self._made.failed)
         for method in self._made.methods:
             tried = any(Cell(method, seed).name in left_out for seed in self._made.seeds)
@@ -187,7 +187,7 @@ class Findings:
                 left_out.setdefault(f"{method.label}, ipc {method.recipe.synthesis.ipc}", "not yet run")
         if not self._made.cells[0].recipe.evaluation.full_data_epochs:
             left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
-        elif not self._full_scores():
+        elif not full_data:
             left_out["all real"] = "not yet run" if self._made.ceilings else "not asked for"
         return left_out
 

@@ -15,20 +15,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from .comparison import Cell, Method, Reading
 from .errors import DamagedError, OutputError, SynthesisError
-from .evaluation import Contest, agreement, collect, is_scored, read_score, run_task, similarity_of
+from .evaluation import Contest, collect, is_scored, read_score, run_task
 from .lock import HOLDER, LOCK
 from .plan import EVERY_S, plan_jobs
 from .progress import Board
 from .reading import DistilledDataset, load_distilled
 from .recipe import Recipe
+from .report import SetFacts
 from .run import Run, check_place, claimed, is_of_another
 from .stages import Stages
 from .storage import DRAFT, digest, read_record, set_aside, write_record
@@ -63,7 +62,7 @@ class Comparison:
 
     Args:
         methods: From `under_one_protocol`.
-        readings: How students read each data set.
+        readings: How students read each data set. The first student reads all its views at least once.
         seeds: One run each.
         folder: DIR.
         teachers_root: Where squeezed teachers are kept.
@@ -98,6 +97,11 @@ class Comparison:
         """Architectures, in order."""
         return list(dict.fromkeys(reading.student for reading in self.readings))
 
+    @property
+    def one_of_each(self) -> list[Cell]:
+        """The first cell of every method."""
+        return self.cells[: len(self.methods)]
+
     def _shared(self, cell: Cell, like: Stages | None = None, board: Board | None = None) -> Stages:
         """What belongs to no single run: data, teachers, students of all real images."""
         return Stages(replace(self.run_of(cell, board), folder=self.folder), like=like)
@@ -112,17 +116,16 @@ class Comparison:
         data = self.cells[0].recipe.data
         for student in self.students:
             check_network(student, num_classes=data.num_classes, channels=data.channels, size=data.size)
-        for cell in self.cells[: len(self.methods)]:
+        for cell in self.one_of_each:
             self._shared(cell, self.shared).check()
 
     def __call__(self) -> None:
         """Make what is not there yet."""
         run = self.shared.run
-        first = self.cells[: len(self.methods)]
-        teachers = {name for cell in first for name in cell.recipe.squeezed_teachers}
+        teachers = {name for cell in self.one_of_each for name in cell.recipe.squeezed_teachers}
         tasks = self._full_tasks()
         board = Board(len(teachers) + len(self.cells) + len(tasks), run.say)
-        self._squeeze(first, board)
+        self._squeeze(board)
         board.end(done := len(teachers))
         left = run.not_yet(self.cells, self.is_found)
         run.say(f"compare: {len(self.cells) - len(left)} of {len(self.cells)} runs found, {len(left)} to make")
@@ -136,11 +139,11 @@ class Comparison:
         self.accelerator.wait_for_everyone()
         board.close()
 
-    def _squeeze(self, cells: Sequence[Cell], board: Board) -> None:
+    def _squeeze(self, board: Board) -> None:
         """Train the teachers that are not there; most methods have the same, and each is looked at once."""
         board.begin("teachers")
         named: set[str] = set()
-        for cell in cells:
+        for cell in self.one_of_each:
             if not named.issuperset(cell.recipe.squeezed_teachers):
                 named |= set(cell.recipe.squeezed_teachers)
                 self._shared(cell, self.shared, board).squeeze()
@@ -193,9 +196,9 @@ class Comparison:
                 distilled = load_distilled(run.dataset)
             self._train(run, cell, distilled)
             if self.accelerator.is_main_process:
-                self._conclude(run, stages, distilled)
+                measured = self._conclude(run, stages, distilled)
                 scores = [self._score(run, cell, distilled, reading) for reading in self.readings]
-                facts = self._facts(run, stages, distilled)
+                facts = self._facts(run, stages, len(distilled.labels), measured)
                 facts["wall_time_s"] = time.perf_counter() - began  # of this launch
                 write_record(self.record_file(cell), {"key": self._key(cell), "scores": scores, **facts})
             self.accelerator.wait_for_everyone()
@@ -209,12 +212,14 @@ class Comparison:
         name = re.sub(r"[^A-Za-z0-9_]+", "-", reading.student)
         return run.work / "students" / (name if reading.label_epochs is None else f"{name}-{reading.label_epochs}-epochs")
 
-    def _conclude(self, run: Run, stages: Stages, distilled: DistilledDataset) -> None:
-        """The run's own report and card, with the scores of the first student; the controls are other runs."""
+    def _conclude(self, run: Run, stages: Stages, distilled: DistilledDataset) -> SetFacts:
+        """The run's own report and card, with the scores of the first student; the controls are other runs.
+
+        Returns:
+            What needed no training.
+        """
         student = self.readings[0].student
         plain = [r for r in self.readings if r.student == student and r.label_epochs is None]
-        if not plain:
-            return
         elsewhere = "a run of its own in the comparison that this one belongs to"
         contest = replace(
             self._contest(run.recipe, distilled, plain[0]),
@@ -222,15 +227,15 @@ class Comparison:
             wanted=tuple(Row("distilled", reading.labels) for reading in plain),
             left_out={"random real": elsewhere, "all real": elsewhere},
         )
-        stages.conclude(
-            collect(
-                contest,
-                self._students(run, plain[0]),
-                verifier=stages.verifier(),
-                network=self.network(),
-                device=self.accelerator.device,
-            )
+        evaluation = collect(
+            contest,
+            self._students(run, plain[0]),
+            verifier=stages.verifier(),
+            network=self.network(),
+            device=self.accelerator.device,
         )
+        stages.conclude(evaluation)
+        return evaluation.sets["distilled"]
 
     def _train(self, run: Run, cell: Cell, distilled: DistilledDataset) -> None:
         def finished(reading: Reading) -> bool:
@@ -262,22 +267,19 @@ class Comparison:
             "label_bytes": label_bytes(distilled, self._contest(cell.recipe, distilled, reading).settings, reading.labels),
         }
 
-    def _facts(self, run: Run, stages: Stages, distilled: DistilledDataset) -> dict[str, object]:
-        verifier, network = stages.verifier(), self.network()
-        device, classes = self.accelerator.device, len(distilled.class_names)
-        images = partial(_rows_of, distilled.images_uint8)
-        similarity = similarity_of(network, images, distilled.labels, classes, device)
-        jobs = [stages.work.job_notes(job) for job in plan_jobs(run.recipe)]
+    def _facts(self, run: Run, stages: Stages, images: int, measured: SetFacts) -> dict[str, object]:
+        jobs = plan_jobs(run.recipe)
+        logit_top1 = [float(stages.work.job_notes(job)["logit_top1"]) for job in jobs]
         return {
-            "images": len(distilled.labels),
-            "image_bytes": distilled.image_bytes,
-            "label_bytes": distilled.label_bytes,
-            "verifier_top1": agreement(verifier, distilled.images_uint8, distilled.labels, device),
-            "similarity": {"mean": similarity.mean, "per_class": list(similarity.per_class)},
-            "seconds_per_image": run.times().get("synthesize", 0.0) / len(distilled.labels),
-            "steps": sum(job.iterations for job in plan_jobs(run.recipe)),
-            "image_steps": sum(job.iterations * len(job.classes) for job in plan_jobs(run.recipe)),
-            "logit_top1": statistics.fmean(float(note["logit_top1"]) for note in jobs),
+            "images": images,
+            "image_bytes": measured.image_bytes,
+            "label_bytes": measured.label_bytes,
+            "verifier_top1": measured.verifier_top1,
+            "similarity": {"mean": measured.diversity.mean, "per_class": list(measured.diversity.per_class)},
+            "seconds_per_image": run.times().get("synthesize", 0.0) / images,
+            "steps": sum(job.iterations for job in jobs),
+            "image_steps": sum(job.iterations * len(job.classes) for job in jobs),
+            "logit_top1": statistics.fmean(logit_top1),
         }
 
     def network(self) -> Teacher:
@@ -343,7 +345,3 @@ def _claimed(run: Run) -> Iterator[None]:
     else:
         run.accelerator.wait_for_everyone()
         yield
-
-
-def _rows_of(images: Tensor, rows: range) -> Tensor:
-    return images[rows.start : rows.stop]

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .alignment import Aligned, BNAlignment, Reduction, _HeadNotNeeded
-from .errors import DamagedError, TeacherError
+from .alignment import Aligned, BNAlignment, HeadNotNeeded, Reduction
+from .errors import TeacherError
 from .interruption import raise_if_stopped
 from .lock import holder_of, holder_text, is_held, locked
 from .memory import told_in_one_line
 from .pixels import to_reference
-from .storage import check_sealed, clear_drafts, digest, is_sealed, set_aside
+from .storage import clear_drafts, digest, is_whole
 from .teachers import Teacher
 from .tensors import read_tensors, write_tensors
 
@@ -255,27 +255,12 @@ def real_statistics(
         log.info("%s is being gathered by %s; waiting for it", path, holder_text(holder_of(folder)))
     with locked(folder, patience_s=-1):
         clear_drafts(folder)
-        if not _is_whole(path, key):
+        if not is_whole(path, key, otherwise="another teacher, other data or settings"):
             log.info("teacher %s: statistics of convolutions over %d real images", teacher.name, count)
             found = gather_statistics(teacher, images, count, patch=patch, seed=seed)
             write_tensors(path, found, {"key": key, **facts})
         # Copies: what was read is mapped from the file, and would change with it.
         return {name: value.clone() for name, value in read_tensors(path).items()}
-
-
-def _is_whole(path: Path, key: str) -> bool:
-    """Whether a file is finished, unchanged and made from `key`; if not, it is out of the way."""
-    if not is_sealed(path):
-        return False
-    try:
-        notes = check_sealed(path)["notes"]
-        assert isinstance(notes, dict)
-        if notes.get("key") != key:
-            raise DamagedError(f"{path} was made from another teacher, other data or settings")
-    except DamagedError as error:
-        log.warning("%s; set aside as %s, it is made again", error, set_aside(path).name)
-        return False
-    return True
 
 
 def _slug(text: str) -> str:
@@ -360,7 +345,7 @@ class MovingAlignment(BNAlignment):
         self._running = True
         try:
             logits = self.model(x)
-        except _HeadNotNeeded:
+        except HeadNotNeeded:
             pass
         finally:
             self._running = False
@@ -415,7 +400,7 @@ class MovingAlignment(BNAlignment):
 
     def _leave_if_last(self) -> None:
         if self._skip_head and len(self._terms) == self._calls:
-            raise _HeadNotNeeded
+            raise HeadNotNeeded
 
     def _distance(self, layer: str, batch: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
         """Sum of the L2 distances; PyTorch's norm has gradient zero at exactly zero."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from .errors import DamagedError, OutputError
 
+log = logging.getLogger(__name__)
 DRAFT = ".draft-"
 """Names of unfinished files and folders begin so; a process that was killed leaves them, the next launch clears them."""
 SEAL = ".seal"
@@ -245,6 +247,29 @@ def check_sealed(path: Path) -> dict[str, object]:
     if sha256_of(path) != seal["file_sha256"]:
         raise DamagedError(f"{path} was changed after it was written")
     return seal
+
+
+def is_whole(path: Path, key: str, *, otherwise: str) -> bool:
+    """Whether a file is finished, unchanged and made from `key`, the note of that name in its seal.
+
+    One that is damaged or foreign is set aside, with a log line that names it: it will be made again.
+
+    Args:
+        path: A sealed file, or none yet.
+        key: What it should be made from.
+        otherwise: What a foreign one was made from, for the log line.
+    """
+    if not is_sealed(path):
+        return False
+    try:
+        notes = check_sealed(path)["notes"]
+        assert isinstance(notes, dict)
+        if notes.get("key") != key:
+            raise DamagedError(f"{path} was made from {otherwise}")
+    except DamagedError as error:
+        log.warning("%s; set aside as %s, it is made again", error, set_aside(path).name)
+        return False
+    return True
 
 
 def remove_sealed(path: Path) -> None:

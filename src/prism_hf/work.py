@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,10 +35,9 @@ from .packaging import GROUP_BYTES, Epoch, ImageTable, view_features, view_table
 from .pixels import decode, encode
 from .plan import VIEW_ROW_BYTES, SynthesisJob
 from .recipe import Recipe
-from .storage import check_sealed, digest, is_sealed, read_seal, remove_sealed, set_aside, write_sealed
+from .storage import digest, is_sealed, is_whole, read_seal, remove_sealed, write_sealed
 from .tensors import open_rows, read_row, write_rows, write_tensors
 
-log = logging.getLogger(__name__)
 DISTILLED, RANDOM_REAL = "distilled", "random_real"
 SETS = (DISTILLED, RANDOM_REAL)
 SQUEEZED = "squeezed.json"
@@ -72,25 +70,13 @@ class Work:
         return digest([what, self.recipe.fingerprint(*sections), self._inputs["train"], weights, *parts])[:16]
 
     def is_whole(self, path: Path, key: str) -> bool:
-        """Whether a file is finished, unchanged and made from `key`.
-
-        One that is damaged or foreign is set aside, with a log line that names it: it will be made again.
-        """
-        if not is_sealed(path):
+        """See `storage.is_whole`; a file that was whole, and was not touched since, is not read again."""
+        known = self._whole.get(path)
+        if known is not None and is_sealed(path) and path.is_file() and known == (*_state(path), key):
+            return True
+        if not is_whole(path, key, otherwise="another recipe, other data, teachers or images"):
             return False
-        try:
-            stat = path.stat() if path.is_file() else None
-            if stat is not None and self._whole.get(path) == (stat.st_mtime_ns, stat.st_size, key):
-                return True
-            notes = check_sealed(path)["notes"]
-            assert isinstance(notes, dict)
-            if notes.get("key") != key:
-                raise DamagedError(f"{path} was made from another recipe, other data, teachers or images")
-        except DamagedError as error:
-            log.warning("%s; set aside as %s, it is made again", error, set_aside(path).name)
-            return False
-        stat = path.stat()
-        self._whole[path] = (stat.st_mtime_ns, stat.st_size, key)
+        self._whole[path] = (*_state(path), key)
         return True
 
     # -- synthesis jobs -----------------------------------------------------------------------------------------------
@@ -291,6 +277,12 @@ class StoredImages:
             encoded = [file.read(b - a) for a, b in itertools.pairwise(ends)]
         labels, slots, jobs = (self._rows[start:stop, column].clone() for column in range(3))
         return ImageTable(encoded, labels, slots, jobs, self._logits[start:stop].clone())
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Changes with the file."""
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
 
 
 def _windows(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
