@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from comparisons import LIGHT, STUDENTS, comparison, named
-from pipeline import launch, mtimes, sha_tree, tiny
+from pipeline import launch, mtimes, one_line, sha_tree, tiny
 
 from prism_hf.comparison_report import Findings
+from prism_hf.errors import OutputError
+from prism_hf.preflight import check_space, missing_space
 from prism_hf.recipe_file import dump_recipe
 from prism_hf.storage import read_record
 
@@ -132,6 +134,20 @@ def test_a_run_is_the_one_that_the_other_command_makes(compared, tmp_path):
     assert ours.pop("assets/diversity.png")
     assert theirs.pop("README.md") != ours.pop("README.md")
     assert theirs == ours
+
+
+def test_the_disk_must_hold_all_of_its_runs(tmp_path):
+    """Each of the four would fit, even with a control of its own."""
+    free, one = shutil.disk_usage(tmp_path).free, tiny("relabel.epochs=1000000000")
+    epochs = int(0.4 * free / missing_space(one, tmp_path, processes=1) * 1e9)
+    recipe = tiny(*LIGHT, f"relabel.epochs={epochs}")
+    check_space(missing_space(recipe, tmp_path, processes=1), tmp_path)
+    made = comparison(tmp_path / "compare", tmp_path / "teachers", [("prism", recipe)], seeds=(0, 1, 2, 3))
+    with pytest.raises(OutputError, match="needs about .* are free") as error:
+        made.check()
+    assert one_line(error)
+    assert not (tmp_path / "compare").exists()
+    comparison(tmp_path / "compare", tmp_path / "teachers", [("prism", recipe)], seeds=(0,)).check()
 
 
 def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):

@@ -7,7 +7,7 @@ from pipeline import one_line, tiny
 
 from prism_hf.data import load_source
 from prism_hf.errors import OutputError, RecipeError, TeacherError
-from prism_hf.preflight import check_inputs, check_space, check_verifier, inputs_of
+from prism_hf.preflight import check_inputs, check_space, check_verifier, inputs_of, missing_space
 
 
 def named(name, architecture="test_byobnet"):
@@ -50,9 +50,10 @@ def test_changed_inputs_are_noticed(tmp_path):
 
 
 def test_too_little_space_is_one_line_with_both_numbers(tmp_path):
-    check_space(tiny(), tmp_path / "not" / "there", processes=8)
+    folder = tmp_path / "not" / "there"
+    check_space(missing_space(tiny(), folder, processes=8), folder)
     with pytest.raises(OutputError) as error:
-        check_space(tiny("relabel.epochs=2000000000"), tmp_path / "not" / "there", processes=1)
+        check_space(missing_space(tiny("relabel.epochs=2000000000"), folder, processes=1), folder)
     text = one_line(error)
     assert "needs about 8.32 TB and " in text
     assert "--output DIR" in text
@@ -65,6 +66,12 @@ def test_what_is_there_already_needs_no_space(tmp_path):
     (tmp_path / "work").mkdir()
     with open(tmp_path / "work" / "labels", "wb") as file:
         file.truncate(42 * 10**11)
-    check_space(recipe, tmp_path, processes=1)
-    with pytest.raises(OutputError):
-        check_space(tiny("relabel.epochs=2000000000"), tmp_path, processes=1)
+    assert missing_space(recipe, tmp_path, processes=1) == 0
+    more = missing_space(tiny("relabel.epochs=2000000000"), tmp_path, processes=1)
+    assert more == pytest.approx(8.32e12 - 4.2e12, rel=1e-3)
+
+
+def test_without_a_control_labels_take_half_the_space(tmp_path):
+    recipe = tiny("relabel.epochs=1000000000")
+    with_control, without = (missing_space(recipe, tmp_path, processes=1, control=control) for control in (True, False))
+    assert without == pytest.approx(with_control / 2, rel=1e-6)

@@ -24,6 +24,7 @@ from .errors import DamagedError, OutputError, SynthesisError
 from .evaluation import Contest, collect, is_scored, read_score, run_task
 from .lock import HOLDER, LOCK
 from .plan import EVERY_S, plan_jobs
+from .preflight import check_space
 from .progress import Board
 from .reading import DistilledDataset, load_distilled
 from .recipe import Recipe
@@ -117,7 +118,8 @@ class Comparison:
         for student in self.students:
             check_network(student, num_classes=data.num_classes, channels=data.channels, size=data.size)
         for cell in self.one_of_each:
-            self._shared(cell, self.shared).check()
+            self._shared(cell, self.shared).check(space=False)
+        check_space(sum(Stages(self.run_of(cell), like=self.shared).missing_space() for cell in self.cells), self.folder)
 
     def __call__(self) -> None:
         """Make what is not there yet."""

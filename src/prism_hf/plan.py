@@ -192,17 +192,19 @@ def _logit_text(recipe: Recipe) -> str:
     return "each teacher in turn" if recipe.teachers.selection == "cycle" else recipe.teachers.logit
 
 
-def space_needed(recipe: Recipe, *, processes: int = 1) -> dict[str, int]:
+def space_needed(recipe: Recipe, *, processes: int = 1, control: bool = True) -> dict[str, int]:
     """Bytes that a run needs on the disk, at most: by kind, teachers and students left out.
 
-    The distilled set and its control are kept twice, once between the stages (decoded, encoded, labels as they come) and
-    once packaged; each process has a checkpoint (pixels and two moments), and another while it is replaced.
+    The distilled set and its control, where there is one, are kept twice, once between the stages (decoded, encoded, labels
+    as they come) and once packaged; each process has a checkpoint (pixels and two moments), and another while it is
+    replaced.
     """
     data, synthesis = recipe.data, recipe.synthesis
     pixels = recipe.num_images * data.channels * data.size**2
     labels = recipe.num_images * (recipe.relabel.epochs + 1) * (2 * data.num_classes + VIEW_ROW_BYTES)
     batch = min(synthesis.batch_size + 1, recipe.num_images) * data.channels * data.size**2
-    return {"images": 7 * pixels, "labels": 4 * labels, "checkpoints": 2 * processes * 3 * 4 * batch}
+    sets = 2 if control else 1
+    return {"images": (1 + 3 * sets) * pixels, "labels": 2 * sets * labels, "checkpoints": 2 * processes * 3 * 4 * batch}
 
 
 VIEW_ROW_BYTES = 32

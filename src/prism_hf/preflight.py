@@ -55,24 +55,35 @@ def check_apart(folder: Path, source: str) -> None:
         raise OutputError(f"output {str(folder)!r} is inside the data {source!r}; use another folder (--output DIR)")
 
 
-def check_space(recipe: Recipe, folder: Path, *, processes: int) -> None:
-    """Compare the space that a run needs with what is free, before anything is written.
+def missing_space(recipe: Recipe, folder: Path, *, processes: int, control: bool = True) -> int:
+    """Bytes that a run still needs on the disk, at most.
 
     Args:
         recipe: What will be made.
         folder: The output folder; what is there already counts as done.
         processes: Each keeps a checkpoint.
+        control: Whether random real images are packaged too.
+    """
+    needed = sum(space_needed(recipe, processes=processes, control=control).values())
+    there = sum(path.stat().st_size for name in ("work", "dataset", "control") for path in files_below(folder / name))
+    return max(0, needed - there)
+
+
+def check_space(missing: int, folder: Path) -> None:
+    """Compare the space that is still needed with what is free, before anything is written.
+
+    Args:
+        missing: Bytes, from `missing_space`.
+        folder: The output folder.
 
     Raises:
         OutputError: Too little: says how much is needed and how much there is.
     """
-    needed = sum(space_needed(recipe, processes=processes).values())
-    there = sum(path.stat().st_size for name in ("work", "dataset", "control") for path in files_below(folder / name))
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(place).free
-    if needed - there > free:
+    if missing > free:
         raise OutputError(
-            f"output {str(folder)!r} needs about {size_text(needed - there)} and {size_text(free)} are free; make space, "
+            f"output {str(folder)!r} needs about {size_text(missing)} and {size_text(free)} are free; make space, "
             "use another disk (--output DIR), or lower synthesis.ipc or relabel.epochs"
         )
 

@@ -13,7 +13,7 @@ from .alignment import BNAlignment
 from .data import SourceData, load_source, real_rows
 from .errors import DamagedError, StageError
 from .plan import STAGES
-from .preflight import check_apart, check_inputs, check_space, check_verifier, inputs_of
+from .preflight import check_apart, check_inputs, check_space, check_verifier, inputs_of, missing_space
 from .recipe_file import public_recipe
 from .run import Run, check_place
 from .selection import SCORED, check_candidates, start_images
@@ -65,11 +65,17 @@ class Session:
         for name in self.recipe.squeezed_teachers:
             self._squeezed_folder(name)
 
-    def check(self, *, fresh: bool = False) -> None:
+    def missing_space(self) -> int:
+        """Bytes that this run still needs on the disk, at most."""
+        processes = self.run.accelerator.num_processes
+        return missing_space(self.recipe, self.run.folder, processes=processes, control=self.run.wants_control)
+
+    def check(self, *, fresh: bool = False, space: bool = True) -> None:
         """Look at what can be wrong before anything costs time: disk space, Hub teachers, the data, images per class.
 
         Args:
             fresh: What an earlier run left in the folder is of no account: it will be moved aside.
+            space: Look at disk space too; a comparison adds up that of its runs.
 
         Raises:
             PrismError: One line about what cannot be used.
@@ -78,7 +84,8 @@ class Session:
         data = recipe.data
         check_place(self.run.teachers_root, "--teachers")
         check_apart(self.run.folder, data.source)
-        check_space(recipe, self.run.folder, processes=self.run.accelerator.num_processes)
+        if space:
+            check_space(self.missing_space(), self.run.folder)
         check_network(recipe.evaluation.student, num_classes=data.num_classes, channels=data.channels, size=data.size)
         check_architectures(recipe)
         there = [name for name in recipe.all_teachers if name not in recipe.squeezed_teachers]
