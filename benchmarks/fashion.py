@@ -37,10 +37,11 @@ def provenance(result: dict[str, Any]) -> str:
     hardware = result["hardware"]
     seeds = ", ".join(map(str, result["protocol"]["seeds"]))
     student = result["scores"][0]["student"]
+    processes = "1 process" if hardware["processes"] == 1 else f"{hardware['processes']} processes"
     return (
         f"`{result['command']}`: seeds {seeds} (of synthesis and student alike), student {student}, last epoch, "
         f"{result['data']['test_count']:,} test images; {hardware['cpu']}, {hardware['cores']} cores, "
-        f"{hardware['processes']} processes."
+        f"{processes}."
     )
 
 
