@@ -34,13 +34,13 @@ def cell(row: dict[str, Any] | None) -> str:
 
 def provenance(result: dict[str, Any]) -> str:
     """Command, seeds, machine."""
-    hardware = result["hardware"]
+    hardware, data = result["hardware"], result["data"]
     seeds = ", ".join(map(str, result["protocol"]["seeds"]))
     student = result["scores"][0]["student"]
     processes = "1 process" if hardware["processes"] == 1 else f"{hardware['processes']} processes"
     return (
         f"`{result['command']}`: seeds {seeds} (of synthesis and student alike), student {student}, last epoch, "
-        f"{result['data']['test_count']:,} test images; {hardware['cpu']}, {hardware['cores']} cores, "
+        f"{data['test_count']:,} {data.get('tested_on', 'test images')}; {hardware['cpu']}, {hardware['cores']} cores, "
         f"{processes}."
     )
 
@@ -177,6 +177,7 @@ SECTIONS = {
     "fashion-decoupling-noise": against_first,
     "fashion-switches": against_first,
     "fashion-iterations": against_first,
+    "fashion-held-out": against_first,
     "fashion-students": students_table,
     "fashion-labels": labels_table,
 }

@@ -111,6 +111,7 @@ BN_TEACHERS = (
     ),
     switch("all four", "teachers.draw_probability=1"),
 )
+EASIEST = (1.0, 0.8, 0.5, 0.35)
 NOISE = (
     "synthesis.init=noise", "synthesis.lr=0.25", "synthesis.bn_weight=0.3", "synthesis.bn_reduction=mean",
     "synthesis.first_bn_multiplier=1",
@@ -156,6 +157,16 @@ TABLES = {
         ),
         seeds=SEEDS[:3],
         own=("relabel",),
+    ),
+    "held-out": Table(
+        (
+            switch("PRISM"),
+            *((f"prism_best, easiest {share}", "prism_best_ipc10", (f"synthesis.easiest={share}",)) for share in EASIEST),
+            ("prism_best, not optimised", "prism_best_ipc10", ("synthesis.iterations=0",)),
+            ("prism_best, lr .02", "prism_best_ipc10", ("synthesis.lr=0.02",)),
+        ),
+        seeds=SEEDS[:3],
+        common=(f"data.validation_fraction={1 / 6}",),
     ),
     "labels": Table(
         (switch("PRISM per slot"), ("random real", "random_ipc10", ())),

@@ -110,6 +110,7 @@ def test_it_compares_on_pictures_in_a_folder(tmp_path, capsys, monkeypatch, pict
     found = json.loads(text)
     assert found["data"] | {"licence": ""} == {
         "source": "zoo", "classes": ["ant", "bee", "cat"], "train_count": 36, "test_count": 12, "licence": "",
+        "tested_on": "test images",
     }  # fmt: skip
     assert [method["label"] for method in found["methods"]] == ["random real", "prism", "sre2l"]
     assert [row["seeds"] for row in found["full_data"]] == [[0, 1]]

@@ -114,6 +114,13 @@ def test_html_is_one_file_that_loads_nothing(case):
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in [a for _, a in page.tags]
 
 
+def test_held_out_images_are_not_called_test_images(comparison):
+    comparison["data"]["tested_on"] = "training images that were held out"
+    for text in (render_markdown(comparison), Page(render_html(comparison, PICTURES)).text):
+        assert "on\n450 training images that were held out. Random" in text or "on 450 training images that" in text
+        assert "450 test images" not in text
+
+
 def test_the_same_comparison_gives_the_same_bytes(comparison):
     before = copy.deepcopy(comparison)
     assert render_markdown(comparison) == render_markdown(json.loads(json.dumps(comparison)))

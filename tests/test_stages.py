@@ -246,7 +246,7 @@ def test_each_init_starts_from_its_own_images(done, tmp_path):
     assert len({image.numpy().tobytes() for image in images["noise"]}) == 20
 
 
-def test_a_class_with_too_few_images_leaves_the_control_out(tmp_path):
+def test_a_small_class_leaves_the_control_out_and_held_out_images_are_named_so(tmp_path):
     pictures = [random_picture(16, 16, "L", seed=i) for i in range(24)]
     labels = [0] * 2 + [1] * 11 + [2] * 11
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
@@ -254,14 +254,18 @@ def test_a_class_with_too_few_images_leaves_the_control_out(tmp_path):
     datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "source")
     overrides = [
         f"data.source={tmp_path / 'source'}", "data.num_classes=3", "synthesis.ipc=3", "squeeze.batch_size=8",
-        "synthesis.batch_size=3", "relabel.batch_size=3", "synthesis.init=noise", *LIGHT,
+        "synthesis.batch_size=3", "relabel.batch_size=3", "synthesis.init=noise", "data.validation_fraction=0.25", *LIGHT,
     ]  # fmt: skip
     assert go(tmp_path / "out", *overrides) == 0
     assert not (tmp_path / "out" / "control").exists()
     evaluation = json.loads((tmp_path / "out" / "report.json").read_text())["evaluation"]
     assert [row["images"] for row in evaluation["rows"]] == ["distilled", "distilled"]
     assert "fewer real training images" in evaluation["left_out"]["random real"]
-    assert "Left out, random real" in (tmp_path / "out" / "dataset" / "README.md").read_text()
+    card = (tmp_path / "out" / "dataset" / "README.md").read_text()
+    assert "Left out, random real" in card
+    assert evaluation["tested_on"] == "training images that were held out"
+    assert f"{evaluation['test_count']} real training images that were held out" in card
+    assert evaluation["test_count"] == 6
 
 
 # -- processes --------------------------------------------------------------------------------------------------------

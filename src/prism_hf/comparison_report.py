@@ -69,6 +69,7 @@ class Findings:
                 "classes": list(data.class_names),
                 "train_count": len(data.train),
                 "test_count": len(data.test),
+                "tested_on": recipe.data.tested_on,
                 "licence": recipe.data.licence,
             },
             "protocol": {

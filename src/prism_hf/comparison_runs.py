@@ -228,6 +228,7 @@ class Comparison:
             train=None,
             wanted=tuple(Row("distilled", reading.labels) for reading in plain),
             left_out={"random real": elsewhere, "all real": elsewhere},
+            tested_on=run.recipe.data.tested_on,
         )
         evaluation = collect(
             contest,

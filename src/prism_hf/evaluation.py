@@ -43,6 +43,7 @@ class Contest:
         left_out: Rows that cannot be had, with the reason.
         names: Class names, where there is no data set that has them.
         wanted: Rows that are asked for.
+        tested_on: What the test part is, for tables.
     """
 
     distilled: DistilledDataset | None
@@ -54,6 +55,7 @@ class Contest:
     left_out: Mapping[str, str]
     names: tuple[str, ...] = ()
     wanted: tuple[Row, ...] = ROWS
+    tested_on: str = "test images"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -231,6 +233,7 @@ def collect(
         verifier=verifier.name if verifier else None,
         similarity_network=network.name if network else None,
         left_out=contest.left_out,
+        tested_on=contest.tested_on,
     )
 
 

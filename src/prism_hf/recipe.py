@@ -71,6 +71,11 @@ class DataRecipe:
     label_column: Name | None = None
     licence: Name = "unknown"
 
+    @property
+    def tested_on(self) -> str:
+        """What students are scored on, for tables."""
+        return "training images that were held out" if self.validation_fraction else "test images"
+
 
 @dataclass(frozen=True, config=STRICT)
 class TeachersRecipe:

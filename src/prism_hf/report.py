@@ -97,6 +97,7 @@ class Evaluation:
         similarity_network: Whose features measured similarity, or `None`.
         verifier: Name of the verifier, or `None`.
         test_count: Test images.
+        tested_on: What they are.
     """
 
     scores: tuple[Score, ...]
@@ -108,6 +109,7 @@ class Evaluation:
     similarity_network: str | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    tested_on: str = "test images"
 
     def name_of(self, images: str) -> str:
         """What a set is called in tables."""
@@ -123,6 +125,7 @@ class Evaluation:
             "student": self.student,
             "epochs": self.epochs,
             "test_count": self.test_count,
+            "tested_on": self.tested_on,
             "protocol": "last epoch; the same views, batches and steps for all distilled and random real rows",
             "rows": [score.as_dict() for score in self.scores],
             "sets": {name: facts.as_dict() for name, facts in self.sets.items()},
@@ -245,7 +248,7 @@ def summary(report: Mapping[str, object]) -> str:
     students = f"{len(seeds)} seed" + ("" if len(seeds) == 1 else "s")
     parts = [
         f"{report['recipe']}: student {evaluation['student']}, {students}, {evaluation['epochs']} epochs (last), "
-        f"{evaluation['test_count']} test images",
+        f"{evaluation['test_count']} {evaluation.get('tested_on', 'test images')}",
         plain_table(table_rows(evaluation)),
         evaluation["in_words"],
     ]

@@ -255,6 +255,7 @@ class Stages(Session):
             settings=self.recipe.evaluation,
             view=self.recipe.relabel.view,
             left_out=left_out,
+            tested_on=self.recipe.data.tested_on,
         )
 
     def report(self, evaluation: Evaluation) -> dict[str, object]:
