@@ -168,6 +168,15 @@ TABLES = {
         seeds=SEEDS[:3],
         common=(f"data.validation_fraction={1 / 6}",),
     ),
+    "fresh-seeds": Table(
+        (
+            switch("PRISM per slot"),
+            ("prism_best", "prism_best_ipc10", ()),
+            ("prism_best from the easiest 0.8", "prism_best_ipc10", ("synthesis.easiest=0.8",)),
+            ("its start images, not optimised", "prism_best_ipc10", ("synthesis.iterations=0",)),
+        ),
+        seeds=tuple(range(5, 15)),  # that guided no choice
+    ),
     "labels": Table(
         (switch("PRISM per slot"), ("random real", "random_ipc10", ())),
         seeds=SEEDS[:3],
