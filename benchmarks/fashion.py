@@ -155,7 +155,7 @@ def summary_table(found: dict[str, dict[str, Any]]) -> str:
     kinds = [(ipc, labels) for ipc in results for labels in ("soft", "hard")]
     rows: list[Sequence[str]] = [("method", *(f"{ipc} per class, {labels}" for ipc, labels in kinds))]
     for method in methods:
-        rows.append((method, *(cell(score_of(results[ipc], method, labels)) for ipc, labels in kinds)))
+        rows.append((method, *(_cell_at(results[ipc], method, ipc, labels) for ipc, labels in kinds)))
     for a, b in (
         ("prism_best", control),
         ("prism_best", "PRISM per slot"),
@@ -167,6 +167,12 @@ def summary_table(found: dict[str, dict[str, Any]]) -> str:
     counts = {ipc: len(result["protocol"]["seeds"]) for ipc, result in results.items()}
     seeds = ", ".join(f"{count} at {ipc}" for ipc, count in counts.items())
     return f"{markdown_table(rows)}\n\nSeeds: {seeds} per class."
+
+
+def _cell_at(result: dict[str, Any], method: str, ipc: int, labels: str) -> str:
+    """A dash where the table of this size has no such row at all."""
+    found = score_of(result, method, labels)
+    return "-" if found is None and f"{method}, ipc {ipc}" not in result["left_out"] else cell(found)
 
 
 SECTIONS = {

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from comparison_fixture import make_comparison, make_sparse
@@ -46,6 +47,20 @@ CHANGES = {
     "map": lambda comparison, _: comparison["methods"][1]["points"]["xy"][0].reverse(),
     "grids": lambda _, grids: grids["SRe2L"].fill_(0),
 }
+
+
+def test_a_long_name_does_not_run_into_the_next_panel(tmp_path, made):
+    comparison, grids = copy.deepcopy(made)
+    first, second, *_ = in_order(comparison)
+    for method, name in ((first, "all images of mine, with nothing left out"[:33]), (second, "b")):
+        grids[name] = grids.pop(method["label"])
+        method["label"] = name
+    draw_grids(tmp_path / "grids.png", comparison, {name: grids[name] for name in (first["label"], "b")})
+    with Image.open(tmp_path / "grids.png") as picture:
+        ink = np.asarray(picture.convert("L")) < 200
+    drawn_columns = np.flatnonzero(ink[ink.shape[0] // 2 :].any(0))
+    start = drawn_columns[np.flatnonzero(np.diff(drawn_columns) > 8)[-1] + 1]
+    assert not ink[:, start - 6 : start].any()
 
 
 def test_each_picture_shows_its_own_facts(tmp_path, made):

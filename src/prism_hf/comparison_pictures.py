@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,12 +163,12 @@ def draw_grids(path: Path, comparison: Mapping[str, Any], grids: Mapping[str, Te
     classes = min(len(names), MAX_CLASSES if small and few else FEW_CLASSES)
     most = MAX_SLOTS if small and few else FEW_SLOTS
     labels = [_name(name, f"class {k}", 18) for k, name in enumerate(names[:classes])]
-    titles = [_grid_title(method, comparison, most) for method in methods]
     slots = min(most, max(method["ipc"] for method in methods))
     cell = min(0.5, max(0.28 if small else 0.54, 1.5 / slots))
     across, down = slots * cell, classes * cell * (height + 1) / (width + 1)
-    left, above = 0.2 + 0.068 * max(map(len, labels)), 0.14 + 0.14 * max(title.count("\n") + 1 for title in titles)
     step = max(1.7, across + 0.14)
+    titles = [_grid_title(method, comparison, most, int((step - 0.1) / 0.056)) for method in methods]
+    left, above = 0.2 + 0.068 * max(map(len, labels)), 0.14 + 0.14 * max(title.count("\n") + 1 for title in titles)
     columns = max(1, min(len(methods), int((WIDTH - left) // step)))
     rows = math.ceil(len(methods) / columns)
     columns = math.ceil(len(methods) / rows)
@@ -217,9 +218,11 @@ def _draw_panel(axes: Axes, picture: NDArray[np.uint8], wide: int, title: str) -
     axes.set_title(title, loc="left", fontsize=8)
 
 
-def _grid_title(method: Mapping[str, Any], comparison: Mapping[str, Any], most: int) -> str:
+def _grid_title(method: Mapping[str, Any], comparison: Mapping[str, Any], most: int, letters: int) -> str:
+    """What the images are, in lines of so many letters."""
     cut = f"\nfirst {most} of {method['ipc']} slots" if method["ipc"] > most else ""
-    return _title(method, comparison, 30) + cut
+    lines = _title(method, comparison, 30).split("\n")
+    return "\n".join(textwrap.fill(line, letters) for line in lines) + cut
 
 
 # -- similarity -------------------------------------------------------------------------------------------------------
