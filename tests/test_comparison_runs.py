@@ -8,11 +8,13 @@ from accelerate.state import AcceleratorState
 from comparisons import LIGHT, STUDENTS, comparison, named
 from pipeline import launch, mtimes, one_line, sha_tree, tiny
 
+from prism_hf.comparison import Reading, under_one_protocol
 from prism_hf.comparison_report import Findings
+from prism_hf.comparison_runs import Comparison
 from prism_hf.errors import OutputError
 from prism_hf.preflight import check_space, missing_space
 from prism_hf.recipe_file import dump_recipe
-from prism_hf.storage import read_record
+from prism_hf.storage import read_record, write_record
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NAMES = ("random-real-ipc2", "prism-ipc2", "sre2l-ipc2")
@@ -137,7 +139,7 @@ def test_a_run_is_the_one_that_the_other_command_makes(compared, tmp_path):
 
 
 def test_the_disk_must_hold_all_of_its_runs(tmp_path):
-    """Each of the four would fit, even with a control of its own."""
+    """Each of the eight would fit, even with a control of its own; half of them do, where the others are finished."""
     free, one = shutil.disk_usage(tmp_path).free, tiny("relabel.epochs=1000000000")
     epochs = int(0.4 * free / missing_space(one, tmp_path, processes=1) * 1e9)
     recipe = tiny(*LIGHT, f"relabel.epochs={epochs}")
@@ -148,6 +150,17 @@ def test_the_disk_must_hold_all_of_its_runs(tmp_path):
     assert one_line(error)
     assert not (tmp_path / "compare").exists()
     comparison(tmp_path / "compare", tmp_path / "teachers", [("prism", recipe)], seeds=(0,)).check()
+    for cell in made.cells[:4]:
+        write_record(made.record_file(cell), {})
+    made.check()
+
+
+def test_the_first_student_must_read_all_views():
+    methods, _ = under_one_protocol(named("prism"))
+    with pytest.raises(ValueError, match="expected a reading of 'test_byobnet' with all views"):
+        Comparison(
+            methods, [Reading("test_byobnet", "soft", 1)], [0], folder=Path(), teachers_root=Path(), accelerator=None
+        )
 
 
 def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):

@@ -70,6 +70,9 @@ class Comparison:
         accelerator: The processes.
         checkpoint_s: Seconds between two checkpoints of a long job.
         ceilings: Architectures that are trained on all real images too; default: every student.
+
+    Raises:
+        ValueError: No reading of the first student takes all views.
     """
 
     def __init__(
@@ -85,6 +88,12 @@ class Comparison:
         ceilings: Sequence[str] | None = None,
     ) -> None:
         self.methods, self.readings, self.seeds, self.folder = methods, readings, seeds, folder
+        first = readings[0].student
+        self._plain = [reading for reading in readings if (reading.student, reading.label_epochs) == (first, None)]
+        if not self._plain:
+            raise ValueError(
+                f"expected a reading of {first!r} with all views, for the runs' own cards; got {list(readings)}"
+            )
         self.ceilings = list(dict.fromkeys(r.student for r in readings)) if ceilings is None else list(ceilings)
         self._root, self.accelerator, self._checkpoint_s = teachers_root, accelerator, checkpoint_s
         # Seed by seed: a comparison that is cut short has every method, with fewer seeds.
@@ -119,7 +128,8 @@ class Comparison:
             check_network(student, num_classes=data.num_classes, channels=data.channels, size=data.size)
         for cell in self.one_of_each:
             self._shared(cell, self.shared).check(space=False)
-        check_space(sum(Stages(self.run_of(cell), like=self.shared).missing_space() for cell in self.cells), self.folder)
+        left = [cell for cell in self.cells if not self.record_file(cell).is_file()]
+        check_space(sum(Stages(self.run_of(cell), like=self.shared).missing_space() for cell in left), self.folder)
 
     def __call__(self) -> None:
         """Make what is not there yet."""
@@ -220,19 +230,17 @@ class Comparison:
         Returns:
             What needed no training.
         """
-        student = self.readings[0].student
-        plain = [r for r in self.readings if r.student == student and r.label_epochs is None]
         elsewhere = "a run of its own in the comparison that this one belongs to"
         contest = replace(
-            self._contest(run.recipe, distilled, plain[0]),
+            self._contest(run.recipe, distilled, self._plain[0]),
             train=None,
-            wanted=tuple(Row("distilled", reading.labels) for reading in plain),
+            wanted=tuple(Row("distilled", reading.labels) for reading in self._plain),
             left_out={"random real": elsewhere, "all real": elsewhere},
             tested_on=run.recipe.data.tested_on,
         )
         evaluation = collect(
             contest,
-            self._students(run, plain[0]),
+            self._students(run, self._plain[0]),
             verifier=stages.verifier(),
             network=self.network(),
             device=self.accelerator.device,
