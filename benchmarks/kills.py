@@ -51,6 +51,8 @@ RECIPES = {
     ),
     "sre2l": ("sre2l_ipc10.yaml", ("teachers.bn_pool=[]", "relabel.teachers=[squeeze:test_byobnet]")),
 }  # fmt: skip
+DRAWN = ("prism, per slot", "prism, per iteration, from noise", "sre2l")
+"""The seeds of benchmarks/results/kills.json mean these; others by --recipe."""
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 PARTS = ("dataset", "control", "student", "work/jobs", "work/students")
 """What must be the same."""
@@ -83,8 +85,8 @@ class Case:
     problems: list[str] = field(default_factory=list)
 
 
-def draw_case(seed: int, *, stage: str | None = None) -> Case:
-    """The case of a seed; the stage of its first kill can be chosen, so that every stage is hit."""
+def draw_case(seed: int, *, stage: str | None = None, recipe: str | None = None) -> Case:
+    """The case of a seed; the stage of its first kill can be chosen, so that every stage is hit, and the recipe."""
     draw = random.Random(seed)
     kills = []
     for number in range(draw.choice((1, 1, 2))):
@@ -94,7 +96,8 @@ def draw_case(seed: int, *, stage: str | None = None) -> Case:
         )
         chosen = stage if number == 0 and stage else draw.choice(STAGES)
         kills.append(Kill(chosen, draw.random(), draw.choice(SIGNALS), whom, processes))
-    return Case(seed, draw.choice(list(RECIPES)), kills, draw.choice((1, 2, 3)))
+    drawn = draw.choice(DRAWN)
+    return Case(seed, recipe or drawn, kills, draw.choice((1, 2, 3)))
 
 
 def environment() -> dict[str, str]:
@@ -300,12 +303,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--recipe", choices=RECIPES, help="default: drawn, one of " + "; ".join(DRAWN))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--at-once", type=int, default=1, help="cases side by side")
     parser.add_argument("--record", type=Path)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    cases = [draw_case(args.first + i, stage=STAGES[i % len(STAGES)]) for i in range(args.count)]
+    stages = [STAGES[i % len(STAGES)] for i in range(args.count)]
+    cases = [draw_case(args.first + i, stage=stage, recipe=args.recipe) for i, stage in enumerate(stages)]
     run_all(cases, args.output, at_once=args.at_once)
     result = summary(cases)
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
@@ -315,6 +320,7 @@ def main() -> None:
         from prism_hf.storage import write_json
 
         command = f"python benchmarks/kills.py --count {args.count} --first {args.first} --at-once {args.at_once}"
+        command += f" --recipe {args.recipe}" if args.recipe else ""
         write_json(args.record, result | {"runs": [asdict(c) for c in cases], "command": command} | facts())
     sys.exit(any(case.problems for case in cases))
 
