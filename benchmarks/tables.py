@@ -3,10 +3,10 @@
     accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
         benchmarks/tables.py --data outputs/fashion-mnist --threads 1              # all of them, over night on 2 cores
     accelerate launch benchmarks/tables.py methods-ipc10 --data outputs/fashion-mnist
-    accelerate launch benchmarks/tables.py --reduced --data outputs/fashion-mnist    # half an hour: fewer seeds and sizes
 
-Without --data the images come from the Hub. What is finished is kept in outputs/tables, so the same command goes on; each
-finished table is written to benchmarks/results/fashion-NAME.json.
+With --reduced, three of them with fewer seeds, in half an hour by two processes. Without --data the images come from the
+Hub. What is finished is kept in outputs/tables, so the same command goes on; each finished table is written to
+benchmarks/results/fashion-NAME.json.
 """
 
 import argparse
