@@ -181,6 +181,7 @@ SECTIONS = {
     "fashion-methods-ipc50": methods_table,
     "fashion-fresh-seeds": methods_table,
     "fashion-other-teachers": methods_table,
+    "fashion-other-teachers-ipc1": methods_table,
     "fashion-decoupling": against_first,
     "fashion-decoupling-noise": against_first,
     "fashion-switches": against_first,

@@ -176,6 +176,11 @@ TABLES = {
     ),
     "fresh-seeds": Table(CHOSEN, seeds=tuple(range(5, 15))),  # that guided no choice
     "other-teachers": Table(CHOSEN, seeds=SEEDS[:3], common=("squeeze.seed=1",)),
+    "other-teachers-ipc1": Table(
+        tuple(row for row in methods_at(1) if row[0] in [chosen[0] for chosen in CHOSEN]),
+        seeds=SEEDS[:3],
+        common=("squeeze.seed=1",),
+    ),
     "labels": Table(
         (switch("PRISM per slot"), ("random real", "random_ipc10", ())),
         seeds=SEEDS[:3],
