@@ -168,6 +168,11 @@ def family(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
         return []
 
 
+def listen() -> None:
+    """In the new process: a job of a shell's background ignores SIGINT, and would hand that on to what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def strike(kill: Kill, case: Case, folder: Path, times: dict[str, float]) -> None:
     """One launch, killed as the case says; notes what happened."""
     error = folder.parent / f"{folder.name}.err"
@@ -176,6 +181,7 @@ def strike(kill: Kill, case: Case, folder: Path, times: dict[str, float]) -> Non
         launcher = subprocess.Popen(
             words(case.recipe, folder, kill.processes),
             env=environment(), stdout=subprocess.DEVNULL, stderr=stderr, text=True, start_new_session=True,
+            preexec_fn=listen,
         )  # fmt: skip
         while launcher.poll() is None and count_stages(folder, kill.stage) == before:
             time.sleep(0.01)
