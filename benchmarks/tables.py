@@ -77,12 +77,16 @@ class Table:
 def methods_at(ipc: int) -> tuple[Row, ...]:
     """Every method at a size, under the protocol of PRISM's recipe, which so comes first."""
     rows = [(label, name, SIZES[ipc] + _batches(name, ipc)) for label, name in METHODS.items()]
-    best = f"prism_best_ipc{ipc}"
     first = next(row for row in rows if row[1] == PRISM)
-    last = [("prism_best", best, ()), ("its start images, not optimised", best, ("synthesis.iterations=0",))]
-    if ipc == 10:
-        last.append(("prism_best from the easiest 0.8", best, ("synthesis.easiest=0.8",)))  # the choice before this one
-    return (first, *(row for row in rows if row is not first), *last)
+    return (first, *(row for row in rows if row is not first), *best_at(ipc))
+
+
+def best_at(ipc: int) -> tuple[Row, ...]:
+    """`prism_best` at a size, and what it is made of."""
+    best = f"prism_best_ipc{ipc}"
+    rows = (("prism_best", best, ()), ("its start images, not optimised", best, ("synthesis.iterations=0",)))
+    before = ("prism_best from the easiest 0.8", best, ("synthesis.easiest=0.8",))  # the choice before this one
+    return (*rows, before) if ipc == 10 else rows
 
 
 def _batches(name: str, ipc: int) -> tuple[str, ...]:
@@ -111,12 +115,7 @@ BN_TEACHERS = (
     ),
     switch("all four", "teachers.draw_probability=1"),
 )
-CHOSEN = (
-    switch("PRISM per slot"),
-    ("prism_best", "prism_best_ipc10", ()),
-    ("prism_best from the easiest 0.8", "prism_best_ipc10", ("synthesis.easiest=0.8",)),
-    ("its start images, not optimised", "prism_best_ipc10", ("synthesis.iterations=0",)),
-)
+CHOSEN = {ipc: (methods_at(ipc)[0], *best_at(ipc)) for ipc in (1, 10)}
 EASIEST = (1.0, 0.8, 0.5, 0.35)
 NOISE = (
     "synthesis.init=noise", "synthesis.lr=0.25", "synthesis.bn_weight=0.3", "synthesis.bn_reduction=mean",
@@ -174,13 +173,9 @@ TABLES = {
         seeds=SEEDS[:3],
         common=(f"data.validation_fraction={1 / 6}",),
     ),
-    "fresh-seeds": Table(CHOSEN, seeds=tuple(range(5, 15))),  # that guided no choice
-    "other-teachers": Table(CHOSEN, seeds=SEEDS[:3], common=("squeeze.seed=1",)),
-    "other-teachers-ipc1": Table(
-        tuple(row for row in methods_at(1) if row[0] in [chosen[0] for chosen in CHOSEN]),
-        seeds=SEEDS[:3],
-        common=("squeeze.seed=1",),
-    ),
+    "fresh-seeds": Table(CHOSEN[10], seeds=tuple(range(5, 15))),  # that guided no choice
+    "other-teachers": Table(CHOSEN[10], seeds=SEEDS[:3], common=("squeeze.seed=1",)),
+    "other-teachers-ipc1": Table(CHOSEN[1], seeds=SEEDS[:3], common=("squeeze.seed=1",)),
     "labels": Table(
         (switch("PRISM per slot"), ("random real", "random_ipc10", ())),
         seeds=SEEDS[:3],

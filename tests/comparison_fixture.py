@@ -23,7 +23,8 @@ def make_comparison(*, methods=4, classes=10, ipc=10, seeds=3, students=("test_r
         "command": "accelerate launch recipes/compare.py recipes/sre2l.yaml recipes/prism.yaml",
         "data": {
             "source": "digits", "classes": [f"class {k}" if classes > 10 else f"digit {k}" for k in range(classes)],
-            "train_count": 1347, "test_count": 450, "licence": "CC BY 4.0",
+            "train_count": 1347, "test_count": 450, "tested_on": "test images",
+            "licence": "CC BY 4.0",
         },
         "protocol": {
             "teachers": {"squeeze:test_resnet": 0.91234, "squeeze:test_byobnet": None},
