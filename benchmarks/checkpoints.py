@@ -14,11 +14,12 @@ from pathlib import Path
 import machine
 import torch
 
-from prism_hf.checkpoint import Checkpoint
-from prism_hf.plan import EVERY_S, plan_jobs
-from prism_hf.recipe_file import load_recipe
-from prism_hf.storage import write_json
-from prism_hf.synthesis import Progress
+from prism_hf.method.synthesis import Progress
+from prism_hf.recipe.plan import plan_jobs
+from prism_hf.recipe.yaml_file import load_recipe
+from prism_hf.runtime.checkpoint import Checkpoint
+from prism_hf.runtime.stop import EVERY_S
+from prism_hf.runtime.store import write_json
 
 ROOT = Path(__file__).parents[1]
 

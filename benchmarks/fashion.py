@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from prism_hf.report import bytes_text, difference, markdown_table, top1_text, verdict
+from prism_hf.evaluation.report import bytes_text, difference, markdown_table, top1_text, verdict
 
 NOT_YET = "*not yet run*"
 SIGNS = {"wins": "**above**", "level": "level", "loses": "*below*"}

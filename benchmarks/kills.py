@@ -323,7 +323,7 @@ def main() -> None:
     if args.record:
         from machine import facts
 
-        from prism_hf.storage import write_json
+        from prism_hf.runtime.store import write_json
 
         command = f"python benchmarks/kills.py --count {args.count} --first {args.first} --at-once {args.at_once}"
         command += f" --recipe {args.recipe}" if args.recipe else ""

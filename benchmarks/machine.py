@@ -6,7 +6,7 @@ import os
 import platform
 from pathlib import Path
 
-from prism_hf.packaging import versions
+from prism_hf.dataset.writer import versions
 
 
 def cpu() -> str:

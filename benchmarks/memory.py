@@ -109,7 +109,7 @@ def main() -> None:
     if args.record:
         from machine import facts as machine_facts
 
-        from prism_hf.storage import write_json
+        from prism_hf.runtime.store import write_json
 
         pixels = 3 * args.size**2
         scale = f"--size {args.size} --ipc {args.ipc} --epochs {args.epochs}"

@@ -13,14 +13,14 @@ from pathlib import Path
 import machine
 import torch
 
-from prism_hf.data import load_source, real_rows
-from prism_hf.pixels import noise, to_reference
-from prism_hf.plan import plan_jobs
-from prism_hf.recipe_file import load_recipe
-from prism_hf.squeeze import teacher_folder
-from prism_hf.storage import write_json
-from prism_hf.synthesis import synthesize
-from prism_hf.teachers import load_teachers
+from prism_hf.images.pixels import noise, to_reference
+from prism_hf.images.source import load_source, real_rows
+from prism_hf.method.synthesis import synthesize
+from prism_hf.models.load import load_teachers
+from prism_hf.models.squeeze import teacher_folder
+from prism_hf.recipe.plan import plan_jobs
+from prism_hf.recipe.yaml_file import load_recipe
+from prism_hf.runtime.store import write_json
 
 
 def main() -> None:

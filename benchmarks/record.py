@@ -10,10 +10,10 @@ from pathlib import Path
 
 import machine
 
-from prism_hf.card import card_facts
-from prism_hf.recipe import to_dict
-from prism_hf.recipe_file import differing_keys, load_recipe
-from prism_hf.storage import write_json
+from prism_hf.hub.dataset_card import card_facts
+from prism_hf.recipe.schema import to_dict
+from prism_hf.recipe.yaml_file import differing_keys, load_recipe
+from prism_hf.runtime.store import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 

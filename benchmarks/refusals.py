@@ -52,7 +52,7 @@ def main() -> None:
     if args.record:
         import machine
 
-        from prism_hf.storage import write_json
+        from prism_hf.runtime.store import write_json
 
         write_json(args.record, facts | machine.facts())
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import fashion
 
-from prism_hf.card import render_card
-from prism_hf.recipe_file import load_recipe, parse_recipe
-from prism_hf.report import markdown_table, table_rows, top1_text
+from prism_hf.evaluation.report import markdown_table, table_rows, top1_text
+from prism_hf.hub.dataset_card import render_card
+from prism_hf.recipe.yaml_file import load_recipe, parse_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = re.compile(r"(<!-- results: (?P<what>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

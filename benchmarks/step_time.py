@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prism_hf.objective import Objective
-from prism_hf.packaging import versions
-from prism_hf.storage import write_json
-from prism_hf.teachers import Teacher
+from prism_hf.dataset.writer import versions
+from prism_hf.method.objective import Objective
+from prism_hf.models.teacher import Teacher
+from prism_hf.runtime.store import write_json
 
 RESULT = Path(__file__).resolve().parent / "results" / "step_time.json"
 CASES = {

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import machine
 
-from prism_hf.command import add_common, quiet, run_command
-from prism_hf.comparison import Reading
+from prism_hf.cli.options import add_common, quiet, run_command
+from prism_hf.compare.methods import Reading
 from prism_hf.errors import RecipeError
-from prism_hf.recipe import Recipe
-from prism_hf.recipe_file import load_recipe
-from prism_hf.students import Labels
+from prism_hf.evaluation.students import Labels
+from prism_hf.recipe.schema import Recipe
+from prism_hf.recipe.yaml_file import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes" / "fashion"
@@ -218,7 +218,7 @@ def main(args: argparse.Namespace) -> None:
     if unknown:
         raise RecipeError(f"no table is called {unknown[0]!r}; there are {', '.join(TABLES)}")
     quiet()
-    from prism_hf.run import make_accelerator
+    from prism_hf.run.context import make_accelerator
 
     accelerator = make_accelerator(threads=args.threads)
     for name in args.names or (REDUCED if args.reduced else TABLES):
@@ -229,11 +229,11 @@ def main(args: argparse.Namespace) -> None:
 
 def make(name: str, table: Table, args: argparse.Namespace, accelerator: object) -> None:
     """One table, and its JSON."""
-    from prism_hf.comparison import under_one_protocol
-    from prism_hf.comparison_report import Findings
-    from prism_hf.comparison_runs import Comparison
-    from prism_hf.lock import locked
-    from prism_hf.storage import write_json
+    from prism_hf.compare.findings import Findings
+    from prism_hf.compare.methods import under_one_protocol
+    from prism_hf.compare.runs import Comparison
+    from prism_hf.runtime.lock import locked
+    from prism_hf.runtime.store import write_json
 
     recipes = [(row[0], recipe_of(row, table, args.data)) for row in table.rows]
     methods, notes = under_one_protocol(recipes, own=table.own)

@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING
 # Python puts this folder first on its path, where our evaluate.py would hide the package of that name.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from prism_hf.command import add_common, quiet, run_command, split_overrides
+from prism_hf.cli.options import add_common, quiet, run_command, split_overrides
 from prism_hf.errors import RecipeError
-from prism_hf.plan import plan_jobs
-from prism_hf.recipe import Recipe
-from prism_hf.recipe_file import load_recipe, override_recipe
+from prism_hf.recipe.plan import plan_jobs
+from prism_hf.recipe.schema import Recipe
+from prism_hf.recipe.yaml_file import load_recipe, override_recipe
 
 if TYPE_CHECKING:
-    from prism_hf.comparison import Method, Reading
-    from prism_hf.comparison_runs import Comparison
+    from prism_hf.compare.methods import Method, Reading
+    from prism_hf.compare.runs import Comparison
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
         raise RecipeError("expected at least one recipe, got none; give the path of a YAML file")
     recipes = [load_recipe(path) for path in paths]
     quiet()
-    from prism_hf.comparison import Reading, under_one_protocol
+    from prism_hf.compare.methods import Reading, under_one_protocol
 
     if args.data is not None:
         overrides = _on(recipes[0], args.data, overrides)
@@ -84,7 +84,7 @@ def _seeds(text: str) -> list[int]:
 
 def _on(first: Recipe, source: str, overrides: list[str]) -> list[str]:
     """Overrides for all recipes: other data. What the first says of its own (columns, revision, classes) does not hold."""
-    from prism_hf.data import count_classes
+    from prism_hf.images.source import count_classes
 
     words = [f"data.{key}=null" for key in ("config", "revision", "image_column", "label_column")]
     words += ["data.licence=unknown", f"data.source={json.dumps(source)}"]
@@ -114,11 +114,11 @@ def compare(
     teachers: Path,
     args: argparse.Namespace,
 ) -> None:
-    from prism_hf.comparison_runs import Comparison, check_comparison_folder
-    from prism_hf.lock import check_free, locked
-    from prism_hf.logs import log_file
-    from prism_hf.run import make_accelerator
-    from prism_hf.storage import clear_drafts
+    from prism_hf.compare.runs import Comparison, check_comparison_folder
+    from prism_hf.run.context import make_accelerator
+    from prism_hf.runtime.lock import check_free, locked
+    from prism_hf.runtime.logs import log_file
+    from prism_hf.runtime.store import clear_drafts
 
     check_comparison_folder(folder)
     if os.environ.get("RANK", "0") == "0":  # the others would find the folder held by the first
@@ -150,9 +150,9 @@ def compare(
 
 def show(made: "Comparison", notes: list[str], folder: Path) -> None:
     """Write the page, and say where it is."""
-    from prism_hf.comparison_page import table_of
-    from prism_hf.comparison_report import Findings
-    from prism_hf.report import plain_table
+    from prism_hf.compare.findings import Findings
+    from prism_hf.compare.page import table_of
+    from prism_hf.evaluation.report import plain_table
 
     command = " ".join(["accelerate launch recipes/compare.py", *map(_shown, sys.argv[1:])])
     comparison = Findings(made).write(folder, notes=notes, command=command)

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING
 # Python puts this folder first on its path, where our evaluate.py would hide the package of that name.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from prism_hf.command import add_common, quiet, run_command, split_overrides
+from prism_hf.cli.options import add_common, quiet, run_command, split_overrides
 from prism_hf.errors import DataError, RecipeError, StageError, TeacherError
-from prism_hf.recipe import Recipe, to_dict
-from prism_hf.recipe_file import load_recipe, override_recipe, public_recipe
+from prism_hf.recipe.schema import Recipe, to_dict
+from prism_hf.recipe.yaml_file import load_recipe, override_recipe, public_recipe
 
 if TYPE_CHECKING:
-    from prism_hf.data import ImageSplit, SourceData
-    from prism_hf.reading import DistilledDataset
-    from prism_hf.run import Run
-    from prism_hf.stages import Stages
-    from prism_hf.teachers import Teacher
+    from prism_hf.dataset.reader import DistilledDataset
+    from prism_hf.images.source import ImageSplit, SourceData
+    from prism_hf.models.teacher import Teacher
+    from prism_hf.run.context import Run
+    from prism_hf.run.stages import Stages
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,9 +64,9 @@ def main(args: argparse.Namespace) -> None:
     if len(words) != 1:
         raise RecipeError(f"expected one data set, got {len(words)}; protocol changes are written evaluation.key=value")
     quiet()
-    from prism_hf.reading import load_distilled
-    from prism_hf.run import Run, check_place, held, make_accelerator
-    from prism_hf.training import check_network
+    from prism_hf.dataset.reader import load_distilled
+    from prism_hf.models.build import check_network
+    from prism_hf.run.context import Run, check_place, held, make_accelerator
 
     if args.output is not None:
         check_place(args.output, "--output")
@@ -103,13 +103,13 @@ def score_all(
     path: Path,
 ) -> None:
     """Train the students, write the report to `path`, print the table."""
-    from prism_hf.evaluation import Contest, evaluate_contest
-    from prism_hf.model_folder import scored_on, source_facts
-    from prism_hf.packaging import versions
-    from prism_hf.report import summary
-    from prism_hf.stages import Stages
-    from prism_hf.storage import write_json
-    from prism_hf.students import Keep
+    from prism_hf.dataset.writer import versions
+    from prism_hf.evaluation.report import summary
+    from prism_hf.evaluation.students import Keep
+    from prism_hf.models.folder import scored_on, source_facts
+    from prism_hf.run.scores import Contest, evaluate_contest
+    from prism_hf.run.stages import Stages
+    from prism_hf.runtime.store import write_json
 
     recipe, stages = run.recipe, Stages(run)
     train = None if data is None else data.train
@@ -157,7 +157,7 @@ def real_parts(
     args: argparse.Namespace, recipe: Recipe, class_names: Sequence[str], left_out: dict[str, str]
 ) -> tuple["SourceData | None", "ImageSplit"]:
     """The real data, where they can be reached, and the test part that was asked for."""
-    from prism_hf.data import load_source, load_test_split
+    from prism_hf.images.source import load_source, load_test_split
 
     data = test = None
     try:
@@ -193,8 +193,8 @@ def tested_recipe(recipe: Recipe, test: str | None) -> Recipe:
 
 def find_control(stages: "Stages", distilled: "DistilledDataset", left_out: dict[str, str]) -> "DistilledDataset | None":
     """Random real images labelled by the very teachers that labelled the data set, or the reason why there are none."""
-    from prism_hf.reading import load_distilled
-    from prism_hf.report import NO_CONTROL
+    from prism_hf.dataset.reader import load_distilled
+    from prism_hf.evaluation.report import NO_CONTROL
 
     if stages.recipe.method == "random":
         left_out["random real"] = NO_CONTROL

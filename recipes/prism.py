@@ -24,15 +24,16 @@ from typing import TYPE_CHECKING
 # Python puts this folder first on its path, where our evaluate.py would hide the package of that name.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from prism_hf.command import add_common, add_target, quiet, run_command, split_overrides
+from prism_hf.cli.options import add_common, add_target, quiet, run_command, split_overrides
 from prism_hf.errors import RecipeError
-from prism_hf.plan import STAGES, TRACKERS, describe_plan
-from prism_hf.recipe import Recipe
-from prism_hf.recipe_file import load_recipe
+from prism_hf.recipe.describe import describe_plan
+from prism_hf.recipe.plan import STAGES, TRACKERS
+from prism_hf.recipe.schema import Recipe
+from prism_hf.recipe.yaml_file import load_recipe
 
 if TYPE_CHECKING:
-    from prism_hf.repository import Target
-    from prism_hf.run import Run
+    from prism_hf.hub.repository import Target
+    from prism_hf.run.context import Run
 
 DEFAULT = Path(__file__).parent / "digits" / "prism_ipc10.yaml"
 
@@ -84,19 +85,19 @@ def main(args: argparse.Namespace) -> None:
 
 
 def print_status(folder: Path) -> None:
-    from prism_hf.status import status_text, survey
+    from prism_hf.run.status import status_text, survey
 
     sys.stdout.write(status_text(survey(folder)) + "\n")
 
 
 def distil(recipe: Recipe, folder: Path, args: argparse.Namespace) -> None:
     quiet()
-    from prism_hf.hub import check_here, check_target, reserve
-    from prism_hf.lock import check_free
-    from prism_hf.logs import log_file
-    from prism_hf.repository import Target
-    from prism_hf.run import Run, check_folder, claimed, make_accelerator, start_trackers
-    from prism_hf.stages import Stages
+    from prism_hf.hub.push import check_here, check_target, reserve
+    from prism_hf.hub.repository import Target
+    from prism_hf.run.context import Run, check_folder, claimed, make_accelerator, start_trackers
+    from prism_hf.run.stages import Stages
+    from prism_hf.runtime.lock import check_free
+    from prism_hf.runtime.logs import log_file
 
     # Teachers are shared between recipes in outputs/teachers; a named output keeps everything inside itself.
     teachers = args.teachers or (folder / "teachers" if args.output else Path("outputs") / "teachers")
@@ -144,9 +145,9 @@ def distil(recipe: Recipe, folder: Path, args: argparse.Namespace) -> None:
 
 
 def print_result(run: "Run", target: "Target | None") -> None:
-    from prism_hf.bundle import bundle_of
-    from prism_hf.hub import publish
-    from prism_hf.report import summary
+    from prism_hf.evaluation.report import summary
+    from prism_hf.hub.bundle import bundle_of
+    from prism_hf.hub.push import publish
 
     report = run.folder / "report.json"
     if report.is_file():

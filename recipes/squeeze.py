@@ -14,9 +14,9 @@ from pathlib import Path
 # Python puts this folder first on its path, where our evaluate.py would hide the package of that name.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from prism_hf.command import add_common, quiet, run_command, split_overrides
+from prism_hf.cli.options import add_common, quiet, run_command, split_overrides
 from prism_hf.errors import RecipeError
-from prism_hf.recipe_file import load_recipe
+from prism_hf.recipe.yaml_file import load_recipe
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,9 +37,10 @@ def main(args: argparse.Namespace) -> None:
     if not recipe.squeezed_teachers:
         raise RecipeError(f"{paths[0]} names no `squeeze:` teacher, so there is nothing to train")
     quiet()
-    from prism_hf.run import Run, check_place, make_accelerator
-    from prism_hf.squeeze import check_architectures, teacher_folder
-    from prism_hf.stages import Stages
+    from prism_hf.models.squeeze import teacher_folder
+    from prism_hf.run.context import Run, check_place, make_accelerator
+    from prism_hf.run.preflight import check_architectures
+    from prism_hf.run.stages import Stages
 
     check_place(args.output, "--output")
     check_architectures(recipe)

@@ -3,9 +3,9 @@
 from accelerate.state import AcceleratorState
 from pipeline import tiny
 
-from prism_hf.comparison import Reading, under_one_protocol
-from prism_hf.comparison_runs import Comparison
-from prism_hf.run import make_accelerator
+from prism_hf.compare.methods import Reading, under_one_protocol
+from prism_hf.compare.runs import Comparison
+from prism_hf.run.context import make_accelerator
 
 STUDENTS = ("test_byobnet", "test_efficientnet")
 LIGHT = ("evaluation.seeds=[0,1]", "evaluation.full_data_epochs=0")

@@ -11,9 +11,9 @@ import pytest  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 
-from prism_hf.recipe import Recipe  # noqa: E402
-from prism_hf.recipe_file import parse_recipe
-from prism_hf.teachers import Teacher, state_sha256  # noqa: E402
+from prism_hf.models.teacher import Teacher, state_sha256
+from prism_hf.recipe.schema import Recipe  # noqa: E402
+from prism_hf.recipe.yaml_file import parse_recipe
 
 torch.set_num_threads(1)
 

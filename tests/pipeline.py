@@ -18,10 +18,10 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from timm.models import save_for_hf
 
-from prism_hf.command import run_command
-from prism_hf.plan import STAGES
-from prism_hf.recipe_file import dump_recipe, load_recipe
-from prism_hf.storage import write_bytes
+from prism_hf.cli.options import run_command
+from prism_hf.recipe.plan import STAGES
+from prism_hf.recipe.yaml_file import dump_recipe, load_recipe
+from prism_hf.runtime.store import write_bytes
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "digits" / "prism_ipc10.yaml"
@@ -55,8 +55,8 @@ def launch(*words, name="prism", recipe=RECIPE):
 
 def stages(folder, teachers, *overrides, **more):
     """The stages of a tiny run in process, without a command around them."""
-    from prism_hf.run import Run, make_accelerator
-    from prism_hf.stages import Stages
+    from prism_hf.run.context import Run, make_accelerator
+    from prism_hf.run.stages import Stages
 
     AcceleratorState._reset_state(True)
     made = Stages(Run(tiny(*overrides), Path(folder), Path(teachers), make_accelerator(folder, threads=1), **more))
@@ -127,10 +127,10 @@ PYTHON = sys.executable
 def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", epochs=3, ipc=3, names=None, shard_mb=500,
               classes=None, seed=0, name=None):  # fmt: skip
     """A data set folder with tables, card-ready provenance left out; returns what went in."""
-    from prism_hf.packaging import ImageTable, build_dataset, view_table
-    from prism_hf.pixels import decode, encode
-    from prism_hf.plan import derived_seed
-    from prism_hf.views import draw_views, to_columns
+    from prism_hf.dataset.writer import ImageTable, build_dataset, view_table
+    from prism_hf.images.pixels import decode, encode
+    from prism_hf.images.views import draw_views, to_columns
+    from prism_hf.runtime.seeds import derived_seed
 
     names = list(names or [f"class {i}" for i in range(classes or 4)])
     count, generator = len(names) * ipc, torch.Generator().manual_seed(seed)
@@ -168,8 +168,8 @@ def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", 
 
 def add_card(folder, recipe, names, *, teachers=None, report=None, images="distilled"):
     """Provenance and card of a `small_set`, so that plain `datasets` finds both configs."""
-    from prism_hf.card import card_facts, render_card
-    from prism_hf.packaging import write_provenance
+    from prism_hf.dataset.writer import write_provenance
+    from prism_hf.hub.dataset_card import card_facts, render_card
 
     write_provenance(
         folder, recipe=recipe, teachers=teachers or {}, source_revision=None, source_on_hub=False, squeezed_top1={},

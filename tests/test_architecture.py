@@ -10,23 +10,17 @@ import prism_hf
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "prism_hf"
-MODULES = sorted(SRC.glob("*.py"))
-# Low to high: a module imports only from modules before it. `__init__` sees all.
-ORDER = (
-    "errors outside storage interruption lock memory logs patience recipe_fields recipe_synthesis recipe "
-    "recipe_file plan pixels views alignment densification tensors checkpoint data weights teachers conv_statistics "
-    "training objective synthesis diversity feature_map selection model_folder squeeze relabel packaging work "
-    "reading verification export students comparison report pictures readme card comparison_pictures "
-    "comparison_page model_card bundle repository hub progress run evaluation preflight session jobs packager "
-    "stages comparison_runs comparison_report status command console __init__"
-).split()
-TEST_FILE = {
-    "command": "test_commands.py",
-    "outside": "test_security.py",
-    "recipe_fields": "test_recipe.py",
-    "recipe_synthesis": "test_recipe.py",
-}
-every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+MODULES = sorted(path for path in SRC.rglob("*.py") if path.name != "__init__.py")
+# Low to high: a package imports from packages before it, or from itself.
+PACKAGES = "errors runtime recipe images models method dataset evaluation hub run compare cli".split()
+
+
+def name_of(path):
+    """`runtime.store` of src/prism_hf/runtime/store.py."""
+    return ".".join(path.relative_to(SRC).with_suffix("").parts)
+
+
+every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: name_of(p))
 
 
 def tree(path):
@@ -35,6 +29,7 @@ def tree(path):
 
 def imports(path):
     """(top-level package, our module or None) of every import statement, those inside functions included."""
+    folder = path.relative_to(SRC).parts[:-1]
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             for name in node.names:
@@ -42,19 +37,34 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield node.module.split(".")[0], None
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 1, f"{path.name}: import from above the package"
-            for module in [node.module] if node.module else [name.name for name in node.names]:
-                yield "prism_hf", module
+            above = folder[: len(folder) + 1 - node.level]
+            assert node.level <= len(folder) + 1, f"{path.name}: import from above the package"
+            yield "prism_hf", ".".join([*above, node.module] if node.module else above)
 
 
-def test_every_module_has_a_place_in_the_order():
-    assert {p.stem for p in MODULES} <= set(ORDER)
+def graph():
+    """Module -> modules that it imports."""
+    return {name_of(path): {ours for _, ours in imports(path) if ours} for path in MODULES}
+
+
+def test_the_packages_are_those_of_the_house():
+    assert {name_of(path).split(".")[0] for path in MODULES} == set(PACKAGES)
 
 
 @every_module
-def test_imports_point_one_way(path):
-    back = [module for _, module in imports(path) if module and ORDER.index(module) >= ORDER.index(path.stem)]
-    assert not back, f"{path.stem} imports {back}, which stand above or beside it"
+def test_imports_point_down_the_packages(path):
+    def floor(module):
+        return PACKAGES.index(module.split(".")[0])
+
+    back = [module for _, module in imports(path) if module and floor(module) > floor(name_of(path))]
+    assert not back, f"{name_of(path)} imports {back}, which stand above it"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    found = graph()
+    while leaves := [name for name, ours in found.items() if not ours & set(found)]:
+        found = {name: ours for name, ours in found.items() if name not in leaves}
+    assert not found
 
 
 @every_module
@@ -62,11 +72,11 @@ def test_nothing_imports_recipes_tests_or_itself_by_name(path):
     assert not {package for package, module in imports(path) if module is None} & {"recipes", "tests", "prism_hf"}
 
 
-@pytest.mark.parametrize("name", ["errors", "recipe", "recipe_file", "plan"])
+@pytest.mark.parametrize("name", ["errors", "recipe.schema", "recipe.yaml_file", "recipe.plan", "recipe.describe"])
 def test_light_modules_import_nothing_heavy(name):
     seen = queue = [name]
     while queue:
-        found = [item for module in queue for item in imports(SRC / f"{module}.py")]
+        found = [item for module in queue for item in imports(SRC / f"{module.replace('.', '/')}.py")]
         heavy = {package for package, _ in found} & {"torch", "numpy", "timm", "datasets", "transformers", "accelerate"}
         assert not heavy, name
         queue = sorted({ours for _, ours in found if ours} - set(seen))
@@ -111,8 +121,8 @@ def hub_writes(path):
 
 
 def test_only_hub_writes_to_the_network():
-    assert "create_commit" in hub_writes(SRC / "hub.py")
-    assert not {path.stem: found for path in MODULES if path.stem != "hub" and (found := hub_writes(path))}
+    assert "create_commit" in hub_writes(SRC / "hub" / "push.py")
+    assert not {name_of(p): found for p in MODULES if p.parent.name != "hub" and (found := hub_writes(p))}
 
 
 @every_module
@@ -142,9 +152,9 @@ def test_public_names_are_few_sorted_and_explained():
         assert value.__module__.startswith("prism_hf."), name
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p.stem not in ("errors", "__init__")], ids=lambda p: p.stem)
-def test_each_module_has_its_tests(path):
-    assert (ROOT / "tests" / TEST_FILE.get(path.stem, f"test_{path.stem}.py")).is_file()
+def test_each_package_has_its_tests():
+    for package in PACKAGES[1:]:
+        assert list((ROOT / "tests" / package).glob("test_*.py")), package
 
 
 def test_no_drawer_modules():

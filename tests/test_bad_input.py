@@ -24,10 +24,10 @@ from pipeline import add_card, launch, random_picture, save_timm, sha_tree, smal
 from test_data import FEATURES, NAMES, rows
 from test_teachers import resnet
 
-from prism_hf.console import main as console
+from prism_hf.cli.main import main as console
 from prism_hf.errors import DataError, HubError, OutputError, RecipeError, StageError, TeacherError
-from prism_hf.recipe import to_dict
-from prism_hf.recipe_file import dump_recipe, override_recipe
+from prism_hf.recipe.schema import to_dict
+from prism_hf.recipe.yaml_file import dump_recipe, override_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 

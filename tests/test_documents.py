@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from prism_hf.card import REPLAY
-from prism_hf.console import parse
+from prism_hf.cli.main import parse
+from prism_hf.hub.dataset_card import REPLAY
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md"]

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from pipeline import RECIPE, add_card, one_line, small_set
 from test_card import HOSTILE, NAMES, TEACHER, evaluation, render, shape, shown, tokens
 
-from prism_hf.card import METADATA_KEYS, address_card, card_facts, metadata, render_control_card
 from prism_hf.errors import RecipeError
-from prism_hf.outside import _UNSEEN as UNSEEN
-from prism_hf.readme import BEGIN, END, merge_readme
-from prism_hf.recipe import Recipe, to_dict
-from prism_hf.recipe_file import dump_recipe, load_recipe, override_recipe, parse_recipe, public_recipe
+from prism_hf.hub.dataset_card import METADATA_KEYS, address_card, card_facts, metadata, render_control_card
+from prism_hf.hub.merge import BEGIN, END, merge_readme
+from prism_hf.recipe.schema import Recipe, to_dict
+from prism_hf.recipe.yaml_file import dump_recipe, load_recipe, override_recipe, parse_recipe, public_recipe
+from prism_hf.runtime.untrusted import _UNSEEN as UNSEEN
 
 MORE = int(os.environ.get("FUZZ_TIMES", "1"))  # a longer look: FUZZ_TIMES=20 pytest tests/test_fuzz.py
 NEW = MORE > 1  # the default run tries the same examples every time

@@ -8,10 +8,10 @@ import pytest
 import torch
 from pipeline import PYTHON, ROOT, launch, make, mtimes, quiet_env, sha_tree, tiny
 
-from prism_hf.comparison import random_recipe
-from prism_hf.reading import load_distilled
-from prism_hf.recipe_file import dump_recipe
-from prism_hf.tensors import open_rows
+from prism_hf.compare.methods import random_recipe
+from prism_hf.dataset.reader import load_distilled
+from prism_hf.recipe.yaml_file import dump_recipe
+from prism_hf.runtime.tensors import open_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 LIGHT = ("evaluation.full_data_epochs=0", "evaluation.seeds=[0,1]")

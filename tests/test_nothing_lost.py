@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from pipeline import PYTHON, ROOT, TINY, launch, quiet_env, sha_tree
 
-from prism_hf.plan import STAGES
+from prism_hf.recipe.plan import STAGES
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -87,7 +87,7 @@ STARVED = """
 import json, resource, sys
 sys.path[:0] = {paths!r}
 from test_nothing_lost import go, kills, Path
-from prism_hf.plan import STAGES
+from prism_hf.recipe.plan import STAGES
 
 folder, packaged = map(Path, sys.argv[1:])
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

@@ -23,8 +23,8 @@ CASES = {
     "train": """
 import dataclasses, sys
 import torch
-from prism_hf.reading import load_distilled
-from prism_hf.students import train_student
+from prism_hf.dataset.reader import load_distilled
+from prism_hf.evaluation.students import train_student
 
 torch.set_num_threads(1)
 data = load_distilled(sys.argv[1])
@@ -39,10 +39,10 @@ import torch
 from pipeline import tiny
 from torch import nn
 
-from prism_hf.packaging import build_dataset
-from prism_hf.relabel import label_images, relabel_batches
-from prism_hf.teachers import Teacher
-from prism_hf.work import StoredImages, Work
+from prism_hf.dataset.writer import build_dataset
+from prism_hf.method.relabel import label_images, relabel_batches
+from prism_hf.models.load import Teacher
+from prism_hf.run.artifacts import StoredImages, Work
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[2])
@@ -64,8 +64,8 @@ build_dataset(folder / "set", StoredImages(work, "distilled"), work.epochs("dist
 """,
     "verify and export": """
 import sys
-from prism_hf.export import export
-from prism_hf.verification import verify
+from prism_hf.dataset.export import export
+from prism_hf.dataset.verify import verify
 
 assert verify(sys.argv[1]).differences == ()
 for layout in ("imagefolder", "rethinkdc"):

@@ -18,11 +18,11 @@ from hub_server import Rival, Status
 from huggingface_hub import ModelCard
 from pipeline import add_card, random_picture, small_set, tiny
 
-from prism_hf.console import main
-from prism_hf.data import load_source
+from prism_hf.cli.main import main
+from prism_hf.dataset.reader import _shipped, load_distilled
 from prism_hf.errors import DataError
-from prism_hf.reading import _shipped, load_distilled
-from prism_hf.squeeze import squeeze_teacher, teacher_folder
+from prism_hf.images.source import load_source
+from prism_hf.models.squeeze import squeeze_teacher, teacher_folder
 
 SET, TEACHER = "org/small-set", "org/small-teacher"
 
@@ -192,7 +192,7 @@ def test_a_teacher_comes_back_for_timm_and_transformers(connected, transport, re
 
 DISTILLED = """
 import json, sys
-from prism_hf.reading import load_distilled
+from prism_hf.dataset.reader import load_distilled
 print(json.dumps(load_distilled(sys.argv[1]).content))
 """
 

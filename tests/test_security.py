@@ -30,20 +30,28 @@ from hub_fixtures import connected, hub, online, transport  # noqa: F401
 from pipeline import ROOT, TINY, add_card, launch, one_line, random_picture, save_timm, sha_tree, small_set, tiny
 from test_teachers import resnet
 
-from prism_hf.bundle import bundle_of
-from prism_hf.console import main
-from prism_hf.data import load_source
+from prism_hf.cli.main import main
+from prism_hf.dataset.export import export
+from prism_hf.dataset.reader import load_distilled
+from prism_hf.dataset.verify import check_folder
 from prism_hf.errors import DataError, HubError, PrismError, RecipeError, TeacherError
-from prism_hf.export import export
-from prism_hf.outside import homes_of, is_inside, is_plain_path, read_header, read_yaml, stray_link, without_password
-from prism_hf.reading import load_distilled
-from prism_hf.readme import merge_readme
-from prism_hf.recipe import DataRecipe
-from prism_hf.recipe_file import load_recipe, parse_recipe
-from prism_hf.repository import Repository, Target
-from prism_hf.run import Run, make_accelerator, start_trackers
-from prism_hf.teachers import load_teacher
-from prism_hf.verification import check_folder
+from prism_hf.hub.bundle import bundle_of
+from prism_hf.hub.merge import merge_readme
+from prism_hf.hub.repository import Repository, Target
+from prism_hf.images.source import load_source
+from prism_hf.models.load import load_teacher
+from prism_hf.recipe.schema import DataRecipe
+from prism_hf.recipe.yaml_file import load_recipe, parse_recipe
+from prism_hf.run.context import Run, make_accelerator, start_trackers
+from prism_hf.runtime.untrusted import (
+    homes_of,
+    is_inside,
+    is_plain_path,
+    read_header,
+    read_yaml,
+    stray_link,
+    without_password,
+)
 
 CPU = torch.device("cpu")
 lfs_only = pytest.mark.parametrize("transport", ["lfs"], indirect=True)

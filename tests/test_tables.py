@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from pipeline import command, one_line
 
-from prism_hf.command import run_command
-from prism_hf.comparison import under_one_protocol
+from prism_hf.cli.options import run_command
+from prism_hf.compare.methods import under_one_protocol
 from prism_hf.errors import DataError
-from prism_hf.recipe_file import differing_keys
+from prism_hf.recipe.yaml_file import differing_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -19,9 +19,9 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from prism_hf.command import run_command
+from prism_hf.cli.options import run_command
 from prism_hf.errors import DataError
-from prism_hf.storage import draft_folder, swap_folder, writing
+from prism_hf.runtime.store import draft_folder, swap_folder, writing
 
 CLASSES = (
     "T - shirt / top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",

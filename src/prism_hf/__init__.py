@@ -7,38 +7,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .alignment import BNAlignment
-    from .card import render_card
-    from .diversity import intra_class_similarity
-    from .hub import push_folder
-    from .packaging import build_dataset
-    from .plan import SynthesisJob, plan_jobs
-    from .reading import DistilledDataset, load_distilled
-    from .recipe import Recipe
-    from .recipe_file import load_recipe
-    from .relabel import relabel_epoch
-    from .students import train_student
-    from .synthesis import synthesize
-    from .teachers import Teacher, load_teachers
+    from .dataset.reader import DistilledDataset, load_distilled
+    from .dataset.writer import build_dataset
+    from .evaluation.diversity import intra_class_similarity
+    from .evaluation.students import train_student
+    from .hub.dataset_card import render_card
+    from .hub.push import push_folder
+    from .method.alignment import BNAlignment
+    from .method.relabel import relabel_epoch
+    from .method.synthesis import synthesize
+    from .models.load import load_teachers
+    from .models.teacher import Teacher
+    from .recipe.plan import SynthesisJob, plan_jobs
+    from .recipe.schema import Recipe
+    from .recipe.yaml_file import load_recipe
 
 __version__ = "0.1.0"
 _HOME = {
-    "BNAlignment": "alignment",
-    "DistilledDataset": "reading",
-    "Recipe": "recipe",
-    "SynthesisJob": "plan",
-    "Teacher": "teachers",
-    "build_dataset": "packaging",
-    "intra_class_similarity": "diversity",
-    "load_distilled": "reading",
-    "load_recipe": "recipe_file",
-    "load_teachers": "teachers",
-    "plan_jobs": "plan",
-    "push_folder": "hub",
-    "relabel_epoch": "relabel",
-    "render_card": "card",
-    "synthesize": "synthesis",
-    "train_student": "students",
+    "BNAlignment": "method.alignment",
+    "DistilledDataset": "dataset.reader",
+    "Recipe": "recipe.schema",
+    "SynthesisJob": "recipe.plan",
+    "Teacher": "models.load",
+    "build_dataset": "dataset.writer",
+    "intra_class_similarity": "evaluation.diversity",
+    "load_distilled": "dataset.reader",
+    "load_recipe": "recipe.yaml_file",
+    "load_teachers": "models.load",
+    "plan_jobs": "recipe.plan",
+    "push_folder": "hub.push",
+    "relabel_epoch": "method.relabel",
+    "render_card": "hub.dataset_card",
+    "synthesize": "method.synthesis",
+    "train_student": "evaluation.students",
 }
 __all__ = [
     "BNAlignment",

@@ -1,0 +1,93 @@
+"""Show that a change of the code changes no byte of the tables.
+
+    python benchmarks/same_bytes.py                         # run this checkout, compare with the recorded hashes
+    python benchmarks/same_bytes.py --root OTHER --record   # run another checkout, and record its hashes
+
+Five small runs on digits are made from nothing: PRISM per slot, PRISM per iteration from noise, SRe2L, G-VBSM and random
+real images. Compared are the SHA-256 of each Parquet file of data set and control, and the scores of the students.
+The hashes hold for one version of torch on one kind of CPU; record them again on another machine, from the old commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "benchmarks" / "results" / "same_bytes.json"
+DIGITS = (
+    "data.source=digits", "data.num_classes=10", "data.size=16", "data.channels=1",
+    "squeeze.epochs=1", "squeeze.batch_size=128", "squeeze.seed=0", "teachers.logit=squeeze:test_byobnet",
+    "teachers.verifier=squeeze:test_efficientnet", "relabel.epochs=4", "relabel.batch_size=10",
+    "relabel.teachers=[squeeze:test_byobnet,squeeze:test_resnet]", "evaluation.student=test_byobnet",
+    "evaluation.full_data_epochs=0", "evaluation.batch_size=10", "evaluation.seeds=[0]",
+)  # fmt: skip
+FEW = ("synthesis.iterations=12", "synthesis.ipc=3", "teachers.bn_pool=[squeeze:test_resnet]")
+BATCHES = ("synthesis.slots_per_batch=1", "synthesis.batch_size=10")
+RUNS = {
+    "prism per slot": ("digits/prism_ipc10", (*DIGITS, *FEW, *BATCHES)),
+    "prism per iteration from noise": (
+        "digits/prism_noise_ipc10", (*DIGITS, *FEW, *BATCHES, "teachers.selection=per_iteration", "synthesis.lr=0.05"),
+    ),
+    "sre2l": ("digits/sre2l_ipc10", (*DIGITS, *FEW, *BATCHES, "teachers.bn_pool=[]")),
+    "gvbsm": ("fashion/gvbsm_ipc10", (*DIGITS, *FEW, "synthesis.batch_size=12")),
+    "random": ("fashion/random_ipc10", (*DIGITS, "synthesis.ipc=3")),
+}  # fmt: skip
+
+
+def run(root: Path, folder: Path, teachers: Path, recipe: str, overrides: tuple[str, ...]) -> dict[str, object]:
+    """Make one data set with the code in `root`; its hashes and scores."""
+    env = os.environ | {
+        "PYTHONPATH": str(root / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1",
+        "HF_HOME": str(folder.parent / "hf"),
+    }  # fmt: skip
+    words = [str(root / "recipes" / f"{recipe}.yaml"), *overrides, "--output", str(folder), "--teachers", str(teachers)]
+    done = subprocess.run(
+        [sys.executable, str(root / "recipes" / "prism.py"), *words, "--threads", "1"],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{recipe}: the run failed\n{done.stderr[-3000:]}")
+    tables = sorted(path for name in ("dataset", "control") for path in (folder / name).rglob("*.parquet"))
+    rows = json.loads((folder / "report.json").read_text(encoding="utf-8"))["evaluation"]["rows"]
+    return {
+        "tables": {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in tables},
+        "top1": {f"{row['images']}, {row['labels']} labels": row["top1"] for row in rows},
+    }
+
+
+def main() -> None:
+    """Compare or record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout whose code is run")
+    parser.add_argument("--record", action="store_true", help="write the hashes instead of comparing them")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folders = {name: Path(place) / name.replace(" ", "-") for name in RUNS}
+        found = {
+            name: run(args.root.resolve(), folders[name], Path(place) / "teachers", *arguments)
+            for name, arguments in RUNS.items()
+        }
+    if args.record:
+        import machine
+
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=args.root, capture_output=True, text=True, check=True)
+        command = f"python benchmarks/same_bytes.py --root CHECKOUT --record  # of commit {commit.stdout.strip()[:12]}"
+        facts = {"command": command, **machine.facts(), "runs": found}
+        RECORD.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))["runs"]
+    for name, facts in found.items():
+        same = "the same" if facts == recorded[name] else "DIFFERENT"
+        sys.stdout.write(f"{name}: {len(facts['tables'])} tables, {len(facts['top1'])} scores: {same}\n")  # type: ignore[arg-type]
+    sys.exit(found != recorded)
+
+
+if __name__ == "__main__":
+    main()

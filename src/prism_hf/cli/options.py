@@ -1,0 +1,93 @@
+"""What the commands share: one clear line for an error that a user can put right, and quiet libraries."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from ..errors import PrismError, StoppedError
+from ..runtime.stop import EVERY_S, leave_at_once, stopping_cleanly
+
+INTERRUPTED = 130
+
+
+def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
+    """Run a command; an error of ours is one line on stderr and exit code 2, with a traceback only for `--debug`."""
+    try:
+        with stopping_cleanly():
+            return main(args) or 0
+    except (StoppedError, KeyboardInterrupt):
+        leave_at_once()  # the line about a signal is on the terminal already
+        sys.stderr.write("interrupted: what is finished is kept; the same command goes on where this run stopped\n")
+        return INTERRUPTED
+    except PrismError as error:
+        if args.debug:
+            raise
+        # Words of a hostile file may hold codes for the terminal.
+        text = "".join(letter if letter.isprintable() else "\ufffd" for letter in str(error))
+        sys.stderr.write(f"{type(error).__name__}: {text}\n")
+        return 2
+
+
+def quiet() -> None:
+    """Our log lines, without the progress bars and notices of the libraries below."""
+    # Imported here: a command that only reads a recipe does not wait for them.
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("prism_hf").setLevel(logging.INFO)
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that computes."""
+    parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads per process")
+    every = f"keep the state of long jobs this often; default: {EVERY_S:g}"
+    parser.add_argument("--checkpoint-every", type=_seconds, default=EVERY_S, metavar="SECONDS", help=every)
+    add_debug(parser)
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """The option of every command."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Options of a push to the Hub."""
+    visible = parser.add_mutually_exclusive_group()
+    visible.add_argument("--private", dest="public", action="store_false", help="only you and your organisation (default)")
+    visible.add_argument("--public", action="store_true", help="everybody can read it")
+    parser.add_argument("--revision", metavar="BRANCH", default="main", help="push to a branch, made if not there")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of changing the branch")
+    parser.add_argument("--replace", action="store_true", help="publish even over something else that the repo holds")
+    parser.set_defaults(public=False)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 to 86400, got {text!r}")
+    return value
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Positional words -> (paths, `dotted.key=value` overrides)."""
+    overrides = [word for word in words if "=" in word and not os.path.exists(word)]  # Path.exists raises at long words
+    return [word for word in words if word not in overrides], overrides

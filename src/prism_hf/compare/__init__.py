@@ -1,0 +1,1 @@
+"""Several methods under one protocol, and the page about them."""

@@ -1,0 +1,139 @@
+"""Several methods under one protocol: which runs that means.
+
+The first recipe's data, teachers' training, labels, packaging and students are those of all; random real images are always
+among the methods.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ..errors import RecipeError
+from ..evaluation.students import Labels
+from ..recipe.schema import Recipe, to_dict
+from ..recipe.yaml_file import differing_keys, parse_recipe
+
+RANDOM = "random real"
+PROTOCOL = ("data", "squeeze", "relabel", "packaging", "evaluation")
+"""Sections that all methods of a comparison take from the first recipe, beside the verifier."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a comparison.
+
+    Attributes:
+        label: What it is called.
+        recipe: Under the protocol.
+        control: Whether it is the random real images.
+    """
+
+    label: str
+    recipe: Recipe
+    control: bool = False
+
+    @property
+    def slug(self) -> str:
+        """Its label as a name of a folder."""
+        return re.sub(r"[^a-z0-9]+", "-", f"{self.label} ipc{self.recipe.synthesis.ipc}".lower()).strip("-")[:80]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How students read a data set.
+
+    Attributes:
+        student: Architecture.
+        labels: Kind of labels.
+        label_epochs: Only the first so many epochs of views, used in turn; `None`: as many as the student trains.
+    """
+
+    student: str
+    labels: Labels
+    label_epochs: int | None = None
+
+    @property
+    def key(self) -> str:
+        """For files and reports: `soft`, `hard`, `image`, `soft-10`."""
+        return self.labels if self.label_epochs is None else f"{self.labels}-{self.label_epochs}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method with one seed, of synthesis and students alike."""
+
+    method: Method
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """In files and in the log."""
+        return f"{self.method.slug}-seed{self.seed}"
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe of this run; its teachers are those of every other run."""
+        base = self.method.recipe
+        return replace(
+            base,
+            name=self.method.slug,
+            seed=self.seed,
+            squeeze=replace(base.squeeze, seed=base.seed if base.squeeze.seed is None else base.squeeze.seed),
+            evaluation=replace(base.evaluation, seeds=(self.seed,)),
+        )
+
+
+def under_one_protocol(recipes: Sequence[tuple[str, Recipe]], *, own: Sequence[str] = ()) -> tuple[list[Method], list[str]]:
+    """Every recipe with the protocol of the first one, and random real images for each number of images per class.
+
+    Args:
+        recipes: Label and recipe.
+        own: Sections that each recipe keeps as it has them, against the protocol.
+
+    Returns:
+        The methods, in order, controls first; and one line for each value of a recipe that gives way to the protocol.
+
+    Raises:
+        RecipeError: Two methods of one name, or a recipe that cannot be had under the protocol.
+    """
+    if not recipes:
+        raise RecipeError("expected at least one recipe to compare with random real images, got none")
+    first_label, first = recipes[0]
+    methods, notes = [], []
+    for label, recipe in recipes:
+        common = _protocol_of(first, recipe, label, own)
+        methods.append(Method(label, common, control=recipe.method == "random"))
+        notes += [
+            f"{label}: {key} is that of {first_label}"
+            for key in differing_keys(recipe, common)
+            if key not in ("seed", "method")
+        ]
+    sizes = dict.fromkeys(method.recipe.synthesis.ipc for method in methods)
+    for ipc in sizes:
+        if not any(method.control and method.recipe.synthesis.ipc == ipc for method in methods):
+            label = RANDOM if len(sizes) == 1 else f"{RANDOM}, ipc {ipc}"
+            methods.append(Method(label, random_recipe(first, ipc), control=True))
+    methods.sort(key=lambda method: not method.control)
+    slugs = [re.sub(r"-ipc\d+$", "", method.slug) for method in methods]
+    twice = next((method.label for method, slug in zip(methods, slugs, strict=True) if slugs.count(slug) > 1), None)
+    if twice is not None:
+        raise RecipeError(f"two methods are called {twice!r}; give each recipe a name of its own")
+    return methods, notes
+
+
+def _protocol_of(first: Recipe, recipe: Recipe, label: str, own: Sequence[str]) -> Recipe:
+    values, common = to_dict(recipe), to_dict(first)
+    values |= {key: common[key] for key in (*PROTOCOL, "seed") if key not in own}
+    values["teachers"]["verifier"] = first.teachers.verifier  # type: ignore[index]
+    return parse_recipe(values, origin=label if recipe is first else f"{label} under the protocol of {first.name}")
+
+
+def random_recipe(recipe: Recipe, ipc: int) -> Recipe:
+    """Random real images under the protocol of a recipe."""
+    values = to_dict(recipe)
+    teachers = {"logit": recipe.teachers.logit, "verifier": recipe.teachers.verifier}
+    values |= {"name": f"random-ipc{ipc}", "method": "random", "synthesis": {"ipc": ipc}, "teachers": teachers}
+    return parse_recipe(values, origin=RANDOM)

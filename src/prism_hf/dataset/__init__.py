@@ -1,0 +1,1 @@
+"""The format of a distilled dataset: tables, provenance, reading, checking, export."""

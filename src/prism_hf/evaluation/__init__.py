@@ -1,0 +1,1 @@
+"""How good a dataset is: students, similarity, the honest table."""

@@ -1,0 +1,1 @@
+"""Cards, figures, and the only code that writes to the Hub."""

@@ -1,0 +1,85 @@
+"""What a reader of the card sees: the grid of images and the diversity plot, as PNG files with the same bytes each time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from torch import Tensor
+
+from ..evaluation.diversity import Diversity
+from ..runtime.store import write_whole
+
+MAX_CLASSES, MAX_SLOTS = 20, 10
+STYLE: dict[Any, Any] = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120}
+
+
+def grid(images_uint8: Tensor, ipc: int) -> Tensor:
+    """Class-major images (K * ipc, C, H, W) uint8 -> one picture (C, H', W'): a row per class, one pixel between."""
+    channels, height, width = images_uint8.shape[1:]
+    rows = images_uint8.view(-1, ipc, channels, height, width)[:MAX_CLASSES, :MAX_SLOTS]
+    canvas = torch.full(
+        (channels, rows.shape[0] * (height + 1) - 1, rows.shape[1] * (width + 1) - 1), 255, dtype=torch.uint8
+    )
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            canvas[:, r * (height + 1) :, c * (width + 1) :][:, :height, :width] = image
+    return canvas
+
+
+def draw_grid(path: Path, images_uint8: Tensor, class_names: Sequence[str], ipc: int) -> None:
+    """The distilled images, a row per class with its name; at most 20 classes and 10 slots."""
+    picture = grid(images_uint8, ipc).numpy()
+    side = images_uint8.shape[-2] + 1
+    classes = min(len(class_names), MAX_CLASSES)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.8 * min(ipc, MAX_SLOTS) + 1.4, 0.8 * classes + 0.2), layout="constrained")
+        axes = figure.add_subplot()
+        shown = picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
+        axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        names = [plain_name(name, f"class {k}") for k, name in enumerate(class_names[:classes])]
+        axes.set_yticks(np.arange(classes) * side + side / 2, names)
+        axes.set_xticks([])
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        save_figure(figure, path)
+
+
+def draw_diversity(path: Path, sets: Mapping[str, Diversity], class_names: Sequence[str]) -> None:
+    """Intra-class similarity of each set: a dot per class, a line at the mean."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 0.55 * len(sets) + 0.9), layout="constrained")
+        axes = figure.add_subplot()
+        for height, diversity in enumerate(reversed(list(sets.values()))):
+            known = [v for v in diversity.per_class if v is not None]
+            axes.plot(known, np.full(len(known), height), "o", alpha=0.5, markersize=5, markeredgewidth=0)
+            if diversity.mean is not None:
+                axes.plot([diversity.mean] * 2, [height - 0.3, height + 0.3], "k-", linewidth=1.5)
+                axes.annotate(f"{diversity.mean:.3f}", (diversity.mean, height + 0.32), ha="center", va="bottom")
+            else:
+                axes.annotate("one image per class: no pairs", (0.02, height), xycoords=("axes fraction", "data"))
+        axes.set_yticks(range(len(sets)), [plain_name(name, "set") for name in reversed(list(sets))])
+        axes.set_ylim(-0.6, len(sets) - 0.2)
+        axes.set_xlabel(f"cosine similarity of features inside a class ({len(class_names)} classes; lower is more diverse)")
+        save_figure(figure, path)
+
+
+def plain_name(text: str, otherwise: str, *, most: int = 24) -> str:
+    """A name from outside as matplotlib can draw it, `most` letters; `otherwise` for a script its font does not have."""
+    glyphs = get_font(findfont("DejaVu Sans")).get_charmap()
+    if not all(ord(letter) in glyphs for letter in text):
+        return otherwise
+    short = text if len(text) <= most else text[: most - 1] + "…"
+    # matplotlib reads $...$ as mathematics; class names come from outside.
+    return short.replace("$", r"\$")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG without the time and the program's version: the same figure gives the same bytes."""
+    write_whole(path, lambda draft: figure.savefig(draft, format="png", metadata={"Software": None}))

@@ -1,0 +1,1 @@
+"""Pixels, views, and the real images of a dataset."""

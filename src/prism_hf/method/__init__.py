@@ -1,0 +1,1 @@
+"""The science: one file per idea of docs/method.md."""

@@ -1,0 +1,62 @@
+"""The losses of a student on stored labels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..recipe.schema import EvaluationRecipe
+
+
+def soft_label_loss(logits: Tensor, teacher_logits: Tensor, class_shares: Tensor, settings: EvaluationRecipe) -> Tensor:
+    """The loss of a student on stored logits, a scalar.
+
+    Args:
+        logits: The student's, (B, K).
+        teacher_logits: Stored raw logits of the same views, (B, K).
+        class_shares: The classes in the view, (B, K), rows sum to 1.
+        settings: `mse_ce`: mean squared error of the logits + ce_weight * CE (G-VBSM, PRISM; here CE knows the mix
+            partner, which the published code ignores). `kl`: KL(teacher || student) at the temperature, times its square
+            (SRe2L; arXiv 1503.02531), so that the gradient does not vanish with it. `dist` (DIST, arXiv 2205.10536): of
+            the probabilities at the temperature, 1 - mean correlation of the rows (classes of an image) + 1 - mean
+            correlation of the columns (images of a class), times the squared temperature. `cosine` (GIFT, arXiv
+            2405.14736): 1 - mean cosine of the logits, centred over the classes, + ce_weight * CE. What does not vary has
+            no correlation: it counts as 0 and has no gradient.
+    """
+    t = settings.temperature
+    if settings.loss == "kl":
+        target, guess = F.log_softmax(teacher_logits / t, dim=1), F.log_softmax(logits / t, dim=1)
+        return F.kl_div(guess, target, reduction="batchmean", log_target=True) * t * t
+    if settings.loss == "dist":
+        guess, target = F.softmax(logits / t, dim=1), F.softmax(teacher_logits / t, dim=1)
+        alike = [correlation(guess, target, dim=dim).mean() for dim in (1, 0)]
+        return (2 - alike[0] - alike[1]) * t * t
+    ce = settings.ce_weight * F.cross_entropy(logits, class_shares)
+    if settings.loss == "cosine":
+        return 1 - correlation(logits, teacher_logits, dim=1).mean() + ce
+    return F.mse_loss(logits, teacher_logits) + ce
+
+
+def correlation(a: Tensor, b: Tensor, *, dim: int) -> Tensor:
+    """Pearson's correlation along a dimension of two matrices; 0, without a gradient, where one is constant."""
+    (a, a_varies), (b, b_varies) = _centred(a, dim), _centred(b, dim)
+    varies = a_varies & b_varies
+    squares = torch.where(varies, a.square().sum(dim) * b.square().sum(dim), 1)
+    return torch.where(varies, (a * b).sum(dim) / squares.sqrt(), 0)
+
+
+def _centred(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """`x` less its mean, largest value 1 (squares of small probabilities would be zero), and where it varies at all."""
+    rounding = 8 * torch.finfo(x.dtype).eps * x.detach().abs().amax(dim, keepdim=True)
+    x = x - x.mean(dim, keepdim=True)
+    # A correlation knows no scale, so the scale needs no gradient.
+    spread = x.detach().abs().amax(dim, keepdim=True)
+    varies = spread > rounding.clamp(min=1e-30)
+    return x / torch.where(varies, spread, 1), varies.squeeze(dim)
+
+
+def class_shares(labels: Tensor, partner_labels: Tensor, weight: Tensor, num_classes: int) -> Tensor:
+    """Hard labels of mixed views: (B,), (B,), (B,) -> (B, K) float32, `weight` for the image, the rest for its partner."""
+    own, other = F.one_hot(labels, num_classes).float(), F.one_hot(partner_labels, num_classes).float()
+    return torch.lerp(other, own, weight.view(-1, 1))

@@ -1,0 +1,1 @@
+"""Networks: teachers by name, training, squeezing, the folder of a shared network."""

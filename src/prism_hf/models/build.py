@@ -1,0 +1,74 @@
+"""Networks from scratch: timm architectures, and model types of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import timm
+import torch
+from torch import nn
+
+from ..errors import RecipeError
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Global random state (weight init, dropout) is `seed` inside the block and untouched outside."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def build_network(name: str, *, num_classes: int, channels: int) -> nn.Module:
+    """A network from scratch: a timm architecture, or `transformers:<model type>` in its default configuration.
+
+    Raises:
+        RecipeError: Unknown architecture.
+    """
+    if name.startswith("transformers:"):
+        return _transformers_network(name.removeprefix("transformers:"), num_classes, channels)
+    if ":" in name or not timm.is_model(name):
+        raise RecipeError(
+            f"network {name!r} cannot be built: expected a timm architecture (no weights tag), or transformers:MODEL_TYPE"
+        )
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=channels)
+    except (RuntimeError, TypeError) as error:
+        raise RecipeError(f"network {name!r} cannot be built: {' '.join(str(error).split())[:200]}") from error
+
+
+def check_network(name: str, *, num_classes: int, channels: int, size: int) -> nn.Module:
+    """Build a network and show it two blank images, so that one that cannot take them fails before any work.
+
+    Raises:
+        RecipeError: It cannot be built, or cannot take images of this size.
+    """
+    with seeded(0, torch.device("cpu")), torch.no_grad():
+        network = build_network(name, num_classes=num_classes, channels=channels).eval()
+        try:
+            logits = network(torch.zeros(2, channels, size, size))
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise RecipeError(
+                f"network {name!r} cannot take {channels} x {size} x {size} images ({reason}); name another architecture, "
+                "or change data.size"
+            ) from error
+    if logits.shape != (2, num_classes):
+        raise RecipeError(f"network {name!r} answers with shape {tuple(logits.shape)}, expected (2, {num_classes})")
+    return network
+
+
+def _transformers_network(model_type: str, num_classes: int, channels: int) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    from .load_transformers import LogitsOnly
+
+    try:
+        config = AutoConfig.for_model(model_type, num_labels=num_classes, num_channels=channels)
+        return LogitsOnly(AutoModelForImageClassification.from_config(config))
+    except (ValueError, KeyError) as error:
+        raise RecipeError(
+            f"network 'transformers:{model_type}' cannot be built: {' '.join(str(error).split())[:200]}"
+        ) from error

@@ -1,0 +1,171 @@
+"""How a trained network is stored, so that timm and transformers both load it.
+
+A folder holds config.json, model.safetensors and one facts file: squeeze.json of a teacher, student.json of a student.
+Facts say what the network learned from and how good it is; they name nothing local, so that the folder can be shared.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import save_for_hf
+from torch import nn
+
+from ..errors import OutputError, RecipeError
+from ..images.pixels import REFERENCE
+from ..images.source import SourceData
+from ..recipe.schema import Recipe
+from ..recipe.yaml_file import public_recipe
+from ..runtime.store import draft_folder, swap_folder, write_json, writing
+from .build import build_network, seeded
+
+KINDS = {"squeeze": "teacher", "student": "student"}
+"""Name of the facts file -> which kind of network it describes."""
+
+
+_ORIGIN = ("tag", "url", "file", "hf_hub_id", "hf_hub_filename", "source", "origin_url", "paper_name", "paper_ids", "notes")
+
+
+def is_stored(folder: Path, facts_name: str) -> bool:
+    """Whether a folder holds a finished network (it is renamed into place as a whole)."""
+    return all((folder / name).is_file() for name in ("config.json", "model.safetensors", f"{facts_name}.json"))
+
+
+def store_network(
+    network: nn.Module,
+    folder: Path,
+    *,
+    architecture: str,
+    size: int,
+    channels: int,
+    class_names: Sequence[str],
+    licence: str,
+    facts: Mapping[str, object],
+    facts_name: str,
+    replace: bool = False,
+) -> None:
+    """Write a complete folder under another name, then rename it: a reader sees all of it or nothing.
+
+    Args:
+        network: A timm network that takes the reference normalisation; left as it is.
+        folder: Where it is stored.
+        architecture: Its timm name.
+        size: Side of its input in pixels.
+        channels: 3, or 1: a grey network is widened to RGB, and answers on three copies of a grey image as it did on one.
+        class_names: K names.
+        licence: Of the data; weights are derived from them, and whoever shares them may know better.
+        facts: Written as `<facts_name>.json`.
+        facts_name: `squeeze` or `student`.
+        replace: Take the place of a finished network; otherwise that is left as it is.
+
+    Raises:
+        RecipeError: Not a timm architecture, or one that cannot be widened.
+    """
+    if not timm.is_model(architecture):
+        raise RecipeError(
+            f"network {architecture!r} cannot be kept as a model folder: only timm architectures can be shared"
+        )
+    network = copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    if channels == 1:
+        network = _widened(network, architecture, size, len(class_names))
+    config = _config(network, size, channels, class_names, licence)
+    draft = draft_folder(folder)
+    try:
+        with writing(folder):
+            save_for_hf(network, str(draft), model_config=config, safe_serialization=True)
+            _repair_config(draft / "config.json")
+            write_json(draft / f"{facts_name}.json", facts)
+        if replace or not is_stored(folder, facts_name):
+            swap_folder(draft, folder)
+    except SafetensorError as error:
+        raise OutputError(f"{folder} cannot be written ({error}); make space and give the same command again") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _config(network: nn.Module, size: int, channels: int, class_names: Sequence[str], licence: str) -> dict[str, object]:
+    mean, std = REFERENCE[channels]
+    copies = 3 // channels
+    return {
+        "num_classes": len(class_names),
+        "label_names": list(class_names),
+        "pretrained_cfg": {
+            **network.pretrained_cfg,  # type: ignore[dict-item]
+            "input_size": [3, size, size],
+            "test_input_size": None,
+            "num_classes": len(class_names),
+            "mean": mean * copies,
+            "std": std * copies,
+            "crop_pct": 1.0,
+            "test_crop_pct": None,
+            "interpolation": "bilinear",
+            "license": licence,
+            "label_names": list(class_names),
+        },
+    }
+
+
+def _repair_config(path: Path) -> None:
+    # timm writes model_args.num_classes, which transformers then passes twice (timm 1.0.31, transformers 5.23).
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    # It also names the weights that it would download for this architecture; these are others.
+    cfg = config["pretrained_cfg"]
+    config["pretrained_cfg"] = {key: value for key, value in cfg.items() if key not in _ORIGIN}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _widened(network: nn.Module, architecture: str, size: int, num_classes: int) -> nn.Module:
+    """A grey network for RGB; timm's `in_chans=1` folds it back.
+
+    Raises:
+        RecipeError: It answers otherwise on three copies of an image; some first layers rescale their own weights.
+    """
+    first: Any = network.pretrained_cfg.get("first_conv") or ()  # type: ignore[operator, union-attr]
+    state = dict(network.state_dict())
+    for key in (f"{name}.weight" for name in ([first] if isinstance(first, str) else first)):
+        if key in state and state[key].ndim == 4:
+            state[key] = state[key].repeat(1, 3, 1, 1) / 3
+    with seeded(0, torch.device("cpu")), torch.no_grad():
+        wide = build_network(architecture, num_classes=num_classes, channels=3).eval()
+        grey = torch.randn(2, 1, size, size)
+        expected = network.eval()(grey)
+        try:
+            wide.load_state_dict(state)
+            equal = torch.allclose(wide(grey.expand(-1, 3, -1, -1)), expected, rtol=1e-3, atol=1e-3)
+        except RuntimeError:
+            equal = False
+    if not equal:
+        raise RecipeError(f"network {architecture!r} cannot be shared: its first layer cannot be widened from grey to RGB")
+    return wide
+
+
+def source_facts(recipe: Recipe, data: SourceData | None) -> dict[str, object]:
+    """What facts say of the real data that a network comes from.
+
+    Args:
+        recipe: Names them; a local path is cut as in `public_recipe`.
+        data: What the name was resolved to, or `None` if the data cannot be reached.
+    """
+    public = public_recipe(recipe).data
+    return {
+        "id": public.source,
+        "on_hub": data is not None and data.on_hub,
+        "revision": None if data is None else data.revision,
+        "licence": public.licence,
+    }
+
+
+def scored_on(recipe: Recipe) -> dict[str, object]:
+    """What facts say of the images that a network was scored on."""
+    data = public_recipe(recipe).data
+    held_out = f"{data.train_split}, {data.validation_fraction:g} of it held out"
+    return {"id": data.source, "split": held_out if data.validation_fraction else data.test_split}

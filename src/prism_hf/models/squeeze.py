@@ -1,0 +1,272 @@
+"""How teachers are trained on a data set that has none on the Hub (SRe2L stage 1, "squeeze").
+
+A squeezed teacher is a model folder (see `model_folder`) whose squeeze.json says what it was trained on. The folder's name
+carries a fingerprint, so that recipes share teachers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import DamagedError, TeacherError
+from ..images.pixels import reference_mean_std, to_reference
+from ..images.source import ImageSplit, SourceData
+from ..images.views import draw_views, resample
+from ..recipe.schema import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
+from ..recipe.yaml_file import public_recipe
+from ..runtime.checkpoint import Checkpoint
+from ..runtime.lock import holder_of, holder_text, is_held, locked
+from ..runtime.seeds import derived_seed
+from ..runtime.stop import EVERY_S
+from ..runtime.store import clear_drafts
+from .build import build_network, seeded
+from .folder import is_stored, scored_on, source_facts, store_network
+from .teacher import digest_of_tensors, state_sha256
+from .training import ShuffledBatches, fit, score
+
+log = logging.getLogger(__name__)
+FACTS = "squeeze.json"
+
+
+def teacher_folder(name: str, recipe: Recipe, root: Path) -> Path:
+    """Where a `squeeze:` teacher of a recipe lives: the architecture and a fingerprint of data, settings and seed."""
+    architecture = name.removeprefix(SQUEEZE_PREFIX)
+    # Recipes that differ in their seed, and name this one for the teachers, share them.
+    own = replace(recipe, seed=_seed(recipe), squeeze=replace(recipe.squeeze, seed=None))
+    text = f"{architecture}/{own.fingerprint('data', 'squeeze')}"
+    return root / f"{architecture}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _seed(recipe: Recipe) -> int:
+    return recipe.seed if recipe.squeeze.seed is None else recipe.squeeze.seed
+
+
+def is_squeezed(folder: Path) -> bool:
+    """Whether a folder holds a finished teacher (it is renamed into place as a whole)."""
+    return is_stored(folder, "squeeze")
+
+
+def read_squeezed(folder: Path, data: SourceData) -> dict[str, object]:
+    """squeeze.json of a finished teacher.
+
+    Raises:
+        TeacherError: It was trained on other images: the source has changed behind its name.
+        DamagedError: squeeze.json is not readable.
+    """
+    report = _facts(folder)
+    if report["train_content"] != data.train.content:
+        raise TeacherError(
+            f"the teacher in {folder} was trained on other images than the source holds now; move it away, or use another "
+            "folder (--teachers DIR)"
+        )
+    return report
+
+
+def check_squeezed(folder: Path) -> None:
+    """Compare the weights of a finished teacher with what squeeze.json says of them.
+
+    Raises:
+        DamagedError: Truncated, edited or exchanged.
+    """
+    expected = weights_of(folder)
+    try:
+        found = digest_of_tensors(load_file(folder / "model.safetensors"))
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(f"{folder / 'model.safetensors'} is not readable ({type(error).__name__})") from error
+    if expected is not None and found != expected:  # teachers of earlier versions say nothing of it
+        raise DamagedError(f"{folder / 'model.safetensors'} was changed after it was written")
+
+
+def weights_of(folder: Path) -> str | None:
+    """SHA-256 of the weights of a finished teacher, as squeeze.json says; `None` in those of earlier versions.
+
+    Raises:
+        DamagedError: squeeze.json is not readable.
+    """
+    return _facts(folder).get("weights_sha256")
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        assert isinstance(facts["train_content"], str)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, AssertionError) as error:
+        raise DamagedError(
+            f"{folder / FACTS} is not what prism-hf wrote ({type(error).__name__}); move the folder away, and the "
+            "teacher is trained again"
+        ) from error
+    return facts
+
+
+def check_batch(recipe: Recipe, data: SourceData) -> None:
+    """Fail before any training if there are fewer images than one batch.
+
+    Raises:
+        TeacherError: Says both numbers.
+    """
+    if recipe.squeezed_teachers and len(data.train) < recipe.squeeze.batch_size:
+        raise TeacherError(
+            f"squeeze.batch_size is {recipe.squeeze.batch_size}, but there are {len(data.train)} training images; lower it"
+        )
+
+
+def squeeze_teacher(
+    name: str,
+    recipe: Recipe,
+    data: SourceData,
+    root: Path,
+    *,
+    device: torch.device,
+    every_s: float = EVERY_S,
+) -> dict[str, object]:
+    """Train one `squeeze:` teacher and store it; a finished one with the same fingerprint is left as it is.
+
+    Another run that trains the same teacher in the same folder is waited for.
+
+    Args:
+        name: `squeeze:<timm architecture>`.
+        recipe: Gives data, settings and seed.
+        data: The real data.
+        root: Folder of all squeezed teachers.
+        device: Where to train.
+        every_s: Seconds between two checkpoints.
+
+    Returns:
+        The contents of squeeze.json; see `_report`.
+
+    Raises:
+        StoppedError: Somebody asked the program to stop; the training goes on from its checkpoint.
+    """
+    folder = teacher_folder(name, recipe, root)
+    work = _scratch(folder)
+    check_batch(recipe, data)
+    if is_held(work):
+        log.info("squeeze: %s is being trained by %s; waiting for it", name, holder_text(holder_of(work)))
+    with locked(work, patience_s=-1):
+        if is_squeezed(folder):
+            return read_squeezed(folder, data)
+        clear_drafts(work)
+        clear_drafts(root, of=folder.name, deep=False)
+        started = time.perf_counter()
+        checkpoint = Checkpoint(work / "checkpoint.safetensors", f"{folder.name} {data.train.content}", every_s)
+        network = _train(name.removeprefix(SQUEEZE_PREFIX), recipe, data, device, checkpoint)
+        top1 = score(lambda x: network(_as_rgb(x)), data.test, device=device)
+        report = _report(name, recipe, data) | {
+            "fingerprint": folder.name.rpartition("-")[2],
+            "test_top1": top1,
+            "weights_sha256": state_sha256(network),
+            "wall_time_s": round(time.perf_counter() - started, 2),
+        }
+        store_network(
+            network,
+            folder,
+            architecture=name.removeprefix(SQUEEZE_PREFIX),
+            size=recipe.data.size,
+            channels=3,
+            class_names=data.class_names,
+            licence=recipe.data.licence,
+            facts=report,
+            facts_name="squeeze",
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def _scratch(folder: Path) -> Path:
+    """Where a teacher is while it is trained."""
+    return folder.with_name(f".work-{folder.name}")
+
+
+def clear_scratch(folder: Path) -> None:
+    """Remove what is left of the training of a finished teacher; a process was killed right after it had stored it."""
+    scratch = _scratch(folder)
+    if scratch.is_dir() and not is_held(scratch):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _steps(settings: SqueezeRecipe, split: ImageSplit) -> int:
+    return settings.epochs * (len(split) // settings.batch_size)
+
+
+def _train(architecture: str, recipe: Recipe, data: SourceData, device: torch.device, checkpoint: Checkpoint) -> nn.Module:
+    seed = derived_seed(_seed(recipe), "squeeze", architecture)
+    settings, split = recipe.squeeze, data.train
+    with seeded(seed, device):
+        network = build_network(architecture, num_classes=data.num_classes, channels=3)
+        network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return fit(
+            network,
+            _batches(split, settings, seed, device),
+            F.cross_entropy,
+            steps=_steps(settings, split),
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            schedule="one_cycle",
+            what=f"squeeze: teacher {architecture}",
+            checkpoint=checkpoint,
+        )
+
+
+def _report(name: str, recipe: Recipe, data: SourceData) -> dict[str, object]:
+    """What squeeze.json says beside the result; a local source only by the last part of its path, since it is shared."""
+    return {
+        "kind": "teacher",
+        "teacher": name,
+        "architecture": name.removeprefix(SQUEEZE_PREFIX),
+        "train_content": data.train.content,
+        "train_count": len(data.train),
+        "test_count": len(data.test),
+        "channels": recipe.data.channels,
+        "source": source_facts(recipe, data),
+        "test": scored_on(recipe),
+        "settings": {
+            "seed": _seed(recipe),
+            "data": public_recipe(recipe).data.source,
+            "steps": _steps(recipe.squeeze, data.train),
+            "epochs": recipe.squeeze.epochs,
+        },
+    }
+
+
+def _as_rgb(images: Tensor) -> Tensor:
+    """Reference-normalised images -> the RGB reference normalisation, in which squeezed teachers work.
+
+    Grey is copied to three channels: the stored teacher then takes what everybody feeds a classifier.
+    """
+    mean, std = reference_mean_std(images.shape[1], like=images)
+    rgb_mean, rgb_std = reference_mean_std(3, like=images)
+    return ((images * std + mean) - rgb_mean) / rgb_std
+
+
+def _batches(split: ImageSplit, settings: SqueezeRecipe, seed: int, device: torch.device) -> ShuffledBatches:
+    labels = torch.from_numpy(split.labels)
+    size, count = settings.batch_size, len(split)
+
+    def make(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        images = to_reference(split.images(rows))
+        view = draw_views(len(rows), images.shape[-1], generator, crop_scale=settings.crop_scale, flip=settings.flip)
+        images = _noisy(resample(images, view.crop, view.flip), settings.noise_std, generator)
+        return _as_rgb(images.to(device)), labels[rows].to(device)
+
+    # Every batch is full: BatchNorm learns its statistics from them.
+    parts = [range(start, start + size) for start in range(0, count - size + 1, size)]
+    return ShuffledBatches(parts, settings.epochs, torch.Generator().manual_seed(seed), make, count=count)
+
+
+def _noisy(images: Tensor, noise_std: float, generator: torch.Generator) -> Tensor:
+    _, std = reference_mean_std(images.shape[1])
+    strength = noise_std * torch.rand((len(images), 1, 1, 1), generator=generator) / std
+    return images + strength * torch.randn(images.shape, generator=generator)

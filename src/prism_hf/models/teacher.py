@@ -1,0 +1,160 @@
+"""A teacher: a frozen image classifier with its own normalization, input size and license."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..errors import TeacherError
+from ..images.pixels import reference_mean_std
+from ..runtime.untrusted import stray_link
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A frozen classifier and what it expects of its input.
+
+    Attributes:
+        name: As in the recipe.
+        model: (B, 3 or 1, H, W) in its own normalisation -> logits (B, K); eval mode, no parameter gradients.
+        mean: Per channel, in [0, 1] pixel units.
+        std: Per channel, in [0, 1] pixel units.
+        size: Side of its input in pixels.
+        num_classes: K.
+        architecture: timm or transformers architecture.
+        licence: Of the weights, or "unknown".
+        revision: Hub commit of the weights, or `None` for local ones.
+        weights_sha256: Of all parameters and buffers.
+        label_names: The teacher's own class names, if it says.
+    """
+
+    name: str
+    model: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: int
+    num_classes: int
+    architecture: str
+    licence: str
+    revision: str | None
+    weights_sha256: str
+    label_names: tuple[str, ...] | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Reference normalisation, (B, C, H, W) -> this teacher's own normalisation, channels and size.
+
+        Grey images are copied to the channels the teacher has; the gradient of the copies adds up.
+        """
+        reference_mean, reference_std = reference_mean_std(images.shape[1], like=images)
+        mean, std = (torch.tensor(v).to(images).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        x = torch.addcmul((reference_mean - mean) / std, images, reference_std / std)
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Images in the reference normalisation, (B, C, H, W) -> raw logits, (B, K)."""
+        return self.model(self.prepare(images))
+
+
+def check_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int) -> None:
+    """Compare a teacher with the data it is to teach.
+
+    Raises:
+        TeacherError: Another class count, the same labels in another order, or too few input channels.
+    """
+    if teacher.num_classes != len(class_names):
+        raise TeacherError(
+            f"teacher {teacher.name!r} has {teacher.num_classes} classes, the data have {len(class_names)}; "
+            "use a teacher of this data set, or squeeze one"
+        )
+    if len(teacher.mean) < channels:
+        raise TeacherError(
+            f"teacher {teacher.name!r} takes {len(teacher.mean)} channel(s), the data have {channels}; set data.channels"
+        )
+    names = teacher.label_names
+    if names is not None and set(names) == set(class_names) and tuple(names) != tuple(class_names):
+        first = next(i for i, (a, b) in enumerate(zip(names, class_names, strict=True)) if a != b)
+        raise TeacherError(
+            f"teacher {teacher.name!r} lists its labels in another order: class {first} is {names[first]!r} there and "
+            f"{class_names[first]!r} in the data; reorder the data's ClassLabel, or use another teacher"
+        )
+
+
+def state_sha256(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of all parameters and buffers."""
+    return digest_of_tensors(model.state_dict())
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# A foreign config.json reaches the constructors of timm and transformers as keyword arguments: anything can follow.
+LOAD_ERRORS = (
+    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError, OSError, SafetensorError,
+)  # fmt: skip
+
+
+def check_input(name: str, size: object, mean: object, std: object) -> None:
+    """What a config says of the input; the libraries take it as it is, and fail at it late or calculate with it.
+
+    Args:
+        name: The teacher.
+        size: Channels, height and width, or `None` if the architecture knows.
+        mean: One number per channel, or `None`.
+        std: One number per channel, or `None`.
+
+    Raises:
+        TeacherError: Names the value that cannot be meant.
+    """
+    if size is not None and not (_are_numbers(size, 3) and all(isinstance(n, int) and n > 0 for n in size)):  # type: ignore[attr-defined]
+        raise TeacherError(f"teacher {name!r}: its config says input_size {str(size)[:80]}; expected [C, height, width]")
+    channels = 3 if size is None else int(size[0])  # type: ignore[index]
+    for key, value in (("mean", mean), ("std", std)):
+        if value is not None and not _are_numbers(value, channels):
+            raise TeacherError(f"teacher {name!r}: its config says {key} {str(value)[:80]}; expected {channels} numbers")
+    if std is not None and min(std) <= 0:  # type: ignore[call-overload]
+        raise TeacherError(f"teacher {name!r}: its config says std {str(std)[:80]}; expected numbers above 0")
+
+
+def _are_numbers(value: object, count: int) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == count
+        and all(isinstance(number, int | float) and math.isfinite(number) for number in value)
+    )
+
+
+def check_links(folder: Path, name: str) -> None:
+    """Refuse a folder with a link that leads out of it."""
+    link = stray_link(folder)
+    if link is not None:
+        raise TeacherError(f"teacher {name!r}: {link} is a link that leads out of its folder; put the file itself there")
+
+
+def cannot_load(name: str, error: Exception) -> TeacherError:
+    """The error for what timm or transformers could not load."""
+    reason = " ".join(str(error).split())[:200]
+    return TeacherError(
+        f"teacher {name!r} cannot be loaded ({type(error).__name__}: {reason}); expected config.json and safetensors that "
+        "fit each other, as timm or transformers saves them"
+    )

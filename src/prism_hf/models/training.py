@@ -1,0 +1,254 @@
+"""How a network is trained and scored: one loop for squeezed teachers, students and the full-data ceiling.
+
+Legend: B images, C channels, H W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, Protocol
+
+import datasets
+import evaluate
+import torch
+from torch import Tensor, nn
+
+from ..errors import NotFiniteError
+from ..images.pixels import to_reference
+from ..images.source import ImageSplit
+from ..runtime.checkpoint import (
+    Checkpoint,
+    State,
+    optimizer_state,
+    part,
+    prefixed,
+    random_state,
+    restore_optimizer,
+    restore_random_state,
+)
+from ..runtime.memory import told_in_one_line
+from ..runtime.stop import raise_if_stopped
+
+CHECK_EVERY = 20
+"""Steps between looks at the losses; each look waits for the device."""
+Schedule = Literal["cosine", "one_cycle"]
+
+
+class Batches(Protocol):
+    """What `fit` trains on: tuples of tensors, and where in them it stands."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """The batches that are left."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Where the last batch left the draws."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
+
+
+class ShuffledBatches:
+    """Batches of a table in a new order each epoch.
+
+    Args:
+        parts: Positions of each batch in an epoch's order.
+        epochs: How many.
+        generator: Draws the orders, and whatever `make` draws.
+        make: Row numbers (B,) int64 and the generator -> a batch.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[range],
+        epochs: int,
+        generator: torch.Generator,
+        make: Callable[[Tensor, torch.Generator], tuple[Tensor, ...]],
+        *,
+        count: int,
+    ) -> None:
+        self._parts, self._epochs, self._generator, self._make, self._count = parts, epochs, generator, make, count
+        self._order = torch.empty(0, dtype=torch.int64)
+        self._drawn = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        while self._drawn < self._epochs * len(self._parts):
+            part = self._parts[self._drawn % len(self._parts)]
+            if part is self._parts[0]:
+                self._order = torch.randperm(self._count, generator=self._generator)
+            self._drawn += 1
+            yield self._make(self._order[part.start : part.stop], self._generator)
+
+    def state(self) -> dict[str, Tensor]:
+        """Order of the running epoch, number of batches drawn, generator."""
+        return {"order": self._order, "drawn": torch.tensor(self._drawn), "generator": self._generator.get_state()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`."""
+        self._order, self._drawn = state["order"], int(state["drawn"])
+        self._generator.set_state(state["generator"])
+
+
+class _Fitting:
+    """A network between two steps of its training."""
+
+    def __init__(
+        self, network: nn.Module, *, steps: int, lr: float, weight_decay: float, schedule: Schedule, ema: float
+    ) -> None:
+        matrices = [p for p in network.parameters() if p.ndim > 1]
+        vectors = [p for p in network.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.network, self.ema, self.step = network, ema, 0
+        self.optimizer = torch.optim.AdamW(groups, lr=lr)
+        self.scheduler: torch.optim.lr_scheduler.LRScheduler
+        if schedule == "one_cycle":
+            self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=lr, total_steps=steps)
+        else:
+            self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
+        self.average = copy.deepcopy(network) if ema else None
+        self.losses: list[Tensor] = []
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def advance(self, value: Tensor) -> None:
+        """One step down the gradient of a loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.average is not None:
+            # A short warm-up: the first steps would otherwise keep the random init in the average.
+            _average_(self.average, self.network, min(self.ema, (1 + self.step) / (10 + self.step)))
+        self.losses.append(value.detach())
+        self.step += 1
+
+    def check(self, what: str) -> None:
+        """Look at the last losses, which waits for the device."""
+        values = torch.stack(self.losses).cpu()
+        bad = (~values.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            step = self.step - len(values) + bad[0] + 1
+            raise NotFiniteError(
+                f"{what}, step {step}: the loss is {values[bad[0]]:g}; lower the learning rate of the recipe"
+            )
+        self.losses = []
+
+    def state(self, batches: Batches) -> State:
+        optimizer = optimizer_state(self.optimizer)
+        tensors = prefixed("network", self.network.state_dict()) | prefixed("optimizer", optimizer.tensors)
+        tensors |= prefixed("random", random_state(self.device)) | prefixed("batches", batches.state())
+        tensors |= prefixed("average", self.average.state_dict() if self.average is not None else {})
+        tensors["losses"] = torch.stack(self.losses) if self.losses else torch.empty(0)
+        notes = {"step": self.step, "optimizer": optimizer.notes, "scheduler": self.scheduler.state_dict()}
+        return State(tensors, notes)
+
+    def restore(self, state: State, batches: Batches) -> None:
+        tensors = state.tensors
+        self.network.load_state_dict(part("network", tensors))
+        if self.average is not None:
+            self.average.load_state_dict(part("average", tensors))
+        restore_optimizer(self.optimizer, State(part("optimizer", tensors), state.notes["optimizer"]))
+        self.scheduler.load_state_dict(state.notes["scheduler"])
+        restore_random_state(part("random", tensors), self.device)
+        batches.restore(part("batches", tensors))
+        self.losses, self.step = list(tensors["losses"].to(self.device)), state.notes["step"]
+
+
+def fit(
+    network: nn.Module,
+    batches: Batches,
+    loss: Callable[..., Tensor],
+    *,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    schedule: Schedule = "cosine",
+    ema: float = 0.0,
+    what: str = "training",
+    checkpoint: Checkpoint | None = None,
+) -> nn.Module:
+    """Train with AdamW; the state after the last step is the result, never the best on a test set.
+
+    Args:
+        network: Trained in place.
+        batches: Tuples on the network's device; the first tensor is the input (B, C, H, W) in the network's own
+            normalisation, the others go to `loss`.
+        loss: `loss(logits, *rest)` -> scalar.
+        steps: Number of batches, for the schedule.
+        lr: Peak learning rate.
+        weight_decay: None on one-dimensional parameters (norms and biases).
+        schedule: `cosine` to zero, or `one_cycle` (warm-up, then to zero).
+        ema: Decay of a moving average of the weights, which is then the result; 0 is off.
+        what: Names the network in errors.
+        checkpoint: Where the state is kept now and then, and where the training goes on if there is one.
+
+    Returns:
+        The trained network in eval mode (the average, if `ema`).
+
+    Raises:
+        NotFiniteError: The loss is NaN or infinite.
+        DeviceMemoryError: A batch does not fit.
+        StoppedError: Somebody asked the program to stop.
+    """
+    network.train()
+    now = _Fitting(network, steps=steps, lr=lr, weight_decay=weight_decay, schedule=schedule, ema=ema)
+    if checkpoint is not None and (saved := checkpoint.load()) is not None:
+        now.restore(saved, batches)
+    for images, *targets in batches:
+        with told_in_one_line(
+            f"{what}: a batch of {len(images)} images",
+            "Lower its batch_size in the recipe, or use a device with more memory",
+        ):
+            now.advance(loss(network(images.contiguous(memory_format=torch.channels_last)), *targets))
+        if now.step % CHECK_EVERY == 0 or now.step == steps:
+            now.check(what)
+        if checkpoint is not None:
+            checkpoint.tick(lambda: now.state(batches))
+        else:
+            raise_if_stopped()
+    return (now.average if now.average is not None else network).eval()
+
+
+@torch.no_grad()
+def _average_(average: nn.Module, network: nn.Module, decay: float) -> None:
+    for ours, theirs in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
+        if ours.is_floating_point():
+            ours.lerp_(theirs, 1 - decay)
+        else:
+            ours.copy_(theirs)
+
+
+class Top1(evaluate.Metric):
+    """Share of predictions that equal their reference, in [0, 1]; `evaluate`'s accuracy, without its download."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        integers = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(
+            description="Top-1 accuracy.", citation="", inputs_description="class indices", features=integers
+        )
+
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+        hits = sum(p == r for p, r in zip(predictions, references, strict=True))
+        return {"top1": hits / len(references)}
+
+
+@torch.no_grad()
+def score(logits: Callable[[Tensor], Tensor], split: ImageSplit, *, device: torch.device, batch_size: int = 256) -> float:
+    """Top-1 in [0, 1] on a split of real images.
+
+    Args:
+        logits: Images in the reference normalisation (B, C, H, W) -> (B, K).
+        split: The images.
+        device: Where `logits` computes.
+        batch_size: Images per call.
+    """
+    metric = Top1(keep_in_memory=True)
+    for start in range(0, len(split), batch_size):
+        rows = range(start, min(start + batch_size, len(split)))
+        images = to_reference(split.images(rows).to(device))
+        metric.add_batch(predictions=logits(images).argmax(1).cpu(), references=split.labels[rows.start : rows.stop])
+    result = metric.compute()
+    assert result is not None
+    return float(result["top1"])

@@ -1,0 +1,1 @@
+"""A recipe: its sections and ranges, its YAML, its plan. No torch."""

@@ -1,0 +1,138 @@
+"""Which images are optimised together, under which teachers, with which seed: decided by the recipe alone.
+
+A job is one batch of images, independent of every other job; its result depends on the recipe and never on rank, process
+count, order or resume.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..runtime.seeds import derived_seed
+from .schema import Recipe, TeachersRecipe
+
+STAGES = ("squeeze", "synthesize", "relabel", "package", "evaluate")
+"""What a run does, in order."""
+TRACKERS = ("tensorboard", "wandb", "trackio")
+"""Where its losses and pictures can be recorded, through Accelerate."""
+
+
+@dataclass(frozen=True)
+class SynthesisJob:
+    """One batch of images to optimise.
+
+    Attributes:
+        id: 0 to the number of jobs - 1.
+        classes: Class of each image, (B,).
+        slots: Slot of each image, (B,).
+        iterations: Adam steps; 0 ships the start images.
+        seed: Seed of the job's own generator (init noise, views).
+        draw_key: Names the teacher draw; jobs of one slot share it.
+        teachers: The recipe's teachers.
+        recipe_seed: The recipe's seed.
+    """
+
+    id: int
+    classes: tuple[int, ...]
+    slots: tuple[int, ...]
+    iterations: int
+    seed: int
+    draw_key: str
+    teachers: TeachersRecipe
+    recipe_seed: int
+
+    def logit_teacher(self, iteration: int) -> str:
+        """Who gives the classification loss of one iteration: always the same, but for selection `cycle`."""
+        names = self.teachers.synthesis_names
+        return names[iteration % len(names)] if self.teachers.selection == "cycle" else self.teachers.logit
+
+    def bn_teachers(self, iteration: int) -> tuple[str, ...]:
+        """The BN teachers of one iteration, the logit teacher first where it is one of them.
+
+        With selection `per_slot` the answer is the same for all iterations of all jobs of a slot; with `cycle` it is the
+        logit teacher of the iteration.
+        """
+        rule = self.teachers
+        if rule.selection == "cycle":
+            return (self.logit_teacher(iteration),)
+        key = self.draw_key if rule.selection == "per_slot" else f"{self.draw_key}/job{self.id}/{iteration}"
+        rng = random.Random(derived_seed(self.recipe_seed, "bn teachers", key))
+        pool, drawn = list(rule.bn_pool), []
+        for _ in range(rule.extras):
+            # Both numbers are drawn each time, so that one draw's outcome does not shift the next.
+            wanted, position = rng.random() < rule.draw_probability, rng.random()
+            if wanted and pool:
+                drawn.append(pool.pop(int(position * len(pool))))
+        return ((rule.logit,) if rule.include_logit else ()) + tuple(drawn)
+
+
+def plan_jobs(recipe: Recipe) -> list[SynthesisJob]:
+    """All synthesis jobs of a recipe; every (class, slot) is in exactly one.
+
+    Example:
+        >>> [job.id for job in plan_jobs(recipe)]
+        [0, 1]
+    """
+    jobs: list[SynthesisJob] = []
+    for draw_key, images in _batches(recipe):
+        classes, slots = zip(*images, strict=True)
+        jobs.append(
+            SynthesisJob(
+                id=len(jobs),
+                classes=classes,
+                slots=slots,
+                iterations=_iterations(recipe, slots[0]),
+                seed=derived_seed(recipe.seed, "job", len(jobs)),
+                draw_key=draw_key,
+                teachers=recipe.teachers,
+                recipe_seed=recipe.seed,
+            )
+        )
+    return jobs
+
+
+def _batches(recipe: Recipe) -> list[tuple[str, list[tuple[int, int]]]]:
+    synthesis, classes = recipe.synthesis, range(recipe.data.num_classes)
+    if recipe.method == "random":
+        return [("random", [(c, s) for c in classes for s in range(synthesis.ipc)])]
+    if synthesis.batch_order == "within_class":
+        order = [(c, s) for c in classes for s in range(synthesis.ipc)]
+        chunks = _chunks(order, synthesis.batch_size)
+        return [(f"batch{number}", chunk) for number, chunk in enumerate(chunks)]
+    batches = []
+    for first in range(0, synthesis.ipc, synthesis.slots_per_batch):
+        slots = range(first, min(first + synthesis.slots_per_batch, synthesis.ipc))
+        # Class-major inside the group, so that a batch_size below the group's size still keeps whole classes together.
+        order = [(c, s) for c in classes for s in slots]
+        batches += [(f"slot{first}", chunk) for chunk in _chunks(order, synthesis.batch_size)]
+    return batches
+
+
+def _chunks(order: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
+    return [order[part.start : part.stop] for part in batch_ranges(len(order), size)]
+
+
+def batch_ranges(count: int, size: int) -> list[range]:
+    """Cut 0..count-1 into batches of `size`; nothing is dropped, and an image left alone joins the batch before it.
+
+    A batch of one has no statistics: BatchNorm cannot train on it, and BN alignment means nothing.
+    """
+    starts = list(range(0, count, size))
+    if len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
+
+
+def _iterations(recipe: Recipe, slot: int) -> int:
+    if recipe.method == "random":
+        return 0
+    ladder = recipe.synthesis.ladder
+    return recipe.synthesis.iterations - (ladder.step * (slot % ladder.period) if ladder else 0)
+
+
+def share_of(jobs: Sequence[SynthesisJob], rank: int, world: int) -> list[SynthesisJob]:
+    """The jobs of one process: longest first, then every `world`-th, so that a ladder spreads evenly."""
+    ordered = sorted(jobs, key=lambda job: (-job.iterations, job.id))
+    return ordered[rank::world]

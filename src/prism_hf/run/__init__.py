@@ -1,0 +1,1 @@
+"""A run: its folder, what its stages leave, and the stages."""

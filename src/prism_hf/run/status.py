@@ -1,0 +1,143 @@
+"""How far a run is, from its folder alone: done, running, failed, left, and how long that should take."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError, RecipeError
+from ..recipe.plan import STAGES, plan_jobs
+from ..recipe.schema import Recipe
+from ..recipe.yaml_file import load_recipe
+from ..runtime.lock import holder_of, is_held
+from ..runtime.store import is_sealed
+from ..runtime.units import duration_text, size_text
+from .artifacts import SETS, SQUEEZED, read_failed
+
+_QUIET_S = 600.0
+"""A process that has said nothing for so long is worth a look."""
+
+
+def survey(folder: Path) -> dict[str, Any]:
+    """The state of a run, as plain JSON; reads names and small files, computes nothing, changes nothing.
+
+    Args:
+        folder: The output folder.
+
+    Returns:
+        `recipe`, `running` (who holds the folder, or `None`), `stages` (for each: `done`, `of`, `unit`, `seconds`
+        spent; squeeze: `finished`),
+        `processes` (what each is doing, with `seconds_left`), `failed` jobs with reasons, `checkpoints` (unfinished jobs),
+        `aside` (damaged files), `seconds_left` of the running stage, `bytes` on the disk.
+
+    Raises:
+        OutputError: No run is there.
+    """
+    try:
+        recipe = load_recipe(folder / "recipe.yaml")
+    except RecipeError as error:
+        raise OutputError(f"{str(folder)!r} holds no run ({error}); give the output folder of recipes/prism.py") from error
+    work = folder / "work"
+    processes = [_read(path) for path in sorted(work.glob("progress-*.json"))]
+    running = holder_of(folder) if is_held(folder) else None
+    left = [value["seconds_left"] for value in processes if value.get("seconds_left") is not None]
+    return {
+        "recipe": recipe.name,
+        "fingerprint": recipe.fingerprint(),
+        "running": running,
+        "stages": _stages(recipe, folder),
+        "processes": processes if running else [],
+        "failed": [{"job": note["job"], "reason": note["reason"]} for note in read_failed(work)],
+        "checkpoints": sorted(path.name for path in work.rglob("*.checkpoint*.safetensors")),
+        "aside": sorted(path.relative_to(folder).as_posix() for path in work.rglob("*.aside-*") if is_data(path)),
+        "seconds_left": max(left) if running and left else None,
+        "bytes": _bytes_below(folder),
+    }
+
+
+def _bytes_below(folder: Path) -> int:
+    """Size of all files; those of a run at work come and go."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
+
+
+def is_data(path: Path) -> bool:
+    """Whether a path is a file that is not only the seal of another."""
+    return path.suffix != ".seal"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # removed by its process in this moment
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _stages(recipe: Recipe, folder: Path) -> dict[str, dict[str, object]]:
+    work, epochs = folder / "work", recipe.relabel.epochs
+    jobs = plan_jobs(recipe)
+    finished = sum(is_sealed(work / "jobs" / f"job-{job.id:05d}.safetensors") for job in jobs)
+    sets = [name for name in SETS if is_sealed(work / name / "pixels.npy")] or list(SETS)
+    labelled = sum(is_sealed(work / name / f"epoch-{e:05d}.parquet") for name in sets for e in range(epochs))
+    students = len(list((work / "students").glob("*-seed*.json")))
+    rows = 2 * len(sets) + bool(recipe.evaluation.full_data_epochs)
+    packaged = sum((folder / name / "provenance.json").is_file() for name in ("dataset", "control"))
+    count = {
+        "synthesize": (finished, len(jobs), "jobs"),
+        "relabel": (labelled, len(sets) * epochs, "epochs"),
+        "package": (packaged, len(sets), "folders"),
+        "evaluate": (students, rows * len(recipe.evaluation.seeds), "students"),
+    }
+    seconds = _read(work / "times.json")
+    spent = {name: seconds.get(name) for name in STAGES}
+    trained = (work / SQUEEZED).is_file()
+    stages: dict[str, dict[str, object]] = {"squeeze": {"finished": trained, "seconds": spent["squeeze"]}}
+    for name, (done, total, unit) in count.items():
+        stages[name] = {"done": done, "of": total, "unit": unit, "seconds": spent[name]}
+    return stages
+
+
+def status_text(state: Mapping[str, Any]) -> str:
+    """The state of a run for a terminal; its last line is the state as JSON."""
+    holder = state["running"]
+    who = f"running: process {holder['pid']} on {holder['host']} since {holder['since']}" if holder else "not running"
+    lines = [f"{state['recipe']} (fingerprint {state['fingerprint']}), {size_text(state['bytes'])} on the disk; {who}"]
+    for name, stage in state["stages"].items():
+        spent = f"  {duration_text(stage['seconds'])}" if stage["seconds"] else ""
+        if "of" in stage:
+            left = stage["of"] - stage["done"]
+            tail = f", {left} left" if left else ""
+            lines.append(f"{name:<11} {stage['done']} of {stage['of']} {stage['unit']} done{tail}{spent}")
+        else:
+            begun = "begun" if stage["seconds"] else "not yet run"
+            lines.append(f"{name:<11} {'done' if stage['finished'] else begun}{spent}")
+    for number, process in enumerate(state["processes"]):
+        if process:
+            lines.append(_process_text(number, process))
+    if state["checkpoints"]:
+        lines.append(f"unfinished  {len(state['checkpoints'])} with a checkpoint: {', '.join(state['checkpoints'][:5])}")
+    lines += [f"failed      {failed['reason']}" for failed in state["failed"]]
+    if state["aside"]:
+        lines.append(f"set aside   {', '.join(state['aside'][:5])}")
+    if state["seconds_left"] is not None:
+        lines.append(f"this stage  about {duration_text(state['seconds_left'])} left")
+    return "\n".join([*lines, json.dumps(state, allow_nan=False)])
+
+
+def _process_text(number: int, process: Mapping[str, Any]) -> str:
+    silent = time.time() - process["updated"]
+    note = f", silent for {duration_text(silent)}" if silent > _QUIET_S else ""
+    return (
+        f"process {number:<3} {process['stage']}: {process['now']}, {process['done']} of {process['of']} "
+        f"{process['unit']}s{note}"
+    )

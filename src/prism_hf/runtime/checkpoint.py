@@ -1,0 +1,143 @@
+"""How a long job goes on where it stopped: its state is kept every few minutes, and when somebody asks the run to stop.
+
+A checkpoint is a sealed safetensors file with everything the next step depends on; going on from it gives the same bytes
+as never having stopped (on the CPU).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DamagedError
+from .stop import EVERY_S, raise_if_stopped, stop_wanted
+from .store import check_sealed, is_sealed, remove_sealed, set_aside
+from .tensors import read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
+SHARE = 0.01
+"""Share of the time that writing checkpoints may take."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a job needs to go on.
+
+    Attributes:
+        tensors: By name.
+        notes: Plain JSON values.
+    """
+
+    tensors: Mapping[str, Tensor]
+    notes: Mapping[str, Any]
+
+
+@dataclass
+class Checkpoint:
+    """The state of one job on the disk.
+
+    Args:
+        path: Its file.
+        key: What the job is made from; a state of anything else is not used.
+        every_s: Seconds between two writes; 0 writes at each call.
+    """
+
+    path: Path
+    key: str
+    every_s: float = EVERY_S
+    _last: float = field(default_factory=time.monotonic, init=False)
+    _pause_s: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self._pause_s = self.every_s
+
+    def load(self) -> State | None:
+        """The last state, or `None` if there is none; a damaged or foreign one is set aside, with a log line."""
+        if not is_sealed(self.path):
+            return None
+        try:
+            notes = check_sealed(self.path)["notes"]
+            assert isinstance(notes, dict)
+            if notes["key"] != self.key:
+                raise DamagedError(f"{self.path} belongs to another recipe, or to other data or teachers")
+        except DamagedError as error:
+            log.warning("checkpoint: %s; set aside as %s, the job starts again", error, set_aside(self.path).name)
+            return None
+        return State(read_tensors(self.path), notes["state"])
+
+    def tick(self, state: Callable[[], State]) -> None:
+        """Call after each step: keeps the state when it is time for it, or when the run is to stop.
+
+        Raises:
+            StoppedError: The run is to stop; the state is kept.
+        """
+        wanted = stop_wanted()
+        if wanted or time.monotonic() - self._last >= self._pause_s:
+            self.save(state())
+        if wanted:
+            raise_if_stopped()
+
+    def save(self, state: State) -> None:
+        """Write a state over the last one."""
+        started = time.monotonic()
+        write_tensors(self.path, state.tensors, {"key": self.key, "state": dict(state.notes)})
+        self._last = time.monotonic()
+        if self.every_s:
+            # A slow disk makes checkpoints rarer, up to five times: then a write of 6 s is 1 % of the default.
+            self._pause_s = min(max(self.every_s, (self._last - started) / SHARE), 5 * self.every_s)
+
+    def clear(self) -> None:
+        """Remove it: the job is finished."""
+        remove_sealed(self.path)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
+    """The state of an optimiser: tensors as `INDEX.KEY`, parameter groups in the notes."""
+    plain = optimizer.state_dict()
+    tensors = {f"{index}.{key}": value for index, entry in plain["state"].items() for key, value in entry.items()}
+    return State(tensors, {"groups": plain["param_groups"]})
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Give an optimiser the state that `optimizer_state` read."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name, value in state.tensors.items():
+        index, _, key = name.partition(".")
+        like = parameters[int(index)]
+        # In the parameter's own memory layout: another one may round differently in the last bit.
+        same = torch.empty_like(like, dtype=value.dtype).copy_(value) if value.shape == like.shape else value
+        entries.setdefault(int(index), {})[key] = same
+    optimizer.load_state_dict({"state": entries, "param_groups": state.notes["groups"]})
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names with a prefix: several states in one file."""
+    return {f"{prefix}/{key}": value for key, value in tensors.items()}
+
+
+def part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a prefix again, without it."""
+    return {key.removeprefix(f"{prefix}/"): value for key, value in tensors.items() if key.startswith(f"{prefix}/")}
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Global random state, of the CPU and of `device`."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set what `random_state` read; a state of another kind of device is left out."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,104 @@
+"""One launch at a time in one folder. The operating system holds the lock: it ends with the process, however that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..errors import OutputError
+from .store import write_json, writing
+
+LOCK, HOLDER = ".lock", ".holder.json"
+PATIENCE_S = 6.0
+"""Seconds to wait for a launch that is about to end: people press Ctrl-C and start again."""
+
+
+@contextmanager
+def locked(folder: Path, *, patience_s: float = PATIENCE_S) -> Iterator[dict[str, object] | None]:
+    """Hold a folder, which is made if it is not there, for the length of the block.
+
+    Args:
+        folder: The output folder.
+        patience_s: How long to wait for another launch to end.
+
+    Yields:
+        The last holder if it ended without giving the folder back (it was killed), else `None`.
+
+    Raises:
+        OutputError: Another launch holds the folder: names its host and process.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=patience_s)
+        except Timeout as error:
+            raise _in_use(folder) from error
+    try:
+        killed = holder_of(folder)
+        write_json(folder / HOLDER, _myself())
+        yield killed
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def check_free(folder: Path, *, patience_s: float = PATIENCE_S) -> None:
+    """Refuse early, before anything is loaded; changes nothing.
+
+    Raises:
+        OutputError: Another launch holds the folder, and goes on holding it.
+    """
+    until = time.monotonic() + patience_s
+    while is_held(folder):
+        if time.monotonic() > until:
+            raise _in_use(folder)
+        time.sleep(0.2)
+
+
+def _in_use(folder: Path) -> OutputError:
+    return OutputError(
+        f"output {str(folder)!r} is in use by {holder_text(holder_of(folder))}; wait for it, stop it, or use another "
+        "folder (--output DIR)"
+    )
+
+
+def _myself() -> dict[str, object]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def holder_of(folder: Path) -> dict[str, object] | None:
+    """Who holds a folder, or held it when it was killed; `None` if nobody says so."""
+    try:
+        value = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a launch holds a folder now; changes nothing."""
+    if not (folder / LOCK).is_file():
+        return False
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False
+
+
+def holder_text(holder: dict[str, object] | None) -> str:
+    """`process 123 on HOST, since TIME`."""
+    if holder is None:
+        return "another process"
+    return f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"

@@ -1,0 +1,151 @@
+"""How a run ends when somebody asks it to: Ctrl-C, SIGTERM, or the death of the launcher, each within seconds.
+
+A signal is noticed by a thread, since the main thread may be inside a library call for hours (a barrier, a long
+kernel). Loops ask `stop_wanted` at each step, keep what they have, and leave; whoever does not leave in time is ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from ..errors import StoppedError
+
+GRACE_S = 3.0
+"""Seconds that the main thread has to keep its state; a busy machine takes its time, and five is what is promised."""
+EVERY_S = 120.0
+"""Seconds between two checkpoints of a long job: what a stop may lose at most."""
+_LAUNCHER_CHECK_S = 0.3
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
+_HOW_TO_RESUME = "what is finished is kept; the same command goes on where this run stopped"
+
+_wanted, _told = threading.Event(), threading.Event()
+_exit_code = 0
+
+
+def stop_wanted() -> bool:
+    """Whether somebody asked the program to stop."""
+    return _wanted.is_set()
+
+
+def raise_if_stopped() -> None:
+    """Leave the work if somebody asked for it.
+
+    Raises:
+        StoppedError: They did.
+    """
+    if stop_wanted():
+        raise StoppedError(_HOW_TO_RESUME)
+
+
+def leave_at_once() -> None:
+    """End the process if somebody asked for it: everything is kept by now, and Python's own exit can take seconds."""
+    if _exit_code:
+        _told.wait(1.0)  # the line about it is another thread's
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(_exit_code)
+
+
+@contextlib.contextmanager
+def stopping_cleanly() -> Iterator[None]:
+    """Inside the block, signals set `stop_wanted`, and end the process if it takes no notice; for the main thread."""
+    global _exit_code
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _wanted.clear()
+    _told.clear()
+    _exit_code = 0
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = {number: signal.signal(number, _ignored) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    finished = threading.Event()
+    threading.Thread(target=_watch_signals, args=(reader, finished), daemon=True).start()
+    # Looked up here, not in the thread: the launcher may die before that has run.
+    if _is_launcher(parent := os.getppid()):
+        threading.Thread(target=_watch_launcher, args=(parent, finished), daemon=True).start()
+    try:
+        yield
+    finally:
+        finished.set()
+        signal.set_wakeup_fd(old_fd)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        writer.close()
+
+
+def _ignored(number: int, frame: FrameType | None) -> None:
+    """The thread that reads the wake-up socket does the work."""
+
+
+def _watch_signals(reader: socket.socket, finished: threading.Event) -> None:
+    """Wait for the first signal; the second one ends the process at once."""
+    while data := reader.recv(16):
+        for number in data:
+            if number not in _SIGNALS:
+                continue
+            if _wanted.is_set() and number == signal.SIGINT and _impatient():
+                os._exit(128 + number)
+            _stop(signal.Signals(number).name, 128 + number, finished)
+    reader.close()
+
+
+_first_at = 0.0
+
+
+def _impatient() -> bool:
+    # One Ctrl-C reaches a process more than once: from the terminal, and from a launcher that passes it on.
+    return time.monotonic() - _first_at > 1
+
+
+def _stop(reason: str, code: int, finished: threading.Event) -> None:
+    global _exit_code, _first_at
+    if _wanted.is_set():
+        return
+    _exit_code, _first_at = code, time.monotonic()
+    _wanted.set()
+    threading.Thread(target=_end, args=(code, finished), daemon=True).start()
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+            sys.stderr.write(f"\n{reason}: {_HOW_TO_RESUME}\n")
+            sys.stderr.flush()
+    _told.set()
+
+
+def _end(code: int, finished: threading.Event) -> None:
+    """End a process that is still inside a library call; every file is whole at any moment, so nothing is lost."""
+    if not finished.wait(GRACE_S):
+        os._exit(code)
+
+
+def _watch_launcher(parent: int, finished: threading.Event) -> None:
+    """End with the launcher: `accelerate launch` that is killed would leave its processes behind, at work."""
+    while not finished.wait(_LAUNCHER_CHECK_S):
+        if os.getppid() != parent:
+            _stop("the launcher has ended", 128 + signal.SIGTERM, finished)
+            return
+
+
+def _is_launcher(pid: int) -> bool:
+    """By the words of its command, not by a path that happens to contain one of them."""
+    try:
+        words = psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return False
+    return any(
+        Path(word).name in _LAUNCHERS or word.startswith(("accelerate.commands", "torch.distributed")) for word in words[:4]
+    ) or any(word.endswith(("accelerate/commands/launch.py", "torch/distributed/run.py")) for word in words[:4])

@@ -1,0 +1,99 @@
+import dataclasses
+
+import pytest
+from comparisons import named
+from pipeline import one_line, tiny
+
+from prism_hf.compare.methods import PROTOCOL, RANDOM, Cell, Method, Reading, random_recipe, under_one_protocol
+from prism_hf.errors import RecipeError
+from prism_hf.recipe.schema import to_dict
+
+OTHERS = ("seed=3", "relabel.epochs=1", "squeeze.lr=0.1", "packaging.image_format=jpeg", "evaluation.seeds=[4]",
+          "teachers.verifier=squeeze:test_resnet")  # fmt: skip
+
+
+def test_the_first_recipe_says_the_protocol_and_the_control_is_first():
+    first, other = tiny("name=a"), tiny("name=b", "synthesis.lr=0.3", *OTHERS)
+    methods, notes = under_one_protocol([("A", first), ("B", other)])
+    assert [(method.label, method.control) for method in methods] == [(RANDOM, True), ("A", False), ("B", False)]
+    assert methods[1].recipe == first
+    for method in methods:
+        assert all(getattr(method.recipe, key) == getattr(first, key) for key in PROTOCOL)
+        assert method.recipe.teachers.verifier is None
+        assert method.recipe.seed == first.seed
+    assert (methods[2].recipe.synthesis, methods[2].recipe.teachers.bn_pool) == (other.synthesis, other.teachers.bn_pool)
+    given_way = ("evaluation.seeds", "packaging.image_format", "relabel.epochs", "squeeze.lr", "teachers.verifier")
+    assert sorted(notes) == [f"B: {key} is that of A" for key in given_way]
+
+
+def test_a_section_of_its_own_stays():
+    first, other = tiny("name=a"), tiny("name=b", "relabel.epochs=1", "packaging.image_format=jpeg")
+    methods, notes = under_one_protocol([("A", first), ("B", other)], own=("relabel",))
+    assert methods[2].recipe.relabel == other.relabel
+    assert methods[2].recipe.packaging == first.packaging
+    assert notes == ["B: packaging.image_format is that of A"]
+
+
+def test_a_protocol_that_a_method_cannot_be_had_under_is_one_line():
+    other = tiny("name=b", "synthesis.ipc=1", "relabel.batch_size=5")
+    with pytest.raises(RecipeError) as error:
+        under_one_protocol([("A", tiny("relabel.batch_size=20")), ("B", other)])
+    assert "relabel.batch_size is 20 but there are 10 images" in one_line(error)
+
+
+def test_every_size_has_its_control():
+    methods, _ = under_one_protocol([("A", tiny()), ("B", tiny("synthesis.ipc=3"))])
+    controls = {method.label: method.recipe.synthesis.ipc for method in methods if method.control}
+    assert controls == {f"{RANDOM}, ipc 2": 2, f"{RANDOM}, ipc 3": 3}
+    assert len({method.slug for method in methods}) == 4
+
+
+def test_a_random_recipe_of_ones_own_is_the_control():
+    own = random_recipe(tiny(), 2)
+    methods, _ = under_one_protocol([("prism", tiny()), ("chance", own)])
+    assert [(method.label, method.control) for method in methods] == [("chance", True), ("prism", False)]
+    (job_of_control,) = [method for method in methods if method.control]
+    assert job_of_control.recipe.method == "random"
+
+
+def test_the_control_shares_all_but_what_it_does_not_read():
+    made = random_recipe(tiny("teachers.verifier=squeeze:test_resnet"), 5)
+    assert (made.method, made.synthesis.ipc, made.num_images) == ("random", 5, 50)
+    assert (made.teachers.logit, made.teachers.bn_pool) == ("squeeze:test_byobnet", ())
+    assert made.teachers.verifier == "squeeze:test_resnet"
+    assert all(getattr(made, key) == getattr(tiny(), key) for key in PROTOCOL)
+
+
+@pytest.mark.parametrize(
+    ("labels", "word"),
+    [
+        ([], "at least one recipe"),
+        (["a", "a"], "'a'"),
+        (["A b", "a-B"], "give each recipe a name"),
+        (["random real"], "random"),
+    ],
+)
+def test_methods_that_cannot_be_told_apart_are_one_line(labels, word):
+    with pytest.raises(RecipeError) as error:
+        under_one_protocol([(label, tiny()) for label in labels])
+    assert word in one_line(error)
+
+
+@pytest.mark.parametrize(("own", "expected"), [((), 0), (("squeeze.seed=7",), 7)])
+def test_a_cell_has_its_seed_and_the_teachers_of_all(own, expected):
+    (_, method), _ = under_one_protocol([("PRISM!", tiny(*own))])
+    for seed in (0, 5):
+        made = Cell(method, seed).recipe
+        assert (made.seed, made.evaluation.seeds, made.squeeze.seed) == (seed, (seed,), expected)
+        assert made.name == method.slug == "prism-ipc2"
+        assert Cell(method, seed).name == f"prism-ipc2-seed{seed}"
+        same = dataclasses.replace(made.squeeze, seed=None), dataclasses.replace(method.recipe.squeeze, seed=None)
+        assert same[0] == same[1]
+        assert to_dict(made)["synthesis"] == to_dict(method.recipe)["synthesis"]
+
+
+def test_names_of_folders_and_readings_are_plain():
+    assert Method("Ünïcode / ../x", tiny()).slug == "n-code-x-ipc2"
+    assert len(Method("x" * 300, tiny()).slug) == 80
+    assert [Reading("s", "soft").key, Reading("s", "hard").key, Reading("s", "soft", 10).key] == ["soft", "hard", "soft-10"]
+    assert [label for label, _ in named("prism")] == ["prism"]

@@ -1,0 +1,357 @@
+import copy
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from comparison_fixture import make_comparison, make_sparse
+from jinja2 import UndefinedError
+from test_card import HOSTILE, shape, tokens
+from test_card import shown as markdown_text
+
+from prism_hf.compare.page import HEADER, render_html, render_markdown, time_text, value_text
+from prism_hf.evaluation.report import difference, top1_text
+
+PICTURES = {name: b"\x89PNG" + name.encode() for name in ("accuracy", "grids", "similarity", "map")}
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+CASES = {
+    "usual": {},
+    "one seed": {"seeds": 1},
+    "ipc 1": {"ipc": 1, "methods": 2},
+    "fifteen": {"methods": 15, "students": ("test_resnet", "other"), "kinds": ("soft", "image", "hard")},
+    "ipcs": {"ipc": (1, 2), "methods": 3, "classes": 25},
+}
+
+
+class Page(HTMLParser):
+    """Balanced tags, the visible text, and the tags with their attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words, self.rows = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+    @property
+    def text(self):
+        return " ".join("".join(self.words).split())
+
+    @property
+    def structure(self):
+        return [tag for tag, _ in self.tags]
+
+
+@pytest.fixture(scope="module")
+def made():
+    return make_comparison()[0]
+
+
+@pytest.fixture
+def comparison(made):
+    return copy.deepcopy(made)
+
+
+def cells(line):
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def scores_of(markdown):
+    lines = [cells(line) for line in markdown.splitlines() if line.startswith("|")]
+    return lines[0], lines[2:]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_pages_say_the_same_and_are_well_formed(case):
+    comparison = make_comparison(**CASES[case])[0]
+    markdown, page = render_markdown(comparison), Page(render_html(comparison, PICTURES))
+    header, rows = scores_of(markdown)
+    assert tuple(header) == HEADER
+    assert {len(row) for row in rows} == {len(HEADER)}
+    assert len(rows) == len(comparison["scores"]) + len(comparison["full_data"])
+    of_html = [row for row in page.rows if len(row) == len(HEADER)]
+    assert of_html[1:] == [[cell.replace("\\", "") for cell in row] for row in rows]
+    sentences = re.findall(r"it \*\*(.+?)\*\*, ([+-][\d.]+ points)", markdown)
+    assert sentences
+    assert re.findall(r"it (wins|loses|is level|has no verdict from one seed), ([+-][\d.]+ points)", page.text) == sentences
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_html_is_one_file_that_loads_nothing(case):
+    text = render_html(make_comparison(**CASES[case])[0], PICTURES)
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.structure)
+    assert not re.search(r"https?:|url\(|@import|//cdn|javascript:", text)
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on") or name in ("href", "srcset", "action")]
+        if tag == "img":
+            assert attributes["src"].startswith("data:image/png;base64,")
+            assert len(attributes["alt"]) > 20
+        if tag == "th":
+            assert attributes["scope"] in ("row", "col")
+    assert page.structure.count("img") == 4
+    assert page.structure.count("h1") == 1
+    assert page.tags[0] == ("html", {"lang": "en"})
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in [a for _, a in page.tags]
+
+
+def test_held_out_images_are_not_called_test_images(comparison):
+    comparison["data"]["tested_on"] = "training images that were held out"
+    for text in (render_markdown(comparison), Page(render_html(comparison, PICTURES)).text):
+        assert "on\n450 training images that were held out. Random" in text or "on 450 training images that" in text
+        assert "450 test images" not in text
+
+
+def test_the_same_comparison_gives_the_same_bytes(comparison):
+    before = copy.deepcopy(comparison)
+    assert render_markdown(comparison) == render_markdown(json.loads(json.dumps(comparison)))
+    assert render_html(comparison, PICTURES) == render_html(json.loads(json.dumps(comparison)), PICTURES)
+    assert comparison == before
+
+
+def test_the_numbers_are_those_of_the_comparison(comparison):
+    rows = scores_of(render_markdown(comparison))[1]
+    for row, score in zip(rows, comparison["scores"], strict=False):
+        method = next(m for m in comparison["methods"] if m["label"] == score["method"])
+        marked = " (control)" if method["control"] else ""
+        assert row[0].replace("\\", "") == score["method"] + marked
+        assert row[2:6] == [score["labels"], top1_text(score), str(method["ipc"]), f"{score['count']:,}"]
+        assert row[7] == ("-" if score["labels"] == "hard" else "338 kB")
+        assert row[8] == ("-" if method["seconds_per_image"] is None else f"{method['seconds_per_image']:.3g}")
+        assert row[9] == f"{method['similarity']['mean']:.3f} ± 0.004"
+        assert row[10] == f"{100 * method['verifier_top1']:.1f}"
+    assert rows[-1][3] == top1_text(comparison["full_data"][0])
+    text = Page(render_html(comparison, PICTURES)).text
+    for word in (
+        "3 methods on digits",
+        "1,347 training images",
+        "450 test images",
+        "91.2",
+        "0.512",
+        "1 h 12 min",
+        "2.13.0",
+        "cutmix",
+        "0, 1, 2",
+    ):
+        assert word in text, word
+
+
+def verdicts(comparison):
+    return re.findall(r"- \*\*(.+?)\*\* against (.+?): (.*)", render_markdown(comparison))
+
+
+def test_each_method_meets_the_control_and_the_others_in_words(comparison):
+    found = verdicts(comparison)
+    assert [(a, b) for a, b, _ in found[:3]] == [(name, "random real") for name in ("SRe2L", "CDA", "G-VBSM")]
+    assert len(found) == 6
+    scores = {(s["method"], s["labels"]): s for s in comparison["scores"]}
+    gap, error = difference(scores["CDA", "soft"], scores["random real", "soft"])
+    assert f"with soft labels it **wins**, {100 * gap:+.1f} points (standard error {100 * error:.1f});" in found[1][2]
+
+
+@pytest.mark.parametrize(
+    ("gap", "error", "words"),
+    [
+        (0.012, 0.004, "it **wins**, +1.2 points (standard error 0.4)"),
+        (0.012, 0.006, "it **is level**, +1.2 points (standard error 0.6)"),
+        (-0.05, 0.01, "it **loses**, -5.0 points (standard error 1.0)"),
+        (0.02, None, "it **has no verdict from one seed**, +2.0 points."),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_difference_that_is_given_counts_from_either_side(comparison, gap, error, words, turned):
+    entry = {"a": "CDA", "b": "random real", "student": "test_resnet", "labels": "soft", "difference": gap, "error": error}
+    if turned:
+        entry |= {"a": "random real", "b": "CDA", "difference": -gap}
+    comparison["differences"] = [entry]
+    comparison["scores"] = [score for score in comparison["scores"] if score["labels"] == "soft"]
+    found = {a: said for a, _, said in verdicts(comparison)}
+    assert words in found["CDA"]
+
+
+def test_without_differences_the_rows_give_them(comparison):
+    given = verdicts(comparison)
+    comparison["differences"] = []
+    assert verdicts(comparison) == given[:3]
+    assert "Against each other" not in render_html(comparison, PICTURES)
+
+
+def test_a_control_of_another_ipc_does_not_count(comparison):
+    comparison["differences"] = []
+    comparison["methods"][0]["ipc"] = 50
+    said = verdicts(comparison)
+    assert [b for _, b, _ in said] == ["random real images"] * 3
+    assert all("no random-real control at ipc 10" in text for *_, text in said)
+
+
+def test_the_caption_names_the_lines_that_are_drawn(comparison):
+    assert "Dotted: random real. Dashed: all real data." in render_markdown(comparison)
+    comparison["methods"][1]["control"] = True
+    comparison["full_data"] = []
+    for page in (render_markdown(comparison), render_html(comparison, PICTURES)):
+        assert "single seeds." in page
+        assert "Dotted" not in page
+        assert "Dashed" not in page
+
+
+def test_several_students_are_told_apart():
+    comparison = make_comparison(methods=2, students=("test_resnet", "other"))[0]
+    markdown, page = render_markdown(comparison), Page(render_html(comparison, PICTURES))
+    assert markdown.count("  - student test\\_resnet: with soft labels it") == 1
+    assert "student other: with soft labels it" in page.text
+
+
+def test_a_method_without_scores_is_named(comparison):
+    comparison["scores"] = [score for score in comparison["scores"] if score["method"] != "CDA"]
+    comparison["differences"] = []
+    row = next(row for row in scores_of(render_markdown(comparison))[1] if row[0] == "CDA")
+    assert row[3] == "not yet run"
+    assert ("CDA", "random real", "it has no scores.") in verdicts(comparison)
+
+
+def test_what_is_not_known_is_not_shown(comparison):
+    sparse = make_sparse(comparison)
+    for method in sparse["methods"]:
+        method["grid"] = None
+    sparse["scores"] = [score for score in sparse["scores"] if score["labels"] == "soft"]
+    markdown, page = render_markdown(sparse), Page(render_html(sparse, {}))
+    assert markdown.count("![") == 1
+    assert "img" not in page.structure
+    assert "verifier: none" in markdown
+    assert "None" not in page.text + markdown
+    assert "nan" not in page.text.split()
+    assert "## Left out" not in markdown
+    assert all(row[6:] == ["-"] * 5 for row in scores_of(markdown)[1])
+    empty = sparse | {"scores": [], "methods": sparse["methods"][:1]}
+    assert "Nothing but the control was run." in render_markdown(empty)
+    assert "Nothing but the control was run." in Page(render_html(empty, {})).text
+
+
+def test_low_similarity_alone_is_said_to_prove_nothing(comparison):
+    for text in (render_markdown(comparison), render_html(comparison, PICTURES)):
+        assert "Low similarity alone proves nothing: noise is diverse too." in text
+
+
+def test_many_classes_are_cut_and_counted(comparison):
+    comparison["data"]["classes"] = [f"name{k}" for k in range(1000)]
+    for text in (render_markdown(comparison), render_html(comparison, PICTURES)):
+        assert "name19" in text
+        assert "name20" not in text
+        assert "1000 in all" in text
+
+
+def test_pictures_stand_where_they_are_told(comparison):
+    assert "](folder/x/accuracy.png)" in render_markdown(comparison, folder_of_pictures="folder/x")
+    assert render_markdown(comparison).count("](assets/") == 4
+
+
+# -- hostile text -----------------------------------------------------------------------------------------------------
+
+PLACES = ["label", "class", "source", "licence", "note", "recipe", "yaml", "command", "name", "teacher", "setting",
+          "setting name", "verifier", "map", "left out", "reason", "hardware", "version", "student"]  # fmt: skip
+
+
+def put(comparison, place, text):
+    data, protocol, method = comparison["data"], comparison["protocol"], comparison["methods"][1]
+    if place == "label":
+        renamed = json.dumps(comparison).replace('"SRe2L"', json.dumps(text))
+        return json.loads(renamed)
+    if place == "student":
+        return json.loads(json.dumps(comparison).replace('"student": "test_resnet"', f'"student": {json.dumps(text)}'))
+    match place:
+        case "class":
+            data["classes"][1] = text
+        case "source" | "licence":
+            data[place] = text
+        case "note":
+            protocol["notes"] = [text]
+        case "recipe":
+            method["recipe"] = text
+        case "yaml":
+            method["recipe_yaml"] = text
+        case "command" | "name":
+            comparison[place] = text
+        case "teacher":
+            protocol["teachers"] = {text: 0.5, "squeeze:test_byobnet": None}
+        case "setting":
+            protocol["evaluation"]["optimizer"] = text
+        case "setting name":
+            protocol["relabel"] = {text: 1, "teachers": ["a"], "epochs": 2}
+        case "verifier":
+            protocol["verifier"] = text
+        case "map":
+            comparison["map"]["how"] = text
+        case "left out":
+            comparison["left_out"] = {text: "not yet run"}
+        case "reason":
+            comparison["left_out"] = {"full data": text}
+        case "hardware":
+            comparison["hardware"]["device"] = text
+        case "version":
+            comparison["versions"]["torch"] = text
+    return comparison
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_hostile_text_shows_as_itself_on_both_pages(place):
+    comparison = make_comparison(methods=2, classes=3, ipc=1)[0]
+    plain = put(copy.deepcopy(comparison), place, "word")
+    tags, blocks = Page(render_html(plain, PICTURES)).structure, shape(render_markdown(plain))
+    for text in [" and ".join(HOSTILE), "a|b](c $x$ \u200f\u202eabc", '" onload="x', "- item", "1. item", "x\n\n# y"]:
+        marked = re.sub("[\x00-\x08\x0e-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
+        wanted = " ".join(marked.split())
+        changed = put(copy.deepcopy(comparison), place, text)
+        html, markdown = render_html(changed, PICTURES), render_markdown(changed)
+        page = Page(html)
+        assert page.structure == tags, text
+        assert wanted in page.text, text
+        assert "\u202e" not in html + markdown
+        assert shape(markdown) == blocks, text
+        code = " ".join(t.content for t in tokens(markdown) if t.type == "fence")
+        assert wanted in " ".join((markdown_text(markdown) + " " + code).split()), text
+
+
+@pytest.mark.parametrize("path", ["versions", "protocol.notes", "data.source", "methods.0.similarity", "scores.0.mean"])
+def test_a_missing_fact_is_an_error_and_not_a_gap(comparison, path):
+    *parents, last = path.split(".")
+    place = comparison
+    for key in parents:
+        place = place[int(key)] if key.isdigit() else place[key]
+    del place[last]
+    for render in (render_markdown, lambda facts: render_html(facts, PICTURES)):
+        with pytest.raises((KeyError, UndefinedError)):
+            render(comparison)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (4321.5, "1 h 12 min")]
+)
+def test_time_in_words(seconds, text):
+    assert time_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "none"), (True, "yes"), (0.001, "0.001"), (60, "60"), ([1, "a"], "1, a"), ({"a": [1, None]}, "a: 1, none")],
+)
+def test_settings_as_people_write_them(value, text):
+    assert value_text(value) == text

@@ -1,0 +1,186 @@
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from comparisons import LIGHT, STUDENTS, comparison, named
+from pipeline import launch, mtimes, one_line, sha_tree, tiny
+
+from prism_hf.compare.findings import Findings
+from prism_hf.compare.methods import Reading, under_one_protocol
+from prism_hf.compare.runs import Comparison
+from prism_hf.errors import OutputError
+from prism_hf.recipe.yaml_file import dump_recipe
+from prism_hf.run.preflight import check_space, missing_space
+from prism_hf.runtime.store import read_record, write_record
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+NAMES = ("random-real-ipc2", "prism-ipc2", "sre2l-ipc2")
+
+
+@pytest.fixture
+def copied(compared, tmp_path):
+    return Path(shutil.copytree(compared[0], tmp_path / "compare"))
+
+
+def again(folder, compared, names=("prism", "sre2l"), **more):
+    made = comparison(folder, compared[1], named(*names), **more)
+    made.check()
+    made()
+    return made
+
+
+def made_of(folder):
+    """What was computed, without notes of launches."""
+    parts = ("runs/*/*/work/jobs", "runs/*/*/work/students", "runs/*/*/dataset", "cells")
+    return {path: time for part in parts for place in folder.glob(part) for path, time in mtimes(place).items()}
+
+
+def scores(folder):
+    return {path.name: dict(read_record(path)) | {"wall_time_s": 0} for path in sorted((folder / "cells").glob("*.json"))}
+
+
+def test_it_leaves_a_run_and_a_record_for_each_method_and_seed(compared):
+    folder, teachers = compared
+    assert sorted(p.relative_to(folder / "runs").as_posix() for p in (folder / "runs").glob("*/*")) == sorted(
+        f"{name}/seed-{seed}" for name in NAMES for seed in (0, 1)
+    )
+    records = scores(folder)
+    assert list(records) == sorted(f"{name}-seed{seed}.json" for name in NAMES for seed in (0, 1))
+    for record in records.values():
+        assert [(s["student"], s["labels"]) for s in record["scores"]] == [
+            (s, k) for s in STUDENTS for k in ("soft", "hard")
+        ]
+        assert all(0 <= score["top1"] <= 1 for score in record["scores"])
+        assert record["images"] == 20
+    assert {records[f"{name}-seed0.json"]["steps"] for name in NAMES} == {0, 8}
+    assert not list(folder.glob("runs/*/*/control"))
+    assert len([p for p in teachers.iterdir() if p.name.startswith("test_")]) == 2, "seeds share the teachers"
+
+
+def test_seeds_and_methods_differ_in_their_images(compared):
+    tables = {
+        sha for place in compared[0].glob("runs/*/*/dataset") for n, sha in sha_tree(place).items() if n.startswith("data/")
+    }
+    assert len(tables) == 6
+
+
+def test_a_second_launch_finds_everything(compared, copied, caplog):
+    before = made_of(copied)
+    assert len(before) > 60
+    with caplog.at_level(logging.INFO, "prism_hf"):
+        again(copied, compared)
+    assert made_of(copied) == before
+    assert "compare: 6 of 6 runs found, 0 to make" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["record gone", "record damaged", "run gone", "table damaged"])
+def test_what_was_lost_is_made_again_and_nothing_else(compared, copied, kind):
+    name, whole = "prism-ipc2-seed1", scores(copied)
+    record, run = copied / "cells" / f"{name}.json", copied / "runs" / "prism-ipc2" / "seed-1"
+    before = {path: time for path, time in made_of(copied).items() if name not in path and str(run) not in path}
+    images = sha_tree(run / "dataset")
+    if kind == "record damaged":
+        record.write_text(record.read_text().replace("top1", "top2", 1))
+    elif kind == "record gone":
+        record.unlink()
+    elif kind == "table damaged":
+        (table,) = (run / "dataset" / "data").glob("*.parquet")
+        table.write_bytes(b"x" * table.stat().st_size)
+    else:
+        shutil.rmtree(run)
+    made = again(copied, compared)
+    after = made_of(copied)
+    assert {path: after[path] for path in before} == before
+    assert sha_tree(run / "dataset") == images
+    assert {n: r for n, r in scores(copied).items() if ".aside-" not in n}[f"{name}.json"]["scores"] == whole[
+        f"{name}.json"
+    ]["scores"]
+    assert len(Findings(made).grids()) == 3
+
+
+def test_another_method_and_another_seed_go_on_from_what_is_there(compared, copied):
+    before = made_of(copied)
+    recipes = [*named("prism", "sre2l"), ("longer", named("prism")[0][1])]
+    students = {"students": STUDENTS[:1]}
+    made = comparison(copied, compared[1], recipes, seeds=(0,), **students)
+    made()
+    written = ("/cells/", "/dataset/README.md", "/assets/diversity.png", "/report.json")
+    kept = {path: time for path, time in before.items() if not any(part in path for part in written)}
+    after = made_of(copied)
+    assert {path: after[path] for path in kept} == kept, "fewer students: the same images and scores, another record"
+    assert (copied / "runs" / "longer-ipc2" / "seed-0" / "dataset").is_dir()
+    before = made_of(copied)
+    comparison(copied, compared[1], named("prism"), seeds=(0, 2), **students)()
+    after = made_of(copied)
+    assert {path: after[path] for path in before} == before
+    new = {Path(path).relative_to(copied).parts[1:3] for path in after if path not in before and "/runs/" in path}
+    assert new == {("random-real-ipc2", "seed-2"), ("prism-ipc2", "seed-2")}
+
+
+def test_a_run_is_the_one_that_the_other_command_makes(compared, tmp_path):
+    folder, teachers = compared
+    made = comparison(folder, teachers, named("prism", "sre2l"))
+    cell = next(cell for cell in made.cells if cell.name == "prism-ipc2-seed1")
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(cell.recipe))
+    for stage in ("synthesize", "relabel", "package"):
+        words = ("--output", tmp_path / "run", "--teachers", teachers, "--threads", "1", "--stage", stage)
+        assert launch(*words, recipe=tmp_path / "recipe.yaml") == 0
+    theirs, ours = sha_tree(tmp_path / "run" / "dataset"), sha_tree(folder / "runs" / "prism-ipc2" / "seed-1" / "dataset")
+    # The comparison has scored it, and says so.
+    card = (folder / "runs" / "prism-ipc2" / "seed-1" / "dataset" / "README.md").read_text()
+    assert "| distilled | 20 | soft |" in card
+    assert "Left out, random real: a run of its own in the comparison" in card
+    assert ours.pop("assets/diversity.png")
+    assert theirs.pop("README.md") != ours.pop("README.md")
+    assert theirs == ours
+
+
+def test_the_disk_must_hold_all_of_its_runs(tmp_path):
+    """Each of the eight would fit, even with a control of its own; half of them do, where the others are finished."""
+    free, one = shutil.disk_usage(tmp_path).free, tiny("relabel.epochs=1000000000")
+    epochs = int(0.4 * free / missing_space(one, tmp_path, processes=1) * 1e9)
+    recipe = tiny(*LIGHT, f"relabel.epochs={epochs}")
+    check_space(missing_space(recipe, tmp_path, processes=1), tmp_path)
+    made = comparison(tmp_path / "compare", tmp_path / "teachers", [("prism", recipe)], seeds=(0, 1, 2, 3))
+    with pytest.raises(OutputError, match="needs about .* are free") as error:
+        made.check()
+    assert one_line(error)
+    assert not (tmp_path / "compare").exists()
+    comparison(tmp_path / "compare", tmp_path / "teachers", [("prism", recipe)], seeds=(0,)).check()
+    for cell in made.cells[:4]:
+        write_record(made.record_file(cell), {})
+    made.check()
+
+
+def test_the_first_student_must_read_all_views():
+    methods, _ = under_one_protocol(named("prism"))
+    with pytest.raises(ValueError, match="expected a reading of 'test_byobnet' with all views"):
+        Comparison(
+            methods, [Reading("test_byobnet", "soft", 1)], [0], folder=Path(), teachers_root=Path(), accelerator=None
+        )
+
+
+def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):
+    AcceleratorState._reset_state(True)
+    made = again(tmp_path / "bad", compared, ("prism", "bad"), seeds=(0,), students=STUDENTS[:1])
+    assert list(made.failed) == ["bad-ipc2-seed0"]
+    assert "the comparison goes on without it" in caplog.text
+    found = Findings(made).as_dict()
+    assert [method["label"] for method in found["methods"]] == ["random real", "prism"]
+    assert {row["method"] for row in found["scores"]} == {"random real", "prism"}
+    assert "not finite" in found["left_out"]["bad-ipc2-seed0"]
+    assert "not yet run" not in [reason for name, reason in found["left_out"].items() if name.startswith("bad")]
+    assert json.dumps(found, allow_nan=False)
+
+
+def test_the_first_method_says_who_measures_similarity_whatever_comes_after(compared):
+    other = [("other", tiny(*LIGHT, "teachers.logit=squeeze:test_efficientnet", "teachers.bn_pool=[]", "name=other"))]
+    found = {}
+    for recipes in (named("prism") + other, other + named("prism")):
+        made = comparison(*compared, recipes)
+        cell = next(cell for cell in made.cells if cell.method.label == "prism")
+        found[made.network().name] = made.is_found(cell)
+    assert found == {"squeeze:test_byobnet": True, "squeeze:test_efficientnet": False}

@@ -1,0 +1,98 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from prism_hf.errors import TeacherError
+from prism_hf.evaluation.diversity import UnitSums, intra_class_similarity
+from prism_hf.images.pixels import to_reference
+from prism_hf.models.features import penultimate_features
+
+CPU = torch.device("cpu")
+
+
+def test_similarity_is_the_mean_over_all_pairs():
+    features, labels = torch.randn(12, 6), torch.arange(12) % 3
+    found = intra_class_similarity(features, labels, 3)
+    for label in range(3):
+        own = features[labels == label]
+        pairs = [torch.cosine_similarity(own[i], own[j], dim=0) for i in range(4) for j in range(i)]
+        assert found.per_class[label] == pytest.approx(float(sum(pairs)) / len(pairs), abs=1e-5)
+    assert found.mean == pytest.approx(sum(found.per_class) / 3)
+
+
+def similarity_of_kept_features(features, labels, num_classes):
+    """The formula with the unit vectors of a class side by side."""
+    units = F.normalize(features.double(), dim=1)
+    for label in range(num_classes):
+        own = units[labels == label]
+        yield float((own.sum(0).square().sum() - len(own)) / (len(own) * (len(own) - 1)))
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 500])
+def test_features_that_come_in_batches_are_as_alike_as_all_together(batch):
+    features, labels = torch.randn(500, 32) + 0.3, torch.randint(10, (500,))
+    sums = UnitSums(10)
+    for part, own in zip(features.split(batch), labels.split(batch), strict=True):
+        sums.add(part, own)
+    kept = list(similarity_of_kept_features(features, labels, 10))
+    assert sums.similarity().per_class == pytest.approx(kept, abs=1e-14)
+    assert intra_class_similarity(features, labels, 10).per_class == pytest.approx(kept, abs=1e-14)
+
+
+def test_no_batch_at_all_is_no_similarity():
+    assert UnitSums(2).similarity().per_class == (None, None)
+
+
+def test_an_image_of_no_class_counts_nowhere():
+    features = torch.randn(5, 3)
+    with_strays = intra_class_similarity(features, torch.tensor([0, 0, -1, 1, 2]), 2)
+    assert with_strays.per_class == intra_class_similarity(features[:2], torch.tensor([0, 0]), 2).per_class
+
+
+def test_copies_are_fully_alike_opposites_and_orthogonals_are_not():
+    features = torch.tensor([[1.0, 2.0], [2.0, 4.0], [1.0, 0.0], [0.0, 3.0], [1.0, 1.0], [-2.0, -2.0]])
+    found = intra_class_similarity(features, torch.tensor([0, 0, 1, 1, 2, 2]), 3)
+    assert found.per_class == pytest.approx((1.0, 0.0, -1.0), abs=1e-7)
+
+
+def test_scale_and_order_do_not_matter():
+    features, labels = torch.randn(9, 4), torch.arange(9) % 3
+    order = torch.randperm(9)
+    scaled = features * torch.rand(9, 1).add(0.1)
+    a, b = (
+        intra_class_similarity(features, labels, 3),
+        intra_class_similarity(scaled[order], labels[order], 3),
+    )
+    assert a.per_class == pytest.approx(b.per_class, abs=1e-6)
+
+
+def test_a_class_without_a_pair_has_no_similarity():
+    found = intra_class_similarity(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 0, 1]), 3)
+    assert found.per_class == (pytest.approx(1.0), None, None)
+    assert found.mean == pytest.approx(1.0)
+    assert intra_class_similarity(torch.ones(1, 2), torch.tensor([0]), 2).mean is None
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_byobnet"])
+def test_features_are_the_input_of_the_classifier(tiny_teachers, tiny_images, name):
+    teacher = tiny_teachers[name]
+    batches = list(penultimate_features(teacher, lambda rows: tiny_images[list(rows)], 7, device=CPU, batch_size=3))
+    assert [rows for rows, _ in batches] == [range(0, 3), range(3, 6), range(6, 7)]
+    found = torch.cat([features for _, features in batches])
+    with torch.no_grad():
+        hidden = teacher.model.forward_features(teacher.prepare(to_reference(tiny_images)))
+        expected = teacher.model.forward_head(hidden, pre_logits=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    classifier = teacher.model.get_classifier()
+    assert not classifier._forward_pre_hooks
+    torch.testing.assert_close(classifier(found), teacher.logits(to_reference(tiny_images)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_without_a_linear_layer_is_an_error(tiny_teachers, tiny_images):
+    convolutional = nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    teacher = dataclasses.replace(tiny_teachers["test_resnet"], name="conv", model=convolutional)
+    with pytest.raises(TeacherError, match="network 'conv' has no linear layer"):
+        next(penultimate_features(teacher, lambda rows: tiny_images[list(rows)], 7, device=CPU))

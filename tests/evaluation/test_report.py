@@ -1,0 +1,165 @@
+import json
+import statistics
+
+import pytest
+
+from prism_hf.evaluation.diversity import Diversity
+from prism_hf.evaluation.report import (
+    Evaluation,
+    Score,
+    SetFacts,
+    bytes_text,
+    in_words,
+    markdown_table,
+    plain_table,
+    summary,
+    table_rows,
+    top1_text,
+)  # fmt: skip
+
+
+def score(images, labels, *top1):
+    return Score(images, labels, tuple(range(len(top1))), top1, 30)
+
+
+def rows(*scores):
+    return [s.as_dict() for s in scores]
+
+
+@pytest.fixture
+def evaluation():
+    return Evaluation(
+        scores=(
+            score("distilled", "soft", 0.9, 0.92),
+            score("random_real", "soft", 0.8, 0.82),
+            score("full", "hard", 0.99),
+        ),
+        sets={
+            "distilled": SetFacts(12_345, 678, 0.5, Diversity((0.25, None), 0.25)),
+            "random_real": SetFacts(99, 1_000_000, None, Diversity((None, None), None)),
+        },
+        student="test_resnet",
+        epochs=4,
+        test_count=50,
+        left_out={"full-soft": "no teachers"},
+    )
+
+
+def test_score_has_mean_and_sample_deviation():
+    made = score("distilled", "soft", 0.5, 0.6, 0.9)
+    assert made.mean == pytest.approx(2.0 / 3)
+    assert made.std == pytest.approx(statistics.stdev([0.5, 0.6, 0.9]))
+
+
+def test_one_seed_has_no_deviation():
+    one = score("distilled", "soft", 0.5)
+    assert one.std is None
+    assert top1_text(one.as_dict()) == "50.0 (one seed)"
+    assert top1_text(score("distilled", "soft", 0.5, 0.5).as_dict()) == "50.0 ± 0.0"
+
+
+@pytest.mark.parametrize(
+    ("ours", "control", "verdict", "points"),
+    [
+        ((0.90, 0.91, 0.92), (0.80, 0.81, 0.82), "the distilled images win", "+10.0"),
+        ((0.80, 0.81, 0.82), (0.90, 0.91, 0.92), "random real images win", "-10.0"),
+        ((0.80, 0.90), (0.82, 0.90), "the distilled images and random real images are level", "-1.0"),
+        ((0.5, 0.5), (0.5, 0.5), "the distilled images and random real images are level", "+0.0"),
+        ((0.6, 0.6), (0.5, 0.5), "the distilled images win", "+10.0"),
+    ],
+)
+@pytest.mark.parametrize("labels", ["soft", "hard"])
+def test_verdict_in_words(ours, control, verdict, points, labels):
+    text = in_words(rows(score("distilled", labels, *ours), score("random_real", labels, *control)))
+    assert text.startswith(f"With {labels} labels {verdict}: distilled minus random real is {points} points")
+    assert text.count("With") == 1
+
+
+def test_level_means_within_two_standard_errors():
+    def words(gap):
+        return in_words(rows(score("distilled", "soft", 0.5 + gap, 0.52 + gap), score("random_real", "soft", 0.5, 0.52)))
+
+    # Each row has a standard error of 0.01, the difference has 0.0141.
+    assert "are level" in words(0.027)
+    assert "the distilled images win" in words(0.029)
+    assert "(standard error 1.4)" in words(0.029)
+
+
+def test_missing_control_is_said():
+    text = in_words(rows(score("distilled", "soft", 0.5, 0.6), score("full", "hard", 0.9)))
+    assert text == "With soft labels there is no random-real control to compare with."
+    assert in_words(rows(score("random_real", "soft", 0.5))) == ""
+
+
+def test_one_seed_gives_no_verdict():
+    text = in_words(rows(score("distilled", "soft", 0.9), score("random_real", "soft", 0.1)))
+    assert "level" not in text
+    assert "inf" not in text
+
+
+def test_words_survive_json():
+    made = rows(score("distilled", "soft", 0.9, 0.92), score("random_real", "soft", 0.8, 0.8))
+    assert in_words(json.loads(json.dumps(made))) == in_words(made)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (12_345, "12.3 kB"),
+        (5_000_000, "5 MB"),
+        (7_250_000_000, "7.25 GB"),
+        (None, "-"),
+        pytest.param(999_900, "1 MB"),
+        pytest.param(1_500_000_000_000, "1.5 TB"),
+    ],
+)
+def test_bytes_in_words(count, text):
+    assert bytes_text(count) == text
+
+
+def test_table_says_what_is_known_and_a_dash_for_the_rest(evaluation):
+    assert table_rows(evaluation.as_dict())[1:] == [
+        ("distilled", "30", "soft", "91.0 ± 1.4", "12.3 kB", "678 B", "0.250", "50.0"),
+        ("random real", "30", "soft", "81.0 ± 1.4", "99 B", "1 MB", "-", "-"),
+        ("all real", "30", "hard", "99.0 (one seed)", "-", "-", "-", "-"),
+    ]
+
+
+def test_hard_labels_have_no_label_bytes(evaluation):
+    report = evaluation.as_dict()
+    report["rows"] = rows(score("distilled", "hard", 0.9))
+    assert table_rows(report)[1][5] == "-"
+
+
+def test_markdown_table():
+    assert markdown_table([("a", "b"), ("1", "22")]) == "| a | b |\n| --- | --- |\n| 1 | 22 |"
+
+
+def test_plain_table_is_aligned():
+    assert plain_table([("a", "bb", "c"), ("111", "2", "3")]) == "a    bb  c\n111  2   3"
+
+
+def test_report_is_plain_json(evaluation):
+    report = evaluation.as_dict()
+    assert json.loads(json.dumps(report)) == report
+    assert report["sets"]["distilled"]["intra_class_similarity"] == {"mean": 0.25, "per_class": [0.25, None]}
+    assert report["left_out"] == {"full-soft": "no teachers"}
+    assert report["in_words"].startswith("With soft labels the distilled images win")
+
+
+def test_summary_shows_table_words_gaps_and_times(evaluation):
+    report = {"recipe": "tiny", "evaluation": evaluation.as_dict(), "wall_time_s": {"relabel": 3.4}}
+    text = summary(report)
+    assert text.startswith("tiny: student test_resnet, 2 seeds, 4 epochs (last), 50 test images\n")
+    assert plain_table(table_rows(report["evaluation"])) in text
+    assert "With soft labels the distilled images win" in text
+    assert "left out: full-soft: no teachers" in text
+    assert text.endswith("time: relabel 3 s")
+
+
+def test_summary_without_rows_or_times():
+    empty = Evaluation(scores=(), sets={}, student="s", epochs=1, test_count=2)
+    assert "s, 0 seeds" in summary({"recipe": "r", "evaluation": empty.as_dict()})

@@ -1,0 +1,584 @@
+import dataclasses
+import json
+import logging
+import math
+import statistics
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from pipeline import add_card, small_set
+
+from prism_hf.dataset import reader as reading
+from prism_hf.dataset.reader import DistilledDataset
+from prism_hf.errors import DataError, StoppedError
+from prism_hf.evaluation import students
+from prism_hf.evaluation.students import ROWS, Keep, keep_student, label_bytes, train_on_real, train_student
+from prism_hf.images.pixels import to_reference
+from prism_hf.images.source import ImageSplit
+from prism_hf.images.views import apply_views, from_columns
+from prism_hf.method.relabel import label_images, relabel_epoch
+from prism_hf.method.soft_labels import class_shares, soft_label_loss
+from prism_hf.models.build import build_network
+from prism_hf.recipe.plan import batch_ranges
+from prism_hf.run.scores import Contest
+from prism_hf.runtime.checkpoint import Checkpoint
+
+CPU = torch.device("cpu")
+
+
+def settings_of(tiny_recipe, changes=None):
+    return tiny_recipe({f"evaluation.{key}": value for key, value in (changes or {}).items()}).evaluation
+
+
+@pytest.fixture(scope="module")
+def toy(tiny_recipe, tiny_teachers, tiny_images):
+    """A distilled data set in memory: seven images, two epochs of labelled views."""
+    settings = tiny_recipe().relabel
+    teachers = [tiny_teachers[name] for name in settings.teachers]
+    epochs = [relabel_epoch(number, tiny_images, teachers, settings, seed=0) for number in range(2)]
+    return DistilledDataset(
+        images_uint8=tiny_images,
+        labels=torch.tensor([0, 0, 1, 1, 2, 2, 2]),
+        class_names=("a", "b", "c"),
+        teacher_logits=torch.cat(list(label_images(tiny_images, teachers, settings))),
+        num_epochs=2,
+        epoch=lambda number: (
+            from_columns(epochs[number]),
+            torch.from_numpy(epochs[number]["teacher_logits"]),
+        ),
+        image_bytes=1,
+        label_bytes=1,
+        recipe=None,
+        content="toy",
+    )
+
+
+@pytest.fixture(scope="module")
+def split(tiny_images):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in tiny_images]
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [0, 0, 1, 1, 2, 2, 2]}, features=features)
+    return ImageSplit(rows, image_column="image", label_column="label", size=32, channels=3, name="train")
+
+
+@pytest.fixture(scope="module")
+def student(tiny_recipe, toy):
+    def train(changes=None, *, labels="soft", seed=0, source=toy):
+        network = train_student(source, settings_of(tiny_recipe, changes), labels=labels, seed=seed, device=CPU)
+        return {key: value.clone() for key, value in network.state_dict().items()}
+
+    return train
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def base(student):
+    return student()
+
+
+def batches_of_whole_epochs(source, epochs, batch_size, recorded=None):
+    """What a student sees, the plain way: all images as floats, whole epochs of views."""
+    images = to_reference(source.images_uint8)
+    for epoch in range(epochs):
+        rows, logits = source.epoch(epoch % recorded if recorded else epoch)
+        for part in batch_ranges(len(logits), batch_size):
+            cut = rows[part.start : part.stop]
+            own = source.labels[cut.image_index]
+            partner = source.labels[cut.view.mix_with.clamp(min=0)]
+            shares = class_shares(own, partner, cut.view.mix_weight, len(source.class_names))
+            shown = apply_views(images[cut.image_index], cut.view, images[cut.view.mix_with.clamp(min=0)], cut.partner)
+            yield shown, logits[part.start : part.stop].float(), shares
+
+
+def same_batches(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert [t.dtype for t in a] == [t.dtype for t in b]
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(params=["cutmix", "mixup", "none"])
+def packed(request, tmp_path, monkeypatch):
+    """A data set of 21 images and four epochs, read from its tables and from files."""
+    recipe, names, *_ = small_set(tmp_path, channels=3, size=16, classes=3, ipc=7, epochs=4, mix=request.param)
+    add_card(tmp_path, recipe, names)
+    monkeypatch.setattr(reading, "_IN_MEMORY", 0)
+    return reading.load_distilled(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def packed_once(tmp_path_factory):
+    """As `packed`, for tests that train on it."""
+    folder = tmp_path_factory.mktemp("packed")
+    recipe, names, *_ = small_set(folder, channels=3, size=32, classes=3, ipc=7, epochs=4)
+    add_card(folder, recipe, names)
+    return reading.load_distilled(folder)
+
+
+@pytest.mark.parametrize("window", [1, 3000, 2**22], ids=["a batch", "some batches", "an epoch"])
+@pytest.mark.parametrize("batch_size", [4, 5, 21, 100])  # 21 = 4 * 5 + 1: the last image joins the batch before it
+def test_batches_of_a_window_are_those_of_whole_epochs(packed, monkeypatch, batch_size, window):
+    monkeypatch.setattr(students, "_WINDOW", window)
+    same_batches(students._view_batches(packed, 3, batch_size, CPU), batches_of_whole_epochs(packed, 3, batch_size))
+    monkeypatch.setattr(students, "_ON_DEVICE", 0)
+    same_batches(students._view_batches(packed, 3, batch_size, CPU), batches_of_whole_epochs(packed, 3, batch_size))
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 5, 9, 12, 13])
+def test_batches_can_start_anywhere(packed, monkeypatch, start):
+    monkeypatch.setattr(students, "_WINDOW", 3000)
+    expected = list(batches_of_whole_epochs(packed, 3, 6))
+    assert len(expected) == 12
+    same_batches(students._view_batches(packed, 3, 6, CPU, start=start), expected[start:])
+
+
+def test_nothing_is_read_of_batches_that_are_passed_over(packed, monkeypatch):
+    prepared, read = [], []
+    monkeypatch.setattr(students, "to_reference", lambda images: prepared.append(len(images)) or to_reference(images))
+    monkeypatch.setattr(students, "_WINDOW", 1)
+    rows = packed.epoch.rows
+    monkeypatch.setattr(packed.epoch, "rows", lambda start, stop: read.append((start, stop)) or rows(start, stop))
+    next(students._view_batches(packed, 4, 6, CPU, start=9))
+    assert prepared == [6, 6], "the images of one batch, and their partners"
+    assert read == [(2 * 21 + 6, 2 * 21 + 12)]
+
+
+@pytest.mark.parametrize("recorded", [1, 3, 4])
+def test_recorded_epochs_come_in_turn_from_anywhere(packed, monkeypatch, recorded):
+    monkeypatch.setattr(students, "_WINDOW", 3000)
+    expected = list(batches_of_whole_epochs(packed, 4, 6, recorded))
+    assert len(expected) == 16
+    for start in (0, 3, 4, 7, 8, 11, 15, 16):
+        same_batches(students._view_batches(packed, 4, 6, CPU, start, recorded=recorded), expected[start:])
+
+
+def test_views_of_other_epochs_are_not_read(packed, monkeypatch):
+    read, rows = [], packed.epoch.rows
+    monkeypatch.setattr(packed.epoch, "rows", lambda start, stop: read.append((start, stop)) or rows(start, stop))
+    list(students._view_batches(packed, 5, 6, CPU, recorded=2))
+    assert max(stop for _, stop in read) == 2 * 21
+
+
+def test_image_labels_are_mixed_as_their_view_is(packed):
+    ours = students._view_batches(packed, 3, 5, CPU, recorded=2, per_image=True)
+    theirs = list(batches_of_whole_epochs(packed, 3, 5, 2))
+    for number, (batch, (shown, _, shares)) in enumerate(zip(ours, theirs, strict=True)):
+        part = batch_ranges(21, 5)[number % 4]
+        rows, _ = packed.views(number // 4 % 2, part)
+        for row in range(len(part)):
+            own, partner = int(rows.image_index[row]), int(rows.view.mix_with[row])
+            weight, logits = float(rows.view.mix_weight[row]), packed.teacher_logits.double()
+            expected = logits[own] if partner < 0 else weight * logits[own] + (1 - weight) * logits[partner]
+            torch.testing.assert_close(batch[1][row].double(), expected, rtol=1e-6, atol=1e-6)
+        assert batch[1].dtype == torch.float32
+        assert torch.equal(batch[0], shown)
+        assert torch.equal(batch[2], shares)
+
+
+def literal_kl(logits, teacher_logits, temperature):
+    p, q = ((t / temperature).softmax(1) for t in (teacher_logits, logits))
+    return temperature**2 * (p * (p.log() - q.log())).sum(1).mean()
+
+
+def some_batch():
+    shares = torch.rand(5, 4, dtype=torch.float64).softmax(1)
+    return torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64), shares
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+def test_kl_is_the_formula_and_zero_at_its_optimum(tiny_recipe, temperature):
+    settings = settings_of(tiny_recipe, {"loss": "kl", "temperature": temperature})
+    logits, teacher_logits, shares = some_batch()
+    ours = soft_label_loss(logits, teacher_logits, shares, settings)
+    torch.testing.assert_close(ours, literal_kl(logits, teacher_logits, temperature))
+    # Softmax knows no offset, so any shifted copy of the teacher's logits is an optimum.
+    assert abs(float(soft_label_loss(teacher_logits + 3, teacher_logits, shares, settings))) < 1e-10
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.1, 2.0])
+def test_mse_ce_is_the_formula(tiny_recipe, ce_weight):
+    settings = settings_of(tiny_recipe, {"loss": "mse_ce", "ce_weight": ce_weight})
+    logits, teacher_logits, shares = some_batch()
+    mse = ((logits - teacher_logits) ** 2).mean()
+    ce = -(shares * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(soft_label_loss(logits, teacher_logits, shares, settings), mse + ce_weight * ce)
+
+
+def literal_loss(logits, teacher_logits, shares, loss, ce_weight, temperature):
+    """Number by number."""
+    rows, classes = len(logits), len(logits[0])
+
+    def softmax(row, t=1.0):
+        powers = [math.exp((value - max(row)) / t) for value in row]
+        return [power / sum(powers) for power in powers]
+
+    ce = 0.0
+    for row, share in zip(logits, shares, strict=True):
+        ce -= sum(s * math.log(p) for s, p in zip(share, softmax(row), strict=True)) / rows
+    if loss == "mse_ce":
+        squares = [(a - b) ** 2 for x, y in zip(logits, teacher_logits, strict=True) for a, b in zip(x, y, strict=True)]
+        return sum(squares) / len(squares) + ce_weight * ce
+    if loss == "cosine":
+        total = 0.0
+        for a, b in zip(logits, teacher_logits, strict=True):
+            a, b = [x - sum(a) / classes for x in a], [x - sum(b) / classes for x in b]
+            total += sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+        return 1 - total / rows + ce_weight * ce
+    guess = [softmax(row, temperature) for row in logits]
+    target = [softmax(row, temperature) for row in teacher_logits]
+    if loss == "kl":
+        pairs = [(q, p) for x, y in zip(target, guess, strict=True) for q, p in zip(x, y, strict=True)]
+        return temperature**2 * sum(q * math.log(q / p) for q, p in pairs) / rows
+    inter = [statistics.correlation(p, q) for p, q in zip(guess, target, strict=True)]
+    columns = zip(zip(*guess, strict=True), zip(*target, strict=True), strict=True)
+    intra = [statistics.correlation(p, q) for p, q in columns]
+    return temperature**2 * ((1 - sum(inter) / rows) + (1 - sum(intra) / classes))
+
+
+LOSSES = ("mse_ce", "kl", "dist", "cosine")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 20.0])
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_is_its_literal_version(tiny_recipe, loss, ce_weight, temperature):
+    settings = settings_of(tiny_recipe, {"loss": loss, "ce_weight": ce_weight, "temperature": temperature})
+    batch = some_batch()
+    expected = literal_loss(*(values.tolist() for values in batch), loss, ce_weight, temperature)
+    assert float(soft_label_loss(*batch, settings)) == pytest.approx(expected, rel=1e-10)
+    single = soft_label_loss(*(values.float() for values in batch), settings)
+    assert float(single) == pytest.approx(expected, rel=1e-4)
+    assert single.dtype == torch.float32
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_gradient_of_a_loss_is_that_of_its_values(tiny_recipe, loss):
+    settings = settings_of(tiny_recipe, {"loss": loss, "temperature": 2.0})
+    logits, teacher_logits, shares = some_batch()
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: soft_label_loss(x, teacher_logits, shares, settings), logits)
+
+
+@pytest.mark.parametrize("loss", ["dist", "cosine"])
+def test_a_correlation_loss_is_least_at_its_optimum_and_knows_no_offset(tiny_recipe, loss):
+    settings = settings_of(tiny_recipe, {"loss": loss, "ce_weight": 0.0})
+    logits, teacher_logits, shares = some_batch()
+    offset = torch.randn(5, 1, dtype=torch.float64)
+    ours = soft_label_loss(logits, teacher_logits, shares, settings)
+    assert float(soft_label_loss(logits + offset, teacher_logits, shares, settings)) == pytest.approx(float(ours))
+    assert abs(float(soft_label_loss(teacher_logits + offset, teacher_logits, shares, settings))) < 1e-10
+    if loss == "cosine":
+        assert abs(float(soft_label_loss(3 * teacher_logits, teacher_logits, shares, settings))) < 1e-10
+
+
+def degenerate(kind):
+    logits, teacher_logits, shares = (values.float() for values in some_batch())
+    if kind == "one image":
+        return logits[:1], teacher_logits[:1], shares[:1]
+    if kind == "a flat row":
+        logits[0], teacher_logits[1] = 0.7, -3.0
+    if kind == "all flat":
+        logits[:], teacher_logits[:] = 0.1, 0.3
+    if kind == "student flat":
+        logits[:] = 0.1
+    if kind == "equal rows":  # each column is constant
+        logits[:], teacher_logits[:] = logits[0].clone(), teacher_logits[0].clone()
+    if kind == "far apart":  # probabilities of other classes are zero, or nearly
+        logits[:] = torch.linspace(-400, 400, 5).view(-1, 1) * torch.tensor([1.0, -1.0, 0.2, 0.0])
+    if kind == "the same":
+        logits[:] = teacher_logits
+    return logits, teacher_logits, shares
+
+
+KINDS = ("one image", "a flat row", "all flat", "student flat", "equal rows", "far apart", "the same")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 20.0])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_gradient_is_finite_whatever_comes(tiny_recipe, loss, kind, temperature):
+    logits, teacher_logits, shares = degenerate(kind)
+    logits.requires_grad_()
+    value = soft_label_loss(
+        logits, teacher_logits, shares, settings_of(tiny_recipe, {"loss": loss, "temperature": temperature})
+    )
+    value.backward()
+    assert value.isfinite()
+    assert logits.grad.isfinite().all()
+    assert logits.grad.abs().max() < 1e4, "rounding noise is no direction"
+
+
+def test_what_does_not_vary_has_no_correlation_and_no_gradient():
+    a = torch.tensor([[0.1] * 7, [0.1, 0.2, 0.3, 0.1, 0.5, 0.6, 0.9]], requires_grad=True)
+    found = students.correlation(a, torch.rand(2, 7), dim=1)
+    found.sum().backward()
+    assert float(found[0].detach()) == 0
+    assert not a.grad[0].any()
+    assert a.grad[1].any()
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e20])
+def test_a_correlation_knows_no_scale(scale):
+    a, b = torch.rand(4, 9), torch.rand(4, 9)
+    torch.testing.assert_close(students.correlation(a * scale, b, dim=0), students.correlation(a, b, dim=0))
+
+
+@pytest.mark.parametrize(
+    ("start", "change"),
+    [
+        ({}, {"loss": "kl"}),
+        ({}, {"ce_weight": 0.5}),
+        ({"loss": "kl"}, {"loss": "kl", "temperature": 2.0}),
+        ({"loss": "kl"}, {"loss": "dist"}),
+        ({"loss": "dist"}, {"loss": "dist", "temperature": 2.0}),
+        ({"loss": "cosine"}, {"loss": "cosine", "ce_weight": 0.5}),
+    ],
+)
+def test_every_switch_of_the_loss_changes_it(tiny_recipe, start, change):
+    batch = some_batch()
+    a, b = (soft_label_loss(*batch, settings_of(tiny_recipe, settings)) for settings in (start, change))
+    assert float(a) != pytest.approx(float(b))
+
+
+def test_class_shares_mix_the_two_classes():
+    shares = class_shares(torch.tensor([0, 1, 2]), torch.tensor([2, 1, 0]), torch.tensor([0.75, 0.3, 1.0]), 3)
+    torch.testing.assert_close(shares, torch.tensor([[0.75, 0, 0.25], [0, 1, 0], [0, 0, 1]]))
+    assert shares.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss": "kl"},
+        {"ce_weight": 1.0},
+        {"lr": 0.001},
+        {"weight_decay": 0.5},
+        {"ema": 0.9},
+        {"epochs": 1},
+        {"label_epochs": 1},
+        {"loss": "dist"},
+        {"loss": "cosine"},
+        {"batch_size": 2},
+        {"student": "test_byobnet"},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_every_switch_changes_the_student(student, base, change):
+    assert not same(base, student(change))
+
+
+def test_temperature_changes_a_kl_student(student):
+    assert not same(student({"loss": "kl"}), student({"loss": "kl", "temperature": 1.0}))
+
+
+def test_another_seed_gives_another_student_and_the_same_seed_the_same(student, base):
+    assert same(base, student(seed=0))
+    assert not same(base, student(seed=1))
+
+
+def test_a_null_number_of_epochs_uses_them_all(student, base):
+    assert same(base, student({"epochs": 2}))
+
+
+def test_training_leaves_global_randomness_alone_and_does_not_depend_on_it(student, base):
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    assert same(base, student())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def other_logits(toy):
+    def epoch(number):
+        rows, logits = toy.epoch(number)
+        return rows, logits.flip(1) * 3
+
+    return dataclasses.replace(toy, epoch=epoch)
+
+
+def test_hard_labels_ignore_the_teachers_logits_and_soft_ones_do_not(student, base, toy):
+    changed = other_logits(toy)
+    hard = student(labels="hard")
+    assert same(hard, student(labels="hard", source=changed))
+    assert not same(base, student(source=changed))
+    assert not same(base, hard)
+
+
+def test_hard_labels_use_the_classes(student, toy):
+    relabelled = dataclasses.replace(toy, labels=toy.labels.flip(0))
+    assert not same(student(labels="hard"), student(labels="hard", source=relabelled))
+
+
+def test_student_learns_the_images(tiny_recipe, toy):
+    # Many passes over the same two epochs of views: the student must come to agree with the stored logits.
+    again = dataclasses.replace(toy, num_epochs=30, epoch=lambda number: toy.epoch(number % 2))
+    settings = dataclasses.replace(settings_of(tiny_recipe), epochs=None)
+    network = train_student(again, settings, labels="soft", seed=0, device=CPU)
+    rows, logits = toy.epoch(0)
+    with torch.no_grad():
+        answer = network(rows.replay((toy.images_uint8 / 255 - 0.449) / 0.226))
+    assert not network.training
+    assert answer.shape == (7, 3)
+    assert float((answer - logits).square().mean()) < 0.5 * float(logits.float().var(0).mean())
+
+
+def test_more_epochs_than_the_folder_holds_are_an_error(tiny_recipe, toy):
+    settings = tiny_recipe({"relabel.epochs": 9, "evaluation.epochs": 3}).evaluation
+    with pytest.raises(DataError, match="holds 2 epochs of views, evaluation.epochs is 3"):
+        train_student(toy, settings, labels="soft", seed=0, device=CPU)
+
+
+def test_fewer_label_epochs_are_used_again(student, base, toy):
+    """Two epochs of training with one recorded epoch are those of a set that holds it twice."""
+    twice = dataclasses.replace(toy, epoch=lambda _: toy.epoch(0))
+    assert same(student({"label_epochs": 1}), student(source=twice))
+    assert same(base, student({"label_epochs": 2}))
+    once = dataclasses.replace(toy, num_epochs=1)
+    assert same(student({"label_epochs": 1, "epochs": 2}), student({"label_epochs": 1, "epochs": 2}, source=once))
+
+
+def test_more_label_epochs_than_the_folder_holds_are_an_error(tiny_recipe, toy):
+    settings = tiny_recipe({"relabel.epochs": 9, "evaluation.label_epochs": 3, "evaluation.epochs": 50}).evaluation
+    with pytest.raises(DataError, match="holds 2 epochs of views, evaluation.label_epochs is 3"):
+        train_student(toy, settings, labels="soft", seed=0, device=CPU)
+
+
+@pytest.mark.parametrize("labels", ["soft", "image"])
+@pytest.mark.parametrize("stopped", [5, 6, 7])
+def test_a_training_goes_on_across_the_turn_of_the_epochs(tiny_recipe, packed_once, tmp_path, monkeypatch, labels, stopped):
+    settings = settings_of(tiny_recipe, {"epochs": 4, "label_epochs": 2, "batch_size": 8})
+    whole = train_student(packed_once, settings, labels=labels, seed=0, device=CPU).state_dict()
+    file, steps = tmp_path / "state.safetensors", []
+
+    def stop(checkpoint, make_state):
+        steps.append(1)
+        if len(steps) == stopped:
+            checkpoint.save(make_state())
+            raise StoppedError("here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "tick", stop)
+        with pytest.raises(StoppedError):
+            train_student(packed_once, settings, labels=labels, seed=0, device=CPU, checkpoint=Checkpoint(file, "key", 1e9))
+    found = train_student(packed_once, settings, labels=labels, seed=0, device=CPU, checkpoint=Checkpoint(file, "key", 1e9))
+    assert same(whole, found.state_dict())
+
+
+def test_image_labels_are_the_only_ones_that_such_a_student_knows(student, base, toy):
+    image = student(labels="image")
+    assert same(image, student(labels="image", source=other_logits(toy)))
+    assert not same(image, base)
+    assert not same(image, student(labels="hard"))
+    changed = dataclasses.replace(toy, teacher_logits=toy.teacher_logits.flip(1))
+    assert not same(image, student(labels="image", source=changed))
+    assert not same(image, student({"loss": "kl"}, labels="image")), "the loss is that of the settings"
+
+
+def test_a_student_reads_the_bytes_of_its_labels(tiny_recipe, packed_once, toy):
+    def found(labels, **changes):
+        return label_bytes(packed_once, settings_of(tiny_recipe, changes), labels)
+
+    assert found("soft") == packed_once.label_bytes_of(4)
+    assert found("soft", epochs=2) == packed_once.label_bytes_of(2) < packed_once.label_bytes_of(3)
+    assert found("soft", epochs=2, label_epochs=1) == packed_once.label_bytes_of(1)
+    assert found("soft", epochs=1, label_epochs=2) == packed_once.label_bytes_of(1)
+    assert found("image", epochs=2) == packed_once.image_label_bytes() > 0
+    assert found("hard") == 0
+    assert label_bytes(toy, settings_of(tiny_recipe), "soft") is None
+
+
+@pytest.fixture(scope="module")
+def ceiling(tiny_recipe, split):
+    def train(changes=None, *, seed=0):
+        made = tiny_recipe({"evaluation.full_data_epochs": 1} | (changes or {}))
+        network = train_on_real(split, made.evaluation, made.relabel.view, num_classes=3, seed=seed, device=CPU)
+        return network.state_dict()
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"evaluation.full_data_epochs": 2},
+        {"evaluation.batch_size": 2},
+        {"evaluation.lr": 0.1},
+        {"relabel.view.crop_scale": [0.9, 1.0]},
+        {"relabel.view.flip": False},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_every_switch_changes_the_full_data_student(ceiling, change):
+    assert not same(ceiling(), ceiling(change))
+
+
+def test_full_data_student_is_reproducible_and_never_mixes(ceiling):
+    assert same(ceiling(), ceiling({"relabel.view.mix": "mixup"}))
+    assert not same(ceiling(), ceiling(seed=1))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "control", "keys"),
+    [
+        (1, True, {"full-hard", "random_real-hard", "distilled-hard", "random_real-soft", "distilled-soft"}),
+        (0, True, {"random_real-hard", "distilled-hard", "random_real-soft", "distilled-soft"}),
+        (1, False, {"full-hard", "distilled-hard", "distilled-soft"}),
+    ],
+)
+def test_full_data_epochs_and_seeds_decide_the_tasks(tiny_recipe, toy, split, epochs, control, keys):
+    settings = settings_of(tiny_recipe, {"full_data_epochs": epochs, "seeds": [3, 5]})
+    view = tiny_recipe().relabel.view
+    contest = Contest(toy, toy if control else None, split, split, settings, view, left_out={})
+    tasks = contest.tasks()
+    assert {row.key for row in contest.rows()} == keys
+    assert sorted((row.key, seed) for row, seed in tasks) == sorted((key, seed) for key in keys for seed in (3, 5))
+    assert len({row.key for row in ROWS}) == 5
+
+
+def keep(tiny_recipe, toy, folder, changes=None):
+    settings = settings_of(tiny_recipe, changes)
+    student = build_network(settings.student, num_classes=3, channels=3).eval()
+    source = {"id": "org/real", "on_hub": True, "revision": "abc", "licence": "mit"}
+    place = Keep(folder / "student", source, {"id": "org/real", "split": "val"}, dataset_id="org/set")
+    keep_student(student, toy, settings, place, seed=5, top1=0.25, test_count=450)
+
+
+def test_the_facts_of_a_kept_student_are_complete(tiny_recipe, toy, tmp_path):
+    recipe = tiny_recipe()
+    keep(tiny_recipe, dataclasses.replace(toy, recipe=recipe), tmp_path, {"ema": 0.5})
+    assert json.loads((tmp_path / "student" / "student.json").read_text()) == {
+        "kind": "student",
+        "architecture": "test_resnet",
+        "labels": "soft",
+        "epochs": 2,
+        "channels": 3,
+        "dataset": {"name": "tiny", "content": "toy", "images": 7, "hub_id": "org/set"},
+        "source": {"id": "org/real", "on_hub": True, "revision": "abc", "licence": "mit"},
+        "test": {"id": "org/real", "split": "val"},
+        "recipe_fingerprint": recipe.fingerprint(),
+        "settings": {
+            "batch_size": 4, "loss": "mse_ce", "ce_weight": 0.1, "temperature": 20.0, "lr": 0.01, "weight_decay": 0.01,
+            "ema": 0.5,
+        },
+        "seed": 5,
+        "test_top1": 0.25,
+        "test_count": 450,
+    }  # fmt: skip
+
+
+def test_without_a_recipe_its_name_and_fingerprint_are_null(tiny_recipe, toy, tmp_path):
+    keep(tiny_recipe, toy, tmp_path, {"epochs": 1})
+    facts = json.loads((tmp_path / "student" / "student.json").read_text())
+    assert (facts["dataset"]["name"], facts["recipe_fingerprint"], facts["epochs"]) == (None, None, 1)
+
+
+def test_a_transformers_student_is_left_with_one_log_line(tiny_recipe, toy, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="prism_hf"):
+        keep(tiny_recipe, toy, tmp_path, {"student": "transformers:resnet"})
+    (line,) = (record.message for record in caplog.records)
+    assert "only timm architectures" in line
+    assert "transformers:resnet" in line
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,354 @@
+import copy
+import re
+
+import datasets
+import pytest
+import yaml
+from huggingface_hub import DatasetCard
+from jinja2 import UndefinedError
+from pipeline import add_card, small_set, tiny
+
+from prism_hf.dataset.writer import image_features, view_features
+from prism_hf.evaluation.diversity import Diversity
+from prism_hf.evaluation.report import Evaluation, Score, SetFacts
+from prism_hf.hub.dataset_card import (
+    METADATA_KEYS,
+    card_facts,
+    escape,
+    fence_for,
+    metadata,
+    method_in_words,
+    render_card,
+    render_control_card,
+)
+from prism_hf.recipe.schema import to_dict
+from prism_hf.recipe.yaml_file import load_recipe
+
+# markdown-it-py is there wherever huggingface-hub is (through typer and rich).
+from markdown_it import MarkdownIt  # isort: skip
+
+NAMES = ["ant", "bee", "cat", "dog"]
+HOSTILE = [
+    "</details><script>alert(1)</script>",
+    "a|b\n---\nlicense: mit",
+    "`[x](http://e)`",
+    "$x$",
+    "{{7*7}}",
+    "{% raw %}",
+    "<!-- ",
+    "```\n\n# title",
+    "*bold* _it_ ~~del~~",
+    "![i](http://e/i.png)",
+    'carpenter\'s "kit" & co',
+    "a\\",
+    "<http://e>",
+    "--- ",
+    "- item",
+    "1. item",
+    "> quote",
+    "# title",
+    "&amp;",
+    "naïve 鹤 \u202e",
+    "\x00\x1b[31m",
+]
+
+
+def evaluation(similarity=0.5, verifier="squeeze:judge"):
+    facts = SetFacts(100, 200, 0.25, Diversity((similarity,) * 4, similarity))
+    return Evaluation(
+        scores=(
+            Score("distilled", "soft", (0, 1), (0.5, 0.75), 12),
+            Score("random_real", "soft", (0, 1), (0.25, 0.5), 12),
+        ),
+        sets={"distilled": facts, "random_real": facts},
+        student="test_resnet",
+        epochs=3,
+        test_count=450,
+        verifier=verifier,
+        similarity_network=verifier,
+        left_out={"all real": "not yet run: the recipe sets evaluation.full_data_epochs to 0"},
+    ).as_dict()
+
+
+TEACHER = {
+    "name": "squeeze:test_resnet", "roles": ["logit", "bn_pool"], "architecture": "test_resnet", "revision": None,
+    "licence": "apache-2.0", "weights_sha256": "0" * 64, "test_top1": 0.9125,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("card")
+    recipe, *_ = small_set(folder, names=NAMES)
+    add_card(folder, recipe, NAMES)
+    facts = card_facts(folder, recipe, NAMES, {"evaluation": evaluation()})
+    facts["provenance"]["teachers"] = [TEACHER]
+    return folder, recipe, facts
+
+
+@pytest.fixture
+def facts(packed):
+    return copy.deepcopy(packed[2])
+
+
+def render(facts, recipe):
+    card = render_card(facts, recipe)
+    header, body = re.match(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()
+    return card, yaml.safe_load(header), body
+
+
+def tokens(body):
+    """Flat Markdown tokens, as GitHub's and the Hub's dialect sees them."""
+    for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(body):
+        yield token
+        yield from token.children or ()
+
+
+def shape(body):
+    """The structure of a document without its words."""
+    return [t.type for t in tokens(body) if t.type not in ("text", "text_special", "softbreak")]
+
+
+def shown(body):
+    return "".join(t.content if t.type in ("text", "text_special") else "\n" for t in tokens(body))
+
+
+# -- the header -------------------------------------------------------------------------------------------------------
+
+
+def test_the_header_is_yaml_from_the_allow_list(packed, facts):
+    card, header, _ = render(facts, packed[1])
+    assert set(header) <= set(METADATA_KEYS)
+    assert header == metadata(facts, packed[1])
+    assert DatasetCard(card).data.to_dict() == header
+    assert header["license"] == "cc-by-4.0"
+    assert "license_name" not in header
+    assert header["size_categories"] == ["n<1K"]
+
+
+def test_configs_and_dataset_info_describe_the_tables(packed, facts):
+    header = metadata(facts, packed[1])
+    assert [(c["config_name"], c["data_files"][0]["path"], c.get("default")) for c in header["configs"]] == [
+        ("default", "data/train-*", True),
+        ("views", "views/train-*", None),
+    ]
+    infos = {info["config_name"]: info for info in header["dataset_info"]}
+    for config, features, rows in (("default", image_features(NAMES), 12), ("views", view_features(4), 36)):
+        assert datasets.Features._from_yaml_list(infos[config]["features"]) == features
+        assert infos[config]["splits"][0]["num_examples"] == rows
+        assert infos[config]["download_size"] == facts["tables"][config]["file_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("licence", "expected"),
+    [("CC BY 4.0", ("cc-by-4.0", None)), ("MIT", ("mit", None)), ("my own terms", ("other", "my-own-terms"))],
+)
+def test_licences_of_the_hub_are_known_and_others_named(packed, facts, licence, expected):
+    recipe = load_recipe(packed[0] / "recipe.yaml", [f"data.licence={licence}"])
+    header = metadata(facts, recipe)
+    assert (header["license"], header.get("license_name")) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "on_hub", "expected"),
+    [("org/name", True, "org/name"), ("org/name", False, "extended|other"), ("digits", False, "extended|other")],
+)
+def test_only_hub_sources_are_named_as_source_datasets(packed, facts, source, on_hub, expected):
+    recipe = load_recipe(packed[0] / "recipe.yaml", [f"data.source={source}"])
+    facts = copy.deepcopy(facts)
+    facts["provenance"]["source"]["on_hub"] = on_hub
+    assert metadata(facts, recipe)["source_datasets"] == [expected]
+
+
+# -- the body ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_shows_the_table_the_teachers_and_the_recipe(packed, facts):
+    _, recipe, _ = packed
+    _, _, body = render(facts, recipe)
+    text = shown(body)
+    for word in ("62.5 ± 17.7", "squeeze:test_resnet", "trained for this set", "91.2", "logit, bn_pool", "450 real test"):
+        assert word in text, word
+    assert "Left out, all real: not yet run" in text
+    assert "- Not yet run" not in text
+    assert recipe.fingerprint() in body
+    fenced = [t for t in tokens(body) if t.type == "fence"]
+    assert [t.info for t in fenced] == ["python", "python", "bash", "yaml", "bibtex"]
+    assert yaml.safe_load(fenced[3].content) == yaml.safe_load((packed[0] / "recipe.yaml").read_text())
+    assert body.count("<details>") == body.count("</details>") == 1
+
+
+def test_without_a_report_the_card_says_not_yet_run(packed, facts):
+    facts["evaluation"] = None
+    _, _, body = render(facts, packed[1])
+    assert "*Not yet run*" in body
+    assert "±" not in body
+    assert "diversity.png" not in body
+
+
+def test_one_image_per_class_has_no_similarity(tmp_path):
+    recipe, *_ = small_set(tmp_path, ipc=1, names=NAMES)
+    add_card(tmp_path, recipe, NAMES)
+    facts = card_facts(tmp_path, recipe, NAMES, {"evaluation": evaluation(similarity=None)})
+    _, _, body = render(facts, recipe)
+    assert "4 distilled images (1 per class" in shown(body)
+    row = next(line for line in body.splitlines() if line.startswith("| distilled"))
+    assert [cell.strip() for cell in row.strip("|").split("|")][-2] == "-"
+
+
+def test_without_verifier_and_similarity_network_they_are_not_mentioned(packed, facts):
+    facts["evaluation"] |= {"verifier": None, "similarity_network": None}
+    body = render(facts, packed[1])[2]
+    assert "*Verifier*" not in body
+    assert "*Intra-class cos*" not in body
+
+
+def test_many_classes_are_cut_and_counted(packed, facts):
+    facts["class_names"] = [f"name{i}" for i in range(1000)]
+    text = shown(render(facts, packed[1])[2])
+    assert "name19" in text
+    assert "name20" not in text
+    assert "1000 in all" in text
+
+
+def test_the_same_facts_give_the_same_card_and_times_are_not_among_them(packed, facts):
+    folder, recipe, _ = packed
+    one = card_facts(folder, recipe, NAMES, {"evaluation": evaluation(), "wall_time_s": {"squeeze": 1.0}})
+    two = card_facts(folder, recipe, NAMES, {"evaluation": evaluation(), "wall_time_s": {"squeeze": 2.0}})
+    assert one == two
+    assert render_card(one, recipe) == render_card(two, recipe)
+
+
+def test_the_control_card_loads_and_is_named_as_control(packed, facts):
+    card = render_control_card(facts, packed[1])
+    assert DatasetCard(card).data.to_dict() == metadata(facts, packed[1])
+    assert "random real" in card
+    assert "Not distilled" in card
+
+
+# -- strictness -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "provenance.versions.torch", "provenance.hardware.threads", "provenance.recipe_fingerprint",
+        "provenance.format_version", "provenance.teachers.0.licence", "provenance.teachers.0.test_top1",
+        "evaluation.test_count", "evaluation.in_words", "evaluation.left_out", "evaluation.student",
+    ],
+)  # fmt: skip
+def test_a_missing_fact_is_an_error_and_not_a_gap(packed, facts, path):
+    render_card(facts, packed[1])
+    *parents, last = path.split(".")
+    place = facts
+    for key in parents:
+        place = place[int(key)] if key.isdigit() else place[key]
+    del place[last]
+    with pytest.raises(UndefinedError):
+        render_card(facts, packed[1])
+
+
+@pytest.mark.parametrize(("text", "fence"), [("", "```"), ("a ``` b", "````"), ("`````", "``````"), ("` ``", "```")])
+def test_a_fence_is_longer_than_what_it_holds(text, fence):
+    assert fence_for(text) == fence
+
+
+# -- hostile text -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("place", ["Classes: {}.", "({}) apply.", "| a | {} | b |", "words\n{}, more", "{}"])
+def test_escaped_text_shows_as_itself_wherever_it_stands(place, text):
+    rule = "| h | h | h |\n| - | - | - |\n" if "|" in place else ""
+    body = rule + place.format(escape(text))
+    assert shape(body) == shape(rule + place.format("word"))
+    assert re.sub("[\x00\x1b\u202e]", "\ufffd", " ".join(text.split())) in shown(body)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("place", ["class", "source", "licence", "teacher", "teacher licence", "student", "reason"])
+def test_hostile_text_breaks_neither_header_nor_table_nor_html(packed, facts, place, text):
+    folder, recipe, _ = packed
+    plain = shape(render(facts, recipe)[2])
+    if place == "class":
+        facts["class_names"][1] = text
+    elif place == "source":
+        facts["recipe"]["data"]["source"] = text
+    elif place == "licence":
+        facts["recipe"]["data"]["licence"] = text
+    elif place.startswith("teacher"):
+        facts["provenance"]["teachers"][0]["licence" if "licence" in place else "name"] = text
+    elif place == "student":
+        facts["evaluation"]["student"] = text
+    else:
+        facts["evaluation"]["left_out"]["all real"] = text
+    card, header, body = render(facts, recipe)
+    assert shape(body) == plain
+    assert DatasetCard(card).data.to_dict() == header
+    assert set(header) <= set(METADATA_KEYS)
+    assert header["license"] == "cc-by-4.0"
+    assert "<script>" not in body
+    if place == "class":
+        names = header["dataset_info"][0]["features"][1]["dtype"]["class_label"]["names"]
+        assert names == {"0": "ant", "1": text, "2": "cat", "3": "dog"}
+
+
+@pytest.mark.parametrize("text", [t for t in HOSTILE if "\x00" not in t])
+def test_a_hostile_licence_in_the_recipe_stays_inside_its_yaml(packed, facts, text):
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    recipe = load_recipe(packed[0] / "recipe.yaml", [f'data.licence="{quoted}"'])
+    assert recipe.data.licence == text
+    facts["recipe"]["data"]["licence"] = text
+    card, header, body = render(facts, recipe)
+    assert header["license"] == "other"
+    assert re.fullmatch(r"[a-z0-9.-]+", header["license_name"]), "an id; the text below has it as it is"
+    assert DatasetCard(card).data.to_dict() == header
+    fenced = [t for t in tokens(body) if t.type == "fence"]
+    assert yaml.safe_load(fenced[3].content)["data"]["licence"] == text
+    assert shape(body) == shape(render(facts, packed[1])[2])
+
+
+# -- in words ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ((), ["1 other networks", "once per slot", "PRISM", "logit teacher itself"]),
+        (("teachers.selection=per_iteration",), ["anew at each iteration"]),
+        (("teachers.include_logit=false",), ["PRISM"]),
+        (("teachers.bn_pool=[]",), ["SRe2L"]),
+        (("teachers.selection=cycle",), ["2 teachers take turns", "BN-only G-VBSM"]),
+        (("teachers.selection=cycle", "teachers.bn_pool=[]"), ["SRe2L"]),
+    ],
+)
+def test_the_method_is_said_in_words(overrides, words):
+    text = method_in_words(tiny(*overrides))
+    assert all(word in text for word in words)
+    assert ("logit teacher itself" in text) == (not overrides or "per_iteration" in overrides[0])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("synthesis.bn_reduction=balanced",), ["(sum over layers, divided by that of the start images)"]),
+        (("synthesis.conv={patch: 4, drop: 0.2}",), ["per patch of 4 pixels", "with probability 0.2"]),
+        (("synthesis.init=real_kmeans", "synthesis.easiest=0.5"), ["real\\_kmeans among the easiest 50 % of each class"]),
+        (("synthesis.init=mosaic", "synthesis.mosaic={}", "synthesis.iterations=0"), ["mosaics of real images and not"]),
+    ],
+)
+def test_what_a_method_has_of_its_own_is_on_the_card(facts, overrides, words):
+    recipe = tiny(*overrides)
+    text = render_card(facts | {"recipe": to_dict(recipe)}, recipe)
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("text", ["https://evil.example", "http://x", "www.evil.example", "@somebody", "a@b.example"])
+def test_addresses_and_names_in_text_from_outside_do_not_become_links(text):
+    line = escape(text)
+    assert not re.search(r"://|www\.|@", line)
+    assert shown(line).strip() == text
+
+
+def test_text_cannot_turn_the_direction_of_what_follows():
+    assert "\u202e" not in escape("a\u202eb")

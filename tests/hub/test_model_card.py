@@ -1,0 +1,383 @@
+import copy
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+from pipeline import one_line
+from test_card import HOSTILE, shape, shown, tokens
+
+from prism_hf.errors import HubError
+from prism_hf.hub.model_card import MODEL_METADATA_KEYS, render_model_card
+from prism_hf.models.build import build_network
+from prism_hf.models.folder import store_network
+
+NAMES = ["ant", "bee", "cat", "dog"]
+SOURCE = {"id": "org/pets", "on_hub": True, "revision": "abc123", "licence": "CC BY 4.0"}
+STUDENT = {
+    "kind": "student", "architecture": "test_resnet", "labels": "soft", "seed": 3, "epochs": 40, "test_top1": 0.9125,
+    "test_count": 450, "channels": 3, "source": SOURCE, "test": {"id": "org/pets", "split": "val"},
+    "dataset": {"name": "pets-prism", "content": "0123456789abcdef", "images": 40, "hub_id": None},
+    "recipe_fingerprint": "f" * 16, "settings": {"lr": 0.01},
+}  # fmt: skip
+TEACHER = {
+    "kind": "teacher", "teacher": "squeeze:test_resnet", "architecture": "test_resnet", "train_count": 1347,
+    "test_count": 450, "channels": 3, "source": SOURCE, "test": {"id": "org/pets", "split": "val"}, "test_top1": 0.5,
+    "settings": {"seed": 7, "data": "org/pets", "steps": 100, "epochs": 14}, "wall_time_s": 1.5,
+}  # fmt: skip
+OLDER_TEACHER = {
+    "teacher": "squeeze:test_resnet", "fingerprint": "00edcd00f8f5", "train_content": "7e3f", "test_top1": 0.25,
+    "wall_time_s": 0.7, "settings": {"seed": 0, "data": "digits", "steps": 5},
+}  # fmt: skip
+
+BODY = """
+# pets-student
+
+An image classifier (test\\_resnet, 4 classes), trained from scratch on the distilled data set me/pets-prism and on nothing
+else: 40 images with soft labels, distilled from org/pets (revision abc123) with prism-hf.
+
+## How good
+
+| top-1 % | real test images | of | split | seed | epochs |
+| --- | --- | --- | --- | --- | --- |
+| 91.2 | 450 | org/pets | val | 3 | 40 |
+
+One seed, so no spread is known; the state after the last epoch, not the best one on the test images.
+
+## Load
+
+```python
+import timm
+
+model = timm.create_model("hf-hub:me/pets-student", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+```python
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="me/pets-student")
+labels = classify("picture.png")
+```
+
+## Input and classes
+
+RGB, 32 × 32 pixels; values in [0, 1] are normalised with mean (0.485, 0.456, 0.406) and standard deviation
+(0.229, 0.224, 0.225).
+
+Classes: ant, bee, cat, dog.
+
+## Limits and terms
+
+The weights were trained on images distilled from org/pets (licence or terms: CC BY 4.0).
+They carry what their data and its teachers taught them, errors and biases included, and are made to tell these classes
+apart, nothing else. Nothing is claimed about privacy. The score holds for the test images
+above; other pictures score differently.
+
+`student.json` beside this card holds these facts, the content digest of the distilled set and the training settings.
+
+Made with prism-hf.
+"""
+
+
+def folder_of(folder, facts, name, names=NAMES, channels=3):
+    with torch.random.fork_rng(devices=[]):
+        network = build_network("test_resnet", num_classes=len(names), channels=channels).eval()
+    store_network(
+        network, folder, architecture="test_resnet", size=32, channels=channels, class_names=names,
+        licence="CC BY 4.0", facts=facts, facts_name=name,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Real model folders of both kinds."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "student": folder_of(root / "student", STUDENT, "student"),
+        "teacher": folder_of(root / "teacher", TEACHER, "squeeze"),
+        "older": folder_of(root / "older", OLDER_TEACHER, "squeeze"),
+    }
+
+
+def written(folder, *, student=None, teacher=None, **config):
+    """A folder of facts and config alone: the card reads no weights."""
+    plain = {
+        "architecture": "test_resnet",
+        "label_names": NAMES,
+        "pretrained_cfg": {
+            "input_size": [3, 32, 32], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "license": "mit",
+        },
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(plain | config))
+    for name, facts in (("student", student), ("squeeze", teacher)):
+        if facts is not None:
+            (folder / f"{name}.json").write_text(json.dumps(facts))
+    return folder
+
+
+def render(folder, repo_id="me/pets-student", dataset_id=None):
+    card = render_model_card(folder, repo_id=repo_id, dataset_id=dataset_id)
+    header, body = re.match(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()
+    return card, yaml.safe_load(header), body
+
+
+def changed(facts, path, value):
+    facts, (*parents, last) = copy.deepcopy(facts), path.split(".")
+    place = facts
+    for key in parents:
+        place = place[key]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return facts
+
+
+# -- what it says -----------------------------------------------------------------------------------------------------
+
+
+def test_the_students_card_in_full(made):
+    card, header, body = render(made["student"], dataset_id="me/pets-prism")
+    assert body == BODY
+    assert list(header) == [key for key in MODEL_METADATA_KEYS if key != "license_name"]
+    assert header == {
+        "license": "cc-by-4.0",
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "timm", "transformers", "dataset-distillation", "prism-hf"],
+        "datasets": ["me/pets-prism", "org/pets"],
+        "model-index": [
+            {
+                "name": "pets-student",
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"type": "org/pets", "name": "org/pets", "split": "val", "revision": "abc123"},
+                        "metrics": [{"type": "accuracy", "name": "top-1 accuracy", "value": 0.9125}],
+                    }
+                ],
+            }
+        ],
+    }
+    assert render(made["student"], dataset_id="me/pets-prism")[0] == card
+
+
+def test_the_card_is_read_back_by_the_library(made):
+    for folder in made.values():
+        card, header, body = render(folder)
+        data = ModelCard(card).data
+        assert data.to_dict() == header
+        (result,) = data.eval_results
+        assert (result.task_type, result.metric_type) == ("image-classification", "accuracy")
+        assert ModelCard(card).text.strip() == body.strip()
+
+
+def test_the_teachers_card_tells_what_it_was_trained_on(made):
+    _, header, body = render(made["teacher"])
+    text = shown(body)
+    assert "trained on 1347 training images of org/pets (revision abc123): a teacher" in text
+    assert "| 50.0 | 450 | org/pets | val | 7 | 14 |" in body
+    assert header["datasets"] == ["org/pets"]
+    assert "distilled from" not in text
+    assert "`squeeze.json`" in body
+    assert "1.5" not in body, "times are no part of a card"
+
+
+def test_a_teacher_of_an_older_version_has_dashes_for_what_it_did_not_write(made):
+    _, header, body = render(made["older"])
+    assert "| 25.0 | - | digits | - | 0 | - |" in body
+    assert "trained on real training images of digits: a teacher" in shown(body)
+    assert "(licence or terms: CC BY 4.0)" in shown(body)
+    assert "datasets" not in header
+    assert header["model-index"][0]["results"][0]["dataset"] == {"type": "digits", "name": "digits"}
+
+
+@pytest.mark.parametrize(("kind", "known"), [("student", True), ("teacher", False)])
+def test_a_network_of_grey_images_says_so(tmp_path, kind, known):
+    facts = {"student": STUDENT, "teacher": TEACHER}[kind] | {"channels": 1}
+    text = shown(render(written(tmp_path, **{kind: facts}))[2])
+    assert "It has seen grey images only" in text
+    assert ("folds the three into one" in text) == known
+    assert "## Input" not in text
+    assert "grey" not in shown(render(written(tmp_path, **{kind: facts | {"channels": 3}}))[2])
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "dataset_id", "on_hub", "expected", "name"),
+    [
+        (None, None, True, ["org/pets"], "pets-prism"),
+        (None, None, False, None, "pets-prism"),
+        ("me/set", None, True, ["me/set", "org/pets"], "me/set"),
+        ("me/set", "me/other", True, ["me/other", "org/pets"], "me/other"),
+        (None, "me/other", False, ["me/other"], "me/other"),
+        ("no/hub/id", None, False, None, "no/hub/id"),
+    ],
+)
+def test_data_sets_on_the_hub_are_linked(tmp_path, hub_id, dataset_id, on_hub, expected, name):
+    facts = STUDENT | {"dataset": STUDENT["dataset"] | {"hub_id": hub_id}, "source": SOURCE | {"on_hub": on_hub}}
+    _, header, body = render(written(tmp_path, student=facts), dataset_id=dataset_id)
+    assert header.get("datasets") == expected
+    assert f"the distilled data set {name} and" in shown(body)
+
+
+@pytest.mark.parametrize(
+    ("licence", "expected"),
+    [("CC BY 4.0", ("cc-by-4.0", None)), ("MIT", ("mit", None)), ("my own terms", ("other", "my-own-terms"))],
+)
+def test_licences_of_the_hub_are_known_and_others_named(tmp_path, licence, expected):
+    _, header, body = render(written(tmp_path, student=changed(STUDENT, "source.licence", licence)))
+    assert (header["license"], header.get("license_name")) == expected
+    assert f"(licence or terms: {licence})" in shown(body)
+
+
+def test_many_classes_are_cut_and_counted(tmp_path):
+    text = shown(render(written(tmp_path, student=STUDENT, label_names=[f"name{i}" for i in range(1000)]))[2])
+    assert "name19" in text
+    assert "name20" not in text
+    assert "1000 in all" in text
+
+
+def test_the_lines_that_load_run(made, tmp_path, monkeypatch):
+    """With the folder in the place of the repo."""
+    _, _, body = render(made["student"])
+    first, second = (t.content for t in tokens(body) if t.type == "fence")
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (40, 30)).save("picture.png")
+    scope = {}
+    exec(first.replace("hf-hub:me/pets-student", f"local-dir:{made['student']}"), scope)
+    exec(second.replace("me/pets-student", str(made["student"])), scope)
+    assert {entry["label"] for entry in scope["labels"]} == set(NAMES)
+    with torch.no_grad():
+        logits = scope["model"](scope["transform"](Image.open("picture.png").convert("RGB"))[None])
+    assert scope["labels"][0]["label"] == NAMES[logits.argmax()]
+    assert scope["labels"][0]["score"] == pytest.approx(float(logits.softmax(1).max()), abs=1e-5)
+
+
+# -- strictness -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gone", ["student.json", "config.json"])
+def test_a_missing_file_is_one_line_that_names_it(tmp_path, gone):
+    (written(tmp_path, student=STUDENT) / gone).unlink()
+    with pytest.raises(HubError) as error:
+        render(tmp_path)
+    assert gone in one_line(error)
+    assert str(tmp_path) in one_line(error)
+
+
+@pytest.mark.parametrize("name", ["student.json", "config.json"])
+@pytest.mark.parametrize("text", ["", "[]", "{]", "\xff"])
+def test_a_broken_file_is_one_line_that_names_it(tmp_path, name, text):
+    (written(tmp_path, student=STUDENT) / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(HubError) as error:
+        render(tmp_path)
+    assert name in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "architecture", "labels", "seed", "epochs", "test_top1", "test_count", "channels", "dataset", "source", "test",
+        "dataset.name", "dataset.images", "dataset.hub_id", "source.id", "source.on_hub", "source.revision",
+        "source.licence", "test.id", "test.split",
+    ],
+)  # fmt: skip
+def test_a_missing_fact_of_a_student_is_one_line_that_names_it(tmp_path, path):
+    with pytest.raises(HubError) as error:
+        render(written(tmp_path, student=changed(STUDENT, path, None)))
+    assert "student.json" in one_line(error)
+    assert path in one_line(error)
+
+
+def test_a_missing_score_of_a_teacher_is_one_line(tmp_path):
+    with pytest.raises(HubError, match=r"squeeze\.json has no 'test_top1'"):
+        render(written(tmp_path, teacher=changed(TEACHER, "test_top1", None)))
+
+
+@pytest.mark.parametrize("value", ["0.9", True, 91.2, -0.1, float("nan"), [0.5]])
+def test_a_score_that_is_no_share_is_one_line(tmp_path, value):
+    with pytest.raises(HubError, match="expected a share between 0 and 1"):
+        render(written(tmp_path, student=STUDENT | {"test_top1": value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("mean", "0.5"), ("mean", [0.5]), ("std", [0.1, 0.2, "x"]), ("input_size", None)]
+)
+def test_a_config_without_numbers_is_one_line(tmp_path, key, value):
+    cfg = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "license": "mit"} | {key: value}
+    with pytest.raises(HubError, match=r"config\.json.*three numbers"):
+        render(written(tmp_path, student=STUDENT, pretrained_cfg=cfg))
+
+
+@pytest.mark.parametrize("key", ["architecture", "label_names", "pretrained_cfg", "mean", "license"])
+def test_a_config_without_what_the_card_tells_is_one_line(tmp_path, key):
+    path = written(tmp_path, student=STUDENT) / "config.json"
+    config = json.loads(path.read_text())
+    del (config if key in config else config["pretrained_cfg"])[key]
+    path.write_text(json.dumps(config))
+    with pytest.raises(HubError) as error:
+        render(tmp_path)
+    assert "config.json" in one_line(error)
+    assert key in one_line(error)
+
+
+def test_label_names_that_are_no_list_are_one_line(tmp_path):
+    with pytest.raises(HubError, match="label_names is no list"):
+        render(written(tmp_path, student=STUDENT, label_names={"0": "ant"}))
+
+
+@pytest.mark.parametrize("path", ["settings.data", "source.id", "test.id", "teacher"])
+def test_a_local_path_in_the_facts_is_not_shared(tmp_path, path):
+    """Teachers of older versions name a local source by its full path."""
+    with pytest.raises(HubError) as error:
+        render(written(tmp_path, teacher=changed(TEACHER, path, "/home/someone/pets")))
+    assert "squeeze.json" in one_line(error)
+    assert "/home/someone/pets" in one_line(error)
+
+
+@pytest.mark.parametrize("given", ["a/b/c", "a b/c", "org/na`me", 'org/"x', "org/name\n", "-org/x", "", "org/鹤", "a--b"])
+@pytest.mark.parametrize("which", ["repo_id", "dataset_id"])
+def test_an_id_that_is_none_is_one_line(made, given, which):
+    with pytest.raises(HubError) as error:
+        render_model_card(made["student"], **({"repo_id": "me/x"} | {which: given}))
+    assert "is no Hub id" in one_line(error)
+
+
+# -- hostile text -----------------------------------------------------------------------------------------------------
+
+PLACES = (
+    "class", "architecture", "labels", "seed", "epochs", "test_count", "dataset.name", "dataset.images", "dataset.hub_id",
+    "source.id", "source.revision", "source.licence", "test.id", "test.split",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("place", PLACES)
+def test_hostile_text_breaks_neither_header_nor_table_nor_html(tmp_path, place, text):
+    plain = shape(render(written(tmp_path, student=STUDENT))[2])
+    if place == "class":
+        written(tmp_path, student=STUDENT, label_names=["ant", text, "cat", "dog"])
+    else:
+        written(tmp_path, student=changed(STUDENT, place, text))
+    card, header, body = render(tmp_path)
+    assert shape(body) == plain
+    assert re.sub("[\x00\x1b\u202e]", "\ufffd", " ".join(text.split())) in shown(body)
+    assert set(header) <= set(MODEL_METADATA_KEYS)
+    assert ModelCard(card).data.to_dict() == header
+    assert "<script>" not in body
+    assert header["license"] == ("other" if place == "source.licence" else "cc-by-4.0")
+    assert ("license_name" in header) == (place == "source.licence")
+    assert header.get("datasets") == (None if place == "source.id" else ["org/pets"])
+
+
+def test_on_a_branch_the_lines_that_load_name_it(made):
+    main, branch = (render_model_card(made["teacher"], repo_id="me/net", revision=name) for name in (None, "v2"))
+    assert 'timm.create_model("hf-hub:me/net"' in main
+    assert 'timm.create_model("hf-hub:me/net@v2"' in branch
+    assert 'model="me/net", revision="v2")' in branch

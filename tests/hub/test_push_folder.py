@@ -1,0 +1,108 @@
+# ruff: noqa: F811
+"""`recipes/prism.py --push-to-hub` and what follows: the commands as users type them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_fixtures import connected, hub, online, transport  # noqa: F401
+from huggingface_hub import ModelCard
+from pipeline import ROOT, TINY, command, launch
+
+from prism_hf.cli.main import main
+
+REPO = "org/tiny-prism"
+SMALL = (*TINY, "evaluation.seeds=[0]", "squeeze.batch_size=256")
+lfs_only = pytest.mark.parametrize("transport", ["lfs"], indirect=True)
+xet_only = pytest.mark.parametrize("transport", ["xet"], indirect=True)
+
+
+@xet_only
+def test_distil_push_load_evaluate(connected, tmp_path, capsys):
+    run, reader = tmp_path / "run", tmp_path / "reader"
+    reader.mkdir()
+    assert launch("--output", run, *SMALL, "--push-to-hub", REPO) == 0
+    told = capsys.readouterr()
+    commits = connected.history("datasets", REPO)
+    assert told.out.splitlines()[-1] == f"{connected.url}/datasets/{REPO}/commit/{commits[0]}"
+    assert len(commits) == 2
+    assert connected.repo("datasets", REPO).private
+    there, folder = connected.files("datasets", REPO), run / "dataset"
+    local = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    beside = (".gitattributes", "README.md")
+    assert {k: v for k, v in there.items() if k not in beside} == {k: v for k, v in local.items() if k not in beside}
+    assert not [p for p in run.rglob("*") if p.is_file() and b"hf_secret_token" in p.read_bytes()]
+    assert "hf_secret_token" not in told.out + told.err
+    # Somebody else, elsewhere, with the command as it is typed.
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    done = subprocess.run(
+        [accelerate, "launch", str(ROOT / "recipes/evaluate.py"), REPO, "--output", "out"],
+        env=connected.env(token="hf_secret_token", home=reader, xet=True) | {"TQDM_DISABLE": "1"},
+        cwd=reader, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "hf_secret_token" not in done.stdout + done.stderr
+    report, own = (json.loads((place / "report.json").read_text()) for place in (reader / "out", run))
+    scores = {(row["images"], row["labels"]): row["top1"] for row in report["evaluation"]["rows"]}
+    mine = [row for row in own["evaluation"]["rows"] if row["images"] == "distilled"]
+    assert len(mine) == 2
+    assert all(scores[row["images"], row["labels"]] == row["top1"] for row in mine), "the same data give the same score"
+    # The student that the run kept, with a link to what it learned from.
+    assert main(["push", str(run / "student"), "org/tiny-student", "--dataset", REPO]) == 0
+    card = ModelCard(connected.files("models", "org/tiny-student")["README.md"].decode())
+    assert card.data.datasets == [REPO]
+    assert card.data.eval_results[0].metric_value == mine[0]["top1"][0]
+
+
+def refused(connected, tmp_path, *words):
+    """A launch that ends before any work: nothing is written, nothing is made on the Hub."""
+    assert launch("--output", tmp_path / "run", *SMALL, *words) == 2
+    assert not (tmp_path / "run").exists()
+    assert not connected.exists("datasets", REPO)
+
+
+@lfs_only
+@pytest.mark.parametrize(
+    ("token", "repo", "words"),
+    [
+        (None, REPO, "no Hugging Face token"),
+        ("hf_unknown", REPO, "does not accept the token"),
+        ("read", REPO, "can only read"),
+        ("hf_secret_token", "other/x", "neither you nor your organisation"),
+        ("hf_secret_token", "bad name", "no name of a Hub repo"),
+    ],
+)
+def test_what_would_fail_in_the_morning_fails_now(connected, tmp_path, monkeypatch, capsys, token, repo, words):
+    connected.add_user("bob", token="read", role="read", orgs=("org",))
+    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
+    refused(connected, tmp_path, "--push-to-hub", repo)
+    told = capsys.readouterr().err.strip().splitlines()
+    assert words in told[-1]
+    assert told[-1].startswith("HubError: ")
+
+
+@lfs_only
+def test_a_dry_run_asks_the_hub_nothing(connected, tmp_path, capsys):
+    assert launch("--output", tmp_path / "run", *SMALL, "--dry-run", "--push-to-hub", REPO) == 0
+    assert not connected.requests
+
+
+@pytest.mark.parametrize("option", [["--public"], ["--revision", "x"], ["--create-pr"], ["--replace"]])
+def test_options_of_a_push_need_a_push(option, capsys):
+    with pytest.raises(SystemExit):
+        command().parse(option)
+    assert "--push-to-hub" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["squeeze", "synthesize", "relabel"])
+def test_a_stage_that_packages_nothing_has_nothing_to_push(stage, capsys):
+    with pytest.raises(SystemExit):
+        command().parse(["--push-to-hub", "a/b", "--stage", stage])
+    assert "--stage" in capsys.readouterr().err
+
+
+def test_private_and_public_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        command().parse(["--push-to-hub", "a/b", "--public", "--private"])

@@ -1,0 +1,318 @@
+import dataclasses
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_teacher
+from PIL import Image
+from threadpoolctl import threadpool_info, threadpool_limits
+from torch import nn
+
+from prism_hf.errors import DataError, TeacherError
+from prism_hf.images.pixels import reference_mean_std, to_reference
+from prism_hf.images.source import ImageSplit, SourceData
+from prism_hf.images.views import draw_crop
+from prism_hf.method import start_images as selection
+from prism_hf.method.start_images import choose_rows, mosaics, nearest_to_centres, start_images
+from prism_hf.recipe.synthesis import Mosaic
+from prism_hf.runtime.seeds import derived_seed
+
+CPU = torch.device("cpu")
+NAMES = ("ant", "bee", "cat")
+COUNTS = (12, 9, 8)
+
+
+def make_split(counts=COUNTS, *, size=32, channels=3, seed=0):
+    """Smooth random images, classes shuffled over the rows."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels), generator=generator)]
+    coarse = torch.rand((len(labels), channels, 5, 5), generator=generator)
+    pixels = (F.interpolate(coarse, (size, size), mode="bilinear") * 255).round().to(torch.uint8)
+    arrays = [image[0].numpy() if channels == 1 else image.permute(1, 2, 0).numpy() for image in pixels]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(NAMES))})
+    cells = {"image": [Image.fromarray(array) for array in arrays], "label": labels.tolist()}
+    rows = datasets.Dataset.from_dict(cells, features=features)
+    return ImageSplit(rows, image_column="image", label_column="label", size=size, channels=channels, name="train")
+
+
+@pytest.fixture(scope="module")
+def split():
+    return make_split()
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return make_teacher("test_resnet")
+
+
+def chosen(split, teacher, ipc, rule, *, seed=0):
+    return choose_rows(split, teacher, ipc, rule, num_classes=3, seed=seed, class_names=NAMES, device=CPU)
+
+
+def loss_of(teacher, image_uint8, label):
+    """Of one image alone."""
+    with torch.no_grad():
+        logits = teacher.logits(to_reference(image_uint8[None]))[0].double()
+    return float(logits.logsumexp(0) - logits[label])
+
+
+class Reader(nn.Module):
+    """A teacher whose features are the mean of each channel, and whose logits are `weight @ features`."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        self.head.weight.data = weight
+
+    def forward(self, x):
+        return self.head(x.mean((2, 3)))
+
+
+def reader(split, weight=None):
+    mean, std = (value.flatten().tolist() for value in reference_mean_std(split.channels))
+    weight = torch.eye(3, split.channels) if weight is None else weight
+    model = Reader(weight).requires_grad_(False)
+    return dataclasses.replace(
+        make_teacher("test_resnet", channels=split.channels), model=model, mean=tuple(mean), std=tuple(std), size=split.size
+    )
+
+
+@pytest.mark.parametrize("rule", ["real_median", "real_kmeans"])
+@pytest.mark.parametrize("ipc", [1, 3, 8])
+def test_rows_are_of_their_class_in_order_and_none_twice(split, teacher, rule, ipc):
+    rows = chosen(split, teacher, ipc, rule)
+    assert rows.dtype == np.int64
+    assert split.labels[rows].tolist() == [label for label in range(3) for _ in range(ipc)]
+    assert len(set(rows.tolist())) == 3 * ipc
+    if ipc == 8:
+        assert set(rows[16:]) == set(np.flatnonzero(split.labels == 2)), "a class of ipc images is taken whole"
+    assert np.array_equal(rows, chosen(split, teacher, ipc, rule))
+
+
+@pytest.mark.parametrize("rule", ["real_median", "real_kmeans"])
+def test_a_class_that_is_too_small_is_one_line(split, teacher, rule):
+    with pytest.raises(DataError, match="class 'cat' has 8 training images, but ipc is 9; lower ipc"):
+        chosen(split, teacher, 9, rule)
+
+
+def test_median_rows_are_those_whose_loss_is_nearest_to_the_median(split, teacher, monkeypatch):
+    monkeypatch.setattr(selection, "_BATCH", 5)
+    rows = chosen(split, teacher, 4, "real_median").reshape(3, 4)
+    for label, own in enumerate(split.rows_by_class(3)):
+        losses = {row: loss_of(teacher, split.images([row])[0], label) for row in own.tolist()}
+        ordered = sorted(losses.values())
+        middle = (ordered[(len(own) - 1) // 2] + ordered[len(own) // 2]) / 2
+        distance = {row: abs(loss - middle) for row, loss in losses.items()}
+        found = [distance[row] for row in rows[label].tolist()]
+        assert found == pytest.approx(sorted(distance.values())[:4], abs=1e-5)
+        assert found == pytest.approx(sorted(found), abs=1e-5)
+
+
+def test_ties_of_the_median_go_by_row(split, monkeypatch):
+    monkeypatch.setattr(selection, "_losses", lambda split, rows, *_: (np.arange(len(rows)) % 3).astype(float))
+    rows = chosen(split, None, 5, "real_median")
+    own = split.rows_by_class(3)[0]  # 0 1 2 0 1 2 ...: the median is 1
+    assert rows[:5].tolist() == own[[1, 4, 7, 10, 0]].tolist()
+
+
+def test_the_two_images_in_the_middle_of_an_even_class_are_a_tie():
+    for seed in range(50):
+        losses = np.random.default_rng(seed).random(8).astype(np.float32).astype(np.float64)
+        middle = sorted(np.argsort(losses)[3:5].tolist())
+        assert selection._nearest_to_median(losses, 2).tolist() == middle
+
+
+def clusters(sizes, *, spread=0.01, seed=0):
+    """Points around far corners, shuffled, and the corner of each."""
+    random = np.random.default_rng(seed)
+    group = random.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    corners = 10 * np.eye(len(sizes))
+    return corners[group] + spread * random.standard_normal((len(group), len(sizes))), group
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_image_of_each_cluster_the_largest_first(seed):
+    features, group = clusters([3, 9, 5, 7], seed=seed)
+    rows = nearest_to_centres(features, 4, seed=seed)
+    assert group[rows].tolist() == [1, 3, 2, 0]
+    for row in rows:
+        own = np.flatnonzero(group == group[row])
+        centre = features[own].mean(0)
+        assert row == own[np.linalg.norm(features[own] - centre, axis=1).argmin()]
+
+
+def test_clusters_of_one_size_come_by_row():
+    features, _ = clusters([4, 4, 4])
+    rows = nearest_to_centres(features, 3, seed=0).tolist()
+    assert rows == sorted(rows)
+
+
+def test_a_single_centre_is_the_mean():
+    features = np.random.default_rng(0).standard_normal((30, 4)) + 5
+    nearest = np.linalg.norm(features - features.mean(0), axis=1).argmin()
+    assert nearest_to_centres(features, 1, seed=3).tolist() == [nearest]
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_copies_of_an_image_are_taken_once_each():
+    rows = nearest_to_centres(np.ones((6, 2)), 4, seed=0)
+    assert rows.tolist() == [0, 1, 2, 3]
+
+
+def test_as_many_centres_as_images_take_them_all():
+    features = np.random.default_rng(0).standard_normal((7, 3))
+    assert nearest_to_centres(features, 7, seed=1).tolist() == list(range(7))
+
+
+def test_k_means_has_one_thread_and_leaves_the_others_as_they_were(monkeypatch):
+    seen = []
+
+    class Spied(selection.KMeans):
+        def fit(self, *args):
+            seen.extend(pool["num_threads"] for pool in threadpool_info())
+            return super().fit(*args)
+
+    monkeypatch.setattr(selection, "KMeans", Spied)
+    with threadpool_limits(3):
+        before = threadpool_info()
+        nearest_to_centres(clusters([3, 3])[0], 2, seed=0)
+        assert threadpool_info() == before
+    assert seen
+    assert set(seen) == {1}
+
+
+def test_k_means_looks_at_the_features_of_the_class(split, monkeypatch):
+    seen = []
+
+    def spy(features, count, *, seed):
+        seen.append((features, seed))
+        return np.arange(count)
+
+    monkeypatch.setattr(selection, "nearest_to_centres", spy)
+    monkeypatch.setattr(selection, "_BATCH", 5)
+    chosen(split, reader(split), 2, "real_kmeans", seed=7)
+    for label, (features, seed) in enumerate(seen):
+        own = to_reference(split.images(split.rows_by_class(3)[label]))
+        assert features.dtype == np.float64
+        np.testing.assert_allclose(features, own.mean((2, 3)).numpy(), rtol=1e-4, atol=1e-6)
+        assert seed == derived_seed(7, "k-means", label) % 2**32
+
+
+def test_k_means_needs_a_linear_layer(split, teacher):
+    bare = dataclasses.replace(teacher, model=nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    with pytest.raises(TeacherError, match="no linear layer"):
+        chosen(split, bare, 2, "real_kmeans")
+
+
+def made(split, teacher, ipc, settings, *, seed=0):
+    return mosaics(split, teacher, ipc, settings, num_classes=3, seed=seed, device=CPU, class_names=NAMES)
+
+
+def literal_mosaics(split, teacher, ipc, settings, seed):
+    """Image by image, crop by crop, with PyTorch's own resize."""
+    mean, std = reference_mean_std(split.channels)
+    size, grid, result = split.size, settings.grid, []
+    for label, rows in enumerate(split.rows_by_class(3)):
+        generator = torch.Generator().manual_seed(derived_seed(seed, "mosaic", label))
+        drawn = rows[sorted(torch.randperm(len(rows), generator=generator)[: settings.candidates].tolist())]
+        boxes = draw_crop(len(drawn) * settings.crops, size, settings.crop_scale, generator)
+        best = []
+        for number, row in enumerate(drawn):
+            image, tried = to_reference(split.images([row])), []
+            for top, left, height, width in boxes[number * settings.crops : (number + 1) * settings.crops].tolist():
+                crop = image[:, :, top : top + height, left : left + width]
+                shown = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+                with torch.no_grad():
+                    logits = teacher.logits(shown)[0].double()
+                tried.append((float(logits.logsumexp(0) - logits[label]), crop))
+            best.append(min(tried, key=lambda pair: pair[0]))
+        best.sort(key=lambda pair: pair[0])
+        cuts = [size * i // grid for i in range(grid + 1)]
+        for slot in range(ipc):
+            canvas = torch.zeros(split.channels, size, size)
+            for place in range(grid * grid):
+                y, x = divmod(place, grid)
+                shape = (cuts[y + 1] - cuts[y], cuts[x + 1] - cuts[x])
+                crop = best[slot * grid * grid + place][1]
+                patch = F.interpolate(crop, shape, mode="bilinear", antialias=True)
+                canvas[:, cuts[y] : cuts[y + 1], cuts[x] : cuts[x + 1]] = ((patch * std + mean) * 255)[0]
+            result.append(canvas)
+    return torch.stack(result)
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "ipc", "settings"),
+    [
+        (32, 3, 2, Mosaic(candidates=8, crops=3)),
+        (33, 3, 1, Mosaic(candidates=300, crops=2, crop_scale=(0.3, 0.6))),
+        (32, 1, 2, Mosaic(candidates=10, crops=4)),
+        (32, 3, 1, Mosaic(crops=1, crop_scale=(1.0, 1.0), candidates=5)),
+    ],
+    ids=["plain", "odd side", "grey", "whole images"],
+)
+def test_mosaics_are_the_literal_ones(monkeypatch, size, channels, ipc, settings):
+    split = make_split(size=size, channels=channels)
+    teacher = make_teacher("test_resnet", size=size, channels=channels)
+    monkeypatch.setattr(selection, "_BATCH", 7)
+    found = made(split, teacher, ipc, settings, seed=3)
+    assert found.dtype == torch.uint8
+    assert found.shape == (3 * ipc, channels, size, size)
+    expected = literal_mosaics(split, teacher, ipc, settings, 3)
+    assert float((found.float() - expected).abs().max()) < 0.51, "rounded to nearest"
+
+
+def test_three_by_three_patches_fill_the_image():
+    split = make_split()
+    teacher = make_teacher("test_resnet")
+    settings = Mosaic(candidates=9, crops=2, grid=3)
+    wide = make_split((9, 9, 9))
+    assert (
+        float((made(wide, teacher, 1, settings).float() - literal_mosaics(wide, teacher, 1, settings, 0)).abs().max())
+        < 0.51
+    )
+    with pytest.raises(DataError, match="class 'cat' needs 9 candidates .* there are 8 images; lower synthesis.ipc or"):
+        made(split, teacher, 1, settings)
+
+
+def test_too_few_candidates_say_what_to_change(split, teacher):
+    with pytest.raises(DataError, match=r"needs 8 candidates .*mosaic.candidates is 5; raise it, or lower synthesis.ipc"):
+        made(split, teacher, 2, Mosaic(candidates=5))
+
+
+def test_whole_images_of_least_loss_come_first(split):
+    """Without crops and with a teacher that likes a bright channel, the first patch is the brightest image."""
+    judge = reader(split, torch.eye(3) * 5)
+    found = made(split, judge, 1, Mosaic(candidates=300, crops=1, crop_scale=(1.0, 1.0)))
+    for label, own in enumerate(split.rows_by_class(3)):
+        means = to_reference(split.images(own)).mean((2, 3))
+        order = (-(means * 5).log_softmax(1)[:, label]).argsort()[:4].tolist()
+        for place, number in enumerate(order):
+            y, x = divmod(place, 2)
+            small = F.interpolate(split.images([own[number]]).float(), (16, 16), mode="bilinear", antialias=True)[0]
+            shown = found[label][:, 16 * y : 16 * y + 16, 16 * x : 16 * x + 16]
+            assert float((shown - small).abs().max()) < 0.51
+
+
+def test_mosaics_follow_their_seed_and_settings(split, teacher):
+    plain = Mosaic(candidates=8, crops=3)
+    base = made(split, teacher, 2, plain)
+    assert torch.equal(base, made(split, teacher, 2, plain))
+    assert not torch.equal(base, made(split, teacher, 2, plain, seed=1))
+    for change in ({"crops": 1}, {"crop_scale": (0.5, 1.0)}, {"candidates": 300}):
+        assert not torch.equal(base, made(split, teacher, 2, dataclasses.replace(plain, **change)))
+
+
+@pytest.mark.parametrize("init", ["real_median", "real_kmeans", "mosaic"])
+def test_start_images_are_what_the_recipe_says(tiny_recipe, split, teacher, init):
+    changes = {"synthesis.init": init} | ({"synthesis.mosaic": {"crops": 2}} if init == "mosaic" else {})
+    recipe = tiny_recipe(changes | {"seed": 4})
+    images = start_images(recipe, SourceData(split, split, NAMES, None), teacher, device=CPU)
+    if init == "mosaic":
+        expected = made(split, teacher, 2, Mosaic(crops=2), seed=4)
+    else:
+        expected = split.images(chosen(split, teacher, 2, init, seed=4))
+    assert images.dtype == torch.uint8
+    assert torch.equal(images, expected)

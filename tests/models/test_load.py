@@ -1,0 +1,313 @@
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from pipeline import one_line, save_timm
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+from prism_hf.errors import TeacherError
+from prism_hf.images.pixels import to_reference
+from prism_hf.models.load import load_teacher, load_teachers
+from prism_hf.models.teacher import check_teacher, state_sha256
+
+CPU = torch.device("cpu")
+NAMES = ("ant", "bee", "cat")
+OWN = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 40, 40], "license": "mit"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_timm(tmp_path_factory.mktemp("teachers") / "timm", names=NAMES, **OWN)
+
+
+@pytest.fixture(scope="module")
+def teacher(folder):
+    return load_teacher(f"local-dir:{folder}", device=CPU)
+
+
+def resnet(folder, *, classes=3, names=None, size=None, **save):
+    labels = {} if names is None else {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    config = ResNetConfig(
+        num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic",
+        **({"num_labels": classes} | labels),
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ResNetForImageClassification(config).save_pretrained(folder, **save)
+    size = size or {"height": 24, "width": 24}
+    ViTImageProcessor(size=size, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resnet_folder(tmp_path_factory):
+    return resnet(tmp_path_factory.mktemp("teachers") / "resnet", names=NAMES)
+
+
+def images(channels, size=16, count=4):
+    shape = (count, channels, size, size)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+# -- what a loaded teacher knows --------------------------------------------------------------------------------------
+
+
+def test_a_local_timm_teacher_knows_itself(teacher, folder):
+    assert teacher.name == f"local-dir:{folder}"
+    assert (teacher.mean, teacher.std, teacher.size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 40)
+    assert (teacher.num_classes, teacher.label_names) == (3, NAMES)
+    assert (teacher.architecture, teacher.licence, teacher.revision) == ("test_byobnet", "mit", None)
+    assert re.fullmatch("[0-9a-f]{64}", teacher.weights_sha256)
+
+
+def test_a_transformers_teacher_knows_itself(resnet_folder):
+    teacher = load_teacher(f"transformers:{resnet_folder}", device=CPU)
+    assert (teacher.mean, teacher.std, teacher.size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 24)
+    assert (teacher.num_classes, teacher.label_names) == (3, NAMES)
+    assert (teacher.architecture, teacher.licence, teacher.revision) == ("resnet", "unknown", None)
+    x = to_reference(images(3))
+    expected = ResNetForImageClassification.from_pretrained(resnet_folder).eval()(pixel_values=teacher.prepare(x)).logits
+    assert torch.equal(teacher.logits(x), expected)
+    check_teacher(teacher, class_names=NAMES, channels=3)
+
+
+@pytest.mark.parametrize("size", [{"shortest_edge": 20}, {"height": 20, "width": 20}])
+def test_a_transformers_processor_gives_the_input_size(tmp_path, size):
+    teacher = load_teacher(f"transformers:{resnet(tmp_path, size=size)}", device=CPU)
+    assert teacher.size == 20
+    assert teacher.label_names is None, "LABEL_0, LABEL_1, ... are no names"
+
+
+def test_every_teacher_is_frozen_and_in_eval_mode(teacher, resnet_folder):
+    for one in (teacher, load_teacher(f"transformers:{resnet_folder}", device=CPU)):
+        assert not any(module.training for module in one.model.modules())
+        assert not any(parameter.requires_grad for parameter in one.model.parameters())
+        before = state_sha256(one.model)
+        x = to_reference(images(3)).requires_grad_()
+        one.logits(x).sum().backward()
+        assert x.grad.abs().sum() > 0
+        assert state_sha256(one.model) == before
+
+
+def test_each_name_is_loaded_once(folder):
+    name = f"local-dir:{folder}"
+    loaded = load_teachers([name, "squeeze:x", name], device=CPU, squeezed={"squeeze:x": folder})
+    assert list(loaded) == [name, "squeeze:x"]
+    assert loaded["squeeze:x"].name == "squeeze:x"
+    assert loaded["squeeze:x"].weights_sha256 == loaded[name].weights_sha256
+
+
+@pytest.mark.parametrize("kind", ["local-dir", "transformers"])
+def test_loading_leaves_the_global_random_state_alone(folder, resnet_folder, kind):
+    state = torch.get_rng_state()
+    load_teacher(f"{kind}:{folder if kind == 'local-dir' else resnet_folder}", device=CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# -- prepare ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [40, 16, 64])
+def test_prepare_equals_the_literal_conversion(teacher, channels, size):
+    pixels = images(channels, size)
+    literal = pixels.float() / 255
+    literal = literal.expand(-1, 3, -1, -1)
+    literal = (literal - torch.tensor(OWN["mean"]).view(1, 3, 1, 1)) / torch.tensor(OWN["std"]).view(1, 3, 1, 1)
+    if size != 40:
+        literal = F.interpolate(literal, (40, 40), mode="bilinear", antialias=True)
+    prepared = teacher.prepare(to_reference(pixels))
+    torch.testing.assert_close(prepared, literal, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(teacher.logits(to_reference(pixels)), teacher.model(literal), rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_of_a_grey_image_is_the_sum_over_channels(teacher):
+    grey = torch.zeros(1, 1, 40, 40, requires_grad=True)
+    teacher.prepare(grey).sum().backward()
+    expected = sum(0.226 / std for std in OWN["std"])
+    torch.testing.assert_close(grey.grad, torch.full_like(grey, expected))
+
+
+def test_prepare_leaves_its_input_alone(teacher):
+    x = to_reference(images(3))
+    copy = x.clone()
+    teacher.prepare(x)
+    assert torch.equal(x, copy)
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("class_names", "words"),
+    [
+        (["ant", "bee"], ["3 classes", "have 2"]),
+        (["bee", "ant", "cat"], ["another order", "class 0", "'ant'", "'bee'"]),
+    ],
+)
+def test_a_teacher_of_other_classes_is_one_line(teacher, class_names, words):
+    with pytest.raises(TeacherError) as error:
+        check_teacher(teacher, class_names=class_names, channels=3)
+    text = one_line(error)
+    assert all(word in text for word in [*words, teacher.name])
+
+
+def test_other_spellings_of_the_labels_are_fine(teacher):
+    check_teacher(teacher, class_names=["Ant", "Bee", "Cat"], channels=1)
+
+
+def test_a_grey_teacher_cannot_take_rgb(tmp_path):
+    model = timm.create_model("test_byobnet", num_classes=3, in_chans=1)
+    grey = {"input_size": [1, 16, 16], "mean": [0.5], "std": [0.5], "num_classes": 3}
+    config = {"num_classes": 3, "model_args": {"in_chans": 1}, "pretrained_cfg": {**model.pretrained_cfg, **grey}}
+    timm.models.save_for_hf(model, str(tmp_path), model_config=config, safe_serialization=True)
+    teacher = load_teacher(f"local-dir:{tmp_path}", device=CPU)
+    assert teacher.logits(to_reference(images(1))).shape == (4, 3)
+    check_teacher(teacher, class_names=NAMES, channels=1)
+    with pytest.raises(TeacherError) as error:
+        check_teacher(teacher, class_names=NAMES, channels=3)
+    assert "1 channel" in one_line(error)
+
+
+# -- what cannot be loaded --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet1800.tv_in1k", ["no such architecture"]),
+        ("nonsense", ["no such architecture"]),
+        ("someone/something", ["hf-hub:ORG/NAME"]),
+        ("timm:resnet18", ["hf-hub:ORG/NAME"]),
+        ("local-dir:/no/such/folder", ["config.json", "model.safetensors"]),
+        ("transformers:/no/such/folder", ["neither a Hub id", "nor, for transformers, a folder"]),
+        ("squeeze:test_resnet", ["not trained yet"]),
+        ("resnet18.tv_in1k", ["HF_HUB_OFFLINE=1", "hf download timm/resnet18.tv_in1k`"]),
+        ("hf-hub:timm/resnet18.tv_in1k", ["HF_HUB_OFFLINE=1", "hf download timm/resnet18.tv_in1k`"]),
+        ("hf_hub:timm/resnet18.tv_in1k@v2", ["HF_HUB_OFFLINE=1", "--revision v2`"]),
+        ("transformers:microsoft/resnet-18", ["HF_HUB_OFFLINE=1", "hf download microsoft/resnet-18`"]),
+        ("resnet18", ["HF_HUB_OFFLINE=1", "timm/resnet18.a1_in1k"]),
+        ("resnet18.no_such_tag", ["no weights of that name", "resnet18.a1_in1k"]),
+        ("gcvit_base.in1k", ["no weights of that name on the Hub"]),
+        ("test_byobnet_", ["no such architecture", "test_byobnet"]),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_line_that_names_it(name, words):
+    with pytest.raises(TeacherError) as error:
+        load_teacher(name, device=CPU)
+    text = one_line(error)
+    assert all(word in text for word in [name, *words]), text
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("kind", ["local-dir", "transformers"])
+def test_pickled_weights_are_refused_and_never_opened(tmp_path, folder, resnet_folder, kind):
+    source, fired = (folder if kind == "local-dir" else resnet_folder), tmp_path / "fired"
+    for path in source.iterdir():
+        if path.suffix == ".json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(fired)))
+    with pytest.raises(TeacherError) as error:
+        load_teacher(f"{kind}:{tmp_path}", device=CPU)
+    assert "model.safetensors" in one_line(error) or "pytorch_model.bin" in one_line(error)
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    assert load_teacher(f"{kind}:{tmp_path}", device=CPU).num_classes == 3
+    assert not fired.exists()
+
+
+@pytest.mark.parametrize("damage", ["config", "no architecture", "list", "weights", "missing weight"])
+def test_a_damaged_folder_is_one_line(tmp_path, folder, damage):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    if damage == "missing weight":
+        weights = load_file(folder / "model.safetensors")
+        weights.pop(next(key for key in weights if key.endswith("running_mean")))
+        save_file(weights, tmp_path / "model.safetensors")
+    else:
+        name, data = {
+            "config": ("config.json", b"{"),
+            "no architecture": ("config.json", b"{}"),
+            "list": ("config.json", b"[]"),
+            "weights": ("model.safetensors", b"no weights"),
+        }[damage]
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(TeacherError) as error:
+        load_teacher(f"local-dir:{tmp_path}", device=CPU)
+    assert str(tmp_path) in one_line(error)
+
+
+def test_a_transformers_folder_without_processor_is_one_line(tmp_path):
+    resnet(tmp_path)
+    for path in tmp_path.glob("*processor*.json"):
+        path.unlink()
+    with pytest.raises(TeacherError) as error:
+        load_teacher(f"transformers:{tmp_path}", device=CPU)
+    one_line(error)
+
+
+# -- fingerprint of weights -------------------------------------------------------------------------------------------
+
+
+def test_the_hash_of_weights_is_stable_and_sensitive(folder, teacher):
+    again = load_teacher(f"local-dir:{folder}", device=CPU)
+    assert again.weights_sha256 == teacher.weights_sha256
+    model = again.model
+    seen = {teacher.weights_sha256}
+    with torch.no_grad():
+        next(model.parameters())[0] += 1
+        seen.add(state_sha256(model))
+        next(b for n, b in model.named_buffers() if n.endswith("running_var"))[-1] *= 2
+        seen.add(state_sha256(model))
+    seen |= {state_sha256(torch.nn.Linear(2, 3)), state_sha256(model.half())}
+    assert len(seen) == 5
+
+
+def test_the_hash_of_weights_knows_names_and_shapes():
+    flat, square = torch.nn.Module(), torch.nn.Module()
+    flat.register_buffer("w", torch.zeros(4))
+    square.register_buffer("w", torch.zeros(2, 2))
+    other = torch.nn.Module()
+    other.register_buffer("v", torch.zeros(4))
+    assert len({state_sha256(m) for m in (flat, square, other)}) == 3
+
+
+def test_image_processor_and_prepare_agree_on_a_picture_of_the_right_size(resnet_folder):
+    teacher, pixels = load_teacher(f"transformers:{resnet_folder}", device=CPU), images(3, 24)
+    processor = AutoImageProcessor.from_pretrained(resnet_folder)
+    expected = processor([p.permute(1, 2, 0).numpy() for p in pixels], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(teacher.prepare(to_reference(pixels)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"do_center_crop": True, "crop_size": {"height": 20, "width": 20}}, (20, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))),
+        ({"do_normalize": False}, (24, (0.0,) * 3, (1.0,) * 3)),
+        ({"do_flip_channel_order": True}, None),
+        ({"rescale_factor": 1 / 127.5}, None),
+    ],
+)
+def test_what_an_image_processor_does_is_honoured_or_refused(resnet_folder, tmp_path, changes, expected):
+    folder = Path(shutil.copytree(resnet_folder, tmp_path / "net"))
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    if expected is None:
+        with pytest.raises(TeacherError, match="another order or scale"):
+            load_teacher(f"transformers:{folder}", device=CPU)
+    else:
+        teacher = load_teacher(f"transformers:{folder}", device=CPU)
+        assert (teacher.size, teacher.mean, teacher.std) == expected

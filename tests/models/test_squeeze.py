@@ -1,0 +1,196 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from pipeline import mtimes, one_line, tiny
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from prism_hf.errors import TeacherError
+from prism_hf.images.pixels import to_reference
+from prism_hf.images.source import load_source
+from prism_hf.models.load import load_teacher
+from prism_hf.models.squeeze import is_squeezed, squeeze_teacher, teacher_folder
+from prism_hf.models.teacher import check_teacher
+from prism_hf.run.preflight import check_architectures
+
+CPU, NAME = torch.device("cpu"), "squeeze:test_efficientnet"
+FAST = ("data.size=8", "squeeze.batch_size=256")
+
+
+def train(root, *overrides, name=NAME):
+    recipe = tiny(*FAST, *overrides)
+    report = squeeze_teacher(name, recipe, load_source(recipe.data), root, device=CPU)
+    return recipe, teacher_folder(name, recipe, root), report
+
+
+def load_squeezed(name, recipe, root, *, device):
+    return load_teacher(name, device=device, squeezed={name: teacher_folder(name, recipe, root)})
+
+
+def weights(root, *overrides):
+    recipe, _, _ = train(root, *overrides)
+    return load_squeezed(NAME, recipe, root, device=CPU).weights_sha256
+
+
+@pytest.fixture(scope="module")
+def squeezed(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("squeezed"))
+
+
+def test_the_folder_says_what_it_was_trained_on(squeezed):
+    recipe, folder, report = squeezed
+    assert is_squeezed(folder)
+    assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name], "no draft is left"
+    assert json.loads((folder / "squeeze.json").read_text()) == report
+    assert report["kind"] == "teacher"
+    assert report["teacher"] == NAME
+    assert report["architecture"] == "test_efficientnet"
+    assert (report["train_count"], report["test_count"], report["channels"]) == (1347, 450, 1)
+    assert report["source"] == {"id": "digits", "on_hub": False, "revision": None, "licence": recipe.data.licence}
+    assert report["test"] == {"id": "digits", "split": "test"}
+    assert report["settings"] == {"seed": 0, "data": "digits", "steps": 5, "epochs": 1}
+    assert report["wall_time_s"] > 0
+    assert 0 <= report["test_top1"] <= 1
+    assert folder.name == f"test_efficientnet-{report['fingerprint']}"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["pretrained_cfg"]["label_names"] == list("0123456789")
+    assert config["pretrained_cfg"]["license"] == recipe.data.licence
+    assert "num_classes" not in config.get("model_args", {})
+    assert str(folder.parent) not in (folder / "squeeze.json").read_text() + (folder / "config.json").read_text()
+
+
+def test_a_local_source_is_named_without_its_path(tmp_path):
+    """The folder may be shared."""
+    recipe = tiny(*FAST)
+    data = load_source(recipe.data)
+    private = tiny(*FAST, "data.source=/home/someone/pictures")
+    report = squeeze_teacher(NAME, private, data, tmp_path, device=CPU)
+    assert report["source"]["id"] == report["settings"]["data"] == report["test"]["id"] == "pictures"
+    assert "someone" not in "".join(p.read_text() for p in teacher_folder(NAME, private, tmp_path).glob("*.json"))
+
+
+def test_a_teacher_of_an_older_version_still_teaches(squeezed, tmp_path):
+    recipe, folder, report = squeezed
+    old = Path(shutil.copytree(folder, tmp_path / folder.name))
+    kept = ("teacher", "fingerprint", "train_content", "test_top1", "wall_time_s")
+    settings = {key: report["settings"][key] for key in ("seed", "data", "steps")}
+    older = {key: report[key] for key in kept} | {"settings": settings}
+    (old / "squeeze.json").write_text(json.dumps(older))
+    assert train(tmp_path)[2] == older
+    assert load_squeezed(NAME, recipe, tmp_path, device=CPU).num_classes == 10
+
+
+def test_timm_transformers_and_we_load_it_with_equal_logits(squeezed):
+    recipe, folder, _ = squeezed
+    teacher = load_squeezed(NAME, recipe, folder.parent, device=CPU)
+    check_teacher(teacher, class_names=[str(n) for n in range(10)], channels=1)
+    assert teacher.label_names == tuple("0123456789")
+    assert teacher.size == 8
+    grey = load_source(recipe.data).test.images(range(5))
+    x = teacher.prepare(to_reference(grey))
+    ours = teacher.model(x)
+    timms = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transformers = AutoModelForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(timms(x), ours, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(transformers(pixel_values=x).logits, ours, rtol=1e-5, atol=1e-5)
+    assert [transformers.config.id2label[i] for i in range(10)] == list("0123456789")
+    processor = AutoImageProcessor.from_pretrained(folder)
+    rgb = grey.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    shown = processor([picture for picture in rgb], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(shown, x.contiguous(), rtol=1e-3, atol=1e-2)
+
+
+def test_the_stored_teacher_scores_what_its_report_says(squeezed):
+    recipe, folder, report = squeezed
+    teacher, test = load_squeezed(NAME, recipe, folder.parent, device=CPU), load_source(recipe.data).test
+    with torch.no_grad():
+        guesses = teacher.logits(to_reference(test.images(range(len(test))))).argmax(1)
+    assert float((guesses == torch.from_numpy(test.labels)).double().mean()) == pytest.approx(report["test_top1"])
+
+
+def test_a_finished_teacher_is_left_as_it_is(squeezed):
+    _, folder, report = squeezed
+    before = mtimes(folder)
+    assert train(folder.parent)[2] == report
+    assert mtimes(folder) == before
+
+
+def test_a_half_written_folder_is_not_finished(squeezed, tmp_path):
+    _, folder, _ = squeezed
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    assert not is_squeezed(tmp_path)
+    assert not is_squeezed(tmp_path / "nothing")
+
+
+def test_a_half_written_folder_is_trained_again(tmp_path):
+    recipe = tiny(*FAST)
+    folder = teacher_folder(NAME, recipe, tmp_path)
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert is_squeezed(train(tmp_path)[1])
+
+
+def test_equal_seeds_give_equal_weights_and_leave_the_global_state_alone(squeezed, tmp_path):
+    recipe, folder, _ = squeezed
+    state = torch.get_rng_state()
+    train(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    one, two = (load_squeezed(NAME, recipe, root, device=CPU) for root in (folder.parent, tmp_path))
+    assert one.weights_sha256 == two.weights_sha256
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "squeeze.epochs=2", "squeeze.batch_size=255", "squeeze.lr=0.004", "squeeze.weight_decay=0.5",
+        "squeeze.crop_scale=[0.5,1.0]", "squeeze.crop_scale=[0.6,0.9]", "squeeze.flip=true", "squeeze.noise_std=0.2",
+        "squeeze.noise_std=0", "seed=1",
+    ],
+)  # fmt: skip
+def test_each_setting_changes_folder_and_weights(squeezed, tmp_path, override):
+    recipe, folder, _ = squeezed
+    assert teacher_folder(NAME, tiny(*FAST, override), folder.parent) != folder
+    assert weights(tmp_path, override) != load_squeezed(NAME, recipe, folder.parent, device=CPU).weights_sha256
+
+
+@pytest.mark.parametrize("override", ["synthesis.lr=0.5", "relabel.epochs=3", "name=other", "evaluation.seeds=[9]"])
+def test_recipes_share_teachers_whose_training_is_the_same(squeezed, override):
+    _, folder, _ = squeezed
+    assert teacher_folder(NAME, tiny(*FAST, override), folder.parent) == folder
+
+
+def test_a_seed_of_their_own_is_shared_by_recipes_of_other_seeds(squeezed, tmp_path):
+    _, folder, report = squeezed
+    before = mtimes(folder)
+    for seed in (0, 1, 2):
+        _, found, again = train(folder.parent, f"seed={seed}", "squeeze.seed=0")
+        assert found == folder, "also that of the recipe of seed 0 without it"
+        assert again == report
+    assert mtimes(folder) == before
+    others = {
+        teacher_folder(NAME, tiny(*FAST, f"seed={a}", f"squeeze.seed={b}"), tmp_path).name for a in (0, 1) for b in (1, 2)
+    }
+    assert len(others) == 2
+    assert folder.name not in others
+    assert teacher_folder(NAME, tiny(*FAST, "seed=1"), tmp_path).name in others
+
+
+def test_a_seed_of_their_own_is_the_one_that_is_used(tmp_path):
+    _, _, report = train(tmp_path / "own", "seed=0", "squeeze.seed=1")
+    assert report["settings"]["seed"] == 1
+    assert weights(tmp_path / "own", "seed=0", "squeeze.seed=1") == weights(tmp_path / "recipe", "seed=1")
+
+
+def test_unknown_architectures_and_large_batches_are_one_line(tmp_path):
+    with pytest.raises(TeacherError) as error:
+        check_architectures(tiny("teachers.logit=squeeze:nonsense_net"))
+    assert "nonsense_net" in one_line(error)
+    with pytest.raises(TeacherError) as error:
+        train(tmp_path, "squeeze.batch_size=2000")
+    assert "1347" in one_line(error)
+    assert not any(tmp_path.iterdir())

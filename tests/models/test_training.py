@@ -1,0 +1,183 @@
+import copy
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from prism_hf.errors import RecipeError
+from prism_hf.images.source import ImageSplit
+from prism_hf.models.build import build_network, seeded
+from prism_hf.models.training import Top1, fit, score
+
+CPU = torch.device("cpu")
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+
+
+def batches(steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        yield torch.randn((6, 3, 8, 8), generator=generator), torch.arange(6) % 3
+
+
+def no_gradient(logits, labels):
+    return logits.sum() * 0
+
+
+def test_seeded_rules_inside_and_is_not_seen_outside():
+    before = torch.get_rng_state()
+    with seeded(5, CPU):
+        a = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    with seeded(5, CPU):
+        assert torch.equal(torch.rand(3), a)
+    with seeded(6, CPU):
+        assert not torch.equal(torch.rand(3), a)
+
+
+def test_seeded_restores_after_an_error():
+    before = torch.get_rng_state()
+    with pytest.raises(TypeError), seeded(5, CPU):
+        torch.rand("three")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("name", "channels"), [("test_resnet", 3), ("test_efficientnet", 1), ("test_vit", 3)])
+def test_build_network_has_the_asked_classes_and_channels(name, channels):
+    size = 160 if name == "test_vit" else 32
+    built = build_network(name, num_classes=5, channels=channels).eval()
+    with torch.no_grad():
+        assert built(torch.randn(2, channels, size, size)).shape == (2, 5)
+
+
+def test_build_network_from_a_transformers_family():
+    built = build_network("transformers:mobilenet_v1", num_classes=4, channels=1).eval()
+    with torch.no_grad():
+        assert built(torch.randn(2, 1, 32, 32)).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet_nineteen",
+        "transformers:no_such_family",
+        pytest.param("transformers:bert"),
+        pytest.param("hf-hub:a/b"),
+    ],
+)
+def test_an_unknown_network_is_one_line(name):
+    with pytest.raises(RecipeError, match="cannot be built") as error:
+        build_network(name, num_classes=2, channels=3)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_fit_lowers_the_loss_and_ends_in_eval_mode():
+    trained = network()
+    data = list(batches(1)) * 60
+    loss = nn.functional.cross_entropy
+    before = loss(trained(data[0][0]), data[0][1]).item()
+    result = fit(trained, data, loss, steps=60, lr=0.05, weight_decay=0.0)
+    assert result is trained
+    assert not result.training
+    assert loss(result.train()(data[0][0]), data[0][1]).item() < 0.7 * before
+
+
+def test_fit_is_reproducible():
+    a, b = (fit(network(), batches(4), nn.functional.cross_entropy, steps=4, lr=0.01, weight_decay=0.1) for _ in "ab")
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_weight_decay_follows_the_cosine_and_spares_one_dimensional_parameters():
+    start = network()
+    ended = fit(copy.deepcopy(start), batches(5), no_gradient, steps=5, lr=0.1, weight_decay=0.2)
+    rates = [0.1 * 0.5 * (1 + np.cos(np.pi * step / 5)) for step in range(5)]
+    factor = float(np.prod([1 - 0.2 * rate for rate in rates]))
+    for before, after in zip(start.parameters(), ended.parameters(), strict=True):
+        torch.testing.assert_close(after, before * factor if before.ndim > 1 else before)
+
+
+def test_one_cycle_warms_up_to_the_peak_and_goes_to_zero():
+    rates = []
+
+    def watch(steps):
+        trained = nn.Conv2d(1, 1, 1, bias=False)
+        nn.init.ones_(trained.weight)
+
+        def data():
+            last = 1.0
+            for _ in range(steps):
+                yield torch.ones(1, 1, 1, 1), torch.zeros(1)
+                now = float(trained.weight.detach())
+                rates.append((1 - now / last) / 0.5)
+                last = now
+
+        fit(trained, data(), no_gradient, steps=steps, lr=0.1, weight_decay=0.5, schedule="one_cycle")
+
+    watch(20)
+    peak = rates.index(max(rates))
+    assert max(rates) == pytest.approx(0.1, rel=0.02)
+    assert 0 < peak < 10
+    assert rates[:peak] == sorted(rates[:peak])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+@pytest.mark.parametrize("ema", [0.15, 0.9])
+def test_ema_is_the_moving_average_of_the_weights(ema):
+    trained, seen = network(), []
+    start = [v.clone() for v in trained.state_dict().values()]
+
+    def watched():
+        for batch in batches(4):
+            seen.append([v.clone() for v in trained.state_dict().values()])
+            yield batch
+
+    result = fit(trained, watched(), nn.functional.cross_entropy, steps=4, lr=0.05, weight_decay=0.0, ema=ema)
+    seen = [*seen[1:], [v.clone() for v in trained.state_dict().values()]]
+    average = start
+    for step, state in enumerate(seen):
+        decay = min(ema, (1 + step) / (10 + step))
+        average = [decay * a + (1 - decay) * v if v.is_floating_point() else v for a, v in zip(average, state, strict=True)]
+    assert result is not trained
+    for ours, expected in zip(result.state_dict().values(), average, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.fixture(scope="module")
+def split():
+    levels = np.random.default_rng(0).integers(0, 256, 21)
+    pictures = [Image.fromarray(np.full((8, 8), level, np.uint8)) for level in levels]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])})
+    labels = [int(level > 60) for level in levels]
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+    made = ImageSplit(rows, image_column="image", label_column="label", size=8, channels=1, name="test")
+    return made, float(np.mean([(level / 255 > 0.449) == label for level, label in zip(levels, labels, strict=True)]))
+
+
+@pytest.mark.parametrize("batch_size", [4, 21, 256])
+def test_score_is_the_share_of_hits(split, batch_size):
+    def logits(images):
+        mean = images.mean((1, 2, 3))
+        return torch.stack([-mean, mean], dim=1)
+
+    assert 0 < split[1] < 1
+    assert score(logits, split[0], device=CPU, batch_size=batch_size) == pytest.approx(split[1])
+
+
+def test_top1_counts_equal_entries():
+    assert Top1(keep_in_memory=True).compute(predictions=[0, 1, 2, 2], references=[0, 1, 1, 2]) == {"top1": 0.75}

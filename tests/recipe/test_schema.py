@@ -1,0 +1,320 @@
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prism_hf.errors import RecipeError
+from prism_hf.recipe import plan
+from prism_hf.recipe import schema as recipe
+from prism_hf.recipe.schema import Recipe, to_dict
+from prism_hf.recipe.synthesis import Densification
+from prism_hf.recipe.yaml_file import differing_keys, load_recipe, parse_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "\nsynthesis:" in path.read_text())
+PUBLISHED = sorted((ROOT / "benchmarks" / "results").glob("digits-*.json"))
+# Every optional section and value set, so that a walk over the fields meets each of them.
+FULL = {
+    "synthesis.ladder": {"step": 1, "period": 2},
+    "teachers.verifier": "test_resnet#v",
+    "relabel.ensemble": "weighted",
+    "relabel.weights": [1.0, 2.0],
+    "synthesis.init": "mosaic",
+    "synthesis.mosaic": {},
+    "synthesis.conv": {},
+}
+
+
+def full(tiny_recipe):
+    made = tiny_recipe(FULL)
+    # A ladder wants batches of one slot, densification wants several: no recipe has both.
+    object.__setattr__(made.synthesis, "densification", Densification())
+    return made
+
+
+def leaves(section: object, prefix: str = "") -> list[str]:
+    found = []
+    for field in dataclasses.fields(section):
+        value, key = getattr(section, field.name), f"{prefix}{field.name}"
+        found += leaves(value, f"{key}.") if dataclasses.is_dataclass(value) else [key]
+    return found
+
+
+def other(value: object) -> object:
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case str():
+            return value + "x"
+        case tuple():
+            return (*value, value[0]) if value else ("x",)
+        case None:
+            return "x"
+    raise TypeError(type(value))
+
+
+CYCLE = {"teachers.selection": "cycle", "teachers.extras": 3, "teachers.draw_probability": 0.5}
+RANDOM = {"method": "random", "synthesis": {"ipc": 2}, "teachers": {"logit": "test_resnet"}}
+UNREAD = {"init": "noise", "lr": 0.1, "iterations": 0, "batch_size": 3, "view": {"flip": False}, "verify_every": 5}
+ADDED = {
+    "method": RANDOM,
+    "squeeze.seed": {"squeeze.seed": 0},
+    "synthesis.momentum": {"synthesis.momentum": 0.4},
+    "synthesis.conv": {"synthesis.conv": {}},
+    "synthesis.densification": {"synthesis.densification": {}},
+    "synthesis.mosaic": {"synthesis.mosaic": {"grid": 3}},
+    "synthesis.easiest": {"synthesis.easiest": 0.5},
+    "synthesis.view.curriculum": {"synthesis.view.curriculum": "cosine"},
+    "evaluation.label_epochs": {"evaluation.label_epochs": 1},
+}
+BESIDE = {
+    "synthesis.densification": {"synthesis.slots_per_batch": 2},
+    "synthesis.mosaic": {"synthesis.init": "mosaic", "synthesis.mosaic": {}},
+    "synthesis.easiest": {"synthesis.init": "real_kmeans"},
+}
+LEAVES = leaves(parse_recipe(yaml.safe_load((ROOT / "recipes/digits/prism_ipc10.yaml").read_text())))
+for section, names in {
+    "ladder": ("step", "period"),
+    "conv": ("patch", "drop"),
+    "densification": ("weight", "temperature", "size"),
+    "mosaic": ("candidates", "crops", "crop_scale", "grid"),
+}.items():
+    LEAVES.remove(f"synthesis.{section}")
+    LEAVES += [f"synthesis.{section}.{name}" for name in names]
+
+
+def test_shipped_recipes_are_found():
+    assert SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_shipped_recipe_loads_and_plans(path):
+    loaded = load_recipe(path)
+    assert sum(len(job.classes) for job in plan.plan_jobs(loaded)) == loaded.num_images
+
+
+@pytest.mark.parametrize("key", LEAVES)
+def test_changing_any_leaf_changes_the_fingerprint(tiny_recipe, key):
+    base = full(tiny_recipe)
+    changed = copy.deepcopy(base)
+    *parents, last = key.split(".")
+    section = changed
+    for parent in parents:
+        section = getattr(section, parent)
+    # Past validation on purpose: the fingerprint must see every leaf, whatever values are allowed today.
+    object.__setattr__(section, last, other(getattr(section, last)))
+    assert (changed.fingerprint() == base.fingerprint()) == (key == "name")
+    assert differing_keys(base, changed) == ([] if key == "name" else [key])
+
+
+def test_the_walk_meets_every_leaf_of_the_resolved_recipe(tiny_recipe):
+    def flat(values: dict[str, object], prefix: str = "") -> set[str]:
+        found = set()
+        for key, value in values.items():
+            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"}
+        return found
+
+    assert flat(to_dict(full(tiny_recipe))) == set(LEAVES)
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
+def test_what_was_published_keeps_its_fingerprint(path):
+    report = json.loads(path.read_text())["report"]
+    assert parse_recipe({"name": "x", **report["settings"]}).fingerprint() == report["recipe_fingerprint"]
+    shipped = ROOT / "recipes" / "digits" / f"{path.stem.removeprefix('digits-').replace('-', '_')}.yaml"
+    if shipped.is_file():
+        assert load_recipe(shipped).fingerprint() == report["recipe_fingerprint"]
+
+
+def test_every_shipped_digits_recipe_was_published():
+    names = {f"digits-{path.stem.replace('_', '-')}" for path in SHIPPED if path.parent.name == "digits"}
+    assert len(names) == 4
+    assert names <= {path.stem for path in PUBLISHED}
+
+
+@pytest.mark.parametrize("key", recipe._ADDED)
+def test_a_key_of_a_later_version_counts_where_it_is_used(tiny_recipe, key):
+    assert set(recipe._ADDED) == set(ADDED)
+    changed = tiny_recipe(BESIDE.get(key, {}) | ADDED[key])
+    if key == "method":  # past validation: one that optimises has more keys
+        base = copy.deepcopy(changed)
+        object.__setattr__(base, "method", "synthesize")
+    else:
+        base = tiny_recipe(BESIDE.get(key))
+    assert changed.fingerprint() != base.fingerprint()
+
+
+def test_section_fingerprint_sees_its_section_and_the_seed_only(tiny_recipe):
+    base = tiny_recipe()
+    assert base.fingerprint("squeeze") == tiny_recipe({"synthesis.lr": 1.0}).fingerprint("squeeze")
+    assert base.fingerprint("squeeze") != tiny_recipe({"squeeze.epochs": 1}).fingerprint("squeeze")
+    assert base.fingerprint("squeeze") != tiny_recipe({"seed": 1}).fingerprint("squeeze")
+
+
+def test_fingerprint_does_not_depend_on_how_the_recipe_is_written(tiny_recipe):
+    base, values = tiny_recipe(), tiny_recipe(values=True)
+    spelled_out = parse_recipe(to_dict(base))
+    reordered = parse_recipe(dict(reversed(values.items())))
+    assert base.fingerprint() == spelled_out.fingerprint() == reordered.fingerprint()
+    assert len(bytes.fromhex(base.fingerprint())) == 8
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("synthesis.iterations", "20"),
+        ("synthesis.iterations", 20.5),
+        ("synthesis.iterations", True),
+        ("synthesis.iterations", -1),
+        ("synthesis.clamp", 1),
+        ("synthesis.clamp", "yes"),
+        ("synthesis.lr", "fast"),
+        ("synthesis.lr", 0),
+        ("synthesis.lr", float("nan")),
+        ("synthesis.lr", "inf"),
+        ("synthesis.lr", None),
+        ("synthesis.betas", [0.5]),
+        ("synthesis.init", "real"),
+        ("synthesis.batch_size", 1),
+        ("synthesis.view", {"crop_scale": [0, 1]}),
+        ("data.channels", 2),
+        ("data.num_classes", 1),
+        ("data.size", 7),
+        ("data.validation_fraction", 1.0),
+        ("teachers.logit", 3),
+        ("teachers.logit", ""),
+        ("teachers.bn_pool", "test_byobnet"),
+        ("teachers.draw_probability", 1.5),
+        ("relabel.teachers", []),
+        ("packaging.jpeg_quality", 101),
+        ("evaluation.ema", 1.0),
+        ("evaluation.seeds", []),
+        ("name", "a/b"),
+        ("seed", -1),
+        ("squeeze.seed", -1),
+        ("method", "magic"),
+        ("synthesis.momentum", 1.0),
+        ("synthesis.conv", {"patch": 0}),
+        ("synthesis.conv", {"drop": 1.0}),
+        ("synthesis.densification", {"weight": 0}),
+        ("synthesis.densification", {"size": 0}),
+        ("synthesis.mosaic", {"grid": 1}),
+        ("synthesis.easiest", 0),
+        ("synthesis.bn_reduction", "max"),
+        ("synthesis.view.curriculum", "linear"),
+        ("teachers.selection", "in turn"),
+        ("evaluation.label_epochs", 0),
+        ("evaluation.loss", "mae"),
+        ("synthesis", None),
+    ],
+)
+def test_wrong_value_is_an_error_that_names_the_key(tiny_recipe, key, value):
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(tiny_recipe({key: value}, values=True), origin="x.yaml")
+    assert str(error.value).startswith("x.yaml: ")
+    assert key in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teachers.bn_pool": ["a", "a"]}, "bn_pool names a teacher twice"),
+        ({"teachers.bn_pool": ["test_resnet"]}, "bn_pool contains the logit teacher 'test_resnet'"),
+        ({"teachers.verifier": "test_byobnet"}, "verifier 'test_byobnet' is also a teacher"),
+        ({"teachers.verifier": "test_resnet"}, "verifier 'test_resnet' is also a teacher"),
+        ({"teachers.bn_pool": [], "teachers.include_logit": False}, "no BN teacher"),
+        ({"squeeze.crop_scale": [1.0, 0.5]}, "squeeze.crop_scale must be [smallest, largest]"),
+        ({"synthesis.view.crop_scale": [1.0, 0.5]}, "synthesis.view.crop_scale must be [smallest, largest]"),
+        ({"relabel.view.crop_scale": [1.0, 0.5]}, "relabel.view.crop_scale must be [smallest, largest]"),
+        ({"synthesis.betas": [0.5, 1.0]}, "betas must be below 1"),
+        (
+            {"synthesis.batch_order": "within_class", "synthesis.slots_per_batch": 2},
+            "slots_per_batch needs batch_order",
+        ),
+        (
+            {"synthesis.batch_order": "within_class", "synthesis.ladder": {"step": 1, "period": 2}},
+            "ladder gives every",
+        ),
+        (
+            {"synthesis.slots_per_batch": 2, "synthesis.ladder": {"step": 1, "period": 2}},
+            "ladder gives every slot",
+        ),
+        ({"synthesis.ladder": {"step": 2, "period": 3}}, "ladder leaves 0 iterations"),
+        ({"relabel.teachers": ["a", "a"]}, "relabel.teachers names a teacher twice"),
+        ({"relabel.ensemble": "weighted"}, "weights belong to ensemble weighted"),
+        ({"relabel.weights": [1.0, 1.0]}, "weights belong to ensemble weighted"),
+        ({"relabel.ensemble": "weighted", "relabel.weights": [1.0]}, "1 weights for 2 teachers"),
+        ({"relabel.batch_size": 7}, "relabel.batch_size is 7 but there are 6 images"),
+        ({"synthesis.slots_per_batch": 3}, "slots_per_batch is 3 but ipc is 2"),
+        ({"synthesis.batch_size": 4}, "holds at most 3 images"),
+        (
+            {"synthesis.batch_order": "within_class", "synthesis.batch_size": 7},
+            "synthesis.batch_size is 7 but there are 6",
+        ),
+        ({"evaluation.epochs": 3}, "evaluation.epochs is 3 but relabel stores 2"),
+        ({"evaluation.seeds": [1, 1]}, "seeds must differ"),
+        ({"evaluation.label_epochs": 3}, "evaluation.label_epochs is 3 but relabel stores 2"),
+        ({"evaluation.label_epochs": 3, "evaluation.epochs": 2}, "evaluation.label_epochs is 3"),
+        ({"teachers.selection": "cycle"}, "selection cycle draws no teacher, so nothing reads"),
+        (CYCLE | {"teachers.extras": 2}, "nothing reads extras"),
+        (CYCLE | {"teachers.include_logit": False}, "nothing reads include_logit"),
+        (CYCLE | {"teachers.draw_probability": 0.4}, "nothing reads draw_probability"),
+        (RANDOM | {"teachers.bn_pool": ["a"]}, "method random optimises nothing, so nothing reads bn_pool"),
+        (RANDOM | CYCLE, "nothing reads selection"),
+        *((RANDOM | {f"synthesis.{key}": value}, f"nothing reads {key}") for key, value in UNREAD.items()),
+        ({"synthesis.init": "mosaic"}, "mosaic belongs to init mosaic"),
+        ({"synthesis.mosaic": {}}, "mosaic belongs to init mosaic"),
+        ({"synthesis.mosaic": {"crop_scale": [1.0, 0.5]}}, "synthesis.mosaic.crop_scale must be [smallest, largest]"),
+        ({"synthesis.easiest": 0.5}, "easiest belongs to init real_kmeans"),
+        ({"synthesis.iterations": 0, "synthesis.init": "noise"}, "ships the start images, and init is noise"),
+        (RANDOM | {"teachers.extras": 0}, "nothing reads extras"),
+        ({"synthesis.densification": {}}, "densification compares images of one class"),
+        ({"synthesis.bn_reduction": "balanced", "synthesis.conv": {}}, "balanced is for plain BN statistics"),
+        ({"synthesis.bn_reduction": "balanced", "synthesis.momentum": 0.4}, "balanced is for plain BN statistics"),
+    ],
+)
+def test_impossible_mix_says_what_to_do(tiny_recipe, changes, message):
+    with pytest.raises(RecipeError) as error:
+        tiny_recipe(changes)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_all_problems_are_named_at_once(tiny_recipe):
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(tiny_recipe({"synthesis.lr": "fast", "data.size": "big", "relabel.epoch": 1}, values=True))
+    assert all(part in str(error.value) for part in ("synthesis.lr", "data.size", "relabel.epoch"))
+
+
+def test_missing_key_is_named(tiny_recipe):
+    values = tiny_recipe(values=True)
+    del values["teachers"], values["synthesis"]["ipc"]
+    with pytest.raises(RecipeError, match="'teachers' is missing.*'synthesis.ipc' is missing"):
+        parse_recipe(values)
+
+
+def test_squeezed_teachers_come_from_every_role(tiny_recipe):
+    made = tiny_recipe(
+        {
+            "teachers.logit": "squeeze:a",
+            "teachers.bn_pool": ["squeeze:b", "c"],
+            "teachers.verifier": "squeeze:v",
+            "relabel.teachers": ["squeeze:d", "squeeze:a"],
+        }
+    )
+    assert made.squeezed_teachers == ("squeeze:a", "squeeze:b", "squeeze:d", "squeeze:v")
+    assert made.teachers.synthesis_names == ("squeeze:a", "squeeze:b", "c")
+
+
+def test_recipe_is_frozen(tiny_recipe):
+    made = tiny_recipe()
+    assert isinstance(made, Recipe)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.seed = 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.synthesis.view.flip = False

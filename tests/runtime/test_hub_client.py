@@ -1,0 +1,141 @@
+import json
+
+import httpx2
+import pytest
+from huggingface_hub import set_client_factory
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import _http, get_session
+from huggingface_hub.utils._http import close_session
+
+from prism_hf.errors import HubError
+from prism_hf.runtime.hub_client import again, explain, passes, status_of
+
+
+def http(status, kind=HfHubHTTPError, text="it says so", **headers):
+    request = httpx2.Request("GET", "https://hub.example/api")
+    return kind(text, response=httpx2.Response(status, headers=headers, request=request))
+
+
+def raised(error, cause=None):
+    try:
+        raise error from cause
+    except type(error) as caught:
+        return caught
+
+
+def wrapped(outer, inner):
+    return raised(outer, inner)
+
+
+def broken_json():
+    try:
+        json.loads("<html>")
+    except json.JSONDecodeError as error:
+        return error
+
+
+XET = "Network error: Request error: HTTP status {} ({} reason), domain: http://127.0.0.1/v1/shards"
+CASES = [
+    *[(http(status), status, True) for status in (408, 409, 412, 425, 429, 500, 502, 503, 504)],
+    *[(http(status), status, False) for status in (400, 401, 402, 403, 404, 413, 422)],
+    (http(403, GatedRepoError), 403, False),
+    (OfflineModeIsEnabled("offline"), None, False),
+    (httpx2.ReadError("reset"), None, True),
+    (httpx2.ConnectError("refused"), None, True),
+    (ConnectionError(XET.format("server error", 503)), 503, True),
+    (ConnectionError(XET.format("client error", 401)), 401, False),
+    (ConnectionError(XET.format("client error", 403)), 403, False),
+    (ConnectionError("Network error: reset by peer after 403 bytes"), None, True),
+    (wrapped(RuntimeError("Error while uploading 'x'"), http(503)), 503, True),
+    (wrapped(RuntimeError("Error while uploading 'x'"), http(403)), 403, False),
+    (wrapped(RuntimeError("Error while uploading 'x'"), httpx2.ReadError("reset")), None, True),
+    (wrapped(LocalEntryNotFoundError("no head"), http(401)), 401, False),
+    (LocalEntryNotFoundError("no head"), None, True),
+    (broken_json(), None, True),
+    (ValueError("Invalid metadata in README.md"), None, False),
+    (FileNotFoundError(2, "No such file", "/data/x.parquet"), None, False),
+    (PermissionError(13, "Permission denied", "/data/x.parquet"), None, False),
+    (ConnectionResetError(104, "Connection reset by peer"), None, True),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "temporary"), CASES, ids=lambda value: str(value)[:40])
+def test_what_passes_is_told_from_what_does_not(error, status, temporary):
+    assert status_of(error) == status
+    assert passes(error) is temporary
+
+
+def attempts(*outcomes):
+    left = list(outcomes)
+
+    def attempt():
+        outcome = left.pop(0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    return attempt, left
+
+
+def test_it_goes_on_until_it_works():
+    attempt, left = attempts(http(503), httpx2.ReadError("x"), broken_json(), "done", "never")
+    assert again(attempt, "doing", (0, 0, 0)) == "done"
+    assert left == ["never"]
+
+
+def test_it_gives_up_after_the_last_pause():
+    attempt, left = attempts(*[http(503)] * 5)
+    with pytest.raises(HubError, match=r"doing failed 3 times: .*run the same command again") as error:
+        again(attempt, "doing", (0, 0))
+    assert len(left) == 2
+    assert isinstance(error.value.__cause__, HfHubHTTPError)
+
+
+@pytest.mark.parametrize("error", [http(401), http(403), ValueError("bad"), HubError("ours")], ids=str)
+def test_it_does_not_try_again_what_cannot_work(error):
+    attempt, left = attempts(error, "never")
+    with pytest.raises(HubError):
+        again(attempt, "doing", (0, 0))
+    assert left == ["never"]
+
+
+def test_what_is_not_the_hubs_is_not_hidden():
+    attempt, _ = attempts(KeyError("a defect of ours"))
+    with pytest.raises(KeyError):
+        again(attempt, "doing", (0,))
+
+
+@pytest.mark.parametrize(("asked", "waited"), [("0", 0), ("7", 7), ("9999", 300), ("soon", 0), ("Wed, 21 Oct 2026", 0)])
+def test_the_hubs_wish_is_obeyed_up_to_five_minutes(monkeypatch, asked, waited):
+    seen = []
+    monkeypatch.setattr("time.sleep", seen.append)
+    attempt, _ = attempts(http(429, **{"Retry-After": asked}), "done")
+    assert again(attempt, "doing", (0,)) == "done"
+    assert seen == [waited]
+
+
+def test_an_explanation_is_one_line_without_the_token(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_token")
+    line = explain(http(401, text="a\nb hf_secret_token " + "long " * 200))
+    assert "\n" not in line
+    assert "hf_secret_token" not in line
+    assert "hf auth login" in line
+    assert len(line) < 400
+
+
+def test_every_try_has_a_time_limit_and_so_has_the_session_after_a_broken_one():
+    def attempt():
+        before = get_session().timeout.read
+        close_session()  # as the library does after a connection that failed
+        return before, get_session().timeout.read
+
+    assert again(attempt, "doing") == (300, 300)
+
+
+def test_a_client_that_somebody_has_set_up_stays():
+    mine = httpx2.Client(timeout=7)
+    set_client_factory(lambda: mine)
+    try:
+        assert again(lambda: get_session().timeout.read, "doing") == 7
+    finally:
+        set_client_factory(_http.default_client_factory)

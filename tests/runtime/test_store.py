@@ -1,0 +1,339 @@
+import json
+import os
+import shutil
+import signal
+import stat
+import sys
+
+import pytest
+from pipeline import file_limit, mtimes, one_line, sha_tree
+
+from prism_hf.errors import DamagedError, OutputError
+from prism_hf.runtime.store import (
+    check_sealed,
+    clear_drafts,
+    digest,
+    draft_folder,
+    folder_state,
+    is_sealed,
+    is_whole,
+    read_record,
+    read_seal,
+    remove_sealed,
+    seal_of,
+    set_aside,
+    sha256_of,
+    swap_folder,
+    write_bytes,
+    write_json,
+    write_record,
+    write_sealed,
+    write_whole,
+)
+
+
+def seal(path, data, **notes):
+    write_sealed(path, lambda draft: draft.write_bytes(data), notes)
+    return path
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_bytes_arrive_whole_in_new_folders_and_leave_no_draft(tmp_path):
+    path = tmp_path / "a" / "b" / "file.bin"
+    write_bytes(path, b"one")
+    write_bytes(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert os.listdir(path.parent) == ["file.bin"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path):
+    path = tmp_path / "file.bin"
+    write_bytes(path, b"old")
+
+    def fail(draft):
+        draft.write_bytes(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, fail)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_json_keeps_unicode_and_refuses_what_is_not_finite(tmp_path):
+    path = tmp_path / "value.json"
+    write_json(path, {"name": "鹤", "values": [1, 2.5, None]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"name": "鹤", "values": [1, 2.5, None]}
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON compliant"):
+            write_json(path, value)
+    assert json.loads(path.read_text(encoding="utf-8"))["name"] == "鹤"
+
+
+def test_sha256_of_known_bytes(tmp_path):
+    write_bytes(tmp_path / "abc", b"abc")
+    assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# -- a disk that is full, a process that is killed ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, 1, 500, 999])
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, limit):
+    path = tmp_path / "file.bin"
+    write_bytes(path, b"old")
+    with file_limit(limit), pytest.raises(OutputError) as error:
+        write_bytes(path, b"n" * 1000)
+    assert str(path) in one_line(error)
+    assert "make space and give the same command again" in one_line(error)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file.bin"]
+
+
+@pytest.mark.parametrize("limit", [0, 5, 10, 100, 200])
+def test_a_full_disk_leaves_the_old_file_with_its_seal(tmp_path, limit):
+    """From 10 on the file itself fits, and only its seal does not."""
+    path = seal(tmp_path / "file.bin", b"old", number=1)
+    with file_limit(limit), pytest.raises(OutputError) as error:
+        seal(path, b"n" * 10, number=2)
+    assert "make space" in one_line(error)
+    assert check_sealed(path)["notes"] == {"number": 1}
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file.bin", "file.bin.seal"]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for attempt in (lambda p: write_bytes(p, b"x"), lambda p: seal(p, b"x"), draft_folder):
+        with pytest.raises(OutputError) as error:
+            attempt(tmp_path / "file" / "below")
+        assert "make it writable, or use another folder" in one_line(error)
+
+
+def killed_at(number, act):
+    """`act` in a process that is killed at its n-th look at the disk; whether it was."""
+    child = os.fork()
+    if not child:
+        left = [number]
+
+        def hook(event, args):
+            if event in ("open", "os.rename", "os.remove", "os.chmod"):
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(hook)
+            act()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_a_process_killed_at_any_moment_leaves_a_whole_file_or_none(tmp_path):
+    seen, number = set(), 0
+    while True:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = seal(folder / "file.bin", b"old", version=1)
+        killed = killed_at(number, lambda path=path: seal(path, b"new", version=2))
+        if is_sealed(path):
+            version = check_sealed(path)["notes"]["version"]
+            assert path.read_bytes() == {1: b"old", 2: b"new"}[version]
+            seen.add(version)
+        else:
+            seen.add("not written")
+        clear_drafts(folder)
+        assert set(names(folder)) <= {"file.bin", "file.bin.seal"}
+        if not killed:
+            break
+        number += 1
+    assert seen == {1, 2, "not written"}
+    assert number > 5
+
+
+def test_a_file_without_its_seal_counts_as_not_written(tmp_path):
+    path = seal(tmp_path / "file.bin", b"data")
+    seal_of(path).unlink()
+    assert not is_sealed(path)
+    with pytest.raises(DamagedError):
+        check_sealed(path)
+
+
+# -- what changed after it was written ------------------------------------------------------------------------------------
+
+
+def flip(path, place=-1):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def edit_seal(path):
+    text = seal_of(path).read_text()
+    assert '"number": 1' in text
+    seal_of(path).write_text(text.replace('"number": 1', '"number": 2'))
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "one bit": flip,
+    "first bit": lambda path: flip(path, 0),
+    "emptied": lambda path: path.write_bytes(b""),
+    "removed": lambda path: path.unlink(),
+    "foreign": lambda path: path.write_bytes(b"other data of the same length."[: path.stat().st_size]),
+    "seal edited": edit_seal,
+    "seal removed": lambda path: seal_of(path).unlink(),
+    "seal truncated": lambda path: seal_of(path).write_bytes(seal_of(path).read_bytes()[:-20]),
+    "seal emptied": lambda path: seal_of(path).write_bytes(b""),
+    "seal garbage": lambda path: seal_of(path).write_bytes(b"\xff\x00garbage"),
+    "seal a list": lambda path: seal_of(path).write_text("[1]"),
+    "seal of another": lambda path: shutil.copy(seal_of(path.with_name("other")), seal_of(path)),
+}
+
+
+@pytest.mark.parametrize("kind", list(DAMAGE))
+def test_damage_is_noticed_and_the_file_is_named(tmp_path, kind):
+    path = seal(tmp_path / "file.bin", b"the data of a file", number=1)
+    seal(tmp_path / "other", b"the data of another", number=1)
+    assert check_sealed(path) == read_seal(path)
+    assert check_sealed(path)["notes"] == {"number": 1}
+    DAMAGE[kind](path)
+    with pytest.raises(DamagedError) as error:
+        check_sealed(path)
+    assert str(path) in one_line(error)
+
+
+def test_records_carry_their_own_digest(tmp_path):
+    path = tmp_path / "record.json"
+    write_record(path, {"top1": 0.5, "key": "鹤"})
+    assert read_record(path) == {"top1": 0.5, "key": "鹤"}
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+    with pytest.raises(DamagedError) as error:
+        read_record(path)
+    assert "changed after it was written" in one_line(error)
+    for text in ("", "[]", "{", "null", '{"top1": 0.5}'):
+        path.write_text(text)
+        with pytest.raises(DamagedError) as error:
+            read_record(path)
+        assert str(path) in one_line(error)
+
+
+def test_equal_values_have_equal_digests():
+    assert digest({"a": 1, "b": [1.5, None]}) == digest({"b": [1.5, None], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_notes_of_a_seal_are_plain_and_finite(tmp_path):
+    path = seal(tmp_path / "file.bin", b"data", shape=(1, 2))
+    assert read_seal(path)["notes"] == {"shape": [1, 2]}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        seal(path, b"new", loss=float("nan"))
+    assert check_sealed(path)["notes"] == {"shape": [1, 2]}
+
+
+@pytest.mark.parametrize("kind", ["absent", "unsealed", "damaged", "foreign", "good"])
+def test_only_what_is_finished_unchanged_and_made_from_the_same_is_whole(tmp_path, caplog, kind):
+    path = tmp_path / "a.bin"
+    if kind != "absent":
+        seal(path, b"good", key="other" if kind == "foreign" else "this")
+    if kind == "unsealed":
+        seal_of(path).unlink()
+    if kind == "damaged":
+        path.write_bytes(b"baad")
+    assert is_whole(path, "this", otherwise="other data") == (kind == "good")
+    aside = kind in ("damaged", "foreign")
+    assert (tmp_path / "a.bin.aside-1").is_file() == aside
+    assert ("a.bin.aside-1" in caplog.text) == aside
+    assert ("was made from other data" in caplog.text) == (kind == "foreign")
+
+
+def test_a_file_is_removed_with_its_seal(tmp_path):
+    remove_sealed(seal(tmp_path / "file.bin", b"data"))
+    remove_sealed(tmp_path / "file.bin")
+    assert names(tmp_path) == []
+
+
+# -- out of the way, in the place of another ------------------------------------------------------------------------------
+
+
+def test_what_is_set_aside_never_overwrites_anything(tmp_path):
+    path, contents = tmp_path / "file.bin", []
+    for number in range(1, 4):
+        seal(path, b"%d" % number, number=number)
+        if number == 2:
+            path.unlink()  # only its seal is left
+        aside = set_aside(path)
+        assert aside.name == f"file.bin.aside-{number}"
+        assert not path.exists()
+        assert not is_sealed(path)
+        contents.append(read_seal(aside)["notes"]["number"])
+    assert [read_seal(tmp_path / f"file.bin.aside-{n}")["notes"]["number"] for n in (1, 2, 3)] == contents == [1, 2, 3]
+    assert check_sealed(tmp_path / "file.bin.aside-3")
+
+
+def test_folders_are_set_aside_too(tmp_path):
+    folder = tmp_path / "run"
+    write_bytes(folder / "a" / "b", b"x")
+    before = sha_tree(folder)
+    assert sha_tree(set_aside(folder)) == before
+    assert not folder.exists()
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path):
+    folder = tmp_path / "data"
+    for text in (b"old", b"new"):
+        draft = draft_folder(folder)
+        write_bytes(draft / "a" / "file", text)
+        swap_folder(draft, folder)
+        assert (folder / "a" / "file").read_bytes() == text
+        assert names(tmp_path) == ["data"]
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+
+
+def test_a_draft_that_cannot_be_moved_leaves_the_old_folder_whole(tmp_path):
+    folder = tmp_path / "data"
+    write_bytes(folder / "a" / "file", b"old")
+    before = mtimes(folder)
+    draft = draft_folder(folder)
+    draft.rmdir()
+    with pytest.raises(OutputError) as error:
+        swap_folder(draft, folder)
+    assert str(folder) in one_line(error)
+    assert mtimes(folder) == before
+    assert names(tmp_path) == ["data"]
+
+
+def test_only_drafts_are_cleared(tmp_path):
+    for name in ("data/file", ".hidden", "a.draft-b", "draft-x", "deep/down/kept"):
+        write_bytes(tmp_path / name, b"x")
+    before = sha_tree(tmp_path)
+    write_bytes(draft_folder(tmp_path / "data") / "half", b"x")
+    write_bytes(draft_folder(tmp_path / "other") / "half", b"x")
+    (tmp_path / "deep" / "down" / ".draft-kept-abc").write_bytes(b"x")
+    assert clear_drafts(tmp_path, of="other", deep=False) == 1
+    assert clear_drafts(tmp_path, deep=False) == 1
+    assert clear_drafts(tmp_path) == 1
+    assert clear_drafts(tmp_path) == clear_drafts(tmp_path / "nowhere") == 0
+    assert sha_tree(tmp_path) == before
+
+
+def test_a_draft_that_is_a_link_is_removed_without_what_it_points_to(tmp_path):
+    write_bytes(tmp_path / "precious" / "file", b"x")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".draft-link").symlink_to(tmp_path / "precious")
+    assert clear_drafts(tmp_path / "run") == 1
+    assert (tmp_path / "precious" / "file").read_bytes() == b"x"
+
+
+def test_the_state_of_a_folder_changes_with_its_files(tmp_path):
+    write_bytes(tmp_path / "a", b"x")
+    before = folder_state(tmp_path)
+    assert folder_state(tmp_path) == before
+    write_bytes(tmp_path / "a", b"xy")
+    assert folder_state(tmp_path) != before
