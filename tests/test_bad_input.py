@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import yaml
+from foreign_tables import FEATURES, NAMES, rows
+from foreign_teachers import resnet
 from hub_fixtures import connected, hub, online, transport  # noqa: F401
 from hub_server import CutBody, HubServer, Status
 from pipeline import add_card, launch, random_picture, save_timm, sha_tree, small_set, tiny
-from test_data import FEATURES, NAMES, rows
-from test_teachers import resnet
 
 from prism_hf.cli.main import main as console
 from prism_hf.errors import DataError, HubError, OutputError, RecipeError, StageError, TeacherError

@@ -10,8 +10,8 @@ from huggingface_hub import DatasetCard
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from pipeline import RECIPE, add_card, one_line, small_set
-from test_card import HOSTILE, NAMES, TEACHER, evaluation, render, shape, shown, tokens
 
+from cards import HOSTILE, NAMES, TEACHER, evaluation, render, shape, shown, tokens
 from prism_hf.errors import RecipeError
 from prism_hf.hub.dataset_card import METADATA_KEYS, address_card, card_facts, metadata, render_control_card
 from prism_hf.hub.merge import BEGIN, END, merge_readme

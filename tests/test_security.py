@@ -26,9 +26,9 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from foreign_teachers import resnet
 from hub_fixtures import connected, hub, online, transport  # noqa: F401
 from pipeline import ROOT, TINY, add_card, launch, one_line, random_picture, save_timm, sha_tree, small_set, tiny
-from test_teachers import resnet
 
 from prism_hf.cli.main import main
 from prism_hf.dataset.export import export

@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 import pytest
 from comparison_fixture import make_comparison, make_sparse
 from jinja2 import UndefinedError
-from test_card import HOSTILE, shape, tokens
-from test_card import shown as markdown_text
 
+from cards import HOSTILE, shape, tokens
+from cards import shown as markdown_text
 from prism_hf.compare.page import HEADER, render_html, render_markdown, time_text, value_text
 from prism_hf.evaluation.report import difference, top1_text
 

@@ -18,6 +18,7 @@ from prism_hf.evaluation.students import ROWS, Keep, keep_student, label_bytes, 
 from prism_hf.images.pixels import to_reference
 from prism_hf.images.source import ImageSplit
 from prism_hf.images.views import apply_views, from_columns
+from prism_hf.method import soft_labels
 from prism_hf.method.relabel import label_images, relabel_epoch
 from prism_hf.method.soft_labels import class_shares, soft_label_loss
 from prism_hf.models.build import build_network
@@ -314,7 +315,7 @@ def test_the_gradient_is_finite_whatever_comes(tiny_recipe, loss, kind, temperat
 
 def test_what_does_not_vary_has_no_correlation_and_no_gradient():
     a = torch.tensor([[0.1] * 7, [0.1, 0.2, 0.3, 0.1, 0.5, 0.6, 0.9]], requires_grad=True)
-    found = students.correlation(a, torch.rand(2, 7), dim=1)
+    found = soft_labels.correlation(a, torch.rand(2, 7), dim=1)
     found.sum().backward()
     assert float(found[0].detach()) == 0
     assert not a.grad[0].any()
@@ -324,7 +325,7 @@ def test_what_does_not_vary_has_no_correlation_and_no_gradient():
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e20])
 def test_a_correlation_knows_no_scale(scale):
     a, b = torch.rand(4, 9), torch.rand(4, 9)
-    torch.testing.assert_close(students.correlation(a * scale, b, dim=0), students.correlation(a, b, dim=0))
+    torch.testing.assert_close(soft_labels.correlation(a * scale, b, dim=0), soft_labels.correlation(a, b, dim=0))
 
 
 @pytest.mark.parametrize(

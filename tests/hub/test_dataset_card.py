@@ -8,9 +8,9 @@ from huggingface_hub import DatasetCard
 from jinja2 import UndefinedError
 from pipeline import add_card, small_set, tiny
 
+# markdown-it-py is there wherever huggingface-hub is (through typer and rich).
+from cards import HOSTILE, NAMES, TEACHER, evaluation, render, shape, shown, tokens
 from prism_hf.dataset.writer import image_features, view_features
-from prism_hf.evaluation.diversity import Diversity
-from prism_hf.evaluation.report import Evaluation, Score, SetFacts
 from prism_hf.hub.dataset_card import (
     METADATA_KEYS,
     card_facts,
@@ -23,57 +23,6 @@ from prism_hf.hub.dataset_card import (
 )
 from prism_hf.recipe.schema import to_dict
 from prism_hf.recipe.yaml_file import load_recipe
-
-# markdown-it-py is there wherever huggingface-hub is (through typer and rich).
-from markdown_it import MarkdownIt  # isort: skip
-
-NAMES = ["ant", "bee", "cat", "dog"]
-HOSTILE = [
-    "</details><script>alert(1)</script>",
-    "a|b\n---\nlicense: mit",
-    "`[x](http://e)`",
-    "$x$",
-    "{{7*7}}",
-    "{% raw %}",
-    "<!-- ",
-    "```\n\n# title",
-    "*bold* _it_ ~~del~~",
-    "![i](http://e/i.png)",
-    'carpenter\'s "kit" & co',
-    "a\\",
-    "<http://e>",
-    "--- ",
-    "- item",
-    "1. item",
-    "> quote",
-    "# title",
-    "&amp;",
-    "naïve 鹤 \u202e",
-    "\x00\x1b[31m",
-]
-
-
-def evaluation(similarity=0.5, verifier="squeeze:judge"):
-    facts = SetFacts(100, 200, 0.25, Diversity((similarity,) * 4, similarity))
-    return Evaluation(
-        scores=(
-            Score("distilled", "soft", (0, 1), (0.5, 0.75), 12),
-            Score("random_real", "soft", (0, 1), (0.25, 0.5), 12),
-        ),
-        sets={"distilled": facts, "random_real": facts},
-        student="test_resnet",
-        epochs=3,
-        test_count=450,
-        verifier=verifier,
-        similarity_network=verifier,
-        left_out={"all real": "not yet run: the recipe sets evaluation.full_data_epochs to 0"},
-    ).as_dict()
-
-
-TEACHER = {
-    "name": "squeeze:test_resnet", "roles": ["logit", "bn_pool"], "architecture": "test_resnet", "revision": None,
-    "licence": "apache-2.0", "weights_sha256": "0" * 64, "test_top1": 0.9125,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -89,28 +38,6 @@ def packed(tmp_path_factory):
 @pytest.fixture
 def facts(packed):
     return copy.deepcopy(packed[2])
-
-
-def render(facts, recipe):
-    card = render_card(facts, recipe)
-    header, body = re.match(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()
-    return card, yaml.safe_load(header), body
-
-
-def tokens(body):
-    """Flat Markdown tokens, as GitHub's and the Hub's dialect sees them."""
-    for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(body):
-        yield token
-        yield from token.children or ()
-
-
-def shape(body):
-    """The structure of a document without its words."""
-    return [t.type for t in tokens(body) if t.type not in ("text", "text_special", "softbreak")]
-
-
-def shown(body):
-    return "".join(t.content if t.type in ("text", "text_special") else "\n" for t in tokens(body))
 
 
 # -- the header -------------------------------------------------------------------------------------------------------

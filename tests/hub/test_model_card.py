@@ -8,8 +8,8 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 from pipeline import one_line
-from test_card import HOSTILE, shape, shown, tokens
 
+from cards import HOSTILE, shape, shown, tokens
 from prism_hf.errors import HubError
 from prism_hf.hub.model_card import MODEL_METADATA_KEYS, render_model_card
 from prism_hf.models.build import build_network

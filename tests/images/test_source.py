@@ -6,7 +6,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, DatasetDict, Features, Image, Value
+from foreign_tables import FEATURES, NAMES, png, rows
 from PIL import Image as Pillow
 from pipeline import one_line, random_picture
 from sklearn.datasets import load_digits
@@ -15,24 +16,9 @@ from prism_hf.errors import DataError
 from prism_hf.images.source import load_source, load_test_split, real_rows
 from prism_hf.recipe.schema import DataRecipe
 
-NAMES = ["ant", "bee", "cat"]
-FEATURES = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
-
 
 def recipe(source, **values):
     return DataRecipe(**{"source": str(source), "num_classes": 3, "size": 16, "channels": 3} | values)
-
-
-def png(seed, size=(20, 18), mode="RGB"):
-    buffer = io.BytesIO()
-    random_picture(*size, mode, seed).save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def rows(per_class=4, *, offset=0, features=FEATURES, **columns):
-    labels = [i % 3 for i in range(3 * per_class)]
-    values = {"image": [png(offset + i) for i in range(len(labels))], "label": labels} | columns
-    return Dataset.from_dict({key: values[key] for key in features}, features=features)
 
 
 def parquet(folder, **splits):

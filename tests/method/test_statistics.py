@@ -11,7 +11,6 @@ from torch import nn
 
 from prism_hf.errors import StoppedError, TeacherError
 from prism_hf.images.pixels import to_reference
-from prism_hf.method import statistics as module
 from prism_hf.method.alignment import BNAlignment
 from prism_hf.method.statistics import (
     STATISTICS,
@@ -21,6 +20,7 @@ from prism_hf.method.statistics import (
     gather_statistics,
     patch_statistics,
 )
+from prism_hf.run import statistics as keeping
 from prism_hf.run.statistics import real_statistics
 from prism_hf.runtime import stop as interruption
 from prism_hf.runtime.store import is_sealed, seal_of
@@ -453,7 +453,7 @@ def test_two_that_want_it_at_once_get_one_and_the_same(keep, monkeypatch, tmp_pa
         threading.Event().wait(0.3)
         return {"0.channel_mean": torch.full((3,), float(len(made)))}
 
-    monkeypatch.setattr(module, "gather_statistics", slow)
+    monkeypatch.setattr(keeping, "gather_statistics", slow)
     threads = [threading.Thread(target=lambda: results.append(keep()[0])) for _ in range(3)]
     threads[0].start()
     inside.wait(10)

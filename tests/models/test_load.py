@@ -8,9 +8,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from foreign_teachers import resnet
 from pipeline import one_line, save_timm
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from transformers import AutoImageProcessor, ResNetForImageClassification
 
 from prism_hf.errors import TeacherError
 from prism_hf.images.pixels import to_reference
@@ -30,20 +31,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def teacher(folder):
     return load_teacher(f"local-dir:{folder}", device=CPU)
-
-
-def resnet(folder, *, classes=3, names=None, size=None, **save):
-    labels = {} if names is None else {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
-    config = ResNetConfig(
-        num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic",
-        **({"num_labels": classes} | labels),
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        ResNetForImageClassification(config).save_pretrained(folder, **save)
-    size = size or {"height": 24, "width": 24}
-    ViTImageProcessor(size=size, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
