@@ -94,8 +94,11 @@ def distil(recipe: Recipe, folder: Path, args: argparse.Namespace) -> None:
     quiet()
     from prism_hf.hub.push import check_here, check_target, reserve
     from prism_hf.hub.repository import Target
-    from prism_hf.run.context import Run, check_folder, claimed, make_accelerator, start_trackers
-    from prism_hf.run.stages import Stages
+    from prism_hf.run.context import Run, make_accelerator
+    from prism_hf.run.folder import check_folder, claimed_together
+    from prism_hf.run.preflight import check, check_stage, record_inputs
+    from prism_hf.run.trackers import start_trackers
+    from prism_hf.run.stages import run_stages
     from prism_hf.runtime.lock import check_free
     from prism_hf.runtime.logs import log_file
 
@@ -116,29 +119,27 @@ def distil(recipe: Recipe, folder: Path, args: argparse.Namespace) -> None:
         check_here(target)
     accelerator = make_accelerator(folder, log_with=args.log_with, threads=args.threads)
     run = Run(recipe, folder, teachers, accelerator, args.checkpoint_every, args.allow_partial)
-    stages = Stages(run)
     if target is not None and accelerator.is_main_process:
         target = check_target(target, recipe.name)
     if args.stage:
-        stages.check_stage(args.stage, fresh=args.fresh)
-    stages.check(fresh=args.fresh)
+        check_stage(run, args.stage, fresh=args.fresh)
+    check(run, fresh=args.fresh)
     # From here on something is written.
     with ExitStack() as stack:
         if accelerator.is_main_process:
             if target is not None:
                 reserve(target)
-            left_behind = stack.enter_context(claimed(folder, recipe, fresh=args.fresh))
-        accelerator.wait_for_everyone()
+        left_behind = stack.enter_context(claimed_together(run, fresh=args.fresh))
         stack.enter_context(log_file(folder, accelerator.process_index))
         if accelerator.is_main_process:
-            stages.record_inputs()
+            record_inputs(run)
             run.say(
                 f"{recipe.name} (fingerprint {recipe.fingerprint()}) in {folder}, {accelerator.num_processes} process(es)"
             )
             if left_behind is not None:
                 run.say(left_behind)
         start_trackers(run)
-        stages([args.stage] if args.stage else STAGES)
+        run_stages(run, [args.stage] if args.stage else STAGES)
         accelerator.end_training()
         if accelerator.is_main_process:
             print_result(run, target)

@@ -47,7 +47,7 @@ from ..recipe.schema import Recipe
 from ..recipe.yaml_file import load_recipe
 from ..runtime.hub_client import SHORT, again
 from ..runtime.untrusted import is_plain_path
-from .writer import VIEWS, image_features, view_features
+from .format import VIEWS, image_features, view_features
 
 _IN_MEMORY = 2**23
 """Arrays of more bytes than this lie in a file, whose pages the kernel may drop when it needs the memory."""

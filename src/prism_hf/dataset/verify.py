@@ -24,10 +24,7 @@ from ..errors import HubError
 from ..runtime.hub_client import SHORT, again
 from ..runtime.store import sha256_of
 from ..runtime.untrusted import homes_of, is_inside, is_plain_path, read_header
-from .writer import FORMAT_VERSION, VIEWS
-
-TABLES = {"default": "data", VIEWS: VIEWS}
-"""Config -> folder of its shards."""
+from .format import FORMAT_VERSION, TABLES, VIEWS
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

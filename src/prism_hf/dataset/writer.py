@@ -1,21 +1,12 @@
-"""How a distilled data set is stored: a folder that plain `datasets` loads, streams and explains.
-
-    data/train-*.parquet    config "default": image, label, slot, teacher_logits, job
-    views/train-*.parquet   config "views": one row per image and epoch, with its label; sorted by epoch
-    recipe.yaml, provenance.json, README.md, assets/
-
-docs/dataset_format.md is the contract. No pickles, no scripts.
-"""
+"""Writing the tables of a distilled dataset, shard by shard, with memory that does not grow with the number of rows."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import datasets
 import numpy as np
@@ -27,65 +18,37 @@ from ..models.teacher import Teacher
 from ..recipe.schema import Recipe
 from ..recipe.yaml_file import dump_recipe
 from ..runtime.store import sha256_of, write_bytes, write_json, write_whole
+from .format import (
+    DISTILLED,
+    FORMAT_VERSION,
+    IMAGES,
+    VIEWS,
+    image_features,
+    image_group_rows,
+    image_shards,
+    view_features,
+    view_group_rows,
+    view_shards,
+)
 
-FORMAT_VERSION = 1
-VIEWS = "views"
-DISTILLED = "distilled"
 PACKAGES = ("prism-hf", "torch", "timm", "transformers", "datasets", "accelerate", "numpy", "pillow", "pyarrow")
-
-GROUP_BYTES = 4 * 2**20
-"""A row group holds about this many bytes: what a reader, and this writer, has in memory at once."""
-
-Epoch = dict[str, np.ndarray]
-"""Columns of views, some rows or a whole epoch; see `relabel.relabel_batches`."""
-
-
-def image_features(class_names: Sequence[str]) -> datasets.Features:
-    """Features of config "default"; `teacher_logits` are raw, float16, of the image without a view."""
-    return datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=list(class_names)),
-            "slot": datasets.Value("int32"),
-            "teacher_logits": datasets.List(datasets.Value("float16"), length=len(class_names)),
-            "job": datasets.Value("int32"),
-        }
-    )
-
-
-def view_features(num_classes: int) -> datasets.Features:
-    """Features of config "views"; boxes are top, left, height, width in pixels."""
-    box = datasets.List(datasets.Value("int16"), length=4)
-    return datasets.Features(
-        {
-            "epoch": datasets.Value("int32"),
-            "batch": datasets.Value("int32"),
-            "image_index": datasets.Value("int32"),
-            "crop": box,
-            "flip": datasets.Value("bool"),
-            "mix_image_index": datasets.Value("int32"),
-            "mix_crop": box,
-            "mix_flip": datasets.Value("bool"),
-            "mix_box": box,
-            "mix_weight": datasets.Value("float32"),
-            "teacher_logits": datasets.List(datasets.Value("float16"), length=num_classes),
-        }
-    )
+Columns = Mapping[str, np.ndarray]
+"""Columns of some views of one epoch; see `relabel_batches`."""
 
 
 @dataclass(frozen=True, eq=False)
-class ImageTable:
-    """Images as they ship, class-major; a complete set has row = class * ipc + slot.
+class ImageRows:
+    """Images as they ship; a whole table is class-major, and a complete set has row = class * ipc + slot.
 
     Attributes:
-        encoded: File bytes of each image, N.
-        labels: (N,) int64.
-        slots: (N,) int64.
-        jobs: Synthesis job of each image, or -1 for real ones, (N,) int64.
-        teacher_logits: (N, K) float16.
+        encoded: File bytes of each image, B.
+        labels: (B,) int64.
+        slots: (B,) int64.
+        jobs: Synthesis job of each image, or -1 for real ones, (B,) int64.
+        teacher_logits: (B, K) float16.
     """
 
-    encoded: list[bytes]
+    encoded: Sequence[bytes]
     labels: Tensor
     slots: Tensor
     jobs: Tensor
@@ -94,76 +57,62 @@ class ImageTable:
     def __len__(self) -> int:
         return len(self.encoded)
 
-    @property
-    def encoded_bytes(self) -> int:
-        """Bytes of all image files."""
-        return sum(map(len, self.encoded))
-
-    def read(self, start: int, stop: int) -> ImageTable:
-        """Rows `start` to `stop`."""
-        cut = slice(start, stop)
-        return ImageTable(self.encoded[cut], self.labels[cut], self.slots[cut], self.jobs[cut], self.teacher_logits[cut])
-
-
-class ImageSource(Protocol):
-    """Images that are read a few at a time, so that memory does not grow with their number."""
-
-    def __len__(self) -> int:
-        """N."""
-
-    @property
-    def encoded_bytes(self) -> int:
-        """Bytes of all image files."""
-
-    def read(self, start: int, stop: int) -> ImageTable:
-        """Rows `start` to `stop`."""
+    def __getitem__(self, rows: slice) -> ImageRows:
+        columns = (self.labels, self.slots, self.jobs, self.teacher_logits)
+        return ImageRows(self.encoded[rows], *(column[rows] for column in columns))
 
 
 def build_dataset(
     folder: Path,
-    images: ImageSource,
-    epochs: Iterable[Iterable[pa.Table]],
+    images: ImageRows,
+    epochs: Sequence[Columns],
     *,
     recipe: Recipe,
     class_names: Sequence[str],
 ) -> None:
-    """Write the two tables and the recipe into `folder`, replacing older tables.
+    """Write both tables and the recipe into a folder, from images and views in memory.
 
     Args:
-        folder: The data set folder.
-        images: The image table, or what reads it in parts.
-        epochs: The views, in order of epochs, each as one or more tables (`view_table`), which become row groups.
+        folder: The dataset folder.
+        images: All images, class-major.
+        epochs: The views of each epoch; see `relabel_epoch`.
         recipe: What made them.
         class_names: K names.
     """
-    shard_bytes = recipe.packaging.shard_megabytes * 10**6
     write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
-    _write_images(folder / "data", images, class_names, recipe.packaging.image_format, shard_bytes)
-    row_bytes = 2 * len(class_names) + 64
-    per_shard = max(1, shard_bytes // (row_bytes * len(images)))
-    _write_views(folder / VIEWS, epochs, per_shard, recipe.relabel.epochs)
+    for shard in image_shards(recipe, len(images)):
+        rows, first = images[shard.rows.start : shard.rows.stop], shard.rows.start
+        tables = list(image_tables([rows], first, recipe, class_names))
+        write_whole(folder / IMAGES / shard.name, lambda draft, tables=tables: write_parquet(draft, tables))  # type: ignore[misc]
+    for shard in view_shards(recipe, len(images)):
+        tables = [table for epoch in shard.rows for table in view_tables([epochs[epoch]], len(class_names))]
+        write_whole(folder / VIEWS / shard.name, lambda draft, tables=tables: write_parquet(draft, tables))  # type: ignore[misc]
 
 
-def _write_images(
-    folder: Path, images: ImageSource, class_names: Sequence[str], image_format: str, shard_bytes: int
-) -> None:
-    count = len(images)
-    total = images.encoded_bytes + count * len(class_names) * 2
-    shards = max(1, -(-total // shard_bytes))
-    bounds = np.linspace(0, count, shards + 1).astype(int).tolist()
-    per_group = max(1, GROUP_BYTES * count // total)
+def image_tables(
+    batches: Iterable[ImageRows], first: int, recipe: Recipe, class_names: Sequence[str]
+) -> Iterator[pa.Table]:
+    """The row groups of a shard of images.
+
+    Args:
+        batches: Images in order, as they come.
+        first: Row of the first of them in the table.
+        recipe: Gives format and size of the images.
+        class_names: K names.
+    """
+    features, image_format = image_features(class_names), recipe.packaging.image_format
     extension = "jpg" if image_format == "jpeg" else image_format
-    for number, (first, last) in enumerate(itertools.pairwise(bounds)):
-        tables = (
-            _image_table(images.read(a, min(a + per_group, last)), a, image_features(class_names), extension)
-            for a in range(first, last, per_group)
-        )
-        name = f"train-{number:05d}-of-{shards:05d}.parquet"
-        write_whole(folder / name, lambda draft, tables=tables: _write_parquet(draft, tables))  # type: ignore[misc]
-    _remove_others(folder, shards)
+    numbered = (_image_table(*part, features, extension) for part in _numbered(batches, first))
+    yield from _regrouped(numbered, image_group_rows(recipe))
 
 
-def _image_table(images: ImageTable, first: int, features: datasets.Features, extension: str) -> pa.Table:
+def _numbered(batches: Iterable[ImageRows], first: int) -> Iterator[tuple[ImageRows, int]]:
+    for images in batches:
+        yield images, first
+        first += len(images)
+
+
+def _image_table(images: ImageRows, first: int, features: datasets.Features, extension: str) -> pa.Table:
     cells = [{"bytes": data, "path": f"{first + i:06d}.{extension}"} for i, data in enumerate(images.encoded)]
     columns = [
         pa.array(cells, type=features.arrow_schema.field("image").type),
@@ -175,32 +124,45 @@ def _image_table(images: ImageTable, first: int, features: datasets.Features, ex
     return pa.table(dict(zip(features, columns, strict=True)), schema=features.arrow_schema)
 
 
-def _write_views(folder: Path, epochs: Iterable[Iterable[pa.Table]], per_shard: int, count: int) -> None:
-    shards = -(-count // per_shard)
-    source = iter(epochs)
-    for number in range(shards):
-        here = itertools.islice(source, per_shard)
-        name = f"train-{number:05d}-of-{shards:05d}.parquet"
-        write_whole(
-            folder / name,
-            lambda draft, here=here: _write_parquet(draft, itertools.chain.from_iterable(here)),  # type: ignore[misc]
-        )
-    _remove_others(folder, shards)
+def view_tables(batches: Iterable[Columns], num_classes: int) -> Iterator[pa.Table]:
+    """The row groups of one epoch of views, from its batches as they come."""
+    rows = view_group_rows(num_classes)
+    held: list[Columns] = []
+    for batch in batches:
+        held.append(batch)
+        if sum(len(part["epoch"]) for part in held) >= rows:
+            yield _view_table(held, num_classes)
+            held = []
+    if held:
+        yield _view_table(held, num_classes)
 
 
-def view_table(epoch: Epoch, num_classes: int) -> pa.Table:
-    """Columns of views as rows of config "views"."""
+def _view_table(batches: Sequence[Columns], num_classes: int) -> pa.Table:
     features = view_features(num_classes)
-    columns = {key: _fixed_list(v) if v.ndim == 2 else pa.array(v) for key, v in epoch.items()}
-    return pa.table({key: columns[key] for key in features}, schema=features.arrow_schema)
+    joined = {key: np.concatenate([batch[key] for batch in batches]) for key in features}
+    columns = {key: _fixed_list(value) if value.ndim == 2 else pa.array(value) for key, value in joined.items()}
+    return pa.table(columns, schema=features.arrow_schema)
 
 
 def _fixed_list(values: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).ravel()), values.shape[1])
 
 
-def _write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
-    """One row group per table. Encoded images do not shrink any more; logits do, once their bytes are split."""
+def _regrouped(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of exactly this many, the last one aside."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        while sum(map(len, held)) >= rows:
+            joined = pa.concat_tables(held)
+            yield joined.slice(0, rows).combine_chunks()
+            held = [joined.slice(rows)] if len(joined) > rows else []
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
+
+
+def write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
+    """Write tables of one schema as row groups: encoded images as they are, logits with split bytes."""
     writer: pq.ParquetWriter | None = None
     try:
         for table in tables:
@@ -227,12 +189,6 @@ def _leaves(schema: pa.Schema) -> list[str]:
     pq.write_table(schema.empty_table(), buffer)
     parquet = pq.ParquetFile(pa.BufferReader(buffer.getvalue())).schema
     return [parquet.column(i).path for i in range(len(parquet))]
-
-
-def _remove_others(folder: Path, shards: int) -> None:
-    for path in folder.glob("train-*.parquet"):
-        if not path.name.endswith(f"-of-{shards:05d}.parquet"):
-            path.unlink()
 
 
 def write_provenance(

@@ -269,29 +269,15 @@ def _real_batches(
     return ShuffledBatches(parts, settings.full_data_epochs, generator, make, count=len(split))
 
 
-@dataclass(frozen=True)
-class Keep:
-    """Where a student is kept for others to use, and what its facts say that its training does not know.
-
-    Attributes:
-        folder: The model folder; see `store_network`.
-        source: The real data behind the distilled set, from `source_facts`.
-        tested_on: The test part, from `scored_on`.
-        dataset_id: Hub id of the distilled set, or `None` if it is a local folder.
-    """
-
-    folder: Path
-    source: Mapping[str, object]
-    tested_on: Mapping[str, object]
-    dataset_id: str | None = None
-
-
 def keep_student(
     student: nn.Module,
     distilled: DistilledDataset,
     settings: EvaluationRecipe,
-    keep: Keep,
+    folder: Path,
     *,
+    source: Mapping[str, object],
+    tested_on: Mapping[str, object],
+    dataset_id: str | None,
     seed: int,
     top1: float,
     test_count: int,
@@ -302,22 +288,31 @@ def keep_student(
         student: From `train_student` with soft labels.
         distilled: What it was trained on.
         settings: How.
-        keep: Where to.
+        folder: Where to; see `store_network`.
+        source: The real data behind the distilled set, from `source_facts`.
+        tested_on: The test part, from `scored_on`.
+        dataset_id: Hub id of the distilled set, or `None` if it is a local folder.
         seed: Of the student.
         top1: Its score, in [0, 1].
         test_count: On how many images.
     """
     _, channels, _, size = distilled.images_uint8.shape
-    facts = _student_facts(distilled, settings, keep) | {"seed": seed, "test_top1": top1, "test_count": test_count}
+    facts = _student_facts(distilled, settings, dataset_id) | {
+        "source": dict(source),
+        "test": dict(tested_on),
+        "seed": seed,
+        "test_top1": top1,
+        "test_count": test_count,
+    }
     try:
         store_network(
             student,
-            keep.folder,
+            folder,
             architecture=settings.student,
             size=size,
             channels=channels,
             class_names=distilled.class_names,
-            licence=str(keep.source["licence"]),
+            licence=str(source["licence"]),
             facts=facts,
             facts_name="student",
             replace=True,  # one that is there belongs to a score that is gone, or to other seeds
@@ -326,7 +321,7 @@ def keep_student(
         log.info("student not kept: %s", error)
 
 
-def _student_facts(distilled: DistilledDataset, settings: EvaluationRecipe, keep: Keep) -> dict[str, object]:
+def _student_facts(distilled: DistilledDataset, settings: EvaluationRecipe, dataset_id: str | None) -> dict[str, object]:
     """student.json beside the result. No hardware and no times: the same recipe gives the same bytes."""
     recipe = distilled.recipe
     elsewhere = ("student", "seeds", "epochs", "full_data_epochs") + (() if settings.label_epochs else ("label_epochs",))
@@ -340,10 +335,8 @@ def _student_facts(distilled: DistilledDataset, settings: EvaluationRecipe, keep
             "name": recipe.name if recipe else None,
             "content": distilled.content,
             "images": len(distilled.labels),
-            "hub_id": keep.dataset_id,
+            "hub_id": dataset_id,
         },
-        "source": dict(keep.source),
-        "test": dict(keep.tested_on),
         "recipe_fingerprint": recipe.fingerprint() if recipe else None,
         "settings": {key: value for key, value in asdict(settings).items() if key not in elsewhere},
     }

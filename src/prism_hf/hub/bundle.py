@@ -13,8 +13,8 @@ from typing import Literal
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import sha
 
+from ..dataset.format import DISTILLED
 from ..dataset.verify import check_folder
-from ..dataset.writer import DISTILLED
 from ..errors import HubError
 from ..runtime.store import sha256_of
 from ..runtime.untrusted import is_plain_path

@@ -21,7 +21,7 @@ from datasets.splits import SplitDict, SplitInfo
 from huggingface_hub import DatasetCardData
 from jinja2 import Environment, StrictUndefined
 
-from ..dataset.writer import VIEWS, image_features, view_features
+from ..dataset.format import VIEWS, image_features, view_features
 from ..evaluation.report import markdown_table, table_rows
 from ..recipe.schema import Recipe, to_dict
 from ..recipe.yaml_file import dump_recipe, dump_yaml

@@ -31,7 +31,7 @@ from ..runtime.checkpoint import Checkpoint
 from ..runtime.lock import holder_of, holder_text, is_held, locked
 from ..runtime.seeds import derived_seed
 from ..runtime.stop import EVERY_S
-from ..runtime.store import clear_drafts
+from ..runtime.store import Artifact, clear_drafts
 from .build import build_network, seeded
 from .folder import is_stored, scored_on, source_facts, store_network
 from .teacher import digest_of_tensors, state_sha256
@@ -75,8 +75,8 @@ def read_squeezed(folder: Path, data: SourceData) -> dict[str, object]:
     return report
 
 
-def check_squeezed(folder: Path) -> None:
-    """Compare the weights of a finished teacher with what squeeze.json says of them.
+def check_squeezed(folder: Path) -> Path:
+    """Compare the weights of a finished teacher with what squeeze.json says of them; returns the folder.
 
     Raises:
         DamagedError: Truncated, edited or exchanged.
@@ -88,6 +88,7 @@ def check_squeezed(folder: Path) -> None:
         raise DamagedError(f"{folder / 'model.safetensors'} is not readable ({type(error).__name__})") from error
     if expected is not None and found != expected:  # teachers of earlier versions say nothing of it
         raise DamagedError(f"{folder / 'model.safetensors'} was changed after it was written")
+    return folder
 
 
 def weights_of(folder: Path) -> str | None:
@@ -161,7 +162,7 @@ def squeeze_teacher(
         clear_drafts(work)
         clear_drafts(root, of=folder.name, deep=False)
         started = time.perf_counter()
-        checkpoint = Checkpoint(work / "checkpoint.safetensors", f"{folder.name} {data.train.content}", every_s)
+        checkpoint = Checkpoint(Artifact(work / "checkpoint.safetensors", f"{folder.name} {data.train.content}"), every_s)
         network = _train(name.removeprefix(SQUEEZE_PREFIX), recipe, data, device, checkpoint)
         top1 = score(lambda x: network(_as_rgb(x)), data.test, device=device)
         report = _report(name, recipe, data) | {

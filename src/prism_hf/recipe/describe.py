@@ -57,16 +57,16 @@ def _logit_text(recipe: Recipe) -> str:
 def space_needed(recipe: Recipe, *, processes: int = 1, control: bool = True) -> dict[str, int]:
     """Bytes that a run needs on the disk, at most: by kind, teachers and students left out.
 
-    The distilled set and its control, where there is one, are kept twice, once between the stages (decoded, encoded, labels
-    as they come) and once packaged; each process has a checkpoint (pixels and two moments), and another while it is
-    replaced.
+    Images are kept as they come from synthesis; those of the distilled set and of its control, where there is one, also
+    encoded, decoded for the teachers, and decoded for the students. Each process has a checkpoint (pixels and two moments),
+    and another one while it is replaced.
     """
     data, synthesis = recipe.data, recipe.synthesis
     pixels = recipe.num_images * data.channels * data.size**2
     labels = recipe.num_images * (recipe.relabel.epochs + 1) * (2 * data.num_classes + VIEW_ROW_BYTES)
     batch = min(synthesis.batch_size + 1, recipe.num_images) * data.channels * data.size**2
     sets = 2 if control else 1
-    return {"images": (1 + 3 * sets) * pixels, "labels": 2 * sets * labels, "checkpoints": 2 * processes * 3 * 4 * batch}
+    return {"images": (1 + 3 * sets) * pixels, "labels": sets * labels, "checkpoints": 2 * processes * 3 * 4 * batch}
 
 
 VIEW_ROW_BYTES = 32

@@ -1,4 +1,4 @@
-"""Where a run keeps its things, and what belongs to it: the output folder, the processes, progress and trackers.
+"""A run: one recipe in one output folder, on some processes, with its real data and networks.
 
 DIR/recipe.yaml     whose folder this is
 DIR/dataset/        the Hub-ready folder
@@ -15,32 +15,42 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
-from torch import Tensor
+from accelerate.utils import InitProcessGroupKwargs
 
-from ..errors import OutputError, RecipeError
+from ..errors import RecipeError
+from ..images.source import SourceData, load_source
 from ..method.objective import Precision
+from ..models.load import load_teacher
+from ..models.teacher import Teacher, check_teacher
 from ..recipe.plan import STAGES, TRACKERS
-from ..recipe.schema import Recipe, to_dict
-from ..recipe.yaml_file import differing_keys, dump_recipe, load_recipe, public_recipe
-from ..runtime.lock import HOLDER, LOCK, holder_text, locked
-from ..runtime.progress import Board, Progress, progress
+from ..recipe.schema import DataRecipe, Recipe
+from ..runtime.share import share
 from ..runtime.stop import EVERY_S
-from ..runtime.store import DRAFT, clear_drafts, restore_swapped, set_aside, write_bytes, write_json
+from ..runtime.store import write_json
+from .artifacts import TIMES, Artifacts
+from .teacher_folders import folder_of, squeezed_weights
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-PARTS = ("dataset", "control", "student")
-"""Folders of a run that people use."""
+
+
+@dataclass(eq=False)
+class Loaded:
+    """Real data and networks that are in memory: each is loaded once. The runs of a comparison share them."""
+
+    data: dict[DataRecipe, SourceData] = field(default_factory=dict)
+    teachers: dict[tuple[str, Path | None], Teacher] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +65,8 @@ class Run:
         checkpoint_s: Seconds between two checkpoints of a long job.
         allow_partial: Go on without the jobs whose numbers went bad.
         with_control: Make random real images beside the distilled ones, as every recipe by itself does.
-        board: The one bar over many runs, where this is one of them.
+        title: What the run is called beside its stages, where it is one of many.
+        loaded: What is in memory already.
     """
 
     recipe: Recipe
@@ -65,11 +76,12 @@ class Run:
     checkpoint_s: float = EVERY_S
     allow_partial: bool = False
     with_control: bool = True
-    board: Board | None = None
+    title: str = ""
+    loaded: Loaded = field(default_factory=Loaded)
 
     @property
     def wants_control(self) -> bool:
-        """Whether there is a control to make: a data set of random real images is one itself."""
+        """Whether there is a control to make: a dataset of random real images is one itself."""
         return self.with_control and self.recipe.method != "random"
 
     @property
@@ -92,34 +104,65 @@ class Run:
         """What the stages leave for each other."""
         return self.folder / "work"
 
-    def mine(self, items: Sequence[T]) -> list[T]:
-        """This process's share."""
-        return list(items[self.accelerator.process_index :: self.accelerator.num_processes])
+    @property
+    def data(self) -> SourceData:
+        """The real data, loaded when first needed.
 
-    def not_yet(self, items: Sequence[T], finished: Callable[[T], bool]) -> list[T]:
-        """Those of `items` that are not finished, known to every process; each process looks at its share.
-
-        Files are read to the end for that, so the work is divided; and nobody looks while another is already at work.
+        There is no barrier here: a process that needs no data in some stage must not keep the others waiting. Downloads are
+        safe, the libraries lock their caches.
         """
-        places = [(place, item) for place, item in enumerate(items)]
-        missing = [place for place, item in self.mine(places) if not finished(item)]
-        return [items[place] for place in sorted(gather_object(missing))]
+        wanted = self.recipe.data
+        if wanted not in self.loaded.data:
+            self.loaded.data[wanted] = load_source(wanted)
+        return self.loaded.data[wanted]
 
-    def progress(self, stage: str, total: int, unit: str) -> AbstractContextManager[Progress]:
-        """This process's part of a stage; see `Progress`."""
-        path = self.work / f"progress-{self.accelerator.process_index}.json"
-        bar = None if self.board is None else self.board.share(stage, total)
-        return progress(path, stage, total, unit, self.say, bar)
+    def teachers(self, names: Sequence[str]) -> dict[str, Teacher]:
+        """Networks by name, each loaded once and checked against the data.
 
-    def say(self, text: str) -> None:
-        """One log line, from the main process only; accelerate's own logger would prefix it with the rank."""
-        if self.accelerator.is_main_process:
-            log.info(text)
+        Raises:
+            TeacherError: One cannot be loaded, or does not fit the data.
+            StageError: A `squeeze:` teacher is not trained yet.
+            DamagedError: The weights of a squeezed teacher were changed.
+        """
+        return {name: self._teacher(name) for name in dict.fromkeys(names)}
 
-    def warn(self, text: str) -> None:
-        """One log line about what went wrong here, from any process."""
-        rank = self.accelerator.process_index
-        log.warning(f"process {rank}: {text}" if rank else text)
+    def _teacher(self, name: str) -> Teacher:
+        folder = folder_of(name, self.recipe, self.teachers_root, self.data)
+        if (name, folder) not in self.loaded.teachers:
+            squeezed = None if folder is None else {name: folder}
+            teacher = load_teacher(name, device=self.accelerator.device, squeezed=squeezed)
+            if folder is not None:
+                squeezed_weights(folder, teacher.weights_sha256)
+            check_teacher(teacher, class_names=self.data.class_names, channels=self.recipe.data.channels)
+            self.loaded.teachers[name, folder] = teacher
+        return self.loaded.teachers[name, folder]
+
+    @property
+    def verifier(self) -> Teacher | None:
+        """The held-out judge, if the recipe names one."""
+        name = self.recipe.teachers.verifier
+        return self.teachers([name])[name] if name else None
+
+    @property
+    def judge(self) -> Teacher:
+        """The network whose features measure similarity: the verifier, or else the logit teacher."""
+        name = self.recipe.teachers.verifier or self.recipe.teachers.logit
+        return self.teachers([name])[name]
+
+    @cached_property
+    def artifacts(self) -> Artifacts:
+        """What the stages leave for each other; its keys need the weights of every teacher."""
+        weights = {}
+        for name in self.recipe.all_teachers:
+            folder = folder_of(name, self.recipe, self.teachers_root, self.data)
+            known = None if folder is None else squeezed_weights(folder)
+            weights[name] = known or self._teacher(name).weights_sha256
+        return Artifacts(self.work, self.recipe, self.data.train.content, weights)
+
+    @property
+    def precision(self) -> Precision:
+        """Of the teachers' passes in synthesis, as `accelerate launch --mixed_precision` asks; all else is float32."""
+        return "bf16" if self.accelerator.mixed_precision == "bf16" else "float32"
 
     @property
     def hardware(self) -> dict[str, object]:
@@ -127,14 +170,23 @@ class Run:
         threads = torch.get_num_threads()
         return {"device": self.accelerator.device.type, "threads": threads, "precision": self.precision}
 
-    @property
-    def precision(self) -> Precision:
-        """Of the teachers' passes in synthesis, as `accelerate launch --mixed_precision` asks; all else is float32."""
-        return "bf16" if self.accelerator.mixed_precision == "bf16" else "float32"
+    def share(self, stage: str, tasks: Sequence[T], **how: Any) -> None:
+        """Do the tasks of a stage that are not done, shared over the processes; see `runtime.share.share`."""
+        share(self.accelerator, stage, tasks, notes=self.work, title=self.title, **how)
+
+    def say(self, text: str) -> None:
+        """Write one log line, on the main process only; accelerate's own logger would prefix it with the rank."""
+        if self.accelerator.is_main_process:
+            log.info(text)
+
+    def warn(self, text: str) -> None:
+        """Write one log line about what went wrong on this process."""
+        rank = self.accelerator.process_index
+        log.warning(f"process {rank}: {text}" if rank else text)
 
     def times(self) -> dict[str, float]:
         """Seconds spent in each stage so far, all launches added up (those that were killed outright left none)."""
-        path = self.work / "times.json"
+        path = self.work / TIMES
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     @contextmanager
@@ -147,7 +199,7 @@ class Run:
             if self.accelerator.is_main_process:
                 spent = self.times()
                 spent[stage] = round(spent.get(stage, 0.0) + time.perf_counter() - started, 2)
-                write_json(self.work / "times.json", {name: spent[name] for name in STAGES if name in spent})
+                write_json(self.work / TIMES, {name: spent[name] for name in STAGES if name in spent})
 
 
 def make_accelerator(folder: Path | None = None, *, log_with: str | None = None, threads: int | None = None) -> Accelerator:
@@ -182,167 +234,7 @@ def make_accelerator(folder: Path | None = None, *, log_with: str | None = None,
 
 
 def _check_tracker(name: str) -> None:
-    from importlib.util import find_spec
-
     if name not in TRACKERS:
         raise RecipeError(f"--log-with {name!r} is unknown; use one of {', '.join(TRACKERS)}")
     if find_spec(name) is None:
         raise RecipeError(f"--log-with {name}: the package is not installed; pip install {name}")
-
-
-def check_folder(folder: Path, recipe: Recipe, *, fresh: bool = False) -> None:
-    """Find out whether `folder` is, or can become, the output of `recipe`; writes nothing.
-
-    Args:
-        folder: The output folder.
-        recipe: The recipe.
-        fresh: The run in the folder is to be moved aside, whatever its recipe.
-
-    Raises:
-        OutputError: It is in use, belongs to another recipe (names the keys that differ), or holds other things.
-    """
-    check_place(folder, "--output")
-    marker = folder / "recipe.yaml"
-    if marker.is_file():
-        if not fresh:
-            _check_recipe(folder, marker, recipe)
-        return
-    # What a launch leaves that was killed before it had written its recipe.
-    ours = (LOCK, HOLDER)
-    if folder.is_dir() and any(path.name not in ours and not path.name.startswith(DRAFT) for path in folder.iterdir()):
-        raise OutputError(f"output {str(folder)!r} is not empty and holds no run; use another folder (--output DIR)")
-
-
-def check_place(folder: Path, option: str) -> None:
-    """Find out whether `folder` is a folder, or could be one; writes nothing.
-
-    Raises:
-        OutputError: It is a file, or no name for a folder; names the option that changes it.
-    """
-    try:
-        is_file = any(place.exists() and not place.is_dir() for place in (folder, *folder.parents))
-    except OSError as error:  # a name that is too long
-        raise OutputError(
-            f"{str(folder)!r} cannot be a folder ({error.strerror}); give another one with {option}"
-        ) from error
-    if is_file:
-        raise OutputError(f"{str(folder)!r} is a file, or below one; give a folder with {option}")
-
-
-def _check_recipe(folder: Path, marker: Path, recipe: Recipe) -> None:
-    try:
-        theirs = load_recipe(marker)
-    except RecipeError as error:
-        raise OutputError(
-            f"output {str(folder)!r} holds a recipe that cannot be read ({error}); use --output, or --fresh to move it "
-            "aside"
-        ) from error
-    if theirs.fingerprint() != recipe.fingerprint():
-        keys = ", ".join(differing_keys(theirs, recipe))
-        raise OutputError(
-            f"output {str(folder)!r} belongs to another recipe; these keys differ: {keys}. Use another folder (--output "
-            "DIR), or --fresh to move this one aside"
-        )
-
-
-def is_of_another(folder: Path, recipe: Recipe) -> bool:
-    """Whether a run of another recipe is in `folder`, or one whose recipe cannot be read."""
-    marker = folder / "recipe.yaml"
-    if not marker.is_file():
-        return False
-    try:
-        return load_recipe(marker).fingerprint() != recipe.fingerprint()
-    except RecipeError:
-        return True
-
-
-@contextmanager
-def claimed(folder: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[str | None]:
-    """Make `folder` the output of `recipe`, or find that it is already, and hold it for the length of the block.
-
-    Args:
-        folder: The output folder.
-        recipe: The recipe.
-        fresh: Move a run that is there aside, whatever its recipe; nothing is deleted.
-
-    Yields:
-        A line about what an earlier launch left, or `None`.
-
-    Raises:
-        OutputError: As `check_folder`; or it cannot be written.
-    """
-    # Before the lock: a folder that is not ours stays as it is.
-    check_folder(folder, recipe, fresh=fresh)
-    moved = _moved_aside(folder) if fresh and (folder / "recipe.yaml").is_file() else None
-    with locked(folder) as killed:
-        check_folder(folder, recipe)
-        for name in PARTS:
-            restore_swapped(folder / name)
-        # Not below DIR/teachers: other runs may be at work there.
-        drafts = clear_drafts(folder, deep=False) + sum(clear_drafts(folder / name) for name in ("work", *PARTS))
-        if not (folder / "recipe.yaml").is_file():
-            write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
-        line = f"the old run was moved to {moved}" if moved else None
-        if killed is not None:
-            line = f"{holder_text(killed)}, ended without a word; going on" + (
-                f" ({drafts} drafts removed)" if drafts else ""
-            )
-        yield line
-
-
-@contextmanager
-def held(run: Run) -> Iterator[None]:
-    """Hold the folder of a run that has no recipe of its own; the other processes wait until the first one has it.
-
-    Raises:
-        OutputError: Another launch holds it.
-    """
-    with ExitStack() as stack:
-        if run.accelerator.is_main_process:
-            stack.enter_context(locked(run.folder))
-            clear_drafts(run.folder)
-        run.accelerator.wait_for_everyone()
-        yield
-
-
-def _moved_aside(folder: Path) -> Path:
-    with locked(folder):
-        aside = set_aside(folder)
-        # The lock's own files went along; they mean nothing there.
-        (aside / HOLDER).unlink(missing_ok=True)
-    (aside / LOCK).unlink(missing_ok=True)
-    return aside
-
-
-def start_trackers(run: Run) -> None:
-    """Open the trackers, if any, with the recipe's values as their config; local paths stay here."""
-    if run.accelerator.log_with:
-        flat = {key: _scalar(value) for key, value in _flat(to_dict(public_recipe(run.recipe)), "")}
-        run.accelerator.init_trackers("prism-hf", config=flat)
-
-
-def _flat(values: object, prefix: str) -> Iterator[tuple[str, object]]:
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, values
-
-
-def _scalar(value: object) -> object:
-    # TensorBoard's tracker takes nothing but scalars.
-    return value if isinstance(value, bool | int | float | str) else json.dumps(value)
-
-
-def log_pictures(accelerator: Accelerator, name: str, images_uint8: Tensor, step: int) -> None:
-    """Send one picture, (C, H, W) uint8, to every tracker that takes pictures."""
-    rgb = images_uint8.expand(3, -1, -1)
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({name: rgb.unsqueeze(0).numpy()}, step=step)
-        elif tracker.name == "wandb":
-            tracker.log_images({name: [rgb.permute(1, 2, 0).numpy()]}, step=step)
-        elif tracker.name == "trackio":
-            import trackio
-
-            tracker.log({name: trackio.Image(rgb.permute(1, 2, 0).numpy())}, step=step)

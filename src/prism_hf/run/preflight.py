@@ -1,4 +1,4 @@
-"""What can be found wrong before anything costs time, beyond a single module's own checks."""
+"""The checks before the work: what is wrong with a run is told before anything costs time or is written."""
 
 from __future__ import annotations
 
@@ -9,16 +9,97 @@ from pathlib import Path
 
 import timm
 
-from ..errors import OutputError, RecipeError, TeacherError
-from ..images.source import SourceData, local_folder
+from ..errors import OutputError, RecipeError, StageError, TeacherError
+from ..images.source import local_folder, real_rows
 from ..method.alignment import BNAlignment
+from ..method.start_images import check_candidates
 from ..models.build import check_network
 from ..models.features import classifier_of
+from ..models.squeeze import check_batch
 from ..models.teacher import Teacher
 from ..recipe.describe import space_needed
+from ..recipe.plan import STAGES
 from ..recipe.schema import SQUEEZE_PREFIX, Recipe
-from ..runtime.store import files_below
+from ..runtime.store import files_below, write_json
 from ..runtime.units import size_text
+from .context import Run
+from .folder import check_place
+from .teacher_folders import trained_folder
+
+INPUTS = "inputs.json"
+
+
+def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
+    """Look at everything that can be wrong: disk space, Hub teachers, the data, images per class; writes nothing.
+
+    Args:
+        run: The run.
+        fresh: What an earlier run left in the folder does not count: it will be moved aside.
+        space: Look at disk space too; a comparison adds up that of its runs.
+
+    Raises:
+        PrismError: One line about what cannot be used.
+    """
+    recipe, data = run.recipe, run.recipe.data
+    check_place(run.teachers_root, "--teachers")
+    check_apart(run.folder, data.source)
+    if space:
+        check_space(missing_space(run), run.folder)
+    check_network(recipe.evaluation.student, num_classes=data.num_classes, channels=data.channels, size=data.size)
+    check_architectures(recipe)
+    loaded = run.teachers(_not_squeezed(recipe))
+    for name in set(loaded) & set(recipe.bn_candidates):
+        BNAlignment(loaded[name].model, name=name)
+    check_verifier(recipe, loaded)
+    check_batch(recipe, run.data)
+    if recipe.synthesis.init != "noise":
+        real_rows(run.data, recipe.synthesis.ipc, seed=recipe.seed)
+    check_candidates(recipe, run.data)
+    if not fresh:
+        check_inputs(run.work / INPUTS, _inputs_of(run))
+
+
+def check_stage(run: Run, stage: str, *, fresh: bool = False) -> None:
+    """Find out whether a stage can begin where the stages before it stopped; writes nothing.
+
+    Raises:
+        StageError: A teacher is not trained, or there is no run.
+    """
+    if stage == "squeeze":
+        return
+    if stage != "synthesize" and (fresh or not (run.folder / "recipe.yaml").is_file()):
+        before = STAGES[STAGES.index(stage) - 1]
+        raise StageError(f"{run.folder} holds no run to {stage}; run --stage {before}, and what comes before it")
+    for name in run.recipe.squeezed_teachers:
+        trained_folder(name, run.recipe, run.teachers_root)
+
+
+def record_inputs(run: Run) -> None:
+    """Keep what the names in the recipe stood for, so that a later launch notices a change behind them."""
+    write_json(run.work / INPUTS, _inputs_of(run))
+
+
+def _inputs_of(run: Run) -> dict[str, object]:
+    """What the names in a recipe stand for now: contents of the data, weights of the teachers that are not squeezed."""
+    weights = {name: teacher.weights_sha256 for name, teacher in run.teachers(_not_squeezed(run.recipe)).items()}
+    return {"train": run.data.train.content, "test": run.data.test.content, "teachers": dict(sorted(weights.items()))}
+
+
+def _not_squeezed(recipe: Recipe) -> list[str]:
+    return [name for name in recipe.all_teachers if name not in recipe.squeezed_teachers]
+
+
+def missing_space(run: Run) -> int:
+    """Bytes that a run still needs on the disk, at most; what is in its folder already counts as done."""
+    processes = run.accelerator.num_processes
+    needed = sum(space_needed(run.recipe, processes=processes, control=run.wants_control).values())
+    # A file of a dataset folder that has a second name in DIR/work counts once.
+    files = {
+        path.stat().st_ino: path.stat().st_size
+        for name in ("work", "dataset", "control")
+        for path in files_below(run.folder / name)
+    }
+    return max(0, needed - sum(files.values()))
 
 
 def check_verifier(recipe: Recipe, loaded: Mapping[str, Teacher]) -> None:
@@ -60,20 +141,6 @@ def check_apart(folder: Path, source: str) -> None:
         raise OutputError(f"output {str(folder)!r} is inside the data {source!r}; use another folder (--output DIR)")
 
 
-def missing_space(recipe: Recipe, folder: Path, *, processes: int, control: bool = True) -> int:
-    """Bytes that a run still needs on the disk, at most.
-
-    Args:
-        recipe: What will be made.
-        folder: The output folder; what is there already counts as done.
-        processes: Each keeps a checkpoint.
-        control: Whether random real images are packaged too.
-    """
-    needed = sum(space_needed(recipe, processes=processes, control=control).values())
-    there = sum(path.stat().st_size for name in ("work", "dataset", "control") for path in files_below(folder / name))
-    return max(0, needed - there)
-
-
 def check_space(missing: int, folder: Path) -> None:
     """Compare the space that is still needed with what is free, before anything is written.
 
@@ -91,14 +158,6 @@ def check_space(missing: int, folder: Path) -> None:
             f"output {str(folder)!r} needs about {size_text(missing)} and {size_text(free)} are free; make space, "
             "use another disk (--output DIR), or lower synthesis.ipc or relabel.epochs"
         )
-
-
-def inputs_of(recipe: Recipe, data: SourceData, loaded: Mapping[str, Teacher]) -> dict[str, object]:
-    """What the names in a recipe stand for now: contents of the data, weights of the teachers that are not squeezed."""
-    weights = {
-        name: teacher.weights_sha256 for name, teacher in sorted(loaded.items()) if name not in recipe.squeezed_teachers
-    }
-    return {"train": data.train.content, "test": data.test.content, "teachers": weights}
 
 
 def check_inputs(path: Path, inputs: Mapping[str, object]) -> None:

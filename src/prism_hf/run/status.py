@@ -10,14 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..dataset.format import VIEWS, view_shards
 from ..errors import OutputError, RecipeError
 from ..recipe.plan import STAGES, plan_jobs
 from ..recipe.schema import Recipe
 from ..recipe.yaml_file import load_recipe
 from ..runtime.lock import holder_of, is_held
-from ..runtime.store import is_sealed
+from ..runtime.store import is_finished
 from ..runtime.units import duration_text, size_text
-from .artifacts import SETS, SQUEEZED, read_failed
+from .artifacts import SETS, SQUEEZED, TIMES, job_file, read_failed
 
 _QUIET_S = 600.0
 """A process that has said nothing for so long is worth a look."""
@@ -84,21 +85,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _stages(recipe: Recipe, folder: Path) -> dict[str, dict[str, object]]:
-    work, epochs = folder / "work", recipe.relabel.epochs
-    jobs = plan_jobs(recipe)
-    finished = sum(is_sealed(work / "jobs" / f"job-{job.id:05d}.safetensors") for job in jobs)
-    sets = [name for name in SETS if is_sealed(work / name / "pixels.npy")] or list(SETS)
-    labelled = sum(is_sealed(work / name / f"epoch-{e:05d}.parquet") for name in sets for e in range(epochs))
+    work, jobs = folder / "work", plan_jobs(recipe)
+    finished = sum(is_finished(job_file(work, job.id)) for job in jobs)
+    sets = [name for name in SETS if (work / name).is_dir()] or list(SETS)
+    views = [work / name / VIEWS / shard.name for name in sets for shard in view_shards(recipe, recipe.num_images)]
     students = len(list((work / "students").glob("*-seed*.json")))
     rows = 2 * len(sets) + bool(recipe.evaluation.full_data_epochs)
     packaged = sum((folder / name / "provenance.json").is_file() for name in ("dataset", "control"))
     count = {
         "synthesize": (finished, len(jobs), "jobs"),
-        "relabel": (labelled, len(sets) * epochs, "epochs"),
+        "relabel": (sum(map(is_finished, views)), len(views), "shards of views"),
         "package": (packaged, len(sets), "folders"),
         "evaluate": (students, rows * len(recipe.evaluation.seeds), "students"),
     }
-    seconds = _read(work / "times.json")
+    seconds = _read(work / TIMES)
     spent = {name: seconds.get(name) for name in STAGES}
     trained = (work / SQUEEZED).is_file()
     stages: dict[str, dict[str, object]] = {"squeeze": {"finished": trained, "seconds": spent["squeeze"]}}

@@ -1,27 +1,23 @@
-"""How a long job goes on where it stopped: its state is kept every few minutes, and when somebody asks the run to stop.
+"""Checkpoints: a long job keeps its state every few minutes, and when somebody asks the run to stop.
 
-A checkpoint is a sealed safetensors file with everything the next step depends on; going on from it gives the same bytes
-as never having stopped (on the CPU).
+A checkpoint is a safetensors file with everything that the next step depends on. Resuming from it gives the same bytes as
+never having stopped (on the CPU).
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import DamagedError
 from .stop import EVERY_S, raise_if_stopped, stop_wanted
-from .store import check_sealed, is_sealed, remove_sealed, set_aside
+from .store import Artifact
 from .tensors import read_tensors, write_tensors
 
-log = logging.getLogger(__name__)
 SHARE = 0.01
 """Share of the time that writing checkpoints may take."""
 
@@ -39,38 +35,23 @@ class State:
     notes: Mapping[str, Any]
 
 
-@dataclass
 class Checkpoint:
     """The state of one job on the disk.
 
     Args:
-        path: Its file.
-        key: What the job is made from; a state of anything else is not used.
+        file: Where, and what the job is made from; a state of anything else is not used.
         every_s: Seconds between two writes; 0 writes at each call.
     """
 
-    path: Path
-    key: str
-    every_s: float = EVERY_S
-    _last: float = field(default_factory=time.monotonic, init=False)
-    _pause_s: float = field(default=0.0, init=False)
-
-    def __post_init__(self) -> None:
-        self._pause_s = self.every_s
+    def __init__(self, file: Artifact, every_s: float = EVERY_S) -> None:
+        self.file, self.every_s = file, every_s
+        self._last, self._pause_s = time.monotonic(), every_s
 
     def load(self) -> State | None:
         """The last state, or `None` if there is none; a damaged or foreign one is set aside, with a log line."""
-        if not is_sealed(self.path):
+        if not self.file.is_whole():
             return None
-        try:
-            notes = check_sealed(self.path)["notes"]
-            assert isinstance(notes, dict)
-            if notes["key"] != self.key:
-                raise DamagedError(f"{self.path} belongs to another recipe, or to other data or teachers")
-        except DamagedError as error:
-            log.warning("checkpoint: %s; set aside as %s, the job starts again", error, set_aside(self.path).name)
-            return None
-        return State(read_tensors(self.path), notes["state"])
+        return State(read_tensors(self.file.path), self.file.check().notes)
 
     def tick(self, state: Callable[[], State]) -> None:
         """Call after each step: keeps the state when it is time for it, or when the run is to stop.
@@ -87,7 +68,7 @@ class Checkpoint:
     def save(self, state: State) -> None:
         """Write a state over the last one."""
         started = time.monotonic()
-        write_tensors(self.path, state.tensors, {"key": self.key, "state": dict(state.notes)})
+        write_tensors(self.file, state.tensors, state.notes)
         self._last = time.monotonic()
         if self.every_s:
             # A slow disk makes checkpoints rarer, up to five times: then a write of 6 s is 1 % of the default.
@@ -95,7 +76,7 @@ class Checkpoint:
 
     def clear(self) -> None:
         """Remove it: the job is finished."""
-        remove_sealed(self.path)
+        self.file.remove()
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> State:

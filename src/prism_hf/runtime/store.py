@@ -1,4 +1,7 @@
-"""How files reach the disk: whole, or not at all; and how a file that changed since then is found out."""
+"""Whole files: written completely or not at all, with a proof of what they were made from.
+
+One idea that every stage needs, in one place: write a file with a proof, read it back, or set it aside and say so.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,19 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ..errors import DamagedError, OutputError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 DRAFT = ".draft-"
 """Names of unfinished files and folders begin so; a process that was killed leaves them, the next launch clears them."""
 SEAL = ".seal"
-"""A sealed file has a second one beside it: its SHA-256, and what it was made from."""
+"""The seal of FILE is FILE.seal."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -159,58 +166,95 @@ def _json_bytes(value: object) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-# -- records and seals ------------------------------------------------------------------------------------------------
+# -- artifacts: files with a proof of what they were made from --------------------------------------------------------
 
 
-def write_record(path: Path, value: Mapping[str, object]) -> None:
-    """Write a JSON object that carries the SHA-256 of itself."""
-    write_bytes(path, _record_bytes(value))
+@dataclass(frozen=True)
+class Proof:
+    """What the seal of a file says.
 
-
-def _record_bytes(value: Mapping[str, object]) -> bytes:
-    return _json_bytes({**value, "sha256": digest(value)})
-
-
-def read_record(path: Path) -> dict[str, object]:
-    """Read what `write_record` wrote.
-
-    Raises:
-        DamagedError: It is not what was written.
+    Attributes:
+        key: What the file was made from.
+        sha256: Of the file.
+        bytes: Its size.
+        notes: What else is known of it; plain JSON.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        sha256 = value.pop("sha256")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{path} is not readable ({type(error).__name__})") from error
-    if sha256 != digest(value):
-        raise DamagedError(f"{path} was changed after it was written")
-    return value
+
+    key: str
+    sha256: str
+    bytes: int
+    notes: Mapping[str, Any]
 
 
-def digest(value: object) -> str:
-    """SHA-256 of a JSON value, the same for equal values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+@dataclass(frozen=True)
+class Artifact:
+    """A file that a stage leaves for another one, and a key: the digest of everything that the file is made from.
 
-
-def write_sealed(path: Path, write: Callable[[Path], None], notes: Mapping[str, object]) -> None:
-    """Write a whole file and its seal: without the seal the file counts as not written.
-
-    Both are on the disk before the first is renamed: a full disk leaves the old file with its old seal.
-
-    Args:
-        path: The file.
-        write: Fills a draft of it.
-        notes: What it was made from, and what is known of it; JSON.
+    A second file beside it, its seal, holds the proof: key, SHA-256 and size. Without one it counts as not written.
     """
-    value = {"notes": json.loads(json.dumps(dict(notes), allow_nan=False))}
-    with _drafted(path, write) as draft:
-        facts = {"file_sha256": sha256_of(draft), "bytes": draft.stat().st_size, **value}
-        data = _record_bytes(facts)
-        with _drafted(seal_of(path), lambda seal: _write(seal, data)) as seal, writing(path):
-            seal_of(path).unlink(missing_ok=True)
-            os.replace(draft, path)
-            os.replace(seal, seal_of(path))
-            _sync_folder(path.parent)
+
+    path: Path
+    key: str
+
+    def write(self, fill: Callable[[Path], None], notes: Mapping[str, object] | None = None) -> None:
+        """Let `fill` write a draft of the file, then put file and seal in place.
+
+        Both are on the disk before the first is renamed: a full disk leaves the old file with its old seal.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        with _drafted(self.path, fill) as draft:
+            noted = json.loads(json.dumps({**(notes or {}), "key": self.key}, allow_nan=False))
+            facts = {"file_sha256": sha256_of(draft), "bytes": draft.stat().st_size, "notes": noted}
+            data = _json_bytes(facts | {"sha256": digest(facts)})
+            with _drafted(seal_of(self.path), lambda seal: _write(seal, data)) as seal, writing(self.path):
+                seal_of(self.path).unlink(missing_ok=True)
+                os.replace(draft, self.path)
+                os.replace(seal, seal_of(self.path))
+                _sync_folder(self.path.parent)
+
+    def write_json(self, value: object) -> None:
+        """Write a JSON value as the file."""
+        self.write(lambda draft: _write(draft, _json_bytes(value)))
+
+    def check(self) -> Proof:
+        """The proof, after comparing file and key with it.
+
+        A file that has not been touched since it was last compared is not read again.
+
+        Raises:
+            DamagedError: File or seal is missing, truncated or edited, or the file was made from something else.
+        """
+        proof = read_proof(self.path)
+        if not self.path.is_file():
+            raise DamagedError(f"{self.path} is missing")
+        stat = self.path.stat()
+        if stat.st_size != proof.bytes:
+            raise DamagedError(f"{self.path} has {stat.st_size} bytes, expected {proof.bytes}")
+        if _sha256_as_of(self.path, stat.st_mtime_ns, stat.st_size) != proof.sha256:
+            raise DamagedError(f"{self.path} was changed after it was written")
+        if proof.key != self.key:
+            raise DamagedError(f"{self.path} was made from another recipe, or from other data, teachers or settings")
+        return proof
+
+    def is_whole(self) -> bool:
+        """Whether the file is finished, unchanged and made from the key; a damaged or foreign one is set aside."""
+        return is_finished(self.path) and sound_or_aside(self.path, self.check) is not None
+
+    def read_json(self) -> Any:
+        """The JSON value that `write_json` wrote.
+
+        Raises:
+            DamagedError: See `check`.
+        """
+        self.check()
+        return json.loads(self.path.read_text(encoding="utf-8"))
+
+    def remove(self) -> None:
+        """Remove the file and its seal, the seal first: in between the file counts as not written."""
+        seal_of(self.path).unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
 
 def seal_of(path: Path) -> Path:
@@ -218,64 +262,51 @@ def seal_of(path: Path) -> Path:
     return path.with_name(path.name + SEAL)
 
 
-def is_sealed(path: Path) -> bool:
-    """Whether a file was finished; whether it still is what it was, only `check_sealed` tells."""
+def is_finished(path: Path) -> bool:
+    """Whether a file has a seal; whether it still is what it was, only `Artifact.check` tells."""
     return seal_of(path).is_file()
 
 
-def read_seal(path: Path) -> dict[str, object]:
-    """The notes and the SHA-256 (`file_sha256`) of a sealed file, as its seal says; the file itself is not read.
+def read_proof(path: Path) -> Proof:
+    """What the seal of a file says; the file itself is not read.
 
     Raises:
-        DamagedError: The seal is not readable.
+        DamagedError: The seal is not readable, or was edited.
     """
-    return read_record(seal_of(path))
+    seal = seal_of(path)
+    try:
+        facts = json.loads(seal.read_text(encoding="utf-8"))
+        sha256, notes = facts.pop("sha256"), dict(facts["notes"])
+        proof = Proof(notes.pop("key"), facts["file_sha256"], facts["bytes"], notes)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{seal} is not readable ({type(error).__name__})") from error
+    if sha256 != digest(facts):
+        raise DamagedError(f"{seal} was changed after it was written")
+    return proof
 
 
-def check_sealed(path: Path) -> dict[str, object]:
-    """The seal of a file, after comparing the file with it.
-
-    Raises:
-        DamagedError: File or seal is missing, truncated or edited.
-    """
-    seal = read_seal(path)
-    if not path.is_file():
-        raise DamagedError(f"{path} is missing")
-    size = path.stat().st_size
-    if size != seal["bytes"]:
-        raise DamagedError(f"{path} has {size} bytes, expected {seal['bytes']}")
-    if sha256_of(path) != seal["file_sha256"]:
-        raise DamagedError(f"{path} was changed after it was written")
-    return seal
-
-
-def is_whole(path: Path, key: str, *, otherwise: str) -> bool:
-    """Whether a file is finished, unchanged and made from `key`, the note of that name in its seal.
-
-    One that is damaged or foreign is set aside, with a log line that names it: it will be made again.
+def sound_or_aside(path: Path, check: Callable[[], T]) -> T | None:
+    """What `check` returns of a file or folder, or `None` if it is damaged: it is set aside then, and the log says so.
 
     Args:
-        path: A sealed file, or none yet.
-        key: What it should be made from.
-        otherwise: What a foreign one was made from, for the log line.
+        path: The file or folder.
+        check: Raises a `DamagedError` if it is not what it should be.
     """
-    if not is_sealed(path):
-        return False
     try:
-        notes = check_sealed(path)["notes"]
-        assert isinstance(notes, dict)
-        if notes.get("key") != key:
-            raise DamagedError(f"{path} was made from {otherwise}")
+        return check()
     except DamagedError as error:
         log.warning("%s; set aside as %s, it is made again", error, set_aside(path).name)
-        return False
-    return True
+        return None
 
 
-def remove_sealed(path: Path) -> None:
-    """Remove a file and its seal, the seal first: in between the file counts as not written."""
-    seal_of(path).unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
+def digest(value: object) -> str:
+    """SHA-256 of a JSON value, the same for equal values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+@lru_cache(maxsize=2**16)
+def _sha256_as_of(path: Path, mtime_ns: int, size: int) -> str:
+    return sha256_of(path)
 
 
 def set_aside(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""How tensors are kept in sealed files: named ones in safetensors, long tables in .npy, row by row."""
+"""Tensors as artifacts: named ones in safetensors, long tables in .npy, written row by row."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import OutputError
-from .store import write_sealed
+from .store import Artifact
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, object]) -> None:
-    """Write tensors as a sealed safetensors file; `notes` go into the seal."""
+def write_tensors(to: Artifact, tensors: Mapping[str, Tensor], notes: Mapping[str, object] | None = None) -> None:
+    """Write tensors as a safetensors file; `notes` go into its seal."""
     plain: dict[str, Tensor] = {}
     for key, value in tensors.items():
         value = value.detach().cpu().contiguous()
@@ -29,11 +29,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
             save_file(plain, draft)
         except SafetensorError as error:
             raise OutputError(
-                f"{path} cannot be written ({error}); what is finished stays good: make space and give the same command "
+                f"{to.path} cannot be written ({error}); what is finished stays good: make space and give the same command "
                 "again"
             ) from error
 
-    write_sealed(path, write, notes)
+    to.write(write, notes)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -48,17 +48,14 @@ def read_row(path: Path, key: str, row: int) -> Tensor:
         return file.get_slice(key)[row : row + 1][0].clone()
 
 
-def write_rows(
-    path: Path, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str, notes: Mapping[str, object]
-) -> None:
-    """Write a table of rows part by part as a sealed .npy file: memory does not grow with the number of rows.
+def write_rows(to: Artifact, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str) -> None:
+    """Write a table of rows part by part as a .npy file: memory does not grow with the number of rows.
 
     Args:
-        path: The file.
+        to: The file.
         parts: Arrays (n, *shape[1:]) of `dtype`, in order; shape[0] rows in all.
         shape: Of the whole table.
         dtype: NumPy's name of it.
-        notes: For the seal.
     """
 
     def write(draft: Path) -> None:
@@ -72,7 +69,7 @@ def write_rows(
                 rows += len(part)
         assert rows == shape[0], (rows, shape)
 
-    write_sealed(path, write, notes)
+    to.write(write)
 
 
 def open_rows(path: Path) -> Tensor:

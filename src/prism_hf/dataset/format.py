@@ -1,0 +1,123 @@
+"""The format of a distilled dataset: columns of its two tables, and how they are cut into shards.
+
+    data/train-*.parquet    config "default": image, label, slot, teacher_logits, job
+    views/train-*.parquet   config "views": one row per image and epoch, with its label; sorted by epoch
+    recipe.yaml, provenance.json, README.md, assets/
+
+docs/dataset_format.md is the contract. No pickles, no scripts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+
+from ..recipe.describe import VIEW_ROW_BYTES
+from ..recipe.plan import batch_ranges
+from ..recipe.schema import Recipe
+
+FORMAT_VERSION = 1
+IMAGES, VIEWS = "data", "views"
+"""Folders of the two tables."""
+TABLES = {"default": IMAGES, VIEWS: VIEWS}
+"""Config -> folder of its shards."""
+DISTILLED, RANDOM_REAL = "distilled", "random_real"
+"""What a dataset holds."""
+
+GROUP_BYTES = 4 * 2**20
+"""A row group holds about this many bytes: what a reader, and the writer, has in memory at once."""
+_SHARD_VIEWS = 2**13
+"""A shard of views holds no more views than this, if it holds more than one epoch: a killed run loses at most one shard."""
+
+
+def image_features(class_names: Sequence[str]) -> datasets.Features:
+    """Features of config "default"; `teacher_logits` are raw, float16, of the image without a view."""
+    return datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=list(class_names)),
+            "slot": datasets.Value("int32"),
+            "teacher_logits": datasets.List(datasets.Value("float16"), length=len(class_names)),
+            "job": datasets.Value("int32"),
+        }
+    )
+
+
+def view_features(num_classes: int) -> datasets.Features:
+    """Features of config "views"; boxes are top, left, height, width in pixels."""
+    box = datasets.List(datasets.Value("int16"), length=4)
+    return datasets.Features(
+        {
+            "epoch": datasets.Value("int32"),
+            "batch": datasets.Value("int32"),
+            "image_index": datasets.Value("int32"),
+            "crop": box,
+            "flip": datasets.Value("bool"),
+            "mix_image_index": datasets.Value("int32"),
+            "mix_crop": box,
+            "mix_flip": datasets.Value("bool"),
+            "mix_box": box,
+            "mix_weight": datasets.Value("float32"),
+            "teacher_logits": datasets.List(datasets.Value("float16"), length=num_classes),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of a table.
+
+    Attributes:
+        number: 0 to `of` - 1.
+        of: Shards of the table.
+        rows: What it holds: rows of the table of images, epochs of the table of views.
+    """
+
+    number: int
+    of: int
+    rows: range
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return f"train-{self.number:05d}-of-{self.of:05d}.parquet"
+
+
+def image_shards(recipe: Recipe, count: int) -> list[Shard]:
+    """The shards of a table of `count` images, cut between two batches of labels, by the size of the raw pixels."""
+    batches = batch_ranges(count, recipe.relabel.batch_size)
+    wanted = max(1, -(-count * _image_row_bytes(recipe) // _shard_bytes(recipe)))
+    shards = min(wanted, len(batches))
+    first = np.linspace(0, len(batches), shards + 1).astype(int).tolist()
+    ends = [batches[number].start for number in first[:-1]] + [count]
+    return [Shard(number, shards, range(ends[number], ends[number + 1])) for number in range(shards)]
+
+
+def view_shards(recipe: Recipe, count: int) -> list[Shard]:
+    """The shards of the views of `count` images, each of whole epochs."""
+    epochs = recipe.relabel.epochs
+    fit = _shard_bytes(recipe) // ((2 * recipe.data.num_classes + 2 * VIEW_ROW_BYTES) * count)
+    each = max(1, min(fit, _SHARD_VIEWS // count))
+    shards = -(-epochs // each)
+    return [Shard(n, shards, range(n * each, min((n + 1) * each, epochs))) for n in range(shards)]
+
+
+def image_group_rows(recipe: Recipe) -> int:
+    """Rows of a row group of images."""
+    return max(1, GROUP_BYTES // _image_row_bytes(recipe))
+
+
+def view_group_rows(num_classes: int) -> int:
+    """Rows of a row group of views; the last one of an epoch ends with it."""
+    return max(1, GROUP_BYTES // (2 * num_classes + VIEW_ROW_BYTES))
+
+
+def _image_row_bytes(recipe: Recipe) -> int:
+    return recipe.data.channels * recipe.data.size**2 + 2 * recipe.data.num_classes
+
+
+def _shard_bytes(recipe: Recipe) -> int:
+    return recipe.packaging.shard_megabytes * 10**6

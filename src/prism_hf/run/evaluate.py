@@ -1,0 +1,189 @@
+"""The stage evaluate: train the students of the table, keep one of them, write report.json, and complete the card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from ..dataset.reader import DistilledDataset, load_distilled
+from ..dataset.writer import versions
+from ..errors import StageError
+from ..evaluation.report import NO_CONTROL, Evaluation
+from ..evaluation.scores import Source, StudentTask, is_scored, read_scores, set_facts, student_tasks, train_and_score
+from ..evaluation.students import KEPT, keep_student
+from ..hub.figures import draw_diversity
+from ..models.folder import scored_on, source_facts
+from ..models.teacher import Teacher
+from ..recipe.plan import plan_jobs
+from ..recipe.schema import to_dict
+from ..runtime.store import is_finished, read_proof, write_json
+from .artifacts import job_file, read_failed
+from .context import Run
+from .package import write_card
+from .teacher_folders import squeezed_top1
+
+Keep = Callable[[nn.Module, float], None]
+
+
+def evaluate(run: Run) -> None:
+    """Train all students of the table.
+
+    Raises:
+        StageError: There is no packaged dataset.
+    """
+    if not (run.dataset / "README.md").is_file():
+        raise StageError(f"{run.dataset} is not packaged yet; run --stage package first")
+    # Every process reads the tables. The first one decodes them alone, so that memory is asked for once at a time.
+    with run.accelerator.main_process_first():
+        sources: dict[str, Source] = {"distilled": load_distilled(run.dataset)}
+        if run.control.is_dir():
+            sources["random_real"] = load_distilled(run.control)
+    sources["full"] = run.data.train
+    tasks = tasks_of(run, sources, run.work / "students")
+    keep = keep_in(run, run.student, sources["distilled"], tested_on=scored_on(run.recipe), test_count=len(run.data.test))
+    train_students(run, tasks, keep=keep)
+    evaluation = collect(run, tasks, sources, left_out=left_out(run, sources), verifier=run.verifier, network=run.judge)
+    if run.accelerator.is_main_process:
+        conclude(run, evaluation)
+
+
+def left_out(run: Run, sources: Mapping[str, Source]) -> dict[str, str]:
+    """Rows that cannot be had, with the reason."""
+    reasons = {}
+    if run.recipe.method == "random":
+        reasons["random real"] = NO_CONTROL
+    elif "random_real" not in sources:
+        reasons["random real"] = "a class has fewer real training images than ipc"
+    if not run.recipe.evaluation.full_data_epochs:
+        reasons["all real"] = "not yet run: the recipe sets evaluation.full_data_epochs to 0"
+    return reasons
+
+
+def tasks_of(run: Run, sources: Mapping[str, Source], folder: Path) -> list[StudentTask]:
+    """The students of a run's table; their scores are kept in `folder`."""
+    recipe, data = run.recipe, run.data
+    return student_tasks(sources, data.test, recipe.evaluation, recipe.relabel.view, folder, num_classes=data.num_classes)
+
+
+def train_students(run: Run, tasks: Sequence[StudentTask], *, keep: Keep | None = None) -> None:
+    """Train and score every student that has no score yet, shared over the processes.
+
+    Args:
+        run: Gives the processes.
+        tasks: The students.
+        keep: Stores one of them for others to use: soft labels of the distilled images, first seed.
+    """
+
+    def do(task: StudentTask, _: object) -> None:
+        kept = (task.row, task.seed) == (KEPT, task.settings.seeds[0])
+        device, every_s = run.accelerator.device, run.checkpoint_s
+        train_and_score(task, device=device, keep=keep if kept else None, every_s=every_s)
+
+    run.share("evaluate", tasks, is_done=is_scored, do=do, unit="student", name=lambda task: task.name)
+
+
+def keep_in(
+    run: Run,
+    folder: Path,
+    distilled: Source,
+    *,
+    tested_on: Mapping[str, object],
+    test_count: int,
+    source: Mapping[str, object] | None = None,
+    dataset_id: str | None = None,
+) -> Keep:
+    """What stores a student in a model folder.
+
+    Args:
+        run: Its recipe is how the student is trained.
+        folder: The model folder.
+        distilled: What the student learns from.
+        tested_on: The test part, from `scored_on`.
+        test_count: Its images.
+        source: The real data behind the distilled set, from `source_facts`; by default those of the run.
+        dataset_id: Hub id of the distilled set, or `None` if it is a local folder.
+    """
+    assert isinstance(distilled, DistilledDataset)
+    settings = run.recipe.evaluation
+
+    def keep(student: nn.Module, top1: float) -> None:
+        keep_student(
+            student,
+            distilled,
+            settings,
+            folder,
+            source=source or source_facts(run.recipe, run.data),
+            tested_on=tested_on,
+            dataset_id=dataset_id,
+            seed=settings.seeds[0],
+            top1=top1,
+            test_count=test_count,
+        )
+
+    return keep
+
+
+def collect(
+    run: Run,
+    tasks: Sequence[StudentTask],
+    sources: Mapping[str, Source],
+    *,
+    left_out: Mapping[str, str],
+    verifier: Teacher | None,
+    network: Teacher | None,
+) -> Evaluation:
+    """Read all scores, and measure what needs no training.
+
+    Args:
+        run: Gives recipe and device.
+        tasks: The students that were trained.
+        sources: `distilled`, `random_real`, `full`: those that there are.
+        left_out: Rows that could not be had, with the reason.
+        verifier: Judges packaged images.
+        network: Its features measure similarity.
+    """
+    distilled, settings = sources["distilled"], run.recipe.evaluation
+    assert isinstance(distilled, DistilledDataset)
+    classes, device = len(distilled.class_names), run.accelerator.device
+    evaluation = Evaluation(
+        scores=read_scores(tasks),
+        sets=set_facts(sources, verifier=verifier, network=network, num_classes=classes, device=device),
+        student=tasks[0].settings.student,
+        epochs=settings.epochs or distilled.num_epochs,
+        test_count=len(tasks[0].test),
+        verifier=verifier.name if verifier else None,
+        similarity_network=network.name if network else None,
+        left_out=left_out,
+        tested_on=run.recipe.data.tested_on,
+    )
+    return evaluation.of_random_images() if run.recipe.method == "random" else evaluation
+
+
+def conclude(run: Run, evaluation: Evaluation) -> None:
+    """Write report.json, and the figures into the card."""
+    sets = {evaluation.name_of(name): facts.diversity for name, facts in evaluation.sets.items()}
+    draw_diversity(run.dataset / "assets" / "diversity.png", sets, run.data.class_names)
+    report = report_of(run, evaluation)
+    write_json(run.folder / "report.json", report)
+    write_card(run, run.dataset, report)
+
+
+def report_of(run: Run, evaluation: Evaluation) -> dict[str, object]:
+    """report.json: every figure of the table with its seeds and settings."""
+    files = [job_file(run.work, job.id) for job in plan_jobs(run.recipe)]
+    notes = [read_proof(path).notes for path in files if is_finished(path)]
+    return {
+        "recipe": run.recipe.name,
+        "recipe_fingerprint": run.recipe.fingerprint(),
+        "seed": run.recipe.seed,
+        "ipc": run.recipe.synthesis.ipc,
+        "evaluation": evaluation.as_dict(),
+        "teachers_test_top1": squeezed_top1(run.recipe, run.teachers_root, run.data),
+        "jobs": [{k: note[k] for k in ("job", "logit_top1", "verifier_top1", "precision")} for note in notes],
+        "failed_jobs": [note["job"] for note in read_failed(run.work)],
+        "hardware": run.hardware | {"processes": run.accelerator.num_processes},
+        "versions": versions(),
+        "settings": to_dict(run.recipe),
+    }

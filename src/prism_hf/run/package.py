@@ -1,0 +1,233 @@
+"""The stage package: the dataset folders are made whole under another name, then take the place of the old ones.
+
+The shards of the tables are written already; they get a second name in the folder, no second copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dataset.format import IMAGES, RANDOM_REAL, VIEWS, image_shards, view_shards
+from ..dataset.verify import check_folder
+from ..dataset.writer import versions, write_provenance
+from ..errors import DamagedError, StageError
+from ..hub.dataset_card import card_facts, render_card, render_control_card
+from ..hub.figures import MAX_CLASSES, MAX_SLOTS, draw_grid, grid
+from ..recipe.plan import plan_jobs
+from ..recipe.yaml_file import dump_recipe, public_recipe
+from ..runtime.store import (
+    Artifact,
+    digest,
+    draft_folder,
+    files_below,
+    is_finished,
+    read_proof,
+    swap_folder,
+    write_bytes,
+)
+from ..runtime.tensors import open_rows
+from .artifacts import ImageSet, read_failed
+from .context import Run
+from .relabel import are_labelled, image_sets
+from .teacher_folders import squeezed_top1
+from .trackers import log_pictures
+
+
+def package(run: Run) -> None:
+    """Make the dataset folder and the control's, each with its provenance; the card says what is not yet run.
+
+    Raises:
+        StageError: Some images or views are not labelled.
+    """
+    sets = image_sets(run)
+    if not are_labelled(run, sets):
+        raise StageError("the images are not all labelled; run --stage relabel first")
+    if run.accelerator.is_main_process:
+        distilled, *control = sets
+        _package_dataset(run, distilled, partial_facts(run, len(distilled)))
+        for images in control:
+            package_control(run, images)
+
+
+def partial_facts(run: Run, count: int) -> dict[str, object] | None:
+    """What provenance and card say of a dataset without the images of failed jobs; `None` if all are there."""
+    if count == run.recipe.num_images:
+        return None
+    return {"images": count, "of": run.recipe.num_images, "failed_jobs": [note["job"] for note in read_failed(run.work)]}
+
+
+def _package_dataset(run: Run, images: ImageSet, partial: Mapping[str, object] | None) -> None:
+    """The distilled set; its card keeps the figures of an evaluation of these very tables."""
+    folder, report = run.dataset, run.folder / "report.json"
+    before = _listed(folder)
+    if (draft := _build(run, images, folder, partial)) is None:
+        return
+    (draft / "assets").mkdir(exist_ok=True)
+    pixels, slots = _grid_images(run, images), min(run.recipe.synthesis.ipc, MAX_SLOTS)
+    draw_grid(draft / "assets" / "grid.png", pixels, run.data.class_names, slots)
+    steps = sum(job.iterations for job in plan_jobs(run.recipe))
+    log_pictures(run.accelerator, "distilled", grid(pixels, slots), step=steps)
+    figures, known = folder / "assets" / "diversity.png", None
+    if before is not None and before == _listed(draft) and report.is_file() and figures.is_file():
+        known = json.loads(report.read_text(encoding="utf-8"))
+        shutil.copyfile(figures, draft / "assets" / "diversity.png")
+    write_card(run, draft, known)
+    _finish(run, images, draft, folder, partial)
+
+
+def package_control(run: Run, images: ImageSet) -> None:
+    """Random real images, as a dataset of their own."""
+    if (draft := _build(run, images, run.control, None)) is not None:
+        public = public_recipe(run.recipe)
+        facts = card_facts(draft, public, run.data.class_names, None)
+        write_bytes(draft / "README.md", render_control_card(facts, public).encode())
+        _finish(run, images, draft, run.control, None)
+
+
+def write_card(run: Run, folder: Path, report: Mapping[str, Any] | None) -> None:
+    """Write the card of the distilled set in a folder, with or without the figures of an evaluation."""
+    public = public_recipe(run.recipe)
+    facts = card_facts(folder, public, run.data.class_names, report)
+    write_bytes(folder / "README.md", render_card(facts, public).encode())
+
+
+def _build(run: Run, images: ImageSet, folder: Path, partial: Mapping[str, object] | None) -> Path | None:
+    """A draft of a folder with tables and provenance, or `None` if the folder is what it would be."""
+    if _is_packaged(run, images, folder, partial):
+        run.say(f"package: {folder} found as it should be")
+        return None
+    run.say(f"package: writing {folder}")
+    public, teachers = public_recipe(run.recipe), run.teachers(run.recipe.all_teachers)
+    draft = draft_folder(folder)
+    try:
+        for table, shards in _shards(run, images).items():
+            (draft / table).mkdir()
+            for shard in shards:
+                _link(shard.path, draft / table / shard.path.name)
+        write_bytes(draft / "recipe.yaml", dump_recipe(public).encode())
+        write_provenance(
+            draft,
+            recipe=public,
+            teachers=dict(zip(public.all_teachers, teachers.values(), strict=True)),
+            source_revision=run.data.revision,
+            source_on_hub=run.data.on_hub,
+            hardware=_hardware(run, images),
+            squeezed_top1=squeezed_top1(run.recipe, run.teachers_root, run.data),
+            images=RANDOM_REAL if run.recipe.method == "random" else images.name,
+            partial=partial,
+        )
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return draft
+
+
+def _shards(run: Run, images: ImageSet) -> dict[str, list[Artifact]]:
+    files, recipe, count = run.artifacts, run.recipe, len(images)
+    return {
+        IMAGES: [files.image_shard(images, shard) for shard in image_shards(recipe, count)],
+        VIEWS: [files.view_shard(images, shard) for shard in view_shards(recipe, count)],
+    }
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _finish(run: Run, images: ImageSet, draft: Path, folder: Path, partial: Mapping[str, object] | None) -> None:
+    _keep_foreign(folder, draft)
+    provenance = (draft / "provenance.json").read_bytes()
+    swap_folder(draft, folder)
+    _record(run, images, partial).write(lambda copy: _write(copy, provenance))
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _record(run: Run, images: ImageSet, partial: Mapping[str, object] | None) -> Artifact:
+    """A copy of provenance.json in DIR/work, with the key of everything that the folder is made from."""
+    hashes = {
+        f"{table}/{s.path.name}": read_proof(s.path).sha256
+        for table, shards in _shards(run, images).items()
+        for s in shards
+    }
+    public = public_recipe(run.recipe)
+    facts = [
+        public.fingerprint(),
+        public.name,
+        list(run.data.class_names),
+        squeezed_top1(run.recipe, run.teachers_root, run.data),
+        dict(run.artifacts.weights),
+        versions(),
+        _hardware(run, images),
+        partial,
+    ]
+    return Artifact(run.work / images.name / "provenance.json", digest([hashes, *facts]))
+
+
+def _is_packaged(run: Run, images: ImageSet, folder: Path, partial: Mapping[str, object] | None) -> bool:
+    record, provenance = _record(run, images, partial), folder / "provenance.json"
+    if not is_finished(record.path) or not provenance.is_file():
+        return False
+    try:
+        record.check()
+    except DamagedError as error:
+        run.say(f"package: {error}; {folder} is packaged again")
+        return False
+    if record.path.read_bytes() != provenance.read_bytes():
+        return False
+    differences = check_folder(folder).differences
+    for line in differences:
+        run.warn(f"{folder}: {line}; it is packaged again")
+    return not differences
+
+
+def _hardware(run: Run, images: ImageSet) -> dict[str, object]:
+    """Of this launch, with the precision of the jobs: some may be another launch's, or were made again in float32."""
+    jobs = {job for _, _, job, _ in images.origins if job >= 0}
+    # Labels are always made in float32, and the control has nothing else.
+    precisions = {str(read_proof(run.artifacts.job_path(job)).notes["precision"]) for job in jobs} or {"float32"}
+    return run.hardware | {"precision": " and ".join(sorted(precisions))}
+
+
+def _grid_images(run: Run, images: ImageSet) -> Tensor:
+    """The images of the grid: the first classes and slots, white where one is missing."""
+    data, ipc = run.recipe.data, min(run.recipe.synthesis.ipc, MAX_SLOTS)
+    classes = min(data.num_classes, MAX_CLASSES)
+    canvas = torch.full((classes * ipc, data.channels, data.size, data.size), 255, dtype=torch.uint8)
+    pixels = open_rows(run.artifacts.pixels(images).path)
+    for row, (label, slot, *_) in enumerate(images.origins):
+        if label < classes and slot < ipc:
+            canvas[label * ipc + slot] = pixels[row]
+    return canvas
+
+
+def _keep_foreign(old: Path, draft: Path) -> None:
+    """Copy what somebody else has put into a dataset folder; only what we made is replaced."""
+    ours = {"README.md", "provenance.json", *(_listed(old) or {})}
+    for path in files_below(old):
+        name = path.relative_to(old).as_posix()
+        if name not in ours and not name.startswith(("data/train-", "views/train-", "assets/")):
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, draft / name)
+
+
+def _listed(folder: Path) -> dict[str, object] | None:
+    """What provenance.json of a folder vouches for; `None` if it says nothing."""
+    try:
+        return dict(json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

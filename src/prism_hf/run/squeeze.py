@@ -1,0 +1,40 @@
+"""The stage squeeze: train the `squeeze:` teachers that are not there yet."""
+
+from __future__ import annotations
+
+from ..models.squeeze import check_squeezed, clear_scratch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
+from ..runtime.share import Progress
+from ..runtime.store import sound_or_aside, write_json
+from .artifacts import SQUEEZED
+from .context import Run
+from .teacher_folders import squeezed_top1
+
+
+def squeeze(run: Run) -> None:
+    """Train every `squeeze:` teacher of the recipe that is not trained, and store it below the folder of teachers."""
+
+    def train(name: str, progress: Progress) -> None:
+        device, every_s = run.accelerator.device, run.checkpoint_s
+        squeeze_teacher(name, run.recipe, run.data, run.teachers_root, device=device, every_s=every_s)
+
+    names = run.recipe.squeezed_teachers
+    run.share("squeeze", names, is_done=lambda name: is_trained(run, name), do=train, unit="teacher")
+    scores = squeezed_top1(run.recipe, run.teachers_root, run.data)
+    for name, top1 in scores.items():
+        run.say(f"squeeze: {name} scores {100 * top1:.1f} % on the test part")
+    if run.accelerator.is_main_process:
+        write_json(run.work / SQUEEZED, scores)  # for the status: teachers may lie anywhere
+
+
+def is_trained(run: Run, name: str) -> bool:
+    """Whether a teacher is there and whole; a damaged one is set aside.
+
+    Raises:
+        TeacherError: It was trained on other images than the source holds now.
+    """
+    folder = teacher_folder(name, run.recipe, run.teachers_root)
+    if not is_squeezed(folder) or sound_or_aside(folder, lambda: check_squeezed(folder)) is None:
+        return False
+    read_squeezed(folder, run.data)
+    clear_scratch(folder)
+    return True

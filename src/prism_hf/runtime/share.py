@@ -1,0 +1,167 @@
+"""The one loop over independent tasks: skip what is done, say how many, split over processes, show progress, wait."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object, tqdm
+
+from ..errors import OutputError
+from .store import write_json
+from .units import duration_text
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+ESTIMATE_AFTER_S = 20.0
+"""A stage that is not done by then says in the log how long it should take."""
+_WRITE_EVERY_S = 5.0
+
+
+def share(
+    accelerator: Accelerator,
+    stage: str,
+    tasks: Sequence[T],
+    *,
+    is_done: Callable[[T], bool],
+    do: Callable[[T, Progress], None],
+    unit: str,
+    notes: Path,
+    prepare: Callable[[list[T]], None] = lambda _: None,
+    name: Callable[[T], str] = str,
+    size: Callable[[T], int] = lambda _: 1,
+    steps: str = "",
+    title: str = "",
+) -> None:
+    """Do every task that is not done, shared over the processes; returns on all of them when all are done.
+
+    Args:
+        accelerator: The processes.
+        stage: What the tasks belong to, for bar, log and status.
+        tasks: The same on every process. The largest are done first, so that the processes finish together.
+        is_done: Whether a task is done. Each process looks at its share; nobody looks while another is already at work.
+        do: Does one task. It may tell its progress in steps; a task that tells nothing counts at its end.
+        unit: What a task is, in the singular.
+        notes: Folder for progress-RANK.json, which `prism-hf status` reads.
+        prepare: Called on every process with the tasks that are not done, if there are any.
+        name: Of a task.
+        size: Steps of a task.
+        steps: What a step is, in the singular; by default a step is a task.
+        title: Stands before the stage on the bar, where the run is one of many.
+    """
+    missing = unfinished(accelerator, tasks, is_done)
+    if accelerator.is_main_process:
+        log.info("%s: %d of %d %ss found, %d to do", stage, len(tasks) - len(missing), len(tasks), unit, len(missing))
+    if missing:
+        prepare(missing)
+        largest_first = sorted(missing, key=size, reverse=True)
+        mine = largest_first[accelerator.process_index :: accelerator.num_processes]
+        path = notes / f"progress-{accelerator.process_index}.json"
+        progress = Progress(path, stage, sum(map(size, mine)), steps or unit, title, tell=accelerator.is_main_process)
+        try:
+            for task in mine:
+                progress.begin(name(task))
+                do(task, progress)
+                progress.end(size(task))
+        finally:
+            progress.close()
+    accelerator.wait_for_everyone()
+
+
+def unfinished(accelerator: Accelerator, tasks: Sequence[T], is_done: Callable[[T], bool]) -> list[T]:
+    """The tasks that are not done, in order, known to every process.
+
+    Looking can mean reading files to their end, so the work is divided.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    missing = [number for number in range(rank, len(tasks), world) if not is_done(tasks[number])]
+    return [tasks[number] for number in sorted(gather_object(missing))]
+
+
+class Progress:
+    """The progress of this process in a stage: a bar for people, a small JSON file for `prism-hf status`.
+
+    Args:
+        path: The JSON file; a process that is killed leaves it behind.
+        stage: Name of the stage.
+        total: Steps of this process's share.
+        unit: What a step is, in the singular.
+        title: Stands before the stage on the bar.
+        tell: Whether to write the one estimate into the log.
+    """
+
+    def __init__(self, path: Path, stage: str, total: int, unit: str, title: str = "", *, tell: bool = True) -> None:
+        self._path, self._stage, self._total, self._unit, self._tell = path, stage, total, unit, tell
+        self._made, self._skipped, self._at_begin = 0, 0, 0
+        self._task = ""
+        self._started, self._written = time.monotonic(), 0.0
+        self._bar = tqdm(total=total, desc=f"{title}, {stage}" if title else stage, unit=unit, leave=not title)
+
+    def begin(self, task: str) -> None:
+        """A task begins."""
+        self._task, self._at_begin = task, self.count
+        self._write()
+
+    def advance(self, steps: int = 1) -> None:
+        """Steps were made."""
+        self._made += steps
+        self._bar.update(steps)
+        if self._tell and time.monotonic() - self._started > ESTIMATE_AFTER_S:
+            self._tell = False
+            log.info("%s: about %s left", self._stage, duration_text(self.seconds_left or 0))
+        if time.monotonic() - self._written > _WRITE_EVERY_S:
+            self._write()
+
+    def skip(self, steps: int) -> None:
+        """Steps that need not be made, or were made by an earlier launch: they say nothing about speed."""
+        self._skipped += steps
+        self._bar.update(steps)
+
+    def end(self, steps: int) -> None:
+        """A task of so many steps ends; those that it did not tell are counted now."""
+        told = self.count - self._at_begin
+        if told:
+            self.skip(steps - told)
+        else:
+            self.advance(steps)
+
+    def close(self) -> None:
+        """The share ends."""
+        self._bar.close()
+        self._path.unlink(missing_ok=True)
+
+    @property
+    def count(self) -> int:
+        """Steps so far, those of earlier tasks and launches included."""
+        return self._made + self._skipped
+
+    @property
+    def seconds_left(self) -> float | None:
+        """An estimate from the speed so far, or `None` before anything was made."""
+        if not self._made:
+            return None
+        seconds = time.monotonic() - self._started
+        return seconds / self._made * (self._total - self.count)
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        note = {
+            "stage": self._stage,
+            "unit": self._unit,
+            "done": self.count,
+            "of": self._total,
+            "now": self._task,
+            "seconds_left": self.seconds_left,
+            "updated": time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        with suppress(OutputError):  # only a note: on a full disk the next file that matters says so
+            write_json(self._path, note)
