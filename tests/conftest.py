@@ -62,7 +62,7 @@ def _same_random_numbers_in_any_order() -> None:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny run up to its data set; tests copy it."""
+    """The folder of a tiny run up to its dataset; tests copy it."""
     from pipeline import make
 
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -75,8 +75,10 @@ def compared(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     """A finished comparison of PRISM and SRe2L, and its teachers; tests that change it copy it."""
     from comparisons import comparison, named
 
+    from prism_hf.compare.runs import make
+
     folder = tmp_path_factory.mktemp("compared") / "compare"
-    comparison(folder, finished_run / "teachers", named("prism", "sre2l"))()
+    assert make(comparison(folder, finished_run / "teachers", named("prism", "sre2l"))) == {}
     return folder, finished_run / "teachers"
 
 

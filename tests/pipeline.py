@@ -53,22 +53,23 @@ def launch(*words, name="prism", recipe=RECIPE):
     return run_command(module.main, module.parse([*([str(recipe)] if recipe else []), *map(str, words)]))
 
 
-def stages(folder, teachers, *overrides, **more):
-    """The stages of a tiny run in process, without a command around them."""
+def run_in(folder, teachers, *overrides, **more):
+    """A tiny run in process, without a command around it."""
     from prism_hf.run.context import Run, make_accelerator
-    from prism_hf.run.stages import Stages
 
     AcceleratorState._reset_state(True)
-    made = Stages(Run(tiny(*overrides), Path(folder), Path(teachers), make_accelerator(folder, threads=1), **more))
-    write_bytes(made.run.folder / "recipe.yaml", dump_recipe(made.recipe).encode())
-    return made
+    run = Run(tiny(*overrides), Path(folder), Path(teachers), make_accelerator(folder, threads=1), **more)
+    write_bytes(run.folder / "recipe.yaml", dump_recipe(run.recipe).encode())
+    return run
 
 
 def make(folder, teachers, *overrides, wanted=STAGES[:4], **more):
-    """A tiny run up to its data set."""
-    made = stages(folder, teachers, *overrides, **more)
-    made(wanted)
-    return made
+    """A tiny run up to its dataset."""
+    from prism_hf.run.stages import run_stages
+
+    run = run_in(folder, teachers, *overrides, **more)
+    run_stages(run, wanted)
+    return run
 
 
 def sha_tree(folder):
@@ -118,7 +119,9 @@ def save_timm(folder, architecture="test_byobnet", *, classes=3, names=None, see
 
 
 def quiet_env():
-    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "TQDM_DISABLE": "1"}
+    """The environment of a process of its own, which runs the code of this checkout."""
+    here = {"PYTHONPATH": str(ROOT / "src")}
+    return os.environ | here | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
 PYTHON = sys.executable
@@ -126,8 +129,8 @@ PYTHON = sys.executable
 
 def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", epochs=3, ipc=3, names=None, shard_mb=500,
               classes=None, seed=0, name=None):  # fmt: skip
-    """A data set folder with tables, card-ready provenance left out; returns what went in."""
-    from prism_hf.dataset.writer import ImageTable, build_dataset, view_table
+    """A dataset folder with tables, card-ready provenance left out; returns what went in."""
+    from prism_hf.dataset.writer import ImageRows, build_dataset
     from prism_hf.images.pixels import decode, encode
     from prism_hf.images.views import draw_views, to_columns
     from prism_hf.runtime.seeds import derived_seed
@@ -142,7 +145,7 @@ def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", 
     )  # fmt: skip
     pixels = torch.randint(256, (count, channels, size, size), dtype=torch.uint8, generator=generator)
     encoded = [encode(image, image_format, jpeg_quality=90) for image in pixels]
-    table = ImageTable(
+    table = ImageRows(
         encoded=encoded,
         labels=torch.arange(len(names)).repeat_interleave(ipc),
         slots=torch.arange(ipc).repeat(len(names)),
@@ -160,8 +163,7 @@ def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", 
             columns["teacher_logits"] = torch.randn((len(rows), len(names)), generator=own).half().numpy()
             parts.append(columns)
         views.append({key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
-    epochs_of_tables = ([view_table(epoch, len(names))] for epoch in views)
-    build_dataset(folder, table, epochs_of_tables, recipe=recipe, class_names=names)
+    build_dataset(folder, table, views, recipe=recipe, class_names=names)
     shown = torch.stack([decode(data, channels) for data in encoded])
     return recipe, names, table, views, shown
 

@@ -42,7 +42,8 @@ from prism_hf.images.source import load_source
 from prism_hf.models.load import load_teacher
 from prism_hf.recipe.schema import DataRecipe
 from prism_hf.recipe.yaml_file import load_recipe, parse_recipe
-from prism_hf.run.context import Run, make_accelerator, start_trackers
+from prism_hf.run.context import Run, make_accelerator
+from prism_hf.run.trackers import start_trackers
 from prism_hf.runtime.untrusted import (
     homes_of,
     is_inside,

@@ -11,7 +11,8 @@ import torch
 from pipeline import PYTHON, add_card, quiet_env, save_timm, sha_tree, small_set
 
 from prism_hf.dataset.reader import load_distilled
-from prism_hf.dataset.writer import data_files, image_features, view_features, write_provenance
+from prism_hf.dataset.format import image_features, view_features
+from prism_hf.dataset.writer import data_files, write_provenance
 from prism_hf.hub.dataset_card import REPLAY
 from prism_hf.images.pixels import decode
 from prism_hf.models.load import load_teachers

@@ -14,7 +14,8 @@ from prism_hf.dataset import reader as reading
 from prism_hf.dataset.reader import DistilledDataset
 from prism_hf.errors import DataError, StoppedError
 from prism_hf.evaluation import students
-from prism_hf.evaluation.students import ROWS, Keep, keep_student, label_bytes, train_on_real, train_student
+from prism_hf.evaluation.scores import student_tasks
+from prism_hf.evaluation.students import ROWS, keep_student, label_bytes, train_on_real, train_student
 from prism_hf.images.pixels import to_reference
 from prism_hf.images.source import ImageSplit
 from prism_hf.images.views import apply_views, from_columns
@@ -23,8 +24,8 @@ from prism_hf.method.relabel import label_images, relabel_epoch
 from prism_hf.method.soft_labels import class_shares, soft_label_loss
 from prism_hf.models.build import build_network
 from prism_hf.recipe.plan import batch_ranges
-from prism_hf.run.scores import Contest
 from prism_hf.runtime.checkpoint import Checkpoint
+from prism_hf.runtime.store import Artifact
 
 CPU = torch.device("cpu")
 
@@ -452,7 +453,7 @@ def test_more_label_epochs_than_the_folder_holds_are_an_error(tiny_recipe, toy):
 def test_a_training_goes_on_across_the_turn_of_the_epochs(tiny_recipe, packed_once, tmp_path, monkeypatch, labels, stopped):
     settings = settings_of(tiny_recipe, {"epochs": 4, "label_epochs": 2, "batch_size": 8})
     whole = train_student(packed_once, settings, labels=labels, seed=0, device=CPU).state_dict()
-    file, steps = tmp_path / "state.safetensors", []
+    file, steps = Artifact(tmp_path / "state.safetensors", "key"), []
 
     def stop(checkpoint, make_state):
         steps.append(1)
@@ -463,8 +464,8 @@ def test_a_training_goes_on_across_the_turn_of_the_epochs(tiny_recipe, packed_on
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "tick", stop)
         with pytest.raises(StoppedError):
-            train_student(packed_once, settings, labels=labels, seed=0, device=CPU, checkpoint=Checkpoint(file, "key", 1e9))
-    found = train_student(packed_once, settings, labels=labels, seed=0, device=CPU, checkpoint=Checkpoint(file, "key", 1e9))
+            train_student(packed_once, settings, labels=labels, seed=0, device=CPU, checkpoint=Checkpoint(file, 1e9))
+    found = train_student(packed_once, settings, labels=labels, seed=0, device=CPU, checkpoint=Checkpoint(file, 1e9))
     assert same(whole, found.state_dict())
 
 
@@ -529,13 +530,13 @@ def test_full_data_student_is_reproducible_and_never_mixes(ceiling):
         (1, False, {"full-hard", "distilled-hard", "distilled-soft"}),
     ],
 )
-def test_full_data_epochs_and_seeds_decide_the_tasks(tiny_recipe, toy, split, epochs, control, keys):
+def test_full_data_epochs_and_seeds_decide_the_tasks(tiny_recipe, toy, split, tmp_path, epochs, control, keys):
     settings = settings_of(tiny_recipe, {"full_data_epochs": epochs, "seeds": [3, 5]})
     view = tiny_recipe().relabel.view
-    contest = Contest(toy, toy if control else None, split, split, settings, view, left_out={})
-    tasks = contest.tasks()
-    assert {row.key for row in contest.rows()} == keys
-    assert sorted((row.key, seed) for row, seed in tasks) == sorted((key, seed) for key in keys for seed in (3, 5))
+    sources = {"distilled": toy, "full": split} | ({"random_real": toy} if control else {})
+    tasks = student_tasks(sources, split, settings, view, tmp_path, num_classes=3)
+    assert sorted((task.row.key, task.seed) for task in tasks) == sorted((key, seed) for key in keys for seed in (3, 5))
+    assert [task.row.images for task in tasks[:2]] == (["full"] * 2 if epochs else ["random_real"] * 2), "the long ones"
     assert len({row.key for row in ROWS}) == 5
 
 
@@ -543,8 +544,10 @@ def keep(tiny_recipe, toy, folder, changes=None):
     settings = settings_of(tiny_recipe, changes)
     student = build_network(settings.student, num_classes=3, channels=3).eval()
     source = {"id": "org/real", "on_hub": True, "revision": "abc", "licence": "mit"}
-    place = Keep(folder / "student", source, {"id": "org/real", "split": "val"}, dataset_id="org/set")
-    keep_student(student, toy, settings, place, seed=5, top1=0.25, test_count=450)
+    keep_student(
+        student, toy, settings, folder / "student", source=source, tested_on={"id": "org/real", "split": "val"},
+        dataset_id="org/set", seed=5, top1=0.25, test_count=450,
+    )  # fmt: skip
 
 
 def test_the_facts_of_a_kept_student_are_complete(tiny_recipe, toy, tmp_path):

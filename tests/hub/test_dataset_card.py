@@ -10,7 +10,7 @@ from pipeline import add_card, small_set, tiny
 
 # markdown-it-py is there wherever huggingface-hub is (through typer and rich).
 from cards import HOSTILE, NAMES, TEACHER, evaluation, render, shape, shown, tokens
-from prism_hf.dataset.writer import image_features, view_features
+from prism_hf.dataset.format import image_features, view_features
 from prism_hf.hub.dataset_card import (
     METADATA_KEYS,
     card_facts,

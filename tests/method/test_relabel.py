@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from prism_hf.dataset.writer import ImageTable, build_dataset, view_table
+from prism_hf.dataset.writer import ImageRows, build_dataset
 from prism_hf.errors import TeacherError
 from prism_hf.images.pixels import to_reference
 from prism_hf.images.views import from_columns
@@ -173,9 +173,9 @@ def test_logits_beyond_float16_are_an_error_that_names_the_teacher(tiny_recipe, 
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_epochs_is_the_number_of_views_per_image(tiny_recipe, label, tmp_path, epochs):
     made = tiny_recipe({"relabel.epochs": epochs})
-    table = ImageTable([b"x"] * 7, *(torch.zeros(7, dtype=torch.int64) for _ in range(3)), torch.zeros(7, 3).half())
-    stream = ([view_table(label(epoch=number), 3)] for number in range(made.relabel.epochs))
-    build_dataset(tmp_path, table, stream, recipe=made, class_names=["a", "b", "c"])
+    rows = ImageRows([b"x"] * 7, *(torch.zeros(7, dtype=torch.int64) for _ in range(3)), torch.zeros(7, 3).half())
+    labelled = [label(epoch=number) for number in range(made.relabel.epochs)]
+    build_dataset(tmp_path, rows, labelled, recipe=made, class_names=["a", "b", "c"])
     views = pq.read_table(tmp_path / "views")
     assert views.num_rows == 7 * epochs
     assert set(views["epoch"].to_pylist()) == set(range(epochs))

@@ -1,16 +1,18 @@
+"""A run: its processes, folders, data, networks and times."""
+
 import json
 import time
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from pipeline import mtimes, one_line, tiny
+from pipeline import one_line, run_in, tiny
 
-from prism_hf.errors import OutputError, RecipeError
+from prism_hf.errors import RecipeError
 from prism_hf.recipe.plan import STAGES, TRACKERS
-from prism_hf.recipe.yaml_file import load_recipe
-from prism_hf.run.context import Run, claimed, log_pictures, make_accelerator, start_trackers
-from prism_hf.runtime.lock import LOCK
+from prism_hf.run.context import Loaded, Run, make_accelerator
+
+NAME = "squeeze:test_efficientnet"
 
 
 @pytest.fixture
@@ -18,81 +20,6 @@ def accelerator():
     AcceleratorState._reset_state(True)
     yield make_accelerator()
     AcceleratorState._reset_state(True)
-
-
-def claim(folder, recipe, **more):
-    with claimed(folder, recipe, **more) as left:
-        return left
-
-
-def kept(folder):
-    """Times of all files but the lock, which is touched by whoever takes it."""
-    return {path: time for path, time in mtimes(folder).items() if not path.endswith(LOCK)}
-
-
-# -- the output folder ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("prepare", ["missing", "empty", "deep"])
-def test_a_new_folder_is_claimed_with_the_resolved_recipe(tmp_path, prepare):
-    folder = tmp_path / "a" / "b" if prepare == "deep" else tmp_path / "out"
-    if prepare == "empty":
-        folder.mkdir()
-    with claimed(folder, tiny()):
-        assert load_recipe(folder / "recipe.yaml") == tiny()
-    assert {p.name for p in folder.iterdir()} == {"recipe.yaml", LOCK}
-
-
-def test_the_same_recipe_finds_its_folder_again(tmp_path):
-    claim(tmp_path / "out", tiny())
-    before = kept(tmp_path)
-    claim(tmp_path / "out", tiny())
-    claim(tmp_path / "out", tiny("name=renamed"))
-    assert kept(tmp_path) == before
-
-
-def test_another_recipe_is_refused_and_the_keys_are_named(tmp_path):
-    claim(tmp_path / "out", tiny())
-    before = mtimes(tmp_path)
-    with pytest.raises(OutputError) as error:
-        claim(tmp_path / "out", tiny("synthesis.lr=0.5", "seed=3", "relabel.view.mix=mixup", "name=renamed"))
-    text = one_line(error)
-    assert all(word in text for word in ("synthesis.lr", "seed", "relabel.view.mix", "--output"))
-    assert "synthesis.ipc" not in text
-    assert "name" not in text.split("differ:")[1]
-    assert mtimes(tmp_path) == before
-
-
-@pytest.mark.parametrize("kind", ["other files", "a file", "below a file", "broken recipe"])
-def test_foreign_places_are_refused_and_left_alone(tmp_path, kind):
-    folder = tmp_path / "out"
-    if kind == "other files":
-        folder.mkdir()
-        (folder / "thesis.txt").write_text("precious")
-    elif kind == "broken recipe":
-        folder.mkdir()
-        (folder / "recipe.yaml").write_text("synthesis: [")
-    else:
-        folder.write_text("precious")
-    before = mtimes(tmp_path)
-    with pytest.raises(OutputError) as error:
-        claim(folder / "x" if kind == "below a file" else folder, tiny())
-    assert str(folder) in one_line(error)
-    assert mtimes(tmp_path) == before
-
-
-# -- processes and times ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("count", "world"), [(7, 1), (7, 2), (7, 3), (2, 4), (0, 2)])
-def test_processes_share_everything_once(tmp_path, accelerator, monkeypatch, count, world):
-    shares = []
-    for rank in range(world):
-        monkeypatch.setattr(type(accelerator), "process_index", rank)
-        monkeypatch.setattr(type(accelerator), "num_processes", world)
-        shares.append(Run(tiny(), tmp_path, tmp_path, accelerator).mine(range(count)))
-    assert sorted(item for share in shares for item in share) == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_times_add_up_over_launches_in_the_order_of_stages(tmp_path, accelerator):
@@ -121,7 +48,11 @@ def test_threads_are_set_when_asked(tmp_path):
     AcceleratorState._reset_state(True)
 
 
-# -- trackers ---------------------------------------------------------------------------------------------------------
+def test_times_of_an_interrupted_stage_are_kept(tmp_path, accelerator):
+    run = Run(tiny(), tmp_path, tmp_path, accelerator)
+    with pytest.raises(KeyboardInterrupt), run.timed("squeeze"):
+        raise KeyboardInterrupt
+    assert "squeeze" in run.times()
 
 
 @pytest.mark.parametrize("name", ["nonsense", "all", "wandb", "trackio"])
@@ -134,36 +65,51 @@ def test_unknown_or_missing_trackers_are_one_line(tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-def test_tensorboard_takes_the_recipe_scalars_and_pictures(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    AcceleratorState._reset_state(True)
-    accelerator = make_accelerator(tmp_path, log_with="tensorboard")
-    run = Run(tiny(), tmp_path, tmp_path, accelerator)
-    start_trackers(run)
-    accelerator.log({"job0/ce": 0.5}, step=1)
-    for channels in (1, 3):
-        log_pictures(accelerator, f"picture{channels}", torch.zeros(channels, 5, 4, dtype=torch.uint8), step=1)
-    accelerator.end_training()
-    (file,) = (p for p in (tmp_path / "logs").rglob("events*") if p.parent.name == "prism-hf")
-    events = EventAccumulator(str(file))
-    events.Reload()
-    assert "job0/ce" in events.Tags()["scalars"]
-    assert set(events.Tags()["images"]) == {"picture1", "picture3"}
-    (picture,) = events.Images("picture1")
-    assert (picture.height, picture.width) == (5, 4)
+def test_precision_is_what_the_launch_asks_for_and_never_float16(tmp_path, monkeypatch):
+    for asked, precision in (("no", "float32"), ("bf16", "bf16")):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+        AcceleratorState._reset_state(True)
+        assert Run(tiny(), tmp_path, tmp_path, make_accelerator()).precision == precision
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(RecipeError) as error:
+        make_accelerator()
+    assert "bf16" in one_line(error)
     AcceleratorState._reset_state(True)
 
 
-def test_without_a_tracker_nothing_is_written(tmp_path):
-    AcceleratorState._reset_state(True)
-    accelerator = make_accelerator(tmp_path / "out")
-    start_trackers(Run(tiny(), tmp_path / "out", tmp_path, accelerator))
-    log_pictures(accelerator, "x", torch.zeros(1, 2, 2, dtype=torch.uint8), step=0)
-    accelerator.end_training()
-    assert not (tmp_path / "out").exists()
-    AcceleratorState._reset_state(True)
+# -- data and networks ------------------------------------------------------------------------------------------------
+
+
+def test_data_and_teachers_are_loaded_once(finished_run):
+    run = run_in(finished_run, finished_run / "teachers")
+    assert run.data is run.data
+    assert run.teachers([NAME])[NAME] is run.teachers([NAME, "squeeze:test_byobnet"])[NAME]
+    assert list(run.teachers([NAME, "squeeze:test_byobnet", NAME])) == [NAME, "squeeze:test_byobnet"]
+    assert run.artifacts is run.artifacts
+
+
+def test_runs_share_what_is_loaded(finished_run, tmp_path):
+    loaded = Loaded()
+    first = run_in(tmp_path / "a", finished_run / "teachers", loaded=loaded)
+    second = run_in(tmp_path / "b", finished_run / "teachers", "synthesis.lr=0.5", loaded=loaded)
+    other = run_in(tmp_path / "c", finished_run / "teachers", "data.size=8", loaded=loaded)
+    assert first.data is second.data
+    assert first.teachers([NAME])[NAME] is second.teachers([NAME])[NAME]
+    assert other.data is not first.data
+
+
+def test_the_judge_is_the_verifier_or_else_the_logit_teacher(finished_run, tmp_path):
+    run = run_in(tmp_path / "a", finished_run / "teachers")
+    assert run.verifier is None
+    assert run.judge.name == "squeeze:test_byobnet"
+    with_verifier = run_in(tmp_path / "b", finished_run / "teachers", f"teachers.verifier={NAME}", "teachers.bn_pool=[]")
+    assert with_verifier.verifier is with_verifier.judge
+    assert with_verifier.judge.name == NAME
+
+
+def test_a_run_of_random_images_wants_no_control(tmp_path, accelerator):
+    assert Run(tiny(), tmp_path, tmp_path, accelerator).wants_control
+    assert not Run(tiny(), tmp_path, tmp_path, accelerator, with_control=False).wants_control
 
 
 def test_the_stages_are_named_in_order():

@@ -2,19 +2,12 @@ import types
 
 import pytest
 import torch
-from conftest import make_teacher
-from pipeline import file_limit, mtimes, one_line
+from pipeline import file_limit, one_line
 from torch import nn
 
-from prism_hf.errors import NotFiniteError, OutputError, StoppedError
-from prism_hf.images.pixels import noise
-from prism_hf.method import synthesis
-from prism_hf.method.objective import Objective
-from prism_hf.method.statistics import gather_statistics
-from prism_hf.method.synthesis import synthesize
+from prism_hf.errors import OutputError, StoppedError
 from prism_hf.models.build import seeded
 from prism_hf.models.training import ShuffledBatches, fit
-from prism_hf.recipe.plan import plan_jobs
 from prism_hf.runtime import checkpoint as module
 from prism_hf.runtime import stop as interruption
 from prism_hf.runtime.checkpoint import (
@@ -27,13 +20,17 @@ from prism_hf.runtime.checkpoint import (
     restore_optimizer,
     restore_random_state,
 )
-from prism_hf.runtime.store import seal_of
+from prism_hf.runtime.store import Artifact, seal_of
 
 CPU = torch.device("cpu")
 
 
 class Killed(BaseException):
     """The process ends here."""
+
+
+def checkpoint(path, key="key", every_s=module.EVERY_S):
+    return Checkpoint(Artifact(path, key), every_s)
 
 
 def state(number=1):
@@ -51,11 +48,11 @@ def asked_to_stop():
 
 
 def test_a_state_comes_back_as_it_was(tmp_path):
-    kept = Checkpoint(tmp_path / "c", "key")
+    kept = checkpoint(tmp_path / "c")
     assert kept.load() is None
     for number in (1, 2):
         kept.save(state(number))
-        found = Checkpoint(tmp_path / "c", "key").load()
+        found = checkpoint(tmp_path / "c").load()
         assert found.notes == {"step": number, "rate": 0.1}
         assert torch.equal(found.tensors["a"], state(number).tensors["a"])
     kept.clear()
@@ -66,7 +63,7 @@ def test_a_state_comes_back_as_it_was(tmp_path):
 @pytest.mark.parametrize("kind", ["another key", "truncated", "one bit", "removed", "seal garbage"])
 def test_a_foreign_or_damaged_state_is_set_aside_with_a_log_line(tmp_path, caplog, kind):
     path = tmp_path / "c"
-    Checkpoint(path, "key").save(state())
+    checkpoint(path).save(state())
     data = bytearray(path.read_bytes())
     if kind == "truncated":
         path.write_bytes(data[:-1])
@@ -77,23 +74,23 @@ def test_a_foreign_or_damaged_state_is_set_aside_with_a_log_line(tmp_path, caplo
         path.unlink()
     elif kind == "seal garbage":
         seal_of(path).write_text("garbage")
-    assert Checkpoint(path, "other" if kind == "another key" else "key").load() is None
+    assert checkpoint(path, key="other" if kind == "another key" else "key").load() is None
     (line,) = [record.getMessage() for record in caplog.records]
     assert str(path) in line
-    assert "set aside as c.aside-1, the job starts again" in line
+    assert "set aside as c.aside-1, it is made again" in line
     assert all(name.startswith("c.aside-1") for name in (p.name for p in tmp_path.iterdir()))
-    assert Checkpoint(path, "key").load() is None
+    assert checkpoint(path).load() is None
 
 
 def test_a_state_without_its_seal_is_none(tmp_path):
-    Checkpoint(tmp_path / "c", "key").save(state())
+    checkpoint(tmp_path / "c").save(state())
     seal_of(tmp_path / "c").unlink()
-    assert Checkpoint(tmp_path / "c", "key").load() is None
+    assert checkpoint(tmp_path / "c").load() is None
 
 
 @pytest.mark.parametrize("limit", [0, 50, 150, 200])
 def test_a_full_disk_leaves_the_last_state(tmp_path, limit):
-    kept = Checkpoint(tmp_path / "c", "key")
+    kept = checkpoint(tmp_path / "c")
     kept.save(state(1))
     with file_limit(limit), pytest.raises(OutputError) as error:
         kept.save(state(2))
@@ -106,19 +103,19 @@ def test_a_full_disk_leaves_the_last_state(tmp_path, limit):
 
 def test_every_0_writes_at_each_tick_and_the_default_not_at_once(tmp_path):
     for name, every, expected in (("a", 0, 3), ("b", module.EVERY_S, 0)):
-        kept, asked = Checkpoint(tmp_path / name, "key", every), []
+        kept, asked = checkpoint(tmp_path / name, every_s=every), []
         for number in (1, 2, 3):
             kept.tick(lambda number=number, asked=asked: asked.append(number) or state(number))
         assert len(asked) == expected
-    assert Checkpoint(tmp_path / "a", "key").load().notes["step"] == 3
+    assert checkpoint(tmp_path / "a").load().notes["step"] == 3
     assert not (tmp_path / "b").exists()
 
 
 def test_a_request_to_stop_keeps_the_state_and_leaves(tmp_path, asked_to_stop):
     with pytest.raises(StoppedError) as error:
-        Checkpoint(tmp_path / "c", "key").tick(lambda: state(7))
+        checkpoint(tmp_path / "c").tick(lambda: state(7))
     assert "the same command goes on" in one_line(error)
-    assert Checkpoint(tmp_path / "c", "key").load().notes["step"] == 7
+    assert checkpoint(tmp_path / "c").load().notes["step"] == 7
 
 
 @pytest.mark.parametrize(("seconds", "pause"), [(0.1, 120), (1.2, 120), (3, 300), (6, 600), (60, 600)])
@@ -131,7 +128,7 @@ def test_a_slow_disk_makes_checkpoints_rarer_up_to_five_times(tmp_path, monkeypa
             now[0] += seconds
             return super().items()
 
-    kept = Checkpoint(tmp_path / "c", "key", 120)
+    kept = checkpoint(tmp_path / "c", every_s=120)
     kept._last = now[0]
     kept.save(State(Slow(state().tensors), {"step": 0}))
     written = now[0]
@@ -169,8 +166,8 @@ def test_an_optimiser_goes_on_with_its_moments_in_the_layout_of_the_pixels(tmp_p
         pixels.grad = gradient
         ours.step()
     kept = optimizer_state(ours)
-    Checkpoint(tmp_path / "c", "k").save(State(kept.tensors | {"pixels": pixels}, {"optimizer": kept.notes}))
-    found = Checkpoint(tmp_path / "c", "k").load()
+    checkpoint(tmp_path / "c").save(State(kept.tensors | {"pixels": pixels}, {"optimizer": kept.notes}))
+    found = checkpoint(tmp_path / "c").load()
     again, theirs = make()
     again.data.copy_(found.tensors.pop("pixels"))
     restore_optimizer(theirs, State(found.tensors, found.notes["optimizer"]))
@@ -184,116 +181,12 @@ def test_an_optimiser_goes_on_with_its_moments_in_the_layout_of_the_pixels(tmp_p
     assert torch.equal(pixels, again)
 
 
-# -- synthesize -----------------------------------------------------------------------------------------------------------
-
-STEPS = 12
-KINDS = {
-    "drawn teachers": {},
-    "ladder and clamp off": {"synthesis.clamp": False, "synthesis.lr_schedule": "constant", "teachers.extras": 2},
-    "G-VBSM": {
-        "teachers.selection": "cycle", "teachers.extras": 3, "synthesis.batch_order": "within_class",
-        "synthesis.momentum": 0.4, "synthesis.conv": {"patch": 8, "drop": 0.3}, "synthesis.densification": {"size": 8},
-        "synthesis.view": {"curriculum": "cosine"},
-    },
-    "balanced": {"synthesis.bn_reduction": "balanced"},
-}  # fmt: skip
-
-
-def job_of(tiny_recipe, changes):
-    recipe = tiny_recipe(
-        {"synthesis.iterations": STEPS, "teachers.draw_probability": 0.5, "synthesis.verify_every": 5, **changes}
-    )
-    job = plan_jobs(recipe)[0]
-    initial = noise((len(job.classes), 3, 32, 32), torch.Generator().manual_seed(job.seed + 1))
-    return job, recipe.synthesis, initial
-
-
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_a_job_killed_at_any_step_goes_on_to_the_same_bytes(
-    tiny_recipe, tiny_teachers, tiny_verifier, tiny_images, tmp_path, monkeypatch, kind
-):
-    work, more = job_of(tiny_recipe, KINDS[kind]), {"verifier": tiny_verifier}
-    if work[1].conv:
-        more["statistics"] = {
-            name: gather_statistics(teacher, lambda rows: tiny_images[rows], 7, patch=8, seed=0)
-            for name, teacher in tiny_teachers.items()
-        }
-    plain = synthesize(*work, tiny_teachers, **more)
-    # With drawn teachers at every step; else around a look at the losses, and where each teacher has had its turn.
-    for step in range(STEPS) if kind == "drawn teachers" else (1, 4, 9, 10):
-        kept, left = Checkpoint(tmp_path / str(step), "key", 0), [step]
-
-        def backward(*args, left=left, **kwargs):
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed
-            return Objective.backward(*args, **kwargs)
-
-        killing = type("Killing", (Objective,), {"backward": backward})
-        with monkeypatch.context() as patched:
-            patched.setattr(synthesis, "Objective", killing)
-            with pytest.raises(Killed):
-                synthesize(*work, tiny_teachers, **more, checkpoint=kept)
-        found = kept.load()
-        assert (found.notes["step"] if found else 0) == step
-        again = synthesize(*work, tiny_teachers, **more, checkpoint=kept)
-        assert torch.equal(again.images_uint8, plain.images_uint8)
-        assert again.history == plain.history
-        assert (again.logit_top1, again.verifier_top1) == (plain.logit_top1, plain.verifier_top1)
-
-
-def test_a_job_that_is_asked_to_stop_goes_on_to_the_same_bytes(tiny_recipe, tiny_teachers, tmp_path):
-    work = job_of(tiny_recipe, {})
-    plain = synthesize(*work, tiny_teachers)
-    kept = Checkpoint(tmp_path / "c", "key")
-    handle = tiny_teachers["test_resnet"].model.register_forward_pre_hook(lambda *_: interruption._wanted.set())
-    try:
-        with pytest.raises(StoppedError):
-            synthesize(*work, tiny_teachers, checkpoint=kept)
-    finally:
-        handle.remove()
-        interruption._wanted.clear()
-    assert kept.load().notes["step"] == 1
-    assert torch.equal(synthesize(*work, tiny_teachers, checkpoint=kept).images_uint8, plain.images_uint8)
-
-
-def test_a_finished_job_computes_no_step_again(tiny_recipe, tiny_teachers, tmp_path):
-    work, kept, calls = job_of(tiny_recipe, {}), Checkpoint(tmp_path / "c", "key", 0), []
-    plain = synthesize(*work, tiny_teachers, checkpoint=kept)
-    before = mtimes(tmp_path)
-    handle = tiny_teachers["test_resnet"].model.register_forward_pre_hook(lambda *_: calls.append(1))
-    again = synthesize(*work, tiny_teachers, checkpoint=kept)
-    handle.remove()
-    assert calls == [1], "only the final score"
-    assert torch.equal(again.images_uint8, plain.images_uint8)
-    assert mtimes(tmp_path) == before
-
-
-def test_a_job_that_goes_bad_leaves_its_state(tiny_recipe, tmp_path):
-    teacher = make_teacher("test_resnet")
-    calls = []
-
-    def poison(_module, _inputs, output):
-        calls.append(1)
-        return output * float("nan") if len(calls) == 3 else output
-
-    teacher.model.register_forward_hook(poison)
-    job, settings, initial = job_of(tiny_recipe, {"teachers.bn_pool": []})
-    kept = Checkpoint(tmp_path / "c", "key")
-    with pytest.raises(NotFiniteError, match="iteration 3"):
-        synthesize(job, settings, initial, {"test_resnet": teacher}, checkpoint=kept)
-    found = kept.load()
-    assert found.notes["step"] == 10
-    assert {"images", "generator", "losses", "optimizer/0.exp_avg"} <= set(found.tensors)
-    assert not found.tensors["images"].isfinite().all()
-
-
 # -- fit ------------------------------------------------------------------------------------------------------------------
 
 COUNT, PARTS, EPOCHS = 10, [range(0, 4), range(4, 8), range(8, 10)], 3
 
 
-def trained(schedule, ema, checkpoint=None, kill_at=None):
+def trained(schedule, ema, kept=None, kill_at=None):
     """A small network with dropout on noisy batches, the last of them short; killed in one of its steps."""
     data = torch.randn(COUNT, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(COUNT) % 3
@@ -324,7 +217,7 @@ def trained(schedule, ema, checkpoint=None, kill_at=None):
             weight_decay=0.1,
             schedule=schedule,
             ema=ema,
-            checkpoint=checkpoint,
+            checkpoint=kept,
         )
     return result.state_dict(), len(calls)
 
@@ -337,8 +230,8 @@ def test_a_training_killed_at_any_step_goes_on_to_the_same_weights(tmp_path, sch
     for step in range(steps):
         path = tmp_path / str(step)
         with pytest.raises(Killed):
-            trained(schedule, ema, Checkpoint(path, "key", 0), kill_at=step)
-        again, calls = trained(schedule, ema, Checkpoint(path, "key", 0))
+            trained(schedule, ema, checkpoint(path, every_s=0), kill_at=step)
+        again, calls = trained(schedule, ema, checkpoint(path, every_s=0))
         assert calls == steps - step, "finished steps are not computed again"
         assert all(torch.equal(again[name], value) for name, value in plain.items())
         assert set(again) == set(plain)
@@ -346,5 +239,5 @@ def test_a_training_killed_at_any_step_goes_on_to_the_same_weights(tmp_path, sch
 
 def test_a_training_with_checkpoints_gives_the_weights_of_one_without(tmp_path):
     plain, _ = trained("cosine", 0.9)
-    with_, _ = trained("cosine", 0.9, Checkpoint(tmp_path / "c", "key", 0))
+    with_, _ = trained("cosine", 0.9, checkpoint(tmp_path / "c", every_s=0))
     assert all(torch.equal(with_[name], value) for name, value in plain.items())

@@ -10,31 +10,33 @@ from pipeline import file_limit, mtimes, one_line, sha_tree
 
 from prism_hf.errors import DamagedError, OutputError
 from prism_hf.runtime.store import (
-    check_sealed,
+    Artifact,
+    Proof,
     clear_drafts,
     digest,
     draft_folder,
     folder_state,
-    is_sealed,
-    is_whole,
-    read_record,
-    read_seal,
-    remove_sealed,
+    is_finished,
+    read_proof,
+    restore_swapped,
     seal_of,
     set_aside,
     sha256_of,
+    sound_or_aside,
     swap_folder,
     write_bytes,
     write_json,
-    write_record,
-    write_sealed,
     write_whole,
 )
 
 
-def seal(path, data, **notes):
-    write_sealed(path, lambda draft: draft.write_bytes(data), notes)
+def keep(path, data, key="this", **notes):
+    Artifact(path, key).write(lambda draft: draft.write_bytes(data), notes)
     return path
+
+
+def check(path, key="this"):
+    return Artifact(path, key).check()
 
 
 def names(folder):
@@ -97,18 +99,18 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, limit):
 @pytest.mark.parametrize("limit", [0, 5, 10, 100, 200])
 def test_a_full_disk_leaves_the_old_file_with_its_seal(tmp_path, limit):
     """From 10 on the file itself fits, and only its seal does not."""
-    path = seal(tmp_path / "file.bin", b"old", number=1)
+    path = keep(tmp_path / "file.bin", b"old", number=1)
     with file_limit(limit), pytest.raises(OutputError) as error:
-        seal(path, b"n" * 10, number=2)
+        keep(path, b"n" * 10, number=2)
     assert "make space" in one_line(error)
-    assert check_sealed(path)["notes"] == {"number": 1}
+    assert check(path).notes == {"number": 1}
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["file.bin", "file.bin.seal"]
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
-    for attempt in (lambda p: write_bytes(p, b"x"), lambda p: seal(p, b"x"), draft_folder):
+    for attempt in (lambda p: write_bytes(p, b"x"), lambda p: keep(p, b"x"), draft_folder):
         with pytest.raises(OutputError) as error:
             attempt(tmp_path / "file" / "below")
         assert "make it writable, or use another folder" in one_line(error)
@@ -139,10 +141,10 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_file_or_none(tmp_path):
     while True:
         folder = tmp_path / str(number)
         folder.mkdir()
-        path = seal(folder / "file.bin", b"old", version=1)
-        killed = killed_at(number, lambda path=path: seal(path, b"new", version=2))
-        if is_sealed(path):
-            version = check_sealed(path)["notes"]["version"]
+        path = keep(folder / "file.bin", b"old", version=1)
+        killed = killed_at(number, lambda path=path: keep(path, b"new", version=2))
+        if is_finished(path):
+            version = check(path).notes["version"]
             assert path.read_bytes() == {1: b"old", 2: b"new"}[version]
             seen.add(version)
         else:
@@ -157,11 +159,13 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_file_or_none(tmp_path):
 
 
 def test_a_file_without_its_seal_counts_as_not_written(tmp_path):
-    path = seal(tmp_path / "file.bin", b"data")
+    path = keep(tmp_path / "file.bin", b"data")
     seal_of(path).unlink()
-    assert not is_sealed(path)
+    assert not is_finished(path)
+    assert not Artifact(path, "this").is_whole()
+    assert path.read_bytes() == b"data", "it is left alone until it is written again"
     with pytest.raises(DamagedError):
-        check_sealed(path)
+        check(path)
 
 
 # -- what changed after it was written ------------------------------------------------------------------------------------
@@ -199,29 +203,38 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", list(DAMAGE))
 def test_damage_is_noticed_and_the_file_is_named(tmp_path, kind):
-    path = seal(tmp_path / "file.bin", b"the data of a file", number=1)
-    seal(tmp_path / "other", b"the data of another", number=1)
-    assert check_sealed(path) == read_seal(path)
-    assert check_sealed(path)["notes"] == {"number": 1}
+    path = keep(tmp_path / "file.bin", b"the data of a file", number=1)
+    keep(tmp_path / "other", b"the data of another", number=1)
+    assert check(path) == read_proof(path) == Proof("this", sha256_of(path), 18, {"number": 1})
     DAMAGE[kind](path)
     with pytest.raises(DamagedError) as error:
-        check_sealed(path)
+        check(path)
     assert str(path) in one_line(error)
 
 
-def test_records_carry_their_own_digest(tmp_path):
-    path = tmp_path / "record.json"
-    write_record(path, {"top1": 0.5, "key": "鹤"})
-    assert read_record(path) == {"top1": 0.5, "key": "鹤"}
-    path.write_text(path.read_text().replace("0.5", "0.6"))
+def test_a_change_that_keeps_size_and_seal_is_noticed_by_whoever_has_looked_before(tmp_path):
+    """A file is not read again while nobody has touched it."""
+    path = keep(tmp_path / "file.bin", b"data")
+    check(path)
+    flip(path)
+    stat_ = path.stat()
+    os.utime(path, ns=(stat_.st_atime_ns, stat_.st_mtime_ns + 1))
+    with pytest.raises(DamagedError, match="changed after it was written"):
+        check(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"top1": 0.5}', '{"top1": 0.6}\n'])
+def test_json_comes_back_only_as_it_was_written(tmp_path, text):
+    score = Artifact(tmp_path / "score.json", "鹤")
+    score.write_json({"top1": 0.5})
+    assert score.read_json() == {"top1": 0.5}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        score.write_json({"top1": float("nan")})
+    assert score.read_json() == {"top1": 0.5}
+    score.path.write_text(text)
     with pytest.raises(DamagedError) as error:
-        read_record(path)
-    assert "changed after it was written" in one_line(error)
-    for text in ("", "[]", "{", "null", '{"top1": 0.5}'):
-        path.write_text(text)
-        with pytest.raises(DamagedError) as error:
-            read_record(path)
-        assert str(path) in one_line(error)
+        score.read_json()
+    assert str(score.path) in one_line(error)
 
 
 def test_equal_values_have_equal_digests():
@@ -230,33 +243,64 @@ def test_equal_values_have_equal_digests():
 
 
 def test_notes_of_a_seal_are_plain_and_finite(tmp_path):
-    path = seal(tmp_path / "file.bin", b"data", shape=(1, 2))
-    assert read_seal(path)["notes"] == {"shape": [1, 2]}
+    path = keep(tmp_path / "file.bin", b"data", shape=(1, 2))
+    assert read_proof(path).notes == {"shape": [1, 2]}
     with pytest.raises(ValueError, match="JSON compliant"):
-        seal(path, b"new", loss=float("nan"))
-    assert check_sealed(path)["notes"] == {"shape": [1, 2]}
+        keep(path, b"new", loss=float("nan"))
+    assert check(path).notes == {"shape": [1, 2]}
+
+
+def test_the_seal_of_an_earlier_version_is_read(tmp_path):
+    """Its key stood among the notes; written out here as that version wrote it."""
+    path = tmp_path / "job-00003.safetensors"
+    path.write_bytes(b"images")
+    notes = {"key": "0123456789abcdef/3", "job": 3, "logit_top1": 0.5, "history": [{"step": 1, "ce": 0.25}]}
+    facts = {"file_sha256": sha256_of(path), "bytes": 6, "notes": notes}
+    seal = {**facts, "sha256": digest(facts)}
+    seal_of(path).write_text(json.dumps(seal, indent=2) + "\n")
+    proof = check(path, "0123456789abcdef/3")
+    assert proof.key == "0123456789abcdef/3"
+    assert proof.notes == {"job": 3, "logit_top1": 0.5, "history": [{"step": 1, "ce": 0.25}]}
+    before = seal_of(path).read_text()
+    keep(path, b"images", "0123456789abcdef/3", **proof.notes)
+    assert json.loads(seal_of(path).read_text()) == json.loads(before), "and this version writes the same"
 
 
 @pytest.mark.parametrize("kind", ["absent", "unsealed", "damaged", "foreign", "good"])
 def test_only_what_is_finished_unchanged_and_made_from_the_same_is_whole(tmp_path, caplog, kind):
     path = tmp_path / "a.bin"
     if kind != "absent":
-        seal(path, b"good", key="other" if kind == "foreign" else "this")
+        keep(path, b"good", key="other" if kind == "foreign" else "this")
     if kind == "unsealed":
         seal_of(path).unlink()
     if kind == "damaged":
         path.write_bytes(b"baad")
-    assert is_whole(path, "this", otherwise="other data") == (kind == "good")
+    assert Artifact(path, "this").is_whole() == (kind == "good")
     aside = kind in ("damaged", "foreign")
     assert (tmp_path / "a.bin.aside-1").is_file() == aside
     assert ("a.bin.aside-1" in caplog.text) == aside
-    assert ("was made from other data" in caplog.text) == (kind == "foreign")
+    assert ("a.bin was made from another recipe, or from other data" in caplog.text) == (kind == "foreign")
 
 
 def test_a_file_is_removed_with_its_seal(tmp_path):
-    remove_sealed(seal(tmp_path / "file.bin", b"data"))
-    remove_sealed(tmp_path / "file.bin")
+    file = Artifact(keep(tmp_path / "file.bin", b"data"), "this")
+    file.remove()
+    file.remove()
     assert names(tmp_path) == []
+
+
+def test_a_folder_is_sound_or_set_aside_by_any_check(tmp_path, caplog):
+    folder = tmp_path / "teacher"
+    write_bytes(folder / "weights", b"x")
+    assert sound_or_aside(folder, lambda: 7) == 7
+
+    def damaged():
+        raise DamagedError("weights are not readable")
+
+    assert sound_or_aside(folder, damaged) is None
+    assert caplog.messages == ["weights are not readable; set aside as teacher.aside-1, it is made again"]
+    assert (tmp_path / "teacher.aside-1" / "weights").read_bytes() == b"x"
+    assert not folder.exists()
 
 
 # -- out of the way, in the place of another ------------------------------------------------------------------------------
@@ -265,16 +309,16 @@ def test_a_file_is_removed_with_its_seal(tmp_path):
 def test_what_is_set_aside_never_overwrites_anything(tmp_path):
     path, contents = tmp_path / "file.bin", []
     for number in range(1, 4):
-        seal(path, b"%d" % number, number=number)
+        keep(path, b"%d" % number, number=number)
         if number == 2:
             path.unlink()  # only its seal is left
         aside = set_aside(path)
         assert aside.name == f"file.bin.aside-{number}"
         assert not path.exists()
-        assert not is_sealed(path)
-        contents.append(read_seal(aside)["notes"]["number"])
-    assert [read_seal(tmp_path / f"file.bin.aside-{n}")["notes"]["number"] for n in (1, 2, 3)] == contents == [1, 2, 3]
-    assert check_sealed(tmp_path / "file.bin.aside-3")
+        assert not is_finished(path)
+        contents.append(read_proof(aside).notes["number"])
+    assert [read_proof(tmp_path / f"file.bin.aside-{n}").notes["number"] for n in (1, 2, 3)] == contents == [1, 2, 3]
+    assert check(tmp_path / "file.bin.aside-3")
 
 
 def test_folders_are_set_aside_too(tmp_path):
@@ -307,6 +351,18 @@ def test_a_draft_that_cannot_be_moved_leaves_the_old_folder_whole(tmp_path):
     assert str(folder) in one_line(error)
     assert mtimes(folder) == before
     assert names(tmp_path) == ["data"]
+
+
+def test_a_folder_that_was_moved_away_when_the_process_was_killed_comes_back(tmp_path):
+    folder = tmp_path / "data"
+    write_bytes(folder / "file", b"old")
+    draft = draft_folder(folder)
+    os.replace(folder, draft.with_name(f"{draft.name}-old"))
+    restore_swapped(folder)
+    assert (folder / "file").read_bytes() == b"old"
+    write_bytes(draft.with_name(f"{draft.name}-old") / "file", b"older")
+    restore_swapped(folder)
+    assert (folder / "file").read_bytes() == b"old", "one that is there is left"
 
 
 def test_only_drafts_are_cleared(tmp_path):

@@ -39,6 +39,7 @@ from ..runtime.lock import HOLDER, LOCK
 from ..runtime.share import unfinished
 from ..runtime.stop import EVERY_S
 from ..runtime.store import DRAFT, Artifact, digest, read_proof
+from ..runtime.units import duration_text
 from .methods import Cell, Method, Reading
 
 FULL = Row("full", "hard")
@@ -216,8 +217,8 @@ def check_comparison(comparison: Comparison) -> None:
         check_network(student, num_classes=data.num_classes, channels=data.channels, size=data.size)
     for cell in comparison.one_of_each:
         check(comparison.common_run(cell), space=False)
-    left = [cell for cell in comparison.cells if not (comparison.folder / "cells" / f"{cell.name}.json").is_file()]
-    check_space(sum(missing_space(comparison.run_of(cell)) for cell in left), comparison.folder)
+    missing = [cell for cell in comparison.cells if not (comparison.folder / "cells" / f"{cell.name}.json").is_file()]
+    check_space(sum(missing_space(comparison.run_of(cell)) for cell in missing), comparison.folder)
 
 
 def make(comparison: Comparison) -> dict[str, str]:
@@ -232,17 +233,18 @@ def make(comparison: Comparison) -> dict[str, str]:
         if not teachers.issuperset(cell.recipe.squeezed_teachers):
             teachers |= set(cell.recipe.squeezed_teachers)
             squeeze(comparison.common_run(cell))
-    left = unfinished(comparison.accelerator, comparison.cells, comparison.is_made)
-    total, made = len(comparison.cells), len(comparison.cells) - len(left)
-    common.say(f"compare: {made} of {total} runs found, {len(left)} to make")
-    with tqdm(total=total, initial=made, desc="compare", unit="run") as bar:
-        for cell in left:
+    missing = unfinished(comparison.accelerator, comparison.cells, comparison.is_made)
+    total, finished, began = len(comparison.cells), len(comparison.cells) - len(missing), time.monotonic()
+    common.say(f"compare: {finished} of {total} runs found, {len(missing)} to make")
+    with tqdm(total=total, initial=finished, desc="compare", unit="run") as bar:
+        for made, cell in enumerate(missing, 1):
             reason = _make_run(comparison, cell)
             if reason is not None:
                 failed[cell.name] = reason
-            made += 1
             bar.update()
-            common.say(f"compare: {made} of {total} runs done ({cell.method.label}, seed {cell.seed})")
+            rest = (time.monotonic() - began) / made * (len(missing) - made)
+            estimate = f", about {duration_text(rest)} left" if rest else ""
+            common.say(f"{cell.method.label}, seed {cell.seed}: {finished + made} of {total} runs done{estimate}")
     tasks = [task for student in comparison.full_data_students for task in comparison.full_tasks(student)]
     train_students(common, tasks)
     return failed

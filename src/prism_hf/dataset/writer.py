@@ -70,7 +70,7 @@ def build_dataset(
     recipe: Recipe,
     class_names: Sequence[str],
 ) -> None:
-    """Write both tables and the recipe into a folder, from images and views in memory.
+    """Write both tables and the recipe into a folder, from images and views in memory; older tables are replaced.
 
     Args:
         folder: The dataset folder.
@@ -80,13 +80,22 @@ def build_dataset(
         class_names: K names.
     """
     write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
+    written = []
     for shard in image_shards(recipe, len(images)):
-        rows, first = images[shard.rows.start : shard.rows.stop], shard.rows.start
-        tables = list(image_tables([rows], first, recipe, class_names))
-        write_whole(folder / IMAGES / shard.name, lambda draft, tables=tables: write_parquet(draft, tables))  # type: ignore[misc]
+        rows = images[shard.rows.start : shard.rows.stop]
+        tables = image_tables([rows], shard.rows.start, recipe, class_names)
+        written.append(_write_shard(folder / IMAGES / shard.name, tables))
     for shard in view_shards(recipe, len(images)):
-        tables = [table for epoch in shard.rows for table in view_tables([epochs[epoch]], len(class_names))]
-        write_whole(folder / VIEWS / shard.name, lambda draft, tables=tables: write_parquet(draft, tables))  # type: ignore[misc]
+        tables = (table for epoch in shard.rows for table in view_tables([epochs[epoch]], len(class_names)))
+        written.append(_write_shard(folder / VIEWS / shard.name, tables))
+    for table in (IMAGES, VIEWS):
+        for path in set((folder / table).glob("train-*.parquet")).difference(written):
+            path.unlink()
+
+
+def _write_shard(path: Path, tables: Iterable[pa.Table]) -> Path:
+    write_whole(path, lambda draft: write_parquet(draft, tables))
+    return path
 
 
 def image_tables(

@@ -61,8 +61,6 @@ class StudentTask:
     def score(self) -> Artifact:
         """Its score; the key says which images, labels, views, test images and protocol it is made from."""
         settings = asdict(replace(self.settings, seeds=(0,)))
-        if self.settings.label_epochs is None:
-            del settings["label_epochs"]  # scores of earlier versions, which did not have it, stay
         view = asdict(self.view) if self.row.images == "full" else None
         key = digest([self.row.key, self.source.content, self.test.content, settings, view])[:16]
         return Artifact(self.folder / f"{self.row.key}-seed{self.seed}.json", key)

@@ -7,7 +7,6 @@ count, order or resume.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..runtime.seeds import derived_seed
@@ -130,9 +129,3 @@ def _iterations(recipe: Recipe, slot: int) -> int:
         return 0
     ladder = recipe.synthesis.ladder
     return recipe.synthesis.iterations - (ladder.step * (slot % ladder.period) if ladder else 0)
-
-
-def share_of(jobs: Sequence[SynthesisJob], rank: int, world: int) -> list[SynthesisJob]:
-    """The jobs of one process: longest first, then every `world`-th, so that a ladder spreads evenly."""
-    ordered = sorted(jobs, key=lambda job: (-job.iterations, job.id))
-    return ordered[rank::world]

@@ -58,12 +58,14 @@ class Artifacts:
         folder: DIR/work.
         recipe: What the run does.
         train_content: Digest of the training data.
+        class_names: K names; they stand in the table of images.
         weights: SHA-256 of the weights of every teacher.
     """
 
     folder: Path
     recipe: Recipe
     train_content: str
+    class_names: Sequence[str]
     weights: Mapping[str, str]
 
     def _key(self, what: str, sections: Sequence[str], teachers: Sequence[str], *parts: object) -> str:
@@ -115,15 +117,20 @@ class Artifacts:
     def distilled_key(self, jobs: Sequence[SynthesisJob]) -> str:
         """What the images of these finished jobs are made from."""
         hashes = {job.id: read_proof(self.job(job).path).sha256 for job in jobs}
-        return self._key("images", ("packaging",), (), hashes)
+        return self._key("images", ("data",), (), self._encoding, hashes)
 
     def control_key(self, rows: Sequence[int]) -> str:
         """What the images of the control are made from."""
-        return self._key("images", ("packaging", "data"), (), list(rows))
+        return self._key("images", ("data",), (), self._encoding, list(rows))
+
+    @property
+    def _encoding(self) -> list[object]:
+        rule = self.recipe.packaging
+        return [rule.image_format, rule.jpeg_quality]
 
     def image_shard(self, images: ImageSet, shard: Shard) -> Artifact:
         """A shard of the table of images, with their labels."""
-        return self._shard(images, IMAGES, shard)
+        return self._shard(images, IMAGES, shard, list(self.class_names))
 
     def view_shard(self, images: ImageSet, shard: Shard) -> Artifact:
         """A shard of the table of views."""
@@ -133,8 +140,9 @@ class Artifacts:
         """The decoded images."""
         return Artifact(self.folder / images.name / "pixels.npy", images.key)
 
-    def _shard(self, images: ImageSet, table: str, shard: Shard) -> Artifact:
-        key = self._key("labels", ("relabel",), self.recipe.relabel.teachers, images.key, [table, shard.name])
+    def _shard(self, images: ImageSet, table: str, shard: Shard, *parts: object) -> Artifact:
+        cut = [table, shard.name, shard.rows.start, shard.rows.stop]
+        key = self._key("labels", ("relabel",), self.recipe.relabel.teachers, images.key, cut, *parts)
         return Artifact(self.folder / images.name / table / shard.name, key)
 
 

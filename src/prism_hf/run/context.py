@@ -157,7 +157,7 @@ class Run:
             folder = folder_of(name, self.recipe, self.teachers_root, self.data)
             known = None if folder is None else squeezed_weights(folder)
             weights[name] = known or self._teacher(name).weights_sha256
-        return Artifacts(self.work, self.recipe, self.data.train.content, weights)
+        return Artifacts(self.work, self.recipe, self.data.train.content, self.data.class_names, weights)
 
     @property
     def precision(self) -> Precision:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ from ..runtime.store import (
     read_proof,
     swap_folder,
     write_bytes,
+    writing,
 )
-from ..runtime.tensors import open_rows
 from .artifacts import ImageSet, read_failed
 from .context import Run
-from .relabel import are_labelled, image_sets
+from .relabel import are_labelled, decoded_images, image_sets
 from .teacher_folders import squeezed_top1
 from .trackers import log_pictures
 
@@ -52,9 +53,10 @@ def package(run: Run) -> None:
         raise StageError("the images are not all labelled; run --stage relabel first")
     if run.accelerator.is_main_process:
         distilled, *control = sets
-        _package_dataset(run, distilled, partial_facts(run, len(distilled)))
+        partial = partial_facts(run, len(distilled))
+        _package_dataset(run, distilled, partial)
         for images in control:
-            package_control(run, images)
+            package_control(run, images, partial)
 
 
 def partial_facts(run: Run, count: int) -> dict[str, object] | None:
@@ -67,29 +69,32 @@ def partial_facts(run: Run, count: int) -> dict[str, object] | None:
 def _package_dataset(run: Run, images: ImageSet, partial: Mapping[str, object] | None) -> None:
     """The distilled set; its card keeps the figures of an evaluation of these very tables."""
     folder, report = run.dataset, run.folder / "report.json"
-    before = _listed(folder)
-    if (draft := _build(run, images, folder, partial)) is None:
+    if _is_packaged(run, images, folder, partial):
         return
-    (draft / "assets").mkdir(exist_ok=True)
-    pixels, slots = _grid_images(run, images), min(run.recipe.synthesis.ipc, MAX_SLOTS)
-    draw_grid(draft / "assets" / "grid.png", pixels, run.data.class_names, slots)
-    steps = sum(job.iterations for job in plan_jobs(run.recipe))
-    log_pictures(run.accelerator, "distilled", grid(pixels, slots), step=steps)
-    figures, known = folder / "assets" / "diversity.png", None
-    if before is not None and before == _listed(draft) and report.is_file() and figures.is_file():
-        known = json.loads(report.read_text(encoding="utf-8"))
-        shutil.copyfile(figures, draft / "assets" / "diversity.png")
-    write_card(run, draft, known)
-    _finish(run, images, draft, folder, partial)
+    with _draft_of(run, folder) as draft:
+        _fill(run, images, draft, partial)
+        pixels, slots = _grid_images(run, images), min(run.recipe.synthesis.ipc, MAX_SLOTS)
+        draw_grid(draft / "assets" / "grid.png", pixels, run.data.class_names, slots)
+        steps = sum(job.iterations for job in plan_jobs(run.recipe))
+        log_pictures(run.accelerator, "distilled", grid(pixels, slots), step=steps)
+        figures, known = folder / "assets" / "diversity.png", None
+        if _listed(folder) == _listed(draft) and report.is_file() and figures.is_file():
+            known = json.loads(report.read_text(encoding="utf-8"))
+            _copy(figures, draft / "assets" / "diversity.png")
+        write_card(run, draft, known)
+        _finish(run, images, draft, folder, partial)
 
 
-def package_control(run: Run, images: ImageSet) -> None:
+def package_control(run: Run, images: ImageSet, partial: Mapping[str, object] | None = None) -> None:
     """Random real images, as a dataset of their own."""
-    if (draft := _build(run, images, run.control, None)) is not None:
+    if _is_packaged(run, images, run.control, partial):
+        return
+    with _draft_of(run, run.control) as draft:
+        _fill(run, images, draft, partial)
         public = public_recipe(run.recipe)
         facts = card_facts(draft, public, run.data.class_names, None)
         write_bytes(draft / "README.md", render_control_card(facts, public).encode())
-        _finish(run, images, draft, run.control, None)
+        _finish(run, images, draft, run.control, partial)
 
 
 def write_card(run: Run, folder: Path, report: Mapping[str, Any] | None) -> None:
@@ -99,35 +104,36 @@ def write_card(run: Run, folder: Path, report: Mapping[str, Any] | None) -> None
     write_bytes(folder / "README.md", render_card(facts, public).encode())
 
 
-def _build(run: Run, images: ImageSet, folder: Path, partial: Mapping[str, object] | None) -> Path | None:
-    """A draft of a folder with tables and provenance, or `None` if the folder is what it would be."""
-    if _is_packaged(run, images, folder, partial):
-        run.say(f"package: {folder} found as it should be")
-        return None
+@contextmanager
+def _draft_of(run: Run, folder: Path) -> Iterator[Path]:
+    """A draft of a folder, removed if the block fails."""
     run.say(f"package: writing {folder}")
-    public, teachers = public_recipe(run.recipe), run.teachers(run.recipe.all_teachers)
     draft = draft_folder(folder)
     try:
-        for table, shards in _shards(run, images).items():
-            (draft / table).mkdir()
-            for shard in shards:
-                _link(shard.path, draft / table / shard.path.name)
-        write_bytes(draft / "recipe.yaml", dump_recipe(public).encode())
-        write_provenance(
-            draft,
-            recipe=public,
-            teachers=dict(zip(public.all_teachers, teachers.values(), strict=True)),
-            source_revision=run.data.revision,
-            source_on_hub=run.data.on_hub,
-            hardware=_hardware(run, images),
-            squeezed_top1=squeezed_top1(run.recipe, run.teachers_root, run.data),
-            images=RANDOM_REAL if run.recipe.method == "random" else images.name,
-            partial=partial,
-        )
+        yield draft
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    return draft
+
+
+def _fill(run: Run, images: ImageSet, draft: Path, partial: Mapping[str, object] | None) -> None:
+    """Put tables, recipe and provenance into a draft."""
+    public, teachers = public_recipe(run.recipe), run.teachers(run.recipe.all_teachers)
+    for table, shards in _shards(run, images).items():
+        for shard in shards:
+            _link(shard.path, draft / table / shard.path.name)
+    write_bytes(draft / "recipe.yaml", dump_recipe(public).encode())
+    write_provenance(
+        draft,
+        recipe=public,
+        teachers=dict(zip(public.all_teachers, teachers.values(), strict=True)),
+        source_revision=run.data.revision,
+        source_on_hub=run.data.on_hub,
+        hardware=_hardware(run, images),
+        squeezed_top1=squeezed_top1(run.recipe, run.teachers_root, run.data),
+        images=RANDOM_REAL if run.recipe.method == "random" else images.name,
+        partial=partial,
+    )
 
 
 def _shards(run: Run, images: ImageSet) -> dict[str, list[Artifact]]:
@@ -140,21 +146,25 @@ def _shards(run: Run, images: ImageSet) -> dict[str, list[Artifact]]:
 
 def _link(source: Path, target: Path) -> None:
     """A second name for a file; a copy where the file system has no such thing."""
+    with writing(target):
+        target.parent.mkdir(exist_ok=True)
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)
 
 
 def _finish(run: Run, images: ImageSet, draft: Path, folder: Path, partial: Mapping[str, object] | None) -> None:
     _keep_foreign(folder, draft)
     provenance = (draft / "provenance.json").read_bytes()
     swap_folder(draft, folder)
-    _record(run, images, partial).write(lambda copy: _write(copy, provenance))
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    _record(run, images, partial).write_bytes(provenance)
 
 
 def _record(run: Run, images: ImageSet, partial: Mapping[str, object] | None) -> Artifact:
@@ -179,6 +189,7 @@ def _record(run: Run, images: ImageSet, partial: Mapping[str, object] | None) ->
 
 
 def _is_packaged(run: Run, images: ImageSet, folder: Path, partial: Mapping[str, object] | None) -> bool:
+    """Whether a folder is what it would be if it were packaged now; the log says so."""
     record, provenance = _record(run, images, partial), folder / "provenance.json"
     if not is_finished(record.path) or not provenance.is_file():
         return False
@@ -192,6 +203,8 @@ def _is_packaged(run: Run, images: ImageSet, folder: Path, partial: Mapping[str,
     differences = check_folder(folder).differences
     for line in differences:
         run.warn(f"{folder}: {line}; it is packaged again")
+    if not differences:
+        run.say(f"package: {folder} found as it should be")
     return not differences
 
 
@@ -208,7 +221,7 @@ def _grid_images(run: Run, images: ImageSet) -> Tensor:
     data, ipc = run.recipe.data, min(run.recipe.synthesis.ipc, MAX_SLOTS)
     classes = min(data.num_classes, MAX_CLASSES)
     canvas = torch.full((classes * ipc, data.channels, data.size, data.size), 255, dtype=torch.uint8)
-    pixels = open_rows(run.artifacts.pixels(images).path)
+    pixels = decoded_images(run, images)
     for row, (label, slot, *_) in enumerate(images.origins):
         if label < classes and slot < ipc:
             canvas[label * ipc + slot] = pixels[row]
@@ -221,8 +234,7 @@ def _keep_foreign(old: Path, draft: Path) -> None:
     for path in files_below(old):
         name = path.relative_to(old).as_posix()
         if name not in ours and not name.startswith(("data/train-", "views/train-", "assets/")):
-            (draft / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, draft / name)
+            _copy(path, draft / name)
 
 
 def _listed(folder: Path) -> dict[str, object] | None:

@@ -55,7 +55,7 @@ def label(run: Run, sets: Sequence[ImageSet]) -> None:
         images,
         is_done=lambda task: files.image_shard(*task).is_whole(),
         do=partial(_label_images, run),
-        unit="shard of images",
+        unit="image shard",
         name=_name,
         size=lambda task: len(task[1].rows),
         steps="image",
@@ -66,7 +66,7 @@ def label(run: Run, sets: Sequence[ImageSet]) -> None:
         is_done=lambda task: files.view_shard(*task).is_whole(),
         do=partial(_label_views, run),
         prepare=lambda _: _decode(run, sets),
-        unit="shard of views",
+        unit="view shard",
         name=_name,
         size=lambda task: len(task[1].rows),
         steps="epoch",
@@ -170,12 +170,20 @@ def _image(run: Run, job: int, row: int) -> Tensor:
 def _decode(run: Run, sets: Sequence[ImageSet]) -> None:
     """Decode the images of each set once, for all processes."""
     if run.accelerator.is_main_process:
-        data, files = run.recipe.data, run.artifacts
-        for images in (images for images in sets if not files.pixels(images).is_whole()):
-            shards = [files.image_shard(images, shard).path for shard in image_shards(run.recipe, len(images))]
-            shape = (len(images), data.channels, data.size, data.size)
-            write_rows(files.pixels(images), (part.numpy() for part in _decoded(shards, data.channels)), shape, "uint8")
+        for images in sets:
+            decoded_images(run, images)
     run.accelerator.wait_for_everyone()
+
+
+def decoded_images(run: Run, images: ImageSet) -> Tensor:
+    """The images of a set as they ship, (N, C, S, S) uint8, mapped into memory; made from the shards where they are not."""
+    files, data = run.artifacts, run.recipe.data
+    pixels = files.pixels(images)
+    if not pixels.is_whole():
+        shards = [files.image_shard(images, shard).path for shard in image_shards(run.recipe, len(images))]
+        shape = (len(images), data.channels, data.size, data.size)
+        write_rows(pixels, (part.numpy() for part in _decoded(shards, data.channels)), shape, "uint8")
+    return open_rows(pixels.path)
 
 
 def _decoded(shards: Sequence[Path], channels: int) -> Iterator[Tensor]:

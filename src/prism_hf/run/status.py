@@ -89,12 +89,12 @@ def _stages(recipe: Recipe, folder: Path) -> dict[str, dict[str, object]]:
     finished = sum(is_finished(job_file(work, job.id)) for job in jobs)
     sets = [name for name in SETS if (work / name).is_dir()] or list(SETS)
     views = [work / name / VIEWS / shard.name for name in sets for shard in view_shards(recipe, recipe.num_images)]
-    students = len(list((work / "students").glob("*-seed*.json")))
+    students = sum(map(is_finished, (work / "students").glob("*-seed*.json")))
     rows = 2 * len(sets) + bool(recipe.evaluation.full_data_epochs)
     packaged = sum((folder / name / "provenance.json").is_file() for name in ("dataset", "control"))
     count = {
         "synthesize": (finished, len(jobs), "jobs"),
-        "relabel": (sum(map(is_finished, views)), len(views), "shards of views"),
+        "relabel": (sum(map(is_finished, views)), len(views), "view shards"),
         "package": (packaged, len(sets), "folders"),
         "evaluate": (students, rows * len(recipe.evaluation.seeds), "students"),
     }

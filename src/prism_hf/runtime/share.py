@@ -54,7 +54,7 @@ def share(
         name: Of a task.
         size: Steps of a task.
         steps: What a step is, in the singular; by default a step is a task.
-        title: Stands before the stage on the bar, where the run is one of many.
+        title: Stands before the stage on the bar, where the run is one of many; those together have one estimate.
     """
     missing = unfinished(accelerator, tasks, is_done)
     if accelerator.is_main_process:
@@ -64,7 +64,8 @@ def share(
         largest_first = sorted(missing, key=size, reverse=True)
         mine = largest_first[accelerator.process_index :: accelerator.num_processes]
         path = notes / f"progress-{accelerator.process_index}.json"
-        progress = Progress(path, stage, sum(map(size, mine)), steps or unit, title, tell=accelerator.is_main_process)
+        tell = accelerator.is_main_process and not title
+        progress = Progress(path, stage, sum(map(size, mine)), steps or unit, title, tell=tell)
         try:
             for task in mine:
                 progress.begin(name(task))

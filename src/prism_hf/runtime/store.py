@@ -51,7 +51,7 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} cannot be written ({reason}); make it writable, or use another folder") from error
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then rename it to `path`: a reader sees the old file or the new one.
 
     Raises:
@@ -63,7 +63,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def _drafted(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
+def _drafted(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
     """A finished draft on the disk, which the block renames or the end removes."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,11 +150,7 @@ def clear_drafts(folder: Path, *, of: str = "", deep: bool = True) -> int:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write bytes as a whole file."""
-    write_whole(path, lambda draft: _write(draft, data))
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    write_whole(path, lambda draft: draft.write_bytes(data))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -196,7 +192,7 @@ class Artifact:
     path: Path
     key: str
 
-    def write(self, fill: Callable[[Path], None], notes: Mapping[str, object] | None = None) -> None:
+    def write(self, fill: Callable[[Path], object], notes: Mapping[str, object] | None = None) -> None:
         """Let `fill` write a draft of the file, then put file and seal in place.
 
         Both are on the disk before the first is renamed: a full disk leaves the old file with its old seal.
@@ -208,15 +204,19 @@ class Artifact:
             noted = json.loads(json.dumps({**(notes or {}), "key": self.key}, allow_nan=False))
             facts = {"file_sha256": sha256_of(draft), "bytes": draft.stat().st_size, "notes": noted}
             data = _json_bytes(facts | {"sha256": digest(facts)})
-            with _drafted(seal_of(self.path), lambda seal: _write(seal, data)) as seal, writing(self.path):
+            with _drafted(seal_of(self.path), lambda seal: seal.write_bytes(data)) as seal, writing(self.path):
                 seal_of(self.path).unlink(missing_ok=True)
                 os.replace(draft, self.path)
                 os.replace(seal, seal_of(self.path))
                 _sync_folder(self.path.parent)
 
+    def write_bytes(self, data: bytes) -> None:
+        """Write bytes as the file."""
+        self.write(lambda draft: draft.write_bytes(data))
+
     def write_json(self, value: object) -> None:
         """Write a JSON value as the file."""
-        self.write(lambda draft: _write(draft, _json_bytes(value)))
+        self.write_bytes(_json_bytes(value))
 
     def check(self) -> Proof:
         """The proof, after comparing file and key with it.

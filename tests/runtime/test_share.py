@@ -1,0 +1,231 @@
+"""The one loop over tasks: with one process here, with two in a launch of their own."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+
+import pytest
+from pipeline import PYTHON, file_limit, quiet_env
+
+from prism_hf.runtime import share as module
+from prism_hf.runtime.share import Progress, share, unfinished
+
+
+@dataclass
+class Alone:
+    """The only process of a launch, as far as the loop looks at one."""
+
+    process_index: int = 0
+    num_processes: int = 1
+    is_main_process: bool = True
+    waited: int = 0
+
+    def wait_for_everyone(self):
+        self.waited += 1
+
+
+def loop(folder, tasks, *, done=(), do=None, accelerator=None, **more):
+    """Share tasks, as numbers; those that were done, in order."""
+    finished, order = set(done), []
+
+    def work(task, progress):
+        (do or (lambda *_: None))(task, progress)
+        order.append(task)
+        finished.add(task)
+
+    words = {"is_done": finished.__contains__, "do": work, "unit": "job", "notes": folder} | more
+    share(accelerator or Alone(), "synthesize", tasks, **words)
+    return order
+
+
+def read(folder):
+    return json.loads((folder / "progress-0.json").read_text())
+
+
+# -- which tasks ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_done_is_skipped_and_the_largest_come_first(tmp_path, caplog):
+    accelerator = Alone()
+    with caplog.at_level("INFO", "prism_hf"):
+        order = loop(tmp_path, [3, 1, 4, 2, 5], done=[4], size=lambda task: task // 2, accelerator=accelerator)
+    assert order == [5, 3, 2, 1], "equal ones in their order"
+    assert caplog.messages == ["synthesize: 1 of 5 jobs found, 4 to do"]
+    assert accelerator.waited == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tasks_are_made_ready_once_and_only_when_some_are_missing(tmp_path, caplog):
+    calls = []
+    assert loop(tmp_path, [1, 2, 3], done=[2], prepare=calls.append) == [1, 3]
+    assert calls == [[1, 3]], "in the order of the tasks"
+    with caplog.at_level("INFO", "prism_hf"):
+        assert loop(tmp_path, [1, 2, 3], done=[1, 2, 3], prepare=calls.append) == []
+    assert loop(tmp_path, [], prepare=calls.append) == []
+    assert len(calls) == 1
+    assert caplog.messages[0] == "synthesize: 3 of 3 jobs found, 0 to do"
+
+
+def test_a_second_launch_does_what_the_first_one_did_not(tmp_path):
+    done = []
+
+    def fail(task, _):
+        if task == 2:
+            raise KeyboardInterrupt
+        done.append(task)
+
+    with pytest.raises(KeyboardInterrupt):
+        loop(tmp_path, [1, 2, 3], do=fail)
+    assert done == [1]
+    assert list(tmp_path.iterdir()) == [], "no progress of a share that has ended"
+    assert loop(tmp_path, [1, 2, 3], done=done) == [2, 3]
+
+
+def test_the_unfinished_are_told_in_order():
+    assert unfinished(Alone(), "abcde", lambda letter: letter in "bd") == ["a", "c", "e"]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from accelerate import Accelerator
+from prism_hf.runtime.share import share
+
+accelerator, folder = Accelerator(cpu=True), Path(sys.argv[1])
+rank = accelerator.process_index
+
+def note(what, task):
+    with open(folder / f"{what}-{rank}", "a") as file:
+        file.write(f"{task}\\n")
+
+def is_done(task):
+    note("looked", task)
+    return task in (2, 5)
+
+def do(task, progress):
+    note("did", task)
+    assert (folder / f"progress-{rank}.json").is_file()
+
+share(
+    accelerator, "relabel", list(range(8)), is_done=is_done, do=do, unit="job", notes=folder,
+    prepare=lambda missing: note("prepared", missing), size=lambda task: {7: 9, 0: 9}.get(task, 1),
+)
+note("saw", sorted(path.name for path in folder.glob("progress-*")))
+"""
+
+
+def test_two_processes_divide_the_looking_and_the_work(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    words = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    words += ["--dynamo_backend", "no", "--main_process_port", "0", str(tmp_path / "script.py"), str(folder)]
+    done = subprocess.run(
+        [PYTHON, "-m", "accelerate.commands.launch", *words],
+        capture_output=True, text=True, env=quiet_env(), check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    notes = {path.name: path.read_text().splitlines() for path in folder.iterdir()}
+    assert (notes["looked-0"], notes["looked-1"]) == (list("0246"), list("1357"))
+    assert notes["prepared-0"] == notes["prepared-1"] == ["[0, 1, 3, 4, 6, 7]"]
+    assert notes["did-0"] == ["0", "1", "4"], "every second one, the largest first"
+    assert notes["did-1"] == ["7", "3", "6"]
+    assert notes["saw-0"] == notes["saw-1"] == ["[]"], "nobody goes on before all are done"
+
+
+# -- progress ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_being_done_stands_in_a_file_until_the_end(tmp_path):
+    seen = []
+    before = time.time()
+    loop(
+        tmp_path, [7, 5], do=lambda *_: seen.append(read(tmp_path)), name=lambda task: f"job {task}",
+        size=lambda task: 10 * task, steps="step",
+    )  # fmt: skip
+    first, second = seen
+    assert first == {
+        "stage": "synthesize", "unit": "step", "done": 0, "of": 120, "now": "job 7", "seconds_left": None,
+        "updated": first["updated"], "host": socket.gethostname(), "pid": os.getpid(),
+    }  # fmt: skip
+    assert (second["done"], second["now"]) == (70, "job 5")
+    assert second["seconds_left"] >= 0
+    assert before <= first["updated"] <= second["updated"] <= time.time()
+    assert not (tmp_path / "progress-0.json").exists()
+
+
+def test_a_task_may_tell_its_steps_and_those_of_an_earlier_launch(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_WRITE_EVERY_S", -1.0)
+    seen = []
+
+    def work(task, progress):
+        progress.skip(30)
+        assert progress.seconds_left is None or task == 2, "found work says nothing about speed"
+        progress.advance(20)
+        seen.append((progress.count, read(tmp_path)["done"]))
+
+    loop(tmp_path, [1, 2], do=work, size=lambda _: 100, steps="step")
+    assert seen == [(50, 50), (150, 150)], "the rest of the first was not told"
+
+
+def test_the_estimate_counts_only_what_this_launch_did(tmp_path, monkeypatch):
+    progress = Progress(tmp_path / "p.json", "relabel", 100, "epoch")
+    progress.skip(50)
+    progress.advance(10)
+    monkeypatch.setattr(progress, "_started", module.time.monotonic() - 1000)
+    assert progress.seconds_left == pytest.approx(4000, rel=0.5)
+    progress.close()
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "title", "lines"), [(Alone(), "", 1), (Alone(is_main_process=False), "", 0), (Alone(), "SRe2L", 0)]
+)
+def test_a_long_stage_says_once_how_long_it_takes(tmp_path, monkeypatch, caplog, accelerator, title, lines):
+    """The first process does; a comparison has an estimate of all its runs."""
+    monkeypatch.setattr(module, "ESTIMATE_AFTER_S", -1.0)
+    with caplog.at_level("INFO", "prism_hf"):
+        loop(tmp_path, [1, 2, 3], accelerator=accelerator, title=title)
+    assert sum("synthesize: about " in line and line.endswith("left") for line in caplog.messages) == lines
+
+
+class Bar:
+    """What a terminal would show."""
+
+    def __init__(self, **words):
+        self.words, self.n, self.open = words, 0, True
+        BARS.append(self)
+
+    def update(self, count):
+        self.n += count
+
+    def close(self):
+        self.open = False
+
+
+BARS = []
+
+
+def test_a_full_disk_for_notes_stops_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "tqdm", Bar)  # what pytest captures goes into files
+    with file_limit(100):
+        assert loop(tmp_path, [1, 2]) == [1, 2]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("title", "text"), [("", "synthesize"), ("SRe2L, seed 0", "SRe2L, seed 0, synthesize")])
+def test_a_bar_shows_the_steps_of_this_process(tmp_path, monkeypatch, title, text):
+    monkeypatch.setattr(module, "tqdm", Bar)
+    BARS.clear()
+
+    def work(task, progress):
+        if task == 1:
+            progress.advance(3)
+
+    loop(tmp_path, [1, 2], do=work, size=lambda _: 10, steps="step", title=title)
+    (bar,) = BARS
+    assert bar.words == {"total": 20, "desc": text, "unit": "step", "leave": not title}
+    assert bar.n == 20
+    assert not bar.open

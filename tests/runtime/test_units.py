@@ -1,0 +1,14 @@
+import pytest
+
+from prism_hf.runtime.units import duration_text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"), (89.4, "89 s"), (90, "2 min"), (3600, "60 min"), (5399, "1 h 30 min"), (7200, "2 h"),
+        (12000, "3 h 20 min"), (190800, "2 d 5 h"), (172800, "2 d"),
+    ],
+)  # fmt: skip
+def test_durations_are_for_people(seconds, text):
+    assert duration_text(seconds) == text
