@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hub_fixtures import connected, hub, online, transport  # noqa: F401
 from huggingface_hub import ModelCard
-from pipeline import ROOT, TINY, command, launch
+from pipeline import ROOT, TINY, launch
 
 from prism_hf.cli.main import main
 
@@ -92,17 +92,18 @@ def test_a_dry_run_asks_the_hub_nothing(connected, tmp_path, capsys):
 @pytest.mark.parametrize("option", [["--public"], ["--revision", "x"], ["--create-pr"], ["--replace"]])
 def test_options_of_a_push_need_a_push(option, capsys):
     with pytest.raises(SystemExit):
-        command().parse(option)
+        main(["distill", *option])
     assert "--push-to-hub" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["squeeze", "synthesize", "relabel"])
 def test_a_stage_that_packages_nothing_has_nothing_to_push(stage, capsys):
-    with pytest.raises(SystemExit):
-        command().parse(["--push-to-hub", "a/b", "--stage", stage])
-    assert "--stage" in capsys.readouterr().err
+    assert launch("--push-to-hub", "a/b", "--stage", stage) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"HubError: --stage {stage} leaves no dataset to push")
 
 
 def test_private_and_public_exclude_each_other(capsys):
     with pytest.raises(SystemExit):
-        command().parse(["--push-to-hub", "a/b", "--public", "--private"])
+        main(["distill", "--push-to-hub", "a/b", "--public", "--private"])
+    assert "not allowed with" in capsys.readouterr().err
