@@ -118,7 +118,9 @@ def save_timm(folder, architecture="test_byobnet", *, classes=3, names=None, see
 
 
 def quiet_env():
-    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "TQDM_DISABLE": "1"}
+    """The environment of a process of its own, which runs the code of this checkout."""
+    here = {"PYTHONPATH": str(ROOT / "src")}
+    return os.environ | here | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
 PYTHON = sys.executable

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hub_fixtures import connected, hub, online, transport  # noqa: F401
+from hub_server import Status
 from huggingface_hub import ModelCard
 from pipeline import ROOT, TINY, launch
 
@@ -54,6 +55,22 @@ def test_distil_push_load_evaluate(connected, tmp_path, capsys):
     card = ModelCard(connected.files("models", "org/tiny-student")["README.md"].decode())
     assert card.data.datasets == [REPO]
     assert card.data.eval_results[0].metric_value == mine[0]["top1"][0]
+
+
+@lfs_only
+def test_a_push_that_fails_at_the_end_has_told_the_scores(connected, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", logger="prism_hf")
+    connected.fault("commit", Status(403), times=None)
+    assert launch("--output", tmp_path / "run", *SMALL, "--push-to-hub", REPO) == 2
+    told = capsys.readouterr()
+    assert told.err.strip().splitlines()[-1].startswith("HubError: ")
+    assert "random real" in caplog.text
+    assert (tmp_path / "run" / "report.json").is_file()
+    # The same command finds everything, and only publishes.
+    connected.clear_faults()
+    assert launch("--output", tmp_path / "run", *SMALL, "--push-to-hub", REPO) == 0
+    assert "random real" in capsys.readouterr().out
+    assert len(connected.history("datasets", REPO)) == 2
 
 
 def refused(connected, tmp_path, *words):

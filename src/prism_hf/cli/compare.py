@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from ..errors import RecipeError
 from ..recipe.plan import plan_jobs
 from ..recipe.yaml_file import load_recipe, override_recipe
-from .options import add_compute, quiet, split_overrides
+from .options import add_compute, quiet, split_overrides, teachers_folder
 
 if TYPE_CHECKING:
     from ..compare.methods import Method, Reading
@@ -84,8 +84,7 @@ def run(args: argparse.Namespace) -> None:
         readings,
         seeds,
         folder,
-        # Recipes in outputs/ share their teachers; a named output keeps everything inside itself.
-        teachers=args.teachers or (folder / "teachers" if args.output else Path("outputs") / "teachers"),
+        teachers=teachers_folder(args, folder),
         notes=notes,
         command=" ".join([args.parser.prog, *map(public_word, args.argv)]),
         threads=args.threads,

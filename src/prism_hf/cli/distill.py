@@ -15,21 +15,15 @@ The stages are squeeze (train teachers), synthesize (images), relabel, package a
 command resumes an interrupted run, with any number of processes.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..recipe.describe import describe_plan
 from ..recipe.plan import STAGES, TRACKERS
 from ..runtime.stop import is_first_process
-from .options import add_compute, add_target, quiet, read_recipe, target_of
+from .options import add_compute, add_target, quiet, read_recipe, target_of, teachers_folder
 from .status import print_status
-
-if TYPE_CHECKING:
-    from ..run.distill import Distilled
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -67,13 +61,13 @@ def run(args: argparse.Namespace) -> None:
         print_status(folder)
         return
     quiet()
+    from ..evaluation.report import summary
     from ..run.distill import distill
 
     result = distill(
         recipe,
         folder,
-        # Recipes in outputs/ share their teachers; a named output keeps everything inside itself.
-        teachers=args.teachers or (folder / "teachers" if args.output else Path("outputs") / "teachers"),
+        teachers=teachers_folder(args, folder),
         stage=args.stage,
         fresh=args.fresh,
         allow_partial=args.allow_partial,
@@ -83,16 +77,9 @@ def run(args: argparse.Namespace) -> None:
         checkpoint_s=args.checkpoint_every,
     )
     if is_first_process():
-        print_result(result)
-
-
-def print_result(result: Distilled) -> None:
-    """The table, and where the dataset is."""
-    from ..evaluation.report import summary
-
-    if result.report is not None:
-        sys.stdout.write(f"{summary(result.report)}\n")
-    if result.dataset is not None:
-        sys.stdout.write(f"dataset: {result.dataset}\n")
-    if result.url is not None:
-        sys.stdout.write(f"{result.url}\n")
+        if result.report is not None:
+            sys.stdout.write(f"{summary(result.report)}\n")
+        if result.dataset is not None:
+            sys.stdout.write(f"dataset: {result.dataset}\n")
+        if result.url is not None:
+            sys.stdout.write(f"{result.url}\n")

@@ -4,11 +4,10 @@
     %(prog)s DATASET --student resnet18 --seeds 3 evaluation.epochs=100
     %(prog)s DATASET --test DATA:SPLIT
 
-DATASET is a folder or a Hub id. Students see only what the dataset contains: images, labels, views. The test data are the recipe's unless named. The
-random-real rows appear when the real training data and the teachers can be reached (--teachers DIR for squeezed ones).
+DATASET is a folder or a Hub id. Students see only what it contains: images, labels, views. The test data are the
+recipe's unless named. The random-real rows appear when the real training data and the teachers can be reached
+(--teachers DIR for squeezed ones).
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.report import summary
     from ..run.evaluate_dataset import evaluate_dataset
 
-    result = evaluate_dataset(
+    report, student = evaluate_dataset(
         sources[0],
         overrides,
         revision=args.revision,
@@ -59,6 +58,6 @@ def run(args: argparse.Namespace) -> None:
         checkpoint_s=args.checkpoint_every,
     )
     if is_first_process():
-        sys.stdout.write(f"{summary(result.report)}\nreport: {result.path}\n")
-        if result.student is not None:
-            sys.stdout.write(f"student: {result.student}\n")
+        sys.stdout.write(f"{summary(json.loads(report.read_text(encoding='utf-8')))}\nreport: {report}\n")
+        if student is not None:
+            sys.stdout.write(f"student: {student}\n")

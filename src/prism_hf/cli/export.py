@@ -1,10 +1,10 @@
 """Write the images of a dataset for other programs.
 
-%(prog)s outputs/NAME/dataset DIR --format imagefolder
-%(prog)s ORG/NAME DIR --format rethinkdc --revision v1
-"""
+    %(prog)s outputs/NAME/dataset DIR --format imagefolder
+    %(prog)s ORG/NAME DIR --format rethinkdc --revision v1
 
-from __future__ import annotations
+imagefolder: a folder of image files per class. rethinkdc: one Parquet table with the columns that rethinkdc reads.
+"""
 
 import argparse
 import sys

@@ -102,6 +102,11 @@ def _seconds(text: str) -> float:
     return value
 
 
+def teachers_folder(args: argparse.Namespace, output: Path) -> Path:
+    """Where squeezed teachers are kept: recipes in outputs/ share them, a named output keeps everything inside itself."""
+    return Path(args.teachers or (output / "teachers" if args.output else "outputs/teachers"))
+
+
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Positional words -> (paths, `dotted.key=value` overrides)."""
     overrides = [word for word in words if "=" in word and not os.path.exists(word)]  # Path.exists raises at long words

@@ -1,12 +1,10 @@
 """Publish a dataset, a teacher or a student on the Hub.
 
-%(prog)s outputs/NAME/dataset ORG/NAME [--public] [--revision BRANCH | --create-pr] [--replace]
-%(prog)s outputs/NAME/student ORG/STUDENT --dataset ORG/NAME
+    %(prog)s outputs/NAME/dataset ORG/NAME [--public] [--revision BRANCH | --create-pr] [--replace]
+    %(prog)s outputs/NAME/student ORG/STUDENT --dataset ORG/NAME
 
 One commit brings all of it or nothing. The repo is private unless --public.
 """
-
-from __future__ import annotations
 
 import argparse
 import sys

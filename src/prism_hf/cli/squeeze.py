@@ -2,11 +2,10 @@
 
     %(prog)s RECIPE.yaml [key=value ...] [--output DIR]
 
-They learn the recipe's real data. Prints a folder per teacher; `timm.create_model("local-dir:FOLDER", pretrained=True)` and transformers'
-`AutoModelForImageClassification.from_pretrained("FOLDER")` both load it. Finished teachers are left as they are.
+They learn the recipe's real data; finished ones are left as they are. Prints a folder per teacher, which both
+`timm.create_model("local-dir:FOLDER", pretrained=True)` and transformers'
+`AutoModelForImageClassification.from_pretrained("FOLDER")` load.
 """
-
-from __future__ import annotations
 
 import argparse
 import shutil

@@ -5,8 +5,6 @@
 Reads the run's output folder only, so it may be asked at any time. The last line is the same as JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -6,8 +6,6 @@
 The exit code is 1 if anything differs.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 

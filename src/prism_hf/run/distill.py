@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,21 +79,22 @@ def distill(
     recipe = override_recipe(recipe, overrides) if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     target = Target(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
     folder = Path(folder)
-    _check_request(stage, target)
-    check_folder(folder, recipe, fresh=fresh)
-    check_free(folder)
-    if target is not None:
-        check_here(target)
+    _check_at_once(recipe, folder, stage, target, fresh=fresh)
     accelerator = make_accelerator(folder, log_with=log_with, threads=threads)
     run = Run(recipe, folder, Path(teachers or folder / "teachers"), accelerator, checkpoint_s, allow_partial)
     return _distill(run, stage, target, fresh=fresh)
 
 
-def _check_request(stage: str | None, target: Target | None) -> None:
+def _check_at_once(recipe: Recipe, folder: Path, stage: str | None, target: Target | None, *, fresh: bool) -> None:
+    """Check what needs neither data nor teachers."""
     if stage is not None and stage not in STAGES:
         raise RecipeError(f"stage {stage!r} is unknown; use one of {', '.join(STAGES)}")
     if target is not None and stage in ("squeeze", "synthesize", "relabel"):
         raise HubError(f"--stage {stage} leaves no dataset to push; leave out --stage, or push after --stage package")
+    check_folder(folder, recipe, fresh=fresh)
+    check_free(folder)
+    if target is not None:
+        check_here(target)
 
 
 def _distill(run: Run, stage: str | None, target: Target | None, *, fresh: bool) -> Distilled:
@@ -108,11 +109,11 @@ def _distill(run: Run, stage: str | None, target: Target | None, *, fresh: bool)
     with _begun(stages, target, fresh=fresh):
         stages([stage] if stage is not None else STAGES)
         run.accelerator.wait_for_everyone()
-        result = _result(run)
+        path = run.folder / "report.json"
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         run.accelerator.end_training()
-        if target is not None and is_main:
-            result = replace(result, url=_publish(run, result, target))
-    return result
+        url = _publish(run, target, report) if target is not None and is_main else None
+    return Distilled(run.folder, run.dataset if run.dataset.is_dir() else None, report, url)
 
 
 @contextmanager
@@ -136,21 +137,10 @@ def _begun(stages: Stages, target: Target | None, *, fresh: bool) -> Iterator[No
         yield
 
 
-def _result(run: Run) -> Distilled:
-    report = run.folder / "report.json"
-    return Distilled(
-        folder=run.folder,
-        dataset=run.dataset if run.dataset.is_dir() else None,
-        report=json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
-        url=None,
-    )
-
-
-def _publish(run: Run, result: Distilled, target: Target) -> str:
+def _publish(run: Run, target: Target, report: dict[str, Any] | None) -> str:
     try:
         return publish(bundle_of(run.dataset), target).url
     except HubError:
-        # The error ends the command before it has printed the table.
-        if result.report is not None:
-            run.say(summary(result.report))
+        if report is not None:
+            run.say(summary(report))  # the caller gets no result to show it from
         raise

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..dataset.reader import DistilledDataset, load_distilled
 from ..dataset.writer import versions
@@ -29,21 +29,6 @@ from .stages import Stages
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class DatasetScores:
-    """What an evaluation has left.
-
-    Attributes:
-        report: Every figure of the table.
-        path: The report as JSON.
-        student: Folder of the student that was kept, for timm and transformers; `None` if there is none.
-    """
-
-    report: dict[str, Any]
-    path: Path
-    student: Path | None
-
-
 def evaluate_dataset(
     source: str,
     overrides: Sequence[str] = (),
@@ -54,7 +39,7 @@ def evaluate_dataset(
     folder: Path | None = None,
     threads: int | None = None,
     checkpoint_s: float = EVERY_S,
-) -> DatasetScores:
+) -> tuple[Path, Path | None]:
     """Train students on a distilled dataset, and write the honest table; the same call resumes an interrupted one.
 
     Args:
@@ -67,8 +52,8 @@ def evaluate_dataset(
         threads: CPU threads per process.
         checkpoint_s: Seconds between two checkpoints of a student.
 
-    Raises:
-        PrismError: One line on what cannot be used.
+    Returns:
+        Path of report.json; folder of the student that was kept, `None` if none was.
     """
     if folder is not None:
         check_place(folder, "--output")
@@ -76,18 +61,20 @@ def evaluate_dataset(
     with accelerator.main_process_first():
         distilled = load_distilled(source, revision=revision)
     recipe = _protocol(source, distilled, overrides)
-    channels, size = distilled.images_uint8.shape[1], distilled.images_uint8.shape[-1]
-    check_network(recipe.evaluation.student, num_classes=len(distilled.class_names), channels=channels, size=size)
+    tested = recipe if test is None else _with_test(recipe, test)
+    left_out: dict[str, str] = {}
+    data, test_split = _real_data(recipe, tested, distilled.class_names, left_out)
     folder = folder or Path("outputs") / "evaluate" / recipe.name
-    real = _real_data(recipe, test, distilled.class_names)
     # One folder for all that control and scores depend on: another dataset of the same name must not find them.
-    work = folder / _digest(distilled.content, "" if real.data is None else real.data.train.content)
+    work = folder / _digest(distilled.content, "" if data is None else data.train.content)
     run = Run(recipe, work, teachers or _nearest_teachers(source), accelerator, checkpoint_s)
     with held(run):
-        return _score(run, source, distilled, real, test, folder / "report.json")
-
-
-# -- the protocol -----------------------------------------------------------------------------------------------------
+        student = _student(run, tested, data, test_split, dataset_id=None if Path(source).is_dir() else source)
+        evaluation = _score(run, distilled, data, test_split, left_out, student)
+        if accelerator.is_main_process:
+            report = {"recipe": recipe.name, "dataset": source, "test": test or recipe.data.source}
+            write_json(folder / "report.json", report | _results(run, evaluation))
+    return folder / "report.json", student.folder if student.folder.is_dir() else None
 
 
 def _protocol(source: str, distilled: DistilledDataset, overrides: Sequence[str]) -> Recipe:
@@ -97,7 +84,10 @@ def _protocol(source: str, distilled: DistilledDataset, overrides: Sequence[str]
     wrong = [override for override in overrides if not override.startswith("evaluation.")]
     if wrong:
         raise RecipeError(f"override {wrong[0]!r}: only evaluation.* can change for images that exist already")
-    return override_recipe(_local_recipe(Path(source), distilled.recipe), overrides)
+    recipe = override_recipe(_local_recipe(Path(source), distilled.recipe), overrides)
+    channels, size = distilled.images_uint8.shape[1], distilled.images_uint8.shape[-1]
+    check_network(recipe.evaluation.student, num_classes=len(distilled.class_names), channels=channels, size=size)
+    return recipe
 
 
 def _local_recipe(dataset: Path, shipped: Recipe) -> Recipe:
@@ -116,53 +106,66 @@ def _nearest_teachers(source: str) -> Path:
     return next((folder for folder in beside if folder.is_dir()), Path("outputs") / "teachers")
 
 
-def _digest(*parts: str) -> str:
-    """Sixteen hex digits that name a combination of parts."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-# -- the real data ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _RealData:
-    """The test images, and the other real data or the reason why they cannot be had."""
-
-    test: ImageSplit
-    data: SourceData | None
-    missing: str | None = None
-
-
-def _real_data(recipe: Recipe, test: str | None, class_names: Sequence[str]) -> _RealData:
-    if test is None:
-        data = load_source(recipe.data)
-        return _RealData(data.test, data)
-    other, missing = _or_reason(lambda: load_source(recipe.data))
-    return _RealData(load_test_split(recipe.data, *_source_and_split(test), class_names), other, missing)
-
-
-def _or_reason(load: Callable[[], T]) -> tuple[T | None, str | None]:
-    """What `load` returns, or the reason why it cannot be had."""
-    try:
-        return load(), None
-    except (DataError, StageError, TeacherError) as error:
-        return None, f"not yet run: {error}"
-
-
-def _source_and_split(test: str) -> tuple[str, str]:
-    """The two parts of DATA[:SPLIT]."""
+def _with_test(recipe: Recipe, test: str) -> Recipe:
+    """The recipe with DATA[:SPLIT] as its test data."""
+    source, split = test, "test"
     if ":" in test and not Path(test).exists():
         source, _, split = test.rpartition(":")
-        return source, split
-    return test, "test"
-
-
-def _tested_recipe(recipe: Recipe, test: str | None) -> Recipe:
-    """The recipe with the test data that were asked for."""
-    if test is None:
-        return recipe
-    source, split = _source_and_split(test)
     return replace(recipe, data=replace(recipe.data, source=source, test_split=split, validation_fraction=0.0))
+
+
+def _real_data(
+    recipe: Recipe, tested: Recipe, class_names: Sequence[str], left_out: dict[str, str]
+) -> tuple[SourceData | None, ImageSplit]:
+    """The real data, which only other test data make dispensable, and the test images."""
+    if tested is recipe:
+        data = load_source(recipe.data)
+        return data, data.test
+    other = _unless_missing(lambda: load_source(recipe.data), left_out, "random real", "all real")
+    return other, load_test_split(recipe.data, tested.data.source, tested.data.test_split, class_names)
+
+
+def _unless_missing(load: Callable[[], T], left_out: dict[str, str], *rows: str) -> T | None:
+    """What `load` returns; if it cannot be had here, these rows of the table are left out for that reason."""
+    try:
+        return load()
+    except (DataError, StageError, TeacherError) as error:
+        left_out |= dict.fromkeys(rows, f"not yet run: {error}")
+        return None
+
+
+def _score(
+    run: Run,
+    distilled: DistilledDataset,
+    data: SourceData | None,
+    test_split: ImageSplit,
+    left_out: dict[str, str],
+    student: Keep,
+) -> Evaluation:
+    """Train the students of every row that can be had."""
+    recipe, stages = run.recipe, Stages(run)
+    control = judge = None
+    if data is not None:
+        if not recipe.evaluation.full_data_epochs:
+            left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
+        if recipe.method == "random":
+            left_out["random real"] = NO_CONTROL
+        else:
+            control = _unless_missing(lambda: _control(stages, distilled), left_out, "random real")
+        judge = _unless_missing(lambda: _judge(stages), left_out, "verifier and similarity")
+    contest = Contest(
+        distilled=distilled,
+        control=control,
+        train=None if data is None else data.train,
+        test=test_split,
+        settings=recipe.evaluation,
+        view=recipe.relabel.view,
+        left_out=left_out,
+    )
+    verifier = judge if recipe.teachers.verifier else None
+    scores = run.work / f"students-{_protocol_key(recipe, test_split)}"
+    evaluation = evaluate_contest(run, contest, scores, verifier=verifier, network=judge, keep=student)
+    return evaluation.of_random_images() if recipe.method == "random" else evaluation
 
 
 def _control(stages: Stages, distilled: DistilledDataset) -> DistilledDataset:
@@ -179,63 +182,27 @@ def _control(stages: Stages, distilled: DistilledDataset) -> DistilledDataset:
 
 def _judge(stages: Stages) -> Teacher:
     """The network that judges images and measures their similarity."""
-    judge = stages.recipe.teachers.verifier or stages.recipe.teachers.logit
-    return stages.teachers([judge])[judge]
+    name = stages.recipe.teachers.verifier or stages.recipe.teachers.logit
+    return stages.teachers([name])[name]
 
 
-# -- the scores -------------------------------------------------------------------------------------------------------
+def _student(run: Run, tested: Recipe, data: SourceData | None, test_split: ImageSplit, *, dataset_id: str | None) -> Keep:
+    """Where one student is kept, and what is known of it before its training."""
+    folder = run.folder / f"student-{_protocol_key(run.recipe, test_split)}"
+    return Keep(folder, source_facts(run.recipe, data), scored_on(tested), dataset_id)
 
 
-def _score(
-    run: Run, source: str, distilled: DistilledDataset, real: _RealData, test: str | None, path: Path
-) -> DatasetScores:
-    """Train the students, and write the report."""
-    recipe, stages = run.recipe, Stages(run)
-    left_out: dict[str, str | None] = {}
-    control = judge = None
-    if real.data is None:
-        left_out |= dict.fromkeys(("random real", "all real"), real.missing)
-    else:
-        if not recipe.evaluation.full_data_epochs:
-            left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
-        if recipe.method == "random":
-            left_out["random real"] = NO_CONTROL
-        else:
-            control, left_out["random real"] = _or_reason(lambda: _control(stages, distilled))
-        judge, left_out["verifier and similarity"] = _or_reason(lambda: _judge(stages))
-    contest = Contest(
-        distilled=distilled,
-        control=control,
-        train=None if real.data is None else real.data.train,
-        test=real.test,
-        settings=recipe.evaluation,
-        view=recipe.relabel.view,
-        left_out={row: reason for row, reason in left_out.items() if reason is not None},
-    )
-    # Students of one protocol on the same test images are found again, whatever their seeds.
+def _protocol_key(recipe: Recipe, test_split: ImageSplit) -> str:
+    """A name for the protocol and its test images; more seeds join the students that are trained already."""
     settings = to_dict(replace(recipe, evaluation=replace(recipe.evaluation, seeds=(0,))))["evaluation"]
-    key = _digest(json.dumps(settings), real.test.content)
-    dataset_id = None if Path(source).is_dir() else source
-    facts, tested_on = source_facts(recipe, real.data), scored_on(_tested_recipe(recipe, test))
-    keep = Keep(run.folder / f"student-{key}", facts, tested_on, dataset_id)
-    verifier = judge if recipe.teachers.verifier else None
-    scores = run.work / f"students-{key}"
-    evaluation = evaluate_contest(run, contest, scores, verifier=verifier, network=judge, keep=keep)
-    report = _report(run, evaluation, source, test)
-    if run.accelerator.is_main_process:
-        write_json(path, report)
-    return DatasetScores(report, path, keep.folder if keep.folder.is_dir() else None)
+    return _digest(json.dumps(settings), test_split.content)
 
 
-def _report(run: Run, evaluation: Evaluation, source: str, test: str | None) -> dict[str, Any]:
-    if run.recipe.method == "random":
-        evaluation = evaluation.of_random_images()
-    return {
-        "recipe": run.recipe.name,
-        "dataset": source,
-        "test": test or run.recipe.data.source,
-        "evaluation": evaluation.as_dict(),
-        "settings": to_dict(run.recipe)["evaluation"],
-        "hardware": run.hardware,
-        "versions": versions(),
-    }
+def _digest(*parts: str) -> str:
+    """Sixteen hex digits that name a combination of parts."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _results(run: Run, evaluation: Evaluation) -> dict[str, object]:
+    settings = to_dict(run.recipe)["evaluation"]
+    return {"evaluation": evaluation.as_dict(), "settings": settings, "hardware": run.hardware, "versions": versions()}
