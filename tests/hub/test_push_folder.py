@@ -64,7 +64,8 @@ def test_a_push_that_fails_at_the_end_has_told_the_scores(connected, tmp_path, c
     assert launch("--output", tmp_path / "run", *SMALL, "--push-to-hub", REPO) == 2
     told = capsys.readouterr()
     assert told.err.strip().splitlines()[-1].startswith("HubError: ")
-    assert "random real" in caplog.text
+    assert "top-1 %" in caplog.text
+    assert "top-1 %" not in told.out
     assert (tmp_path / "run" / "report.json").is_file()
     # The same command finds everything, and only publishes.
     connected.clear_faults()
