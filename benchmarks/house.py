@@ -112,7 +112,7 @@ def main() -> None:
     if args.json:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=args.root, capture_output=True, text=True, check=True)
         record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
-        # The parent commit for a record that is committed together with the code.
+        # What is checked out: for a record that is committed together with its code, the commit before.
         record |= {"limits": LIMITS, args.json: {"commit": commit.stdout.strip()[:12], **facts}}
         ordered = {key: record[key] for key in ("limits", "before", "after") if key in record}
         RECORD.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
