@@ -16,7 +16,7 @@ from pathlib import Path
 
 import machine
 
-from prism_hf.cli.options import add_common, quiet, run_command
+from prism_hf.cli.options import add_compute, add_debug, quiet, run_command
 from prism_hf.compare.methods import Reading
 from prism_hf.errors import RecipeError
 from prism_hf.evaluation.students import Labels
@@ -208,7 +208,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reduced", action="store_true", help=f"two seeds, one student, of {', '.join(REDUCED)}")
     parser.add_argument("--as-is", action="store_true", help="make nothing: write what is there of each table")
     parser.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds")
-    add_common(parser)
+    add_compute(parser)
+    add_debug(parser)
     return parser.parse_args(argv)
 
 

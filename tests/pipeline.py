@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from timm.models import save_for_hf
 
-from prism_hf.cli.options import run_command
+from prism_hf.cli.main import main
 from prism_hf.recipe.plan import STAGES
 from prism_hf.recipe.yaml_file import dump_recipe, load_recipe
 from prism_hf.runtime.store import write_bytes
@@ -39,18 +39,18 @@ def tiny(*overrides):
     return load_recipe(RECIPE, [*TINY, *overrides])
 
 
-def command(name="prism"):
+def recipe_script(name):
+    """A script below recipes/ as a module."""
     spec = importlib.util.spec_from_file_location(f"recipes_{name}", ROOT / "recipes" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def launch(*words, name="prism", recipe=RECIPE):
+def launch(*words, name="distill", recipe=RECIPE, **options):
     """One launch of a command in this process, as a new process would start it; its exit code."""
     AcceleratorState._reset_state(True)
-    module = command(name)
-    return run_command(module.main, module.parse([*([str(recipe)] if recipe else []), *map(str, words)]))
+    return main([name, *([str(recipe)] if recipe else []), *map(str, words)], **options)
 
 
 def run_in(folder, teachers, *overrides, **more):

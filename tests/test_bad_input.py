@@ -98,8 +98,8 @@ def run(words):
     program, *rest = shlex.split(words)
     if program == "prism-hf":
         return console(rest)
-    threads = ["--threads", "1"]
-    return launch(*rest, *threads, name=program.removesuffix(".py"), recipe=None)
+    command = {"prism.py": "distill"}.get(program, program.removesuffix(".py"))
+    return launch(*rest, "--threads", "1", name=command, recipe=None)
 
 
 def check(bad, folder, capsys):
@@ -894,8 +894,8 @@ EVALUATE = {
     "the Hub, offline": ("org/set", DataError, ["org/set", "cannot be loaded", "HF_HUB_OFFLINE is set, unset it"]),
     "no id": ("'no id'", DataError, ["'no id' cannot be loaded: it is neither a folder here nor a Hub id"]),
     "a file": ("./good.yaml", DataError, ["good.yaml", "give a folder"]),
-    "two data sets": ("set pictures", RecipeError, ["one data set", "got 2", "evaluation.key=value"]),
-    "no data set": ("evaluation.lr=1", RecipeError, ["one data set", "got 0"]),
+    "two data sets": ("set pictures", RecipeError, ["one dataset", "got 2", "evaluation.key=value"]),
+    "no data set": ("evaluation.lr=1", RecipeError, ["one dataset", "got 0"]),
     "an empty folder": ("bad", DataError, ["'bad'", "give a folder"], folder("bad")),
     "real pictures": ("pictures", DataError, ["'pictures'"]),
     "no recipe": ("set", DataError, ["recipe.yaml", "names the test data"], remove("set/recipe.yaml")),

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from pipeline import command, one_line
+from pipeline import one_line, recipe_script
 
 from prism_hf.cli.options import run_command
 from prism_hf.compare.methods import under_one_protocol
@@ -136,7 +136,7 @@ def idx(path, array):
 @pytest.fixture
 def authors(tmp_path, monkeypatch):
     """The four files, with few images."""
-    spec = command("fashion/to_parquet")
+    spec = recipe_script("fashion/to_parquet")
     monkeypatch.setitem(spec.SPLITS, "train", ("train", 20))
     monkeypatch.setitem(spec.SPLITS, "test", ("t10k", 10))
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Diverse dataset distillation with the Hugging Face stack: one recipe leaves one data set that explains itself.
+"""Diverse dataset distillation with the Hugging Face stack: one recipe leaves one dataset that explains itself.
 
 Names are imported when first used, so that reading a recipe or printing a plan does not wait for torch.
 """
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .recipe.plan import SynthesisJob, plan_jobs
     from .recipe.schema import Recipe
     from .recipe.yaml_file import load_recipe
+    from .run.distill import distill
 
 __version__ = "0.1.0"
 _HOME = {
@@ -30,6 +31,7 @@ _HOME = {
     "SynthesisJob": "recipe.plan",
     "Teacher": "models.load",
     "build_dataset": "dataset.writer",
+    "distill": "run.distill",
     "intra_class_similarity": "evaluation.diversity",
     "load_distilled": "dataset.reader",
     "load_recipe": "recipe.yaml_file",
@@ -48,6 +50,7 @@ __all__ = [
     "SynthesisJob",
     "Teacher",
     "build_dataset",
+    "distill",
     "intra_class_similarity",
     "load_distilled",
     "load_recipe",

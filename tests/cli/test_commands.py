@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from pipeline import PYTHON, RECIPE, ROOT, TINY, command, launch, mtimes, quiet_env, save_timm, sha_tree
+from accelerate.state import AcceleratorState
+from pipeline import PYTHON, RECIPE, ROOT, TINY, launch, mtimes, quiet_env, save_timm, sha_tree, tiny
 
+import prism_hf
+from prism_hf.cli.main import main, parse
 from prism_hf.cli.options import run_command, split_overrides
 from prism_hf.errors import DataError, RecipeError, SynthesisError
+from prism_hf.recipe.yaml_file import load_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -58,9 +62,9 @@ def test_paths_and_overrides_are_told_apart():
     "words",
     [["R.yaml", "a=1", "--threads", "2"], ["--threads", "2", "R.yaml", "a=1"], ["R.yaml", "--threads", "2", "a=1"]],
 )
-@pytest.mark.parametrize("name", ["prism", "squeeze"])
+@pytest.mark.parametrize("name", ["distill", "squeeze", "evaluate", "compare"])
 def test_options_may_stand_anywhere(name, words):
-    args = command(name).parse(words)
+    args = parse([name, *words])
     assert (args.words, args.threads) == (["R.yaml", "a=1"], 2)
 
 
@@ -77,11 +81,56 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(tmp_path, capsys, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_default_recipe_is_the_embedded_one(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert launch("--dry-run", recipe=None) == 0
-    assert "digits-prism-ipc10" in capsys.readouterr().out
+def typed(folder, *words):
+    """A command in a process of its own."""
+    return subprocess.run(
+        [PYTHON, *map(str, words)], cwd=folder, capture_output=True, text=True, env=quiet_env(), check=False
+    )
+
+
+def test_the_default_recipe_of_the_script_is_the_embedded_one(tmp_path):
+    done = typed(tmp_path, ROOT / "recipes" / "prism.py", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "digits-prism-ipc10" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_package_is_the_same_command_line_and_has_no_default_recipe(tmp_path):
+    done = typed(tmp_path, "-m", "prism_hf", "distill", RECIPE, "--dry-run")
+    assert done.stdout == typed(tmp_path, ROOT / "recipes" / "prism.py", "--dry-run").stdout
+    done = typed(tmp_path, "-m", "prism_hf", "distill", "--dry-run")
+    assert done.returncode == 2
+    assert done.stderr == "RecipeError: expected one recipe, got none; overrides are written key=value\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["prism", "squeeze", "evaluate", "compare"])
+def test_each_script_says_how_it_is_called(name, tmp_path):
+    done = typed(tmp_path, ROOT / "recipes" / f"{name}.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: accelerate launch recipes/{name}.py [-h]")
+    assert f"\n    accelerate launch recipes/{name}.py " in done.stdout, "an example"
+
+
+def test_help_lists_the_commands_with_a_line_each(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.split("  COMMAND\n")[1].splitlines()
+    assert [line.split()[0] for line in lines] == "distill squeeze evaluate compare status push verify export".split()
+    assert all(line.endswith(".") and len(line) <= 80 for line in lines), lines
+    for name in (line.split()[0] for line in lines):
+        with pytest.raises(SystemExit) as end:
+            main([name, "--help"])
+        assert end.value.code == 0
+        assert f"\n    prism-hf {name} " in capsys.readouterr().out, "an example"
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"prism-hf {prism_hf.__version__}\n"
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -119,7 +168,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch,
     assert mtimes(tmp_path) == {}, "a corrected command would find a folder of another recipe"
 
 
-@pytest.mark.parametrize("name", ["prism", "squeeze"])
+@pytest.mark.parametrize("name", ["distill", "squeeze"])
 def test_a_missing_recipe_is_one_line(tmp_path, capsys, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert launch(name=name, recipe="nowhere.yaml") == 2
@@ -212,7 +261,7 @@ def test_evaluate_without_teachers_leaves_the_control_out_and_says_why(made, tmp
         (["DATA", "evaluation.epochs=9"], ["evaluation.epochs"]),
         (["/no/such/folder"], ["/no/such/folder"]),
         (["nobody-there/no-such-set"], ["nobody-there/no-such-set"]),
-        (["DATA", "OTHER"], ["one data set"]),
+        (["DATA", "OTHER"], ["one dataset"]),
     ],
     ids=lambda value: value[-1].strip("/") if isinstance(value, list) else None,
 )
@@ -379,7 +428,7 @@ def test_too_little_space_is_found_before_anything_is_written(made, tmp_path, ca
 @pytest.mark.parametrize("text", ["-1", "soon", "nan", "100000"])
 def test_seconds_between_checkpoints_are_checked(capsys, text):
     with pytest.raises(SystemExit) as end:
-        command().parse(["--checkpoint-every", text])
+        parse(["distill", "--checkpoint-every", text])
     assert end.value.code == 2
     assert "0 to 86400" in capsys.readouterr().err
 
@@ -389,3 +438,38 @@ def test_seconds_between_checkpoints_reach_the_jobs(made, tmp_path):
         words = ["--teachers", made / "teachers", "--stage", "synthesize", "--checkpoint-every", seconds]
         assert go(tmp_path / seconds, *CHEAP, *words) == 0
         assert f"a checkpoint every {seconds} s" in (tmp_path / seconds / "logs" / "run.log").read_text()
+
+
+# -- the same from Python ---------------------------------------------------------------------------------------------
+
+
+def test_python_does_what_the_command_does(made, tmp_path):
+    words = (*TINY, *CHEAP)
+    folder = Path(shutil.copytree(made, tmp_path / "command"))
+    assert go(folder, *CHEAP) == 0
+    AcceleratorState._reset_state(True)
+    result = prism_hf.distill(RECIPE, tmp_path / "python", words, teachers=made / "teachers", threads=1)
+    assert (result.folder, result.dataset, result.url) == (tmp_path / "python", tmp_path / "python" / "dataset", None)
+    assert result.report["evaluation"] == json.loads((folder / "report.json").read_text())["evaluation"]
+    assert sha_tree(result.dataset / "data") == sha_tree(folder / "dataset" / "data")
+    before = mtimes(result.dataset / "data")
+    AcceleratorState._reset_state(True)
+    again = prism_hf.distill(tiny(*CHEAP), str(result.folder), teachers=str(made / "teachers"), threads=1)
+    assert again.report["evaluation"] == result.report["evaluation"]
+    assert mtimes(again.dataset / "data") == before
+
+
+def test_python_takes_one_stage_and_says_what_there_is(made, tmp_path):
+    AcceleratorState._reset_state(True)
+    result = prism_hf.distill(
+        tiny(), tmp_path / "run", ["synthesis.lr=0.5"], teachers=made / "teachers", stage="synthesize", threads=1
+    )
+    assert (result.dataset, result.report) == (None, None)
+    assert [path.name for path in (tmp_path / "run" / "work" / "jobs").glob("*.safetensors")]
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").synthesis.lr == 0.5
+
+
+def test_python_refuses_a_stage_that_does_not_exist(tmp_path):
+    with pytest.raises(RecipeError, match="stage 'distil' is unknown; use one of squeeze, synthesize, "):
+        prism_hf.distill(tiny(), tmp_path / "run", stage="distil")
+    assert not (tmp_path / "run").exists()

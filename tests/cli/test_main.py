@@ -1,8 +1,11 @@
 # ruff: noqa: F811
+import importlib
+import tomllib
+
 import datasets
 import pytest
 from hub_fixtures import connected, hub, online, transport  # noqa: F401
-from pipeline import add_card, small_set
+from pipeline import ROOT, add_card, small_set
 
 from prism_hf.cli.main import main, parse
 
@@ -16,6 +19,12 @@ def folder(tmp_path_factory):
     recipe, names, *_ = small_set(folder)
     add_card(folder, recipe, names)
     return folder
+
+
+def test_the_installed_command_is_this_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, name = project["scripts"]["prism-hf"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main
 
 
 def test_private_is_the_default():

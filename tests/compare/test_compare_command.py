@@ -1,11 +1,12 @@
-"""recipes/compare.py as a command."""
+"""`prism-hf compare`, and recipes/compare.py, which calls it."""
 
 import json
 import shutil
 
 import pytest
-from pipeline import command, launch, mtimes, random_picture, tiny
+from pipeline import launch, mtimes, random_picture, tiny
 
+from prism_hf.cli.compare import public_word
 from prism_hf.recipe.yaml_file import dump_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -14,8 +15,8 @@ THREE = ("synthesis.batch_size=3", "relabel.batch_size=6", "squeeze.batch_size=1
          "evaluation.full_data_epochs=1", "data.channels=3")  # fmt: skip
 
 
-def go(*words):
-    return launch(*words, name="compare", recipe=None)
+def go(*words, **options):
+    return launch(*words, name="compare", recipe=None, **options)
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +102,7 @@ def test_it_compares_on_pictures_in_a_folder(tmp_path, capsys, monkeypatch, pict
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_" + "q" * 34)
     words = (*recipes, *THREE, "--data", pictures, "--seeds", "0,1", "--output", tmp_path / "out", "--threads", "1")
-    monkeypatch.setattr("sys.argv", ["recipes/compare.py", *map(str, words)])
-    assert go(*words) == 0
+    assert go(*words, prog="accelerate launch recipes/compare.py") == 0
     out = capsys.readouterr().out
     assert "sre2l" in out
     assert f"page: {tmp_path / 'out' / 'comparison.html'}" in out
@@ -126,6 +126,9 @@ def test_it_compares_on_pictures_in_a_folder(tmp_path, capsys, monkeypatch, pict
     before = {path: time for path, time in mtimes(tmp_path / "out" / "runs").items() if "/work/students/" in path}
     shutil.rmtree(tmp_path / "out" / "assets")
     assert go(*words) == 0
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["command"].startswith(
+        "prism-hf compare prism.yaml"
+    )
     after = mtimes(tmp_path / "out" / "runs")
     assert {path: after[path] for path in before} == before
     again = json.loads((tmp_path / "out" / "comparison.json").read_text())
@@ -177,4 +180,4 @@ def test_a_verifier_that_teaches_elsewhere_is_said_to_be_the_protocols(tmp_path,
     ],
 )
 def test_the_command_is_shown_for_a_shell_and_without_places_of_this_machine(word, shown):
-    assert command("compare")._shown(word) == shown
+    assert public_word(word) == shown

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from hub_fixtures import connected, hub, online, transport  # noqa: F401
+from hub_server import Status
 from huggingface_hub import ModelCard
-from pipeline import ROOT, TINY, command, launch
+from pipeline import ROOT, TINY, launch
 
 from prism_hf.cli.main import main
 
@@ -56,6 +57,23 @@ def test_distil_push_load_evaluate(connected, tmp_path, capsys):
     assert card.data.eval_results[0].metric_value == mine[0]["top1"][0]
 
 
+@lfs_only
+def test_a_push_that_fails_at_the_end_has_told_the_scores(connected, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", logger="prism_hf")
+    connected.fault("commit", Status(403), times=None)
+    assert launch("--output", tmp_path / "run", *SMALL, "--push-to-hub", REPO) == 2
+    told = capsys.readouterr()
+    assert told.err.strip().splitlines()[-1].startswith("HubError: ")
+    assert "top-1 %" in caplog.text
+    assert "top-1 %" not in told.out
+    assert (tmp_path / "run" / "report.json").is_file()
+    # The same command finds everything, and only publishes.
+    connected.clear_faults()
+    assert launch("--output", tmp_path / "run", *SMALL, "--push-to-hub", REPO) == 0
+    assert "random real" in capsys.readouterr().out
+    assert len(connected.history("datasets", REPO)) == 2
+
+
 def refused(connected, tmp_path, *words):
     """A launch that ends before any work: nothing is written, nothing is made on the Hub."""
     assert launch("--output", tmp_path / "run", *SMALL, *words) == 2
@@ -92,17 +110,18 @@ def test_a_dry_run_asks_the_hub_nothing(connected, tmp_path, capsys):
 @pytest.mark.parametrize("option", [["--public"], ["--revision", "x"], ["--create-pr"], ["--replace"]])
 def test_options_of_a_push_need_a_push(option, capsys):
     with pytest.raises(SystemExit):
-        command().parse(option)
+        main(["distill", *option])
     assert "--push-to-hub" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["squeeze", "synthesize", "relabel"])
 def test_a_stage_that_packages_nothing_has_nothing_to_push(stage, capsys):
-    with pytest.raises(SystemExit):
-        command().parse(["--push-to-hub", "a/b", "--stage", stage])
-    assert "--stage" in capsys.readouterr().err
+    assert launch("--push-to-hub", "a/b", "--stage", stage) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"HubError: --stage {stage} leaves no dataset to push")
 
 
 def test_private_and_public_exclude_each_other(capsys):
     with pytest.raises(SystemExit):
-        command().parse(["--push-to-hub", "a/b", "--public", "--private"])
+        main(["distill", "--push-to-hub", "a/b", "--public", "--private"])
+    assert "not allowed with" in capsys.readouterr().err

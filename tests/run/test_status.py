@@ -137,6 +137,8 @@ def test_a_folder_without_a_run_is_one_line(tmp_path, kind):
 
 def test_the_command_prints_it(finished_run, tmp_path, capsys):
     before = mtimes(finished_run)
+    assert launch(finished_run, name="status", recipe=None) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == survey(finished_run)
     assert launch("--status", finished_run, recipe=None) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == survey(finished_run)
     assert launch("--output", finished_run, "--status") == 0

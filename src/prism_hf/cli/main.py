@@ -1,10 +1,7 @@
-"""The command `prism-hf`: share what a run left, check what was shared, and hand it to other programs.
+"""Distill datasets, evaluate and compare them, share and check them.
 
-    prism-hf push FOLDER REPO [--public] [--revision BRANCH | --create-pr] [--replace]
-    prism-hf verify FOLDER_OR_REPO [--revision REVISION]
-    prism-hf export FOLDER_OR_REPO DIR --format imagefolder|rethinkdc [--revision REVISION]
-
-FOLDER is a data set (DIR/dataset), a squeezed teacher or a student (DIR/student).
+`prism-hf COMMAND --help` explains a command. `distill`, `squeeze`, `evaluate` and `compare` also run on several processes:
+`accelerate launch ... -m prism_hf COMMAND ...`.
 """
 
 from __future__ import annotations
@@ -14,64 +11,57 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .options import add_debug, add_target, quiet, run_command
+from .. import __version__
+from . import compare, distill, evaluate, export, push, squeeze, status, verify
+from .options import add_debug, run_command
+
+COMMANDS = {
+    "distill": distill,
+    "squeeze": squeeze,
+    "evaluate": evaluate,
+    "compare": compare,
+    "status": status,
+    "push": push,
+    "verify": verify,
+    "export": export,
+}
+"""Each module describes its command in its docstring, and has `add_options(parser)` and `run(args)`."""
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line -> its options, with the command to run in `run`."""
+def parse(
+    argv: Sequence[str] | None = None, *, prog: str | None = None, default_recipe: Path | None = None
+) -> argparse.Namespace:
+    """The options of a command line; `run` is the function of its command.
+
+    Args:
+        argv: Words after the program's name; default: those of this process.
+        prog: What the user types in place of `prism-hf COMMAND`, for help and for the record of a comparison.
+        default_recipe: Recipe of `distill` where none is named.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser("prism-hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    pusher = commands.add_parser("push", help="publish a folder in one commit")
-    pusher.add_argument("folder", type=Path, metavar="FOLDER")
-    pusher.add_argument("repo", metavar="REPO", help="Hub id, made if it is not there")
-    pusher.add_argument("--dataset", metavar="REPO", help="of a student: Hub id of the data set that it learned from")
-    add_target(pusher)
-    pusher.set_defaults(run=push)
-    verifier = commands.add_parser("verify", help="compare every file with provenance.json")
-    verifier.add_argument("source", metavar="FOLDER_OR_REPO")
-    verifier.add_argument("--revision", help="of a Hub data set")
-    verifier.set_defaults(run=verify)
-    exporter = commands.add_parser("export", help="write the images as other programs expect them")
-    exporter.add_argument("source", metavar="FOLDER_OR_REPO")
-    exporter.add_argument("target", type=Path, metavar="DIR", help="new folder")
-    exporter.add_argument("--format", required=True, choices=("imagefolder", "rethinkdc"))
-    exporter.add_argument("--revision", help="of a Hub data set")
-    exporter.set_defaults(run=export)
-    for command in (pusher, verifier, exporter):
+    parser.add_argument("--version", action="version", version=f"prism-hf {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    parsers = {}
+    for name, module in COMMANDS.items():
+        description = module.__doc__ or ""
+        parsers[name] = command = subparsers.add_parser(
+            name,
+            prog=prog or f"prism-hf {name}",
+            help=description.partition("\n")[0],
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_options(command)
         add_debug(command)
-    return parser.parse_args(argv)
+        command.set_defaults(run=module.run, parser=command, argv=words[1:], default_recipe=default_recipe)
+    if words and words[0] in parsers:
+        # Not by the parser above: recipes, overrides and options may stand in any order.
+        return parsers[words[0]].parse_intermixed_args(words[1:])
+    return parser.parse_args(words)
 
 
-def push(args: argparse.Namespace) -> None:
-    """Publish a folder."""
-    from ..hub.push import push_folder
-    from ..hub.repository import Target
-
-    to = Target(args.repo, public=args.public, revision=args.revision, create_pr=args.create_pr, replace_other=args.replace)
-    sys.stdout.write(f"{push_folder(args.folder, to, dataset_id=args.dataset).url}\n")
-
-
-def verify(args: argparse.Namespace) -> int:
-    """Say what differs from provenance.json; the exit code is 1 if anything does."""
-    from ..dataset.verify import verify as check
-
-    found = check(args.source, revision=args.revision)
-    for line in found.differences:
-        sys.stdout.write(f"{line}\n")
-    rows = ", ".join(f"{count} rows in {config!r}" for config, count in found.rows.items())
-    sys.stdout.write(f"{args.source}: {found.files} files, {rows}; {len(found.differences) or 'no'} differences\n")
-    return 1 if found.differences else 0
-
-
-def export(args: argparse.Namespace) -> None:
-    """Write the images for another program."""
-    from ..dataset.export import export as write
-
-    sys.stdout.write(f"{write(args.source, args.target, format=args.format, revision=args.revision)}\n")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code."""
-    args = parse(argv)
-    quiet()
+def main(argv: Sequence[str] | None = None, *, prog: str | None = None, default_recipe: Path | None = None) -> int:
+    """Run a command line, see `parse`; returns its exit code."""
+    args = parse(argv, prog=prog, default_recipe=default_recipe)
     return run_command(args.run, args)

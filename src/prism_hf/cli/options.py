@@ -1,4 +1,4 @@
-"""What the commands share: one clear line for an error that a user can put right, and quiet libraries."""
+"""Options and behavior that commands share: recipes and overrides, quiet libraries, errors in one line."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..errors import PrismError, StoppedError
+from ..errors import PrismError, RecipeError, StoppedError
+from ..recipe.schema import Recipe
+from ..recipe.yaml_file import load_recipe
 from ..runtime.stop import EVERY_S, leave_at_once, stopping_cleanly
+
+if TYPE_CHECKING:
+    from ..hub.repository import Target
 
 INTERRUPTED = 130
 
@@ -47,12 +54,11 @@ def quiet() -> None:
     huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
+def add_compute(parser: argparse.ArgumentParser) -> None:
     """Options of every command that computes."""
     parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads per process")
     every = f"keep the state of long jobs this often; default: {EVERY_S:g}"
     parser.add_argument("--checkpoint-every", type=_seconds, default=EVERY_S, metavar="SECONDS", help=every)
-    add_debug(parser)
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
@@ -63,12 +69,21 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 def add_target(parser: argparse.ArgumentParser) -> None:
     """Options of a push to the Hub."""
     visible = parser.add_mutually_exclusive_group()
-    visible.add_argument("--private", dest="public", action="store_false", help="only you and your organisation (default)")
+    visible.add_argument("--private", dest="public", action="store_false", help="only you and your organization (default)")
     visible.add_argument("--public", action="store_true", help="everybody can read it")
-    parser.add_argument("--revision", metavar="BRANCH", default="main", help="push to a branch, made if not there")
+    parser.add_argument(
+        "--revision", metavar="BRANCH", default="main", help="push to a branch, created if it does not exist"
+    )
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of changing the branch")
     parser.add_argument("--replace", action="store_true", help="publish even over something else that the repo holds")
     parser.set_defaults(public=False)
+
+
+def target_of(repo: str, args: argparse.Namespace) -> Target:
+    """A repo, with the options of `add_target`."""
+    from ..hub.repository import Target
+
+    return Target(repo, public=args.public, revision=args.revision, create_pr=args.create_pr, replace_other=args.replace)
 
 
 def _positive(text: str) -> int:
@@ -87,7 +102,26 @@ def _seconds(text: str) -> float:
     return value
 
 
+def teachers_folder(args: argparse.Namespace, output: Path) -> Path:
+    """Where squeezed teachers are kept: recipes in outputs/ share them, a named output keeps everything inside itself."""
+    return Path(args.teachers or (output / "teachers" if args.output else "outputs/teachers"))
+
+
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Positional words -> (paths, `dotted.key=value` overrides)."""
     overrides = [word for word in words if "=" in word and not os.path.exists(word)]  # Path.exists raises at long words
     return [word for word in words if word not in overrides], overrides
+
+
+def read_recipe(words: Sequence[str], default: Path | None = None) -> Recipe:
+    """The one recipe among positional words, with its overrides; `default` where none is named.
+
+    Raises:
+        RecipeError: There is not exactly one, or it is wrong.
+    """
+    paths, overrides = split_overrides(words)
+    if not paths and default is not None:
+        return load_recipe(default, overrides)
+    if len(paths) != 1:
+        raise RecipeError(f"expected one recipe, got {', '.join(paths) or 'none'}; overrides are written key=value")
+    return load_recipe(paths[0], overrides)

@@ -10,11 +10,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from ..errors import RecipeError
-from ..evaluation.students import Labels
 from ..recipe.schema import Recipe, to_dict
 from ..recipe.yaml_file import differing_keys, parse_recipe
+
+if TYPE_CHECKING:
+    from ..evaluation.students import Labels
 
 RANDOM = "random real"
 PROTOCOL = ("data", "squeeze", "relabel", "packaging", "evaluation")

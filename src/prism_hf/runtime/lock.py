@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import OutputError
+from .stop import is_first_process
 from .store import write_json, writing
 
 LOCK, HOLDER = ".lock", ".holder.json"
@@ -54,11 +55,13 @@ def locked(folder: Path, *, patience_s: float = PATIENCE_S) -> Iterator[dict[str
 def check_free(folder: Path, *, patience_s: float = PATIENCE_S) -> None:
     """Refuse early, before anything is loaded; changes nothing.
 
+    Only the first process looks: the others may come when it holds the folder already.
+
     Raises:
         OutputError: Another launch holds the folder, and goes on holding it.
     """
     until = time.monotonic() + patience_s
-    while is_held(folder):
+    while is_first_process() and is_held(folder):
         if time.monotonic() > until:
             raise _in_use(folder)
         time.sleep(0.2)

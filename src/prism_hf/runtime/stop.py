@@ -34,6 +34,11 @@ _wanted, _told = threading.Event(), threading.Event()
 _exit_code = 0
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for all of its launch; known before the processes meet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def stop_wanted() -> bool:
     """Whether somebody asked the program to stop."""
     return _wanted.is_set()
@@ -119,7 +124,7 @@ def _stop(reason: str, code: int, finished: threading.Event) -> None:
     _exit_code, _first_at = code, time.monotonic()
     _wanted.set()
     threading.Thread(target=_end, args=(code, finished), daemon=True).start()
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
             sys.stderr.write(f"\n{reason}: {_HOW_TO_RESUME}\n")
             sys.stderr.flush()

@@ -1,0 +1,146 @@
+"""A whole run by one call: check everything, claim the folder, take the stages in order, publish."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import HubError, RecipeError
+from ..evaluation.report import summary
+from ..hub.bundle import bundle_of
+from ..hub.push import check_here, check_target, publish, reserve
+from ..hub.repository import Target
+from ..recipe.plan import STAGES
+from ..recipe.schema import Recipe
+from ..recipe.yaml_file import load_recipe, override_recipe
+from ..runtime.lock import check_free
+from ..runtime.logs import log_file
+from ..runtime.stop import EVERY_S
+from .context import Run, check_folder, claimed, make_accelerator, start_trackers
+from .stages import Stages
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a run has left.
+
+    Attributes:
+        folder: The output folder.
+        dataset: The Hub-ready folder in it; `None` if it is not packaged yet.
+        report: Every figure of the table, as report.json has it; `None` if it is not evaluated yet.
+        url: Address of the commit or of the pull request, in the first process, if the dataset was published.
+    """
+
+    folder: Path
+    dataset: Path | None
+    report: dict[str, Any] | None
+    url: str | None
+
+
+def distill(
+    recipe: Recipe | Path | str,
+    folder: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    teachers: Path | str | None = None,
+    stage: str | None = None,
+    fresh: bool = False,
+    allow_partial: bool = False,
+    push_to_hub: Target | str | None = None,
+    log_with: str | None = None,
+    threads: int | None = None,
+    checkpoint_s: float = EVERY_S,
+) -> Distilled:
+    """Distill a dataset into a folder, as `prism-hf distill` does; the same call resumes an interrupted run.
+
+    Args:
+        recipe: A recipe, or the path of its YAML.
+        folder: The output folder.
+        overrides: Changes of the recipe, `dotted.key=value`.
+        teachers: Where squeezed teachers are kept, shared between recipes; default: FOLDER/teachers.
+        stage: Take this stage only: `squeeze`, `synthesize`, `relabel`, `package` or `evaluate`.
+        fresh: Move the run that is in the folder aside, and start again.
+        allow_partial: Package the finished images although some jobs failed.
+        push_to_hub: Publish the dataset in one commit; a plain Hub id means a private repo.
+        log_with: Record losses and pictures with `tensorboard`, `wandb` or `trackio`.
+        threads: CPU threads per process; the bytes of a result depend on it.
+        checkpoint_s: Seconds between two checkpoints of a long job.
+
+    Raises:
+        PrismError: One line on what cannot be used, before anything is written; or on what went wrong later.
+
+    Example:
+        >>> distill("recipes/digits/prism_ipc10.yaml", "outputs/digits", ["synthesis.ipc=1"]).report["evaluation"]
+    """
+    recipe = override_recipe(recipe, overrides) if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    target = Target(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
+    folder = Path(folder)
+    _check_at_once(recipe, folder, stage, target, fresh=fresh)
+    accelerator = make_accelerator(folder, log_with=log_with, threads=threads)
+    run = Run(recipe, folder, Path(teachers or folder / "teachers"), accelerator, checkpoint_s, allow_partial)
+    return _distill(run, stage, target, fresh=fresh)
+
+
+def _check_at_once(recipe: Recipe, folder: Path, stage: str | None, target: Target | None, *, fresh: bool) -> None:
+    """Check what needs neither data nor teachers."""
+    if stage is not None and stage not in STAGES:
+        raise RecipeError(f"stage {stage!r} is unknown; use one of {', '.join(STAGES)}")
+    if target is not None and stage in ("squeeze", "synthesize", "relabel"):
+        raise HubError(f"--stage {stage} leaves no dataset to push; leave out --stage, or push after --stage package")
+    check_folder(folder, recipe, fresh=fresh)
+    check_free(folder)
+    if target is not None:
+        check_here(target)
+
+
+def _distill(run: Run, stage: str | None, target: Target | None, *, fresh: bool) -> Distilled:
+    """Check what costs time to go wrong, claim the folder, take the stages, publish."""
+    stages, is_main = Stages(run), run.accelerator.is_main_process
+    if target is not None and is_main:
+        target = check_target(target, run.recipe.name)
+    if stage is not None:
+        stages.check_stage(stage, fresh=fresh)
+    stages.check(fresh=fresh)
+    # From here on something is written.
+    with _begun(stages, target, fresh=fresh):
+        stages([stage] if stage is not None else STAGES)
+        run.accelerator.wait_for_everyone()
+        path = run.folder / "report.json"
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        run.accelerator.end_training()
+        url = _publish(run, target, report) if target is not None and is_main else None
+    return Distilled(run.folder, run.dataset if run.dataset.is_dir() else None, report, url)
+
+
+@contextmanager
+def _begun(stages: Stages, target: Target | None, *, fresh: bool) -> Iterator[None]:
+    """The folder is this run's, and the repo on the Hub exists; the other processes follow the first one."""
+    run, earlier = stages.run, None
+    with ExitStack() as stack:
+        if run.accelerator.is_main_process:
+            if target is not None:
+                reserve(target)
+            earlier = stack.enter_context(claimed(run.folder, run.recipe, fresh=fresh))
+        run.accelerator.wait_for_everyone()
+        stack.enter_context(log_file(run.folder, run.accelerator.process_index))
+        if run.accelerator.is_main_process:
+            stages.record_inputs()
+        processes = f"{run.accelerator.num_processes} process(es)"
+        run.say(f"{run.recipe.name} (fingerprint {run.recipe.fingerprint()}) in {run.folder}, {processes}")
+        if earlier is not None:
+            run.say(earlier)
+        start_trackers(run)
+        yield
+
+
+def _publish(run: Run, target: Target, report: dict[str, Any] | None) -> str:
+    try:
+        return publish(bundle_of(run.dataset), target).url
+    except HubError:
+        if report is not None:
+            run.say(summary(report))  # the caller gets no result to show it from
+        raise

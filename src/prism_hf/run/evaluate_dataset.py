@@ -1,0 +1,208 @@
+"""Students on a distilled dataset that was made elsewhere, beside random real images where they can be had."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from ..dataset.reader import DistilledDataset, load_distilled
+from ..dataset.writer import versions
+from ..errors import DataError, RecipeError, StageError, TeacherError
+from ..evaluation.report import NO_CONTROL, Evaluation
+from ..evaluation.students import Keep
+from ..images.source import ImageSplit, SourceData, load_source, load_test_split
+from ..models.build import check_network
+from ..models.folder import scored_on, source_facts
+from ..models.teacher import Teacher
+from ..recipe.schema import Recipe, to_dict
+from ..recipe.yaml_file import load_recipe, override_recipe, public_recipe
+from ..runtime.stop import EVERY_S
+from ..runtime.store import write_json
+from .context import Run, check_place, held, make_accelerator
+from .scores import Contest, evaluate_contest
+from .stages import Stages
+
+T = TypeVar("T")
+
+
+def evaluate_dataset(
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    revision: str | None = None,
+    test: str | None = None,
+    teachers: Path | None = None,
+    folder: Path | None = None,
+    threads: int | None = None,
+    checkpoint_s: float = EVERY_S,
+) -> tuple[Path, Path | None]:
+    """Train students on a distilled dataset, and write the honest table; the same call resumes an interrupted one.
+
+    Args:
+        source: A folder, or a Hub id.
+        overrides: Changes of the protocol, `evaluation.key=value`.
+        revision: Of a Hub dataset.
+        test: Test data in place of the recipe's, `DATA` or `DATA:SPLIT`; a Hub id or a folder.
+        teachers: Where squeezed teachers are; default: beside the dataset, or outputs/teachers.
+        folder: Output folder; default: outputs/evaluate/<recipe name>.
+        threads: CPU threads per process.
+        checkpoint_s: Seconds between two checkpoints of a student.
+
+    Returns:
+        Path of report.json; folder of the student that was kept, `None` if none was.
+    """
+    if folder is not None:
+        check_place(folder, "--output")
+    accelerator = make_accelerator(threads=threads)
+    with accelerator.main_process_first():
+        distilled = load_distilled(source, revision=revision)
+    recipe = _protocol(source, distilled, overrides)
+    tested = recipe if test is None else _with_test(recipe, test)
+    left_out: dict[str, str] = {}
+    data, test_split = _real_data(recipe, tested, distilled.class_names, left_out)
+    folder = folder or Path("outputs") / "evaluate" / recipe.name
+    # One folder for all that control and scores depend on: another dataset of the same name must not find them.
+    work = folder / _digest(distilled.content, "" if data is None else data.train.content)
+    run = Run(recipe, work, teachers or _nearest_teachers(source), accelerator, checkpoint_s)
+    with held(run):
+        student = _student(run, tested, data, test_split, dataset_id=None if Path(source).is_dir() else source)
+        evaluation = _score(run, distilled, data, test_split, left_out, student)
+        if accelerator.is_main_process:
+            report = {"recipe": recipe.name, "dataset": source, "test": test or recipe.data.source}
+            write_json(folder / "report.json", report | _results(run, evaluation))
+    return folder / "report.json", student.folder if student.folder.is_dir() else None
+
+
+def _protocol(source: str, distilled: DistilledDataset, overrides: Sequence[str]) -> Recipe:
+    """The recipe of the dataset, with the protocol changed as asked; what made the images stays."""
+    if distilled.recipe is None:
+        raise DataError(f"{source!r} has no recipe.yaml, which names the test data and the protocol")
+    wrong = [override for override in overrides if not override.startswith("evaluation.")]
+    if wrong:
+        raise RecipeError(f"override {wrong[0]!r}: only evaluation.* can change for images that exist already")
+    recipe = override_recipe(_local_recipe(Path(source), distilled.recipe), overrides)
+    channels, size = distilled.images_uint8.shape[1], distilled.images_uint8.shape[-1]
+    check_network(recipe.evaluation.student, num_classes=len(distilled.class_names), channels=channels, size=size)
+    return recipe
+
+
+def _local_recipe(dataset: Path, shipped: Recipe) -> Recipe:
+    """The recipe beside a dataset's folder, which names local data by their full path; else the one in it."""
+    private = dataset.parent / "recipe.yaml"
+    if dataset.is_dir() and private.is_file():
+        recipe = load_recipe(private)
+        if public_recipe(recipe) == shipped:
+            return recipe
+    return shipped
+
+
+def _nearest_teachers(source: str) -> Path:
+    """The teachers beside a dataset, or of the comparison that its run is part of; else those of all recipes."""
+    beside = [folder / "teachers" for folder in Path(source).parents[:4]]
+    return next((folder for folder in beside if folder.is_dir()), Path("outputs") / "teachers")
+
+
+def _with_test(recipe: Recipe, test: str) -> Recipe:
+    """The recipe with DATA[:SPLIT] as its test data."""
+    source, split = test, "test"
+    if ":" in test and not Path(test).exists():
+        source, _, split = test.rpartition(":")
+    return replace(recipe, data=replace(recipe.data, source=source, test_split=split, validation_fraction=0.0))
+
+
+def _real_data(
+    recipe: Recipe, tested: Recipe, class_names: Sequence[str], left_out: dict[str, str]
+) -> tuple[SourceData | None, ImageSplit]:
+    """The real data, which only other test data make dispensable, and the test images."""
+    if tested is recipe:
+        data = load_source(recipe.data)
+        return data, data.test
+    other = _unless_missing(lambda: load_source(recipe.data), left_out, "random real", "all real")
+    return other, load_test_split(recipe.data, tested.data.source, tested.data.test_split, class_names)
+
+
+def _unless_missing(load: Callable[[], T], left_out: dict[str, str], *rows: str) -> T | None:
+    """What `load` returns; if it cannot be had here, these rows of the table are left out for that reason."""
+    try:
+        return load()
+    except (DataError, StageError, TeacherError) as error:
+        left_out |= dict.fromkeys(rows, f"not yet run: {error}")
+        return None
+
+
+def _score(
+    run: Run,
+    distilled: DistilledDataset,
+    data: SourceData | None,
+    test_split: ImageSplit,
+    left_out: dict[str, str],
+    student: Keep,
+) -> Evaluation:
+    """Train the students of every row that can be had."""
+    recipe, stages = run.recipe, Stages(run)
+    control = judge = None
+    if data is not None:
+        if not recipe.evaluation.full_data_epochs:
+            left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
+        if recipe.method == "random":
+            left_out["random real"] = NO_CONTROL
+        else:
+            control = _unless_missing(lambda: _control(stages, distilled), left_out, "random real")
+        judge = _unless_missing(lambda: _judge(stages), left_out, "verifier and similarity")
+    contest = Contest(
+        distilled=distilled,
+        control=control,
+        train=None if data is None else data.train,
+        test=test_split,
+        settings=recipe.evaluation,
+        view=recipe.relabel.view,
+        left_out=left_out,
+    )
+    verifier = judge if recipe.teachers.verifier else None
+    scores = run.work / f"students-{_protocol_key(recipe, test_split)}"
+    evaluation = evaluate_contest(run, contest, scores, verifier=verifier, network=judge, keep=student)
+    return evaluation.of_random_images() if recipe.method == "random" else evaluation
+
+
+def _control(stages: Stages, distilled: DistilledDataset) -> DistilledDataset:
+    """Random real images, labeled by the very teachers that labeled the dataset."""
+    public = public_recipe(stages.recipe).relabel.teachers
+    loaded = stages.teachers(stages.recipe.relabel.teachers)
+    for name, teacher in zip(public, loaded.values(), strict=True):
+        if distilled.teacher_weights.get(name) != teacher.weights_sha256:
+            raise TeacherError(f"teacher {name!r} here has other weights than the one that labeled the dataset")
+    stages.build_control()
+    with stages.run.accelerator.main_process_first():
+        return load_distilled(stages.run.control)
+
+
+def _judge(stages: Stages) -> Teacher:
+    """The network that judges images and measures their similarity."""
+    name = stages.recipe.teachers.verifier or stages.recipe.teachers.logit
+    return stages.teachers([name])[name]
+
+
+def _student(run: Run, tested: Recipe, data: SourceData | None, test_split: ImageSplit, *, dataset_id: str | None) -> Keep:
+    """Where one student is kept, and what is known of it before its training."""
+    folder = run.folder / f"student-{_protocol_key(run.recipe, test_split)}"
+    return Keep(folder, source_facts(run.recipe, data), scored_on(tested), dataset_id)
+
+
+def _protocol_key(recipe: Recipe, test_split: ImageSplit) -> str:
+    """A name for the protocol and its test images; more seeds join the students that are trained already."""
+    settings = to_dict(replace(recipe, evaluation=replace(recipe.evaluation, seeds=(0,))))["evaluation"]
+    return _digest(json.dumps(settings), test_split.content)
+
+
+def _digest(*parts: str) -> str:
+    """Sixteen hex digits that name a combination of parts."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _results(run: Run, evaluation: Evaluation) -> dict[str, object]:
+    settings = to_dict(run.recipe)["evaluation"]
+    return {"evaluation": evaluation.as_dict(), "settings": settings, "hardware": run.hardware, "versions": versions()}
