@@ -33,16 +33,17 @@ def run(args: argparse.Namespace) -> None:
         raise RecipeError(f"{path} names no `squeeze:` teacher, so there is nothing to train")
     quiet()
     from ..models.squeeze import teacher_folder
-    from ..run.context import Run, check_place, make_accelerator
+    from ..run.context import Run, make_accelerator
+    from ..run.folder import check_place
     from ..run.preflight import check_architectures
-    from ..run.stages import Stages
+    from ..run.squeeze import squeeze
 
     check_place(args.output, "--output")
     check_architectures(recipe)
     accelerator = make_accelerator(threads=args.threads)
     # Only later stages need the folder of a run; teachers go straight to the output.
     scratch = args.output / f".work-{recipe.name}"
-    Stages(Run(recipe, scratch, args.output, accelerator, args.checkpoint_every)).squeeze()
+    squeeze(Run(recipe, scratch, args.output, accelerator, args.checkpoint_every))
     if is_first_process():
         shutil.rmtree(scratch, ignore_errors=True)
         for name in recipe.squeezed_teachers:

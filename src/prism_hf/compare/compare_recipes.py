@@ -19,7 +19,7 @@ from ..runtime.stop import EVERY_S
 from ..runtime.store import clear_drafts
 from .findings import Findings
 from .methods import Method, Reading
-from .runs import Comparison, check_comparison_folder
+from .runs import Comparison, check_comparison, check_comparison_folder, make
 
 
 def with_data(first: Recipe, source: str, overrides: Sequence[str]) -> list[str]:
@@ -79,7 +79,7 @@ def compare_recipes(
         accelerator=accelerator,
         checkpoint_s=checkpoint_s,
     )
-    comparison.check()
+    check_comparison(comparison)
     result = None
     with ExitStack() as stack:
         if accelerator.is_main_process:
@@ -89,8 +89,8 @@ def compare_recipes(
                 clear_drafts(folder / name, deep=name == "full")
         accelerator.wait_for_everyone()
         stack.enter_context(log_file(folder, accelerator.process_index))
-        comparison()
+        failed = make(comparison)
         if accelerator.is_main_process:
-            result = Findings(comparison).write(folder, notes=notes, command=command)
+            result = Findings(comparison, failed).write(folder, notes=notes, command=command)
         accelerator.end_training()
     return result

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,11 @@ from ..recipe.yaml_file import load_recipe, override_recipe
 from ..runtime.lock import check_free
 from ..runtime.logs import log_file
 from ..runtime.stop import EVERY_S
-from .context import Run, check_folder, claimed, make_accelerator, start_trackers
-from .stages import Stages
+from .context import Run, make_accelerator
+from .folder import check_folder, claimed_together
+from .preflight import check, check_stage, record_inputs
+from .stages import run_stages
+from .trackers import start_trackers
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,18 @@ def _check_at_once(recipe: Recipe, folder: Path, stage: str | None, target: Targ
 
 def _distill(run: Run, stage: str | None, target: Target | None, *, fresh: bool) -> Distilled:
     """Check what costs time to go wrong, claim the folder, take the stages, publish."""
-    stages, is_main = Stages(run), run.accelerator.is_main_process
+    is_main = run.accelerator.is_main_process
     if target is not None and is_main:
         target = check_target(target, run.recipe.name)
     if stage is not None:
-        stages.check_stage(stage, fresh=fresh)
-    stages.check(fresh=fresh)
+        check_stage(run, stage, fresh=fresh)
+    check(run, fresh=fresh)
     # From here on something is written.
-    with _begun(stages, target, fresh=fresh):
-        stages([stage] if stage is not None else STAGES)
-        run.accelerator.wait_for_everyone()
+    if target is not None and is_main:
+        reserve(target)
+    with claimed_together(run, fresh=fresh) as earlier, log_file(run.folder, run.accelerator.process_index):
+        _begin(run, earlier)
+        run_stages(run, STAGES if stage is None else [stage])
         path = run.folder / "report.json"
         report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         run.accelerator.end_training()
@@ -116,25 +120,15 @@ def _distill(run: Run, stage: str | None, target: Target | None, *, fresh: bool)
     return Distilled(run.folder, run.dataset if run.dataset.is_dir() else None, report, url)
 
 
-@contextmanager
-def _begun(stages: Stages, target: Target | None, *, fresh: bool) -> Iterator[None]:
-    """The folder is this run's, and the repo on the Hub exists; the other processes follow the first one."""
-    run, earlier = stages.run, None
-    with ExitStack() as stack:
-        if run.accelerator.is_main_process:
-            if target is not None:
-                reserve(target)
-            earlier = stack.enter_context(claimed(run.folder, run.recipe, fresh=fresh))
-        run.accelerator.wait_for_everyone()
-        stack.enter_context(log_file(run.folder, run.accelerator.process_index))
-        if run.accelerator.is_main_process:
-            stages.record_inputs()
-        processes = f"{run.accelerator.num_processes} process(es)"
-        run.say(f"{run.recipe.name} (fingerprint {run.recipe.fingerprint()}) in {run.folder}, {processes}")
-        if earlier is not None:
-            run.say(earlier)
-        start_trackers(run)
-        yield
+def _begin(run: Run, earlier: str | None) -> None:
+    """Record what the names in the recipe stand for, and say what begins where; `earlier` is what another launch left."""
+    if run.accelerator.is_main_process:
+        record_inputs(run)
+    processes = f"{run.accelerator.num_processes} process(es)"
+    run.say(f"{run.recipe.name} (fingerprint {run.recipe.fingerprint()}) in {run.folder}, {processes}")
+    if earlier is not None:
+        run.say(earlier)
+    start_trackers(run)
 
 
 def _publish(run: Run, target: Target, report: dict[str, Any] | None) -> str:

@@ -61,10 +61,11 @@ def left_out(run: Run, sources: Mapping[str, Source]) -> dict[str, str]:
     return reasons
 
 
-def tasks_of(run: Run, sources: Mapping[str, Source], folder: Path) -> list[StudentTask]:
-    """The students of a run's table; their scores are kept in `folder`."""
-    recipe, data = run.recipe, run.data
-    return student_tasks(sources, data.test, recipe.evaluation, recipe.relabel.view, folder, num_classes=data.num_classes)
+def tasks_of(run: Run, sources: Mapping[str, Source], folder: Path, *, test: ImageSplit | None = None) -> list[StudentTask]:
+    """The students of a run's table; their scores are kept in `folder`. They are scored on `test`, or on the run's own."""
+    recipe, classes = run.recipe, run.recipe.data.num_classes
+    tested = run.data.test if test is None else test
+    return student_tasks(sources, tested, recipe.evaluation, recipe.relabel.view, folder, num_classes=classes)
 
 
 def train_students(run: Run, tasks: Sequence[StudentTask], *, keep: Keep | None = None) -> None:

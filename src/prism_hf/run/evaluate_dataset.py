@@ -13,18 +13,20 @@ from ..dataset.reader import DistilledDataset, load_distilled
 from ..dataset.writer import versions
 from ..errors import DataError, RecipeError, StageError, TeacherError
 from ..evaluation.report import NO_CONTROL, Evaluation
-from ..evaluation.students import Keep
+from ..evaluation.scores import Source
 from ..images.source import ImageSplit, SourceData, load_source, load_test_split
 from ..models.build import check_network
 from ..models.folder import scored_on, source_facts
-from ..models.teacher import Teacher
+from ..recipe.plan import plan_jobs
 from ..recipe.schema import Recipe, to_dict
 from ..recipe.yaml_file import load_recipe, override_recipe, public_recipe
 from ..runtime.stop import EVERY_S
 from ..runtime.store import write_json
-from .context import Run, check_place, held, make_accelerator
-from .scores import Contest, evaluate_contest
-from .stages import Stages
+from .context import Run, make_accelerator
+from .evaluate import collect, keep_in, tasks_of, train_students
+from .folder import check_place, held_together
+from .package import package_control
+from .relabel import control_set, label
 
 T = TypeVar("T")
 
@@ -68,13 +70,13 @@ def evaluate_dataset(
     # One folder for all that control and scores depend on: another dataset of the same name must not find them.
     work = folder / _digest(distilled.content, "" if data is None else data.train.content)
     run = Run(recipe, work, teachers or _nearest_teachers(source), accelerator, checkpoint_s)
-    with held(run):
-        student = _student(run, tested, data, test_split, dataset_id=None if Path(source).is_dir() else source)
-        evaluation = _score(run, distilled, data, test_split, left_out, student)
+    student = run.folder / f"student-{_protocol_key(recipe, test_split)}"
+    with held_together(run):
+        evaluation = _score(run, distilled, data, test_split, left_out, student, source, tested)
         if accelerator.is_main_process:
             report = {"recipe": recipe.name, "dataset": source, "test": test or recipe.data.source}
             write_json(folder / "report.json", report | _results(run, evaluation))
-    return folder / "report.json", student.folder if student.folder.is_dir() else None
+    return folder / "report.json", student if student.is_dir() else None
 
 
 def _protocol(source: str, distilled: DistilledDataset, overrides: Sequence[str]) -> Recipe:
@@ -140,56 +142,54 @@ def _score(
     data: SourceData | None,
     test_split: ImageSplit,
     left_out: dict[str, str],
-    student: Keep,
+    student: Path,
+    source: str,
+    tested: Recipe,
 ) -> Evaluation:
     """Train the students of every row that can be had."""
-    recipe, stages = run.recipe, Stages(run)
-    control = judge = None
+    recipe, judge = run.recipe, None
+    sources: dict[str, Source] = {"distilled": distilled}
     if data is not None:
+        run.loaded.data[recipe.data] = data
+        sources["full"] = data.train
         if not recipe.evaluation.full_data_epochs:
             left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
         if recipe.method == "random":
             left_out["random real"] = NO_CONTROL
-        else:
-            control = _unless_missing(lambda: _control(stages, distilled), left_out, "random real")
-        judge = _unless_missing(lambda: _judge(stages), left_out, "verifier and similarity")
-    contest = Contest(
-        distilled=distilled,
-        control=control,
-        train=None if data is None else data.train,
-        test=test_split,
-        settings=recipe.evaluation,
-        view=recipe.relabel.view,
-        left_out=left_out,
+        elif control := _unless_missing(lambda: _control(run, distilled), left_out, "random real"):
+            sources["random_real"] = control
+        judge = _unless_missing(lambda: run.judge, left_out, "verifier and similarity")
+    tasks = tasks_of(run, sources, run.work / f"students-{_protocol_key(recipe, test_split)}", test=test_split)
+    keep = keep_in(
+        run,
+        student,
+        distilled,
+        source=source_facts(recipe, data),
+        tested_on=scored_on(tested),
+        test_count=len(test_split),
+        dataset_id=None if Path(source).is_dir() else source,
     )
+    train_students(run, tasks, keep=keep)
     verifier = judge if recipe.teachers.verifier else None
-    scores = run.work / f"students-{_protocol_key(recipe, test_split)}"
-    evaluation = evaluate_contest(run, contest, scores, verifier=verifier, network=judge, keep=student)
-    return evaluation.of_random_images() if recipe.method == "random" else evaluation
+    return collect(run, tasks, sources, left_out=left_out, verifier=verifier, network=judge)
 
 
-def _control(stages: Stages, distilled: DistilledDataset) -> DistilledDataset:
+def _control(run: Run, distilled: DistilledDataset) -> DistilledDataset:
     """Random real images, labeled by the very teachers that labeled the dataset."""
-    public = public_recipe(stages.recipe).relabel.teachers
-    loaded = stages.teachers(stages.recipe.relabel.teachers)
-    for name, teacher in zip(public, loaded.values(), strict=True):
-        if distilled.teacher_weights.get(name) != teacher.weights_sha256:
-            raise TeacherError(f"teacher {name!r} here has other weights than the one that labeled the dataset")
-    stages.build_control()
-    with stages.run.accelerator.main_process_first():
-        return load_distilled(stages.run.control)
-
-
-def _judge(stages: Stages) -> Teacher:
-    """The network that judges images and measures their similarity."""
-    name = stages.recipe.teachers.verifier or stages.recipe.teachers.logit
-    return stages.teachers([name])[name]
-
-
-def _student(run: Run, tested: Recipe, data: SourceData | None, test_split: ImageSplit, *, dataset_id: str | None) -> Keep:
-    """Where one student is kept, and what is known of it before its training."""
-    folder = run.folder / f"student-{_protocol_key(run.recipe, test_split)}"
-    return Keep(folder, source_facts(run.recipe, data), scored_on(tested), dataset_id)
+    names = run.recipe.relabel.teachers
+    loaded = run.teachers(names)
+    for public, name in zip(public_recipe(run.recipe).relabel.teachers, names, strict=True):
+        if distilled.teacher_weights.get(public) != loaded[name].weights_sha256:
+            raise TeacherError(f"teacher {public!r} here has other weights than the one that labeled the dataset")
+    sets = control_set(run, plan_jobs(run.recipe))
+    if not sets:
+        raise DataError("a class has fewer real training images than ipc")
+    label(run, sets)
+    if run.accelerator.is_main_process:
+        package_control(run, sets[0])
+    run.accelerator.wait_for_everyone()
+    with run.accelerator.main_process_first():
+        return load_distilled(run.control)
 
 
 def _protocol_key(recipe: Recipe, test_split: ImageSplit) -> str:
