@@ -14,6 +14,7 @@ from ..evaluation.report import NO_CONTROL, Evaluation
 from ..evaluation.scores import Source, StudentTask, is_scored, read_scores, set_facts, student_tasks, train_and_score
 from ..evaluation.students import KEPT, keep_student
 from ..hub.figures import draw_diversity
+from ..images.source import ImageSplit
 from ..models.folder import scored_on, source_facts
 from ..models.teacher import Teacher
 from ..recipe.plan import plan_jobs
