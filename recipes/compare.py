@@ -32,7 +32,7 @@ from prism_hf.recipe.schema import Recipe
 from prism_hf.recipe.yaml_file import load_recipe, override_recipe
 
 if TYPE_CHECKING:
-    from prism_hf.compare.methods import Method, Reading
+    from prism_hf.compare.methods import Method, StudentSetup
     from prism_hf.compare.runs import Comparison
 
 
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
         raise RecipeError("expected at least one recipe, got none; give the path of a YAML file")
     recipes = [load_recipe(path) for path in paths]
     quiet()
-    from prism_hf.compare.methods import Reading, under_one_protocol
+    from prism_hf.compare.methods import StudentSetup, under_one_protocol
 
     if args.data is not None:
         overrides = _on(recipes[0], args.data, overrides)
@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
     methods, notes = under_one_protocol([(recipe.name, recipe) for recipe in recipes])
     seeds = args.seeds or list(recipes[0].evaluation.seeds)
     students = [recipes[0].evaluation.student] if args.students is None else args.students.split(",")
-    readings = [Reading(student, labels) for student in dict.fromkeys(students) for labels in ("soft", "hard")]
+    readings = [StudentSetup(student, labels) for student in dict.fromkeys(students) for labels in ("soft", "hard")]
     if args.dry_run:
         sys.stdout.write(describe(methods, notes, seeds, readings))
         return
@@ -95,7 +95,7 @@ def _on(first: Recipe, source: str, overrides: list[str]) -> list[str]:
     return [f"data={json.dumps(found, ensure_ascii=False)}", *overrides]
 
 
-def describe(methods: "list[Method]", notes: list[str], seeds: list[int], readings: "list[Reading]") -> str:
+def describe(methods: "list[Method]", notes: list[str], seeds: list[int], readings: "list[StudentSetup]") -> str:
     """What would be run."""
     lines = [f"{len(methods)} methods, {len(seeds)} seeds: {len(methods) * len(seeds)} runs"]
     for method in methods:
@@ -108,7 +108,7 @@ def describe(methods: "list[Method]", notes: list[str], seeds: list[int], readin
 def compare(
     methods: "list[Method]",
     notes: list[str],
-    readings: "list[Reading]",
+    readings: "list[StudentSetup]",
     seeds: list[int],
     folder: Path,
     teachers: Path,
@@ -150,12 +150,12 @@ def compare(
 
 def show(made: "Comparison", notes: list[str], folder: Path) -> None:
     """Write the page, and say where it is."""
-    from prism_hf.compare.findings import Findings
+    from prism_hf.compare.findings import write_page
     from prism_hf.compare.page import table_of
     from prism_hf.evaluation.report import plain_table
 
     command = " ".join(["accelerate launch recipes/compare.py", *map(_shown, sys.argv[1:])])
-    comparison = Findings(made).write(folder, notes=notes, command=command)
+    comparison = write_page(made, notes=notes, command=command)
     sys.stdout.write(f"{plain_table(table_of(comparison))}\npage: {folder / 'comparison.html'}\n")
 
 

@@ -36,7 +36,7 @@ from ..runtime.lock import HOLDER, LOCK
 from ..runtime.progress import Board
 from ..runtime.stop import EVERY_S
 from ..runtime.store import DRAFT, digest, read_record, set_aside, write_record
-from .methods import Cell, Method, Reading
+from .methods import Cell, Method, StudentSetup
 
 log = logging.getLogger(__name__)
 FULL = Row("full", "hard")
@@ -79,7 +79,7 @@ class Comparison:
     def __init__(
         self,
         methods: Sequence[Method],
-        readings: Sequence[Reading],
+        readings: Sequence[StudentSetup],
         seeds: Sequence[int],
         *,
         folder: Path,
@@ -216,12 +216,12 @@ class Comparison:
                 write_record(self.record_file(cell), {"key": self._key(cell), "scores": scores, **facts})
             self.accelerator.wait_for_everyone()
 
-    def _contest(self, recipe: Recipe, distilled: DistilledDataset, reading: Reading) -> Contest:
+    def _contest(self, recipe: Recipe, distilled: DistilledDataset, reading: StudentSetup) -> Contest:
         settings = replace(recipe.evaluation, student=reading.student, label_epochs=reading.label_epochs)
         data = self.shared.data
         return Contest(distilled, None, data.train, data.test, settings, recipe.relabel.view, {})
 
-    def _students(self, run: Run, reading: Reading) -> Path:
+    def _students(self, run: Run, reading: StudentSetup) -> Path:
         name = re.sub(r"[^A-Za-z0-9_]+", "-", reading.student)
         return run.work / "students" / (name if reading.label_epochs is None else f"{name}-{reading.label_epochs}-epochs")
 
@@ -250,7 +250,7 @@ class Comparison:
         return evaluation.sets["distilled"]
 
     def _train(self, run: Run, cell: Cell, distilled: DistilledDataset) -> None:
-        def finished(reading: Reading) -> bool:
+        def finished(reading: StudentSetup) -> bool:
             contest = self._contest(cell.recipe, distilled, reading)
             return is_scored(contest, Row("distilled", reading.labels), cell.seed, self._students(run, reading))
 
@@ -269,7 +269,7 @@ class Comparison:
                 shown.advance()
         self.accelerator.wait_for_everyone()
 
-    def _score(self, run: Run, cell: Cell, distilled: DistilledDataset, reading: Reading) -> dict[str, object]:
+    def _score(self, run: Run, cell: Cell, distilled: DistilledDataset, reading: StudentSetup) -> dict[str, object]:
         row = Row("distilled", reading.labels)
         top1 = read_score(self._students(run, reading), row, cell.seed)
         return {
