@@ -92,7 +92,7 @@ def test_a_cell_has_its_seed_and_the_teachers_of_all(own, expected):
         assert to_dict(made)["synthesis"] == to_dict(method.recipe)["synthesis"]
 
 
-def test_names_of_folders_and_readings_are_plain():
+def test_names_of_folders_and_labels_are_plain():
     assert Method("Ünïcode / ../x", tiny()).slug == "n-code-x-ipc2"
     assert len(Method("x" * 300, tiny()).slug) == 80
     assert [StudentSetup("s", "soft").key, StudentSetup("s", "hard").key, StudentSetup("s", "soft", 10).key] == [

@@ -114,6 +114,15 @@ def test_html_is_one_file_that_loads_nothing(case):
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in [a for _, a in page.tags]
 
 
+def test_long_parts_are_folded_and_the_keyboard_scrolls_the_table(comparison):
+    page = Page(render_html(comparison, PICTURES))
+    assert page.structure.count("details") == page.structure.count("summary") == 2
+    assert [attributes for tag, attributes in page.tags if tag == "table"] == [{"tabindex": "0"}]
+    assert {attributes["scope"] for tag, attributes in page.tags if tag == "th"} == {"row", "col"}
+    comparison["differences"] = []
+    assert Page(render_html(comparison, PICTURES)).structure.count("details") == 1
+
+
 def test_held_out_images_are_not_called_test_images(comparison):
     comparison["data"]["tested_on"] = "training images that were held out"
     for text in (render_markdown(comparison), Page(render_html(comparison, PICTURES)).text):
@@ -248,6 +257,10 @@ def test_pictures_stand_where_they_are_told(comparison):
 
 # -- hostile text -----------------------------------------------------------------------------------------------------
 
+TEXTS = [
+    " and ".join(HOSTILE), "a|b](c $x$ \u200f\u202eabc", '" onload="x', "- item", "1. item", "x\n\n# y",
+    "x\n```\n\n# y", "</details>", "<details><summary>x</summary>", "![x](accuracy)", "&lt;b&gt;",
+]  # fmt: skip
 PLACES = ["label", "class", "source", "licence", "note", "recipe", "yaml", "command", "name", "teacher", "setting",
           "setting name", "verifier", "map", "left out", "reason", "hardware", "version", "student"]  # fmt: skip
 
@@ -298,7 +311,7 @@ def test_hostile_text_shows_as_itself_on_both_pages(place):
     comparison = make_comparison(methods=2, classes=3, ipc=1)[0]
     plain = put(copy.deepcopy(comparison), place, "word")
     tags, blocks = Page(render_html(plain, PICTURES)).structure, shape(render_markdown(plain))
-    for text in [" and ".join(HOSTILE), "a|b](c $x$ \u200f\u202eabc", '" onload="x', "- item", "1. item", "x\n\n# y"]:
+    for text in TEXTS:
         marked = re.sub("[\x00-\x08\x0e-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
         wanted = " ".join(marked.split())
         changed = put(copy.deepcopy(comparison), place, text)

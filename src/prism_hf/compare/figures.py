@@ -111,9 +111,9 @@ def _draw_student(axes: Axes, comparison: Facts, methods: Sequence[Facts], stude
     for row, method in enumerate(methods):
         if method["control"]:
             axes.axhspan(row - 0.5, row + 0.5, color="#eeeeee", zorder=0)
-        for place, kind in enumerate(kinds):
+        for index, kind in enumerate(kinds):
             if score := by_key.get((method["label"], kind)):
-                _draw_score(axes, score, row + (place - (len(kinds) - 1) / 2) * 0.28, *LABEL_STYLE[kind])
+                _draw_score(axes, score, row + (index - (len(kinds) - 1) / 2) * 0.28, *LABEL_STYLE[kind])
     for kind in kinds if len(controls) == 1 else ():
         if score := by_key.get((controls[0]["label"], kind)):
             axes.axvline(100 * score["mean"], color=LABEL_STYLE[kind][0], linestyle=":", linewidth=1, zorder=1)
@@ -157,14 +157,14 @@ def draw_grids(path: Path, comparison: Facts, images: Mapping[str, Tensor]) -> N
     across, down = slots * cell, classes * cell * (height + 1) / (width + 1)
     step = max(1.7, across + 0.14)
     titles = [_grid_title(method, comparison, most, int((step - 0.1) / 0.056)) for method in methods]
-    left, above = 0.2 + 0.068 * max(map(len, labels)), 0.14 + 0.14 * max(title.count("\n") + 1 for title in titles)
-    columns = max(1, min(len(methods), int((WIDTH - left) // step)))
+    margin, above = 0.2 + 0.068 * max(map(len, labels)), 0.14 + 0.14 * max(title.count("\n") + 1 for title in titles)
+    columns = max(1, min(len(methods), int((WIDTH - margin) // step)))
     rows = math.ceil(len(methods) / columns)
     columns = math.ceil(len(methods) / rows)
-    wide, high = left + columns * step, rows * (down + above) + 0.3
+    wide, high = margin + columns * step, rows * (down + above) + 0.3
     figure = Figure(figsize=(wide, high))
-    for place, (method, title) in enumerate(zip(methods, titles, strict=True)):
-        x, y = left + place % columns * step, high - (place // columns + 1) * (down + above)
+    for index, (method, title) in enumerate(zip(methods, titles, strict=True)):
+        x, y = margin + index % columns * step, high - (index // columns + 1) * (down + above)
         axes = figure.add_axes((x / wide, y / high, across / wide, down / high))
         picture = _picture(images[method["label"]], method, classes, most)
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
@@ -173,10 +173,10 @@ def draw_grids(path: Path, comparison: Facts, images: Mapping[str, Tensor]) -> N
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         axes.set_title(title, loc="left", fontsize=8)
-        if place % columns == 0:
+        if index % columns == 0:
             axes.set_yticks(np.arange(classes) * (height + 1) + height / 2, labels)
     if classes < len(names):
-        figure.text(left / wide, 0.1 / high, f"the first {classes} of {len(names)} classes")
+        figure.text(margin / wide, 0.1 / high, f"the first {classes} of {len(names)} classes")
     save_figure(figure, path)
 
 
@@ -287,9 +287,9 @@ def _small_multiples(
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=high is None).ravel()
     for axes, method in zip(panels, methods, strict=False):
         axes.set_title(_title(method, comparison, 36), loc="left", fontsize=8)
-    for place, axes in enumerate(panels):
-        axes.set_visible(place < len(methods))
-        axes.tick_params(labelbottom=place + columns >= len(methods))
+    for index, axes in enumerate(panels):
+        axes.set_visible(index < len(methods))
+        axes.tick_params(labelbottom=index + columns >= len(methods))
     return figure, panels
 
 

@@ -48,15 +48,15 @@ def write_page(comparison: Comparison, *, notes: Sequence[str], command: str) ->
     """
     folder, records = comparison.folder, finished_records(comparison)
     datasets = first_datasets(comparison, records)
-    found = _findings(comparison, records, datasets) | {"command": command}
-    found["protocol"]["notes"] = list(notes)
-    write_json(folder / "comparison.json", found)
+    facts = _findings(comparison, records, datasets) | {"command": command}
+    facts["protocol"]["notes"] = list(notes)
+    write_json(folder / "comparison.json", facts)
     images = {label: dataset.images_uint8 for label, dataset in datasets.items()}
-    pictures = draw_comparison(folder / "assets", found, images)
-    write_bytes(folder / "comparison.md", render_markdown(found).encode())
+    pictures = draw_comparison(folder / "assets", facts, images)
+    write_bytes(folder / "comparison.md", render_markdown(facts).encode())
     loaded = {name: path.read_bytes() for name, path in pictures.items()}
-    write_bytes(folder / "comparison.html", render_html(found, loaded).encode())
-    return found
+    write_bytes(folder / "comparison.html", render_html(facts, loaded).encode())
+    return facts
 
 
 def findings(comparison: Comparison) -> dict[str, Any]:

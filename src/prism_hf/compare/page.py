@@ -67,16 +67,16 @@ def render_html(comparison: Mapping[str, Any], pictures: Mapping[str, bytes]) ->
 
 def _add_html(tokens: Sequence[Token], pictures: Mapping[str, bytes]) -> None:
     """Put in what Markdown cannot say: pictures as data, folded parts, and which cells of a table are headings."""
-    for place, token in enumerate(tokens):
+    for index, token in enumerate(tokens):
         if token.type == "table_open":
             token.attrSet("tabindex", "0")  # so that the keyboard can scroll it
         elif token.type == "th_open":
             token.attrSet("scope", "col")
-        elif token.type == "td_open" and tokens[place - 1].type == "tr_open":
+        elif token.type == "td_open" and tokens[index - 1].type == "tr_open":
             token.attrSet("scope", "row")
-            token.tag = tokens[place + 2].tag = "th"
+            token.tag = tokens[index + 2].tag = "th"
         elif token.type == "inline" and _FOLD.fullmatch(token.content):
-            tokens[place - 1].hidden = tokens[place + 1].hidden = True  # no paragraph around it
+            tokens[index - 1].hidden = tokens[index + 1].hidden = True  # no paragraph around it
             token.children = [Token("html_inline", "", 0, content=token.content)]
         for child in token.children or ():
             if child.type == "image":
