@@ -1,9 +1,9 @@
-"""How the tables of docs/comparison.md are written from the JSON of benchmarks/tables.py."""
+"""Tables of docs/comparison.md, written from the JSON of benchmarks/tables.py."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from prism_hf.evaluation.report import bytes_text, difference, markdown_table, top1_text, verdict
+from prism_hf.evaluation.report import bytes_text, cosine_text, difference, markdown_table, top1_text, verdict
 
 NOT_YET = "*not yet run*"
 SIGNS = {"wins": "**above**", "level": "level", "loses": "*below*"}
@@ -21,10 +21,10 @@ def gap_text(a: dict[str, Any] | None, b: dict[str, Any] | None) -> str:
     if a is None or b is None:
         return "-"
     gap, error = difference(a, b)
-    found = verdict(gap, error)
-    if found is None:
+    outcome = verdict(gap, error)
+    if outcome is None:
         return f"{100 * gap:+.1f} (one seed)"
-    return f"{100 * gap:+.1f} ± {100 * error:.1f} {SIGNS[found]}"
+    return f"{100 * gap:+.1f} ± {100 * error:.1f} {SIGNS[outcome]}"
 
 
 def cell(row: dict[str, Any] | None) -> str:
@@ -59,25 +59,24 @@ def methods_table(result: dict[str, Any]) -> str:
             "-" if method["control"] else gap_text(row, score_of(result, control, labels))
             for row, labels in ((soft, "soft"), (hard, "hard"))
         ]
-        similarity = method["similarity"]["mean"]
         rows.append(
             (
                 method["label"],
                 cell(soft),
                 cell(hard),
                 *own,
-                "-" if similarity is None else f"{similarity:.3f}",
+                cosine_text(method["similarity"]["mean"]),
                 f"{100 * method['verifier_top1']:.0f}",
                 "-" if method["control"] else f"{method['seconds_per_image']:.2f}",
-                bytes_text(round(method["image_bytes"])),
-                bytes_text(round(method["label_bytes"])),
+                bytes_text(method["image_bytes"]),
+                bytes_text(method["label_bytes"]),
             )
         )
     first = result["scores"][0]["student"]
     for full in result["full_data"]:
         if full["student"] == first:
-            reference = result["real"]["similarity"]["mean"]
-            rows.append(("all 60,000 real", "-", top1_text(full), "-", "-", f"{reference:.3f}", *["-"] * 4))
+            reference = cosine_text(result["real"]["similarity"]["mean"])
+            rows.append(("all 60,000 real", "-", top1_text(full), "-", "-", reference, *["-"] * 4))
     return f"{markdown_table(rows)}\n\n{provenance(result)}"
 
 
@@ -92,13 +91,12 @@ def against_first(result: dict[str, Any]) -> str:
         found = {labels: score_of(result, label, labels) for labels in ("soft", "hard")}
         gaps = ["-" if label == first else gap_text(found[labels], score_of(result, first, labels)) for labels in found]
         facts = next(method for method in result["methods"] if method["label"] == label)
-        similarity = facts["similarity"]["mean"]
         rows.append(
             (
                 label,
                 *map(cell, found.values()),
                 *gaps,
-                "-" if similarity is None else f"{similarity:.3f}",
+                cosine_text(facts["similarity"]["mean"]),
                 f"{100 * facts['verifier_top1']:.0f}",
             )
         )
@@ -136,7 +134,7 @@ def labels_table(result: dict[str, Any]) -> str:
         rows.append(
             (
                 words,
-                "0 B" if not size else bytes_text(round(size)),
+                bytes_text(size or 0),
                 *map(cell, found),
                 *(gap_text(row, found[0]) for row in found[1:]),
             )

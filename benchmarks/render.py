@@ -11,7 +11,7 @@ from pathlib import Path
 
 import fashion
 
-from prism_hf.evaluation.report import markdown_table, table_rows, top1_text
+from prism_hf.evaluation.report import cosine_text, markdown_table, percent_text, table_rows, top1_text
 from prism_hf.hub.dataset_card import render_card
 from prism_hf.recipe.yaml_file import load_recipe, parse_recipe
 
@@ -171,7 +171,6 @@ def comparison(found: dict[str, dict]) -> list[tuple[str, ...]]:
         evaluation = result["report"]["evaluation"]
         rows = {(row["images"], row["labels"]): top1_text(row) for row in evaluation["rows"]}
         facts = evaluation["sets"]["distilled"]
-        similarity, verifier = facts["intra_class_similarity"]["mean"], facts["verifier_top1"]
         lines.append(
             (
                 f"`{label}`",
@@ -185,8 +184,8 @@ def comparison(found: dict[str, dict]) -> list[tuple[str, ...]]:
                         ("random_real", "hard"),
                     )
                 ),
-                "-" if verifier is None else f"{100 * verifier:.1f}",
-                "-" if similarity is None else f"{similarity:.3f}",
+                percent_text(facts["verifier_top1"]),
+                cosine_text(facts["intra_class_similarity"]["mean"]),
             )
         )
     return lines

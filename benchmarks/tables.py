@@ -17,7 +17,7 @@ from pathlib import Path
 import machine
 
 from prism_hf.cli.options import add_compute, add_debug, quiet, run_command
-from prism_hf.compare.methods import Reading
+from prism_hf.compare.methods import StudentSetup
 from prism_hf.errors import RecipeError
 from prism_hf.evaluation.students import Labels
 from prism_hf.recipe.schema import Recipe
@@ -230,7 +230,7 @@ def main(args: argparse.Namespace) -> None:
 
 def make(name: str, table: Table, args: argparse.Namespace, accelerator: object) -> None:
     """One table, and its JSON."""
-    from prism_hf.compare.findings import Findings
+    from prism_hf.compare.findings import write_page
     from prism_hf.compare.methods import under_one_protocol
     from prism_hf.compare.runs import Comparison
     from prism_hf.runtime.lock import locked
@@ -242,7 +242,7 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
     folder = ROOT / "outputs" / "tables" / (f"{name}-reduced" if args.reduced else name)
     made = Comparison(
         methods,
-        readings_of(table),
+        setups_of(table),
         seeds,
         folder=folder,
         teachers_root=ROOT / "outputs" / "teachers",
@@ -257,7 +257,7 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
             if not args.as_is:
                 made()
             command = f"accelerate launch benchmarks/tables.py {name}" + (" --reduced" if args.reduced else "")
-            found = Findings(made).write(folder, notes=notes, command=command)
+            found = write_page(made, notes=notes, command=command)
             result = {**small(found), "hardware": machine.hardware() | found["hardware"]}
             write_json(ROOT / "benchmarks" / "results" / f"fashion-{folder.name}.json", result)
     else:
@@ -266,11 +266,12 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
             made()
 
 
-def readings_of(table: Table) -> list[Reading]:
+def setups_of(table: Table) -> list[StudentSetup]:
     """How students read the labels: soft and hard, further students soft, further budgets."""
     first, *others = table.students
-    budgets = [Reading(first, labels, epochs) for labels, epochs in table.budgets]
-    return [Reading(first, "soft"), Reading(first, "hard"), *(Reading(name, "soft") for name in others), *budgets]
+    budgets = [StudentSetup(first, labels, epochs) for labels, epochs in table.budgets]
+    soft = [StudentSetup(name, "soft") for name in others]
+    return [StudentSetup(first, "soft"), StudentSetup(first, "hard"), *soft, *budgets]
 
 
 def small(found: dict[str, object]) -> dict[str, object]:

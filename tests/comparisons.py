@@ -3,7 +3,7 @@
 from accelerate.state import AcceleratorState
 from pipeline import tiny
 
-from prism_hf.compare.methods import Reading, under_one_protocol
+from prism_hf.compare.methods import StudentSetup, under_one_protocol
 from prism_hf.compare.runs import Comparison
 from prism_hf.run.context import make_accelerator
 
@@ -20,7 +20,7 @@ def comparison(folder, teachers, recipes, *, seeds=(0, 1), students=STUDENTS):
     """A comparison as the command makes it, not yet run."""
     AcceleratorState._reset_state(True)
     methods, _ = under_one_protocol(recipes)
-    readings = [Reading(student, labels) for student in students for labels in ("soft", "hard")]
+    readings = [StudentSetup(student, labels) for student in students for labels in ("soft", "hard")]
     return Comparison(
         methods, readings, list(seeds), folder=folder, teachers_root=teachers, accelerator=make_accelerator(threads=1)
     )

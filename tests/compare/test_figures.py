@@ -100,8 +100,8 @@ def test_many_classes_are_cut_to_twenty(tmp_path):
 
 def test_what_is_not_known_is_not_drawn(tmp_path, made):
     sparse = make_sparse(made[0])
-    assert tuple(draw_comparison(tmp_path, sparse, made[1])) == ("accuracy", "grids")
-    assert draw_comparison(tmp_path, sparse | {"scores": []}, {}) == {}
+    assert tuple(draw_comparison(tmp_path, sparse, made[1])) == ("accuracy", "grids", "map")
+    assert draw_comparison(tmp_path, sparse | {"methods": [], "scores": []}, {}) == {}
 
 
 def test_large_colour_images_of_any_shape(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comparisons import STUDENTS, comparison, named
 
-from prism_hf.compare.findings import Findings
+from prism_hf.compare.findings import findings, finished_records, first_datasets
 from prism_hf.dataset.reader import load_distilled
 from prism_hf.runtime.store import read_record
 
@@ -16,13 +16,13 @@ KEYS = [(student, labels) for student in STUDENTS for labels in ("soft", "hard")
 
 
 @pytest.fixture(scope="module")
-def findings(compared):
-    return Findings(comparison(*compared, named("prism", "sre2l")))
+def made(compared):
+    return comparison(*compared, named("prism", "sre2l"))
 
 
 @pytest.fixture(scope="module")
-def found(findings):
-    return findings.as_dict()
+def found(made):
+    return findings(made)
 
 
 def recorded(folder, label, seed, place):
@@ -52,7 +52,7 @@ def test_differences_are_those_of_the_means_with_their_standard_errors(compared,
 
 
 def test_one_seed_has_no_standard_error(compared):
-    found = Findings(comparison(*compared, named("prism", "sre2l"), seeds=(1,))).as_dict()
+    found = findings(comparison(*compared, named("prism", "sre2l"), seeds=(1,)))
     assert {row["error"] for row in found["differences"]} == {None}
     assert {row["std"] for row in found["scores"]} == {None}
     assert all(method["similarity"]["std_over_seeds"] is None for method in found["methods"])
@@ -81,12 +81,12 @@ def test_methods_have_their_facts(compared, found):
     assert found["left_out"] == {"all real": "not yet run: evaluation.full_data_epochs is 0"}
 
 
-def test_pictures_are_the_images_of_the_first_run(compared, findings):
-    grids = findings.grids()
-    assert list(grids) == LABELS
-    for label, images in grids.items():
+def test_pictures_are_the_images_of_the_first_run(compared, made):
+    datasets = first_datasets(made, finished_records(made))
+    assert list(datasets) == LABELS
+    for label, dataset in datasets.items():
         folder = compared[0] / "runs" / f"{label.replace(' ', '-')}-ipc2" / "seed-0" / "dataset"
-        assert torch.equal(images, load_distilled(folder).images_uint8)
+        assert torch.equal(dataset.images_uint8, load_distilled(folder).images_uint8)
 
 
 def test_nothing_of_this_machine_is_told(compared, found):
@@ -96,7 +96,6 @@ def test_nothing_of_this_machine_is_told(compared, found):
 
 
 def test_what_is_not_there_is_listed(compared):
-    half = comparison(*compared, [*named("prism"), ("other", named("sre2l")[0][1])])
-    found = Findings(half).as_dict()
+    found = findings(comparison(*compared, [*named("prism"), ("other", named("sre2l")[0][1])]))
     assert [method["label"] for method in found["methods"]] == LABELS[:2]
     assert found["left_out"]["other, ipc 2"] == "not yet run"

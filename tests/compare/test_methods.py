@@ -4,7 +4,7 @@ import pytest
 from comparisons import named
 from pipeline import one_line, tiny
 
-from prism_hf.compare.methods import PROTOCOL, RANDOM, Cell, Method, Reading, random_recipe, under_one_protocol
+from prism_hf.compare.methods import PROTOCOL, RANDOM, Cell, Method, StudentSetup, random_recipe, under_one_protocol
 from prism_hf.errors import RecipeError
 from prism_hf.recipe.schema import to_dict
 
@@ -92,8 +92,12 @@ def test_a_cell_has_its_seed_and_the_teachers_of_all(own, expected):
         assert to_dict(made)["synthesis"] == to_dict(method.recipe)["synthesis"]
 
 
-def test_names_of_folders_and_readings_are_plain():
+def test_names_of_folders_and_labels_are_plain():
     assert Method("Ünïcode / ../x", tiny()).slug == "n-code-x-ipc2"
     assert len(Method("x" * 300, tiny()).slug) == 80
-    assert [Reading("s", "soft").key, Reading("s", "hard").key, Reading("s", "soft", 10).key] == ["soft", "hard", "soft-10"]
+    assert [StudentSetup("s", "soft").key, StudentSetup("s", "hard").key, StudentSetup("s", "soft", 10).key] == [
+        "soft",
+        "hard",
+        "soft-10",
+    ]
     assert [label for label, _ in named("prism")] == ["prism"]

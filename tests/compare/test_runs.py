@@ -8,8 +8,8 @@ from accelerate.state import AcceleratorState
 from comparisons import LIGHT, STUDENTS, comparison, named
 from pipeline import launch, mtimes, one_line, sha_tree, tiny
 
-from prism_hf.compare.findings import Findings
-from prism_hf.compare.methods import Reading, under_one_protocol
+from prism_hf.compare.findings import findings
+from prism_hf.compare.methods import StudentSetup, under_one_protocol
 from prism_hf.compare.runs import Comparison
 from prism_hf.errors import OutputError
 from prism_hf.recipe.yaml_file import dump_recipe
@@ -98,7 +98,7 @@ def test_what_was_lost_is_made_again_and_nothing_else(compared, copied, kind):
     assert {n: r for n, r in scores(copied).items() if ".aside-" not in n}[f"{name}.json"]["scores"] == whole[
         f"{name}.json"
     ]["scores"]
-    assert len(Findings(made).grids()) == 3
+    assert len(findings(made)["methods"]) == 3
 
 
 def test_another_method_and_another_seed_go_on_from_what_is_there(compared, copied):
@@ -159,7 +159,7 @@ def test_the_first_student_must_read_all_views():
     methods, _ = under_one_protocol(named("prism"))
     with pytest.raises(ValueError, match="expected a reading of 'test_byobnet' with all views"):
         Comparison(
-            methods, [Reading("test_byobnet", "soft", 1)], [0], folder=Path(), teachers_root=Path(), accelerator=None
+            methods, [StudentSetup("test_byobnet", "soft", 1)], [0], folder=Path(), teachers_root=Path(), accelerator=None
         )
 
 
@@ -168,7 +168,7 @@ def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):
     made = again(tmp_path / "bad", compared, ("prism", "bad"), seeds=(0,), students=STUDENTS[:1])
     assert list(made.failed) == ["bad-ipc2-seed0"]
     assert "the comparison goes on without it" in caplog.text
-    found = Findings(made).as_dict()
+    found = findings(made)
     assert [method["label"] for method in found["methods"]] == ["random real", "prism"]
     assert {row["method"] for row in found["scores"]} == {"random real", "prism"}
     assert "not finite" in found["left_out"]["bad-ipc2-seed0"]

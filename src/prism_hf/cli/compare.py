@@ -27,7 +27,7 @@ from ..recipe.yaml_file import load_recipe, override_recipe
 from .options import add_compute, quiet, split_overrides, teachers_folder
 
 if TYPE_CHECKING:
-    from ..compare.methods import Method, Reading
+    from ..compare.methods import Method, StudentSetup
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     if not paths:
         raise RecipeError("expected at least one recipe, got none; give the path of a YAML file")
     recipes = [load_recipe(path) for path in paths]
-    from ..compare.methods import Reading, under_one_protocol
+    from ..compare.methods import StudentSetup, under_one_protocol
 
     if args.data is not None:
         quiet()
@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> None:
     methods, notes = under_one_protocol([(recipe.name, recipe) for recipe in recipes])
     seeds = args.seeds or list(recipes[0].evaluation.seeds)
     students = [recipes[0].evaluation.student] if args.students is None else args.students.split(",")
-    readings = [Reading(student, labels) for student in dict.fromkeys(students) for labels in ("soft", "hard")]
+    setups = [StudentSetup(student, labels) for student in dict.fromkeys(students) for labels in ("soft", "hard")]
     if args.dry_run:
-        sys.stdout.write(describe(methods, notes, seeds, readings))
+        sys.stdout.write(describe(methods, notes, seeds, setups))
         return
     quiet()
     from ..compare.compare_recipes import compare_recipes
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     folder = args.output or Path("outputs") / f"compare-{recipes[0].name}"
     comparison = compare_recipes(
         methods,
-        readings,
+        setups,
         seeds,
         folder,
         teachers=teachers_folder(args, folder),
@@ -94,13 +94,13 @@ def run(args: argparse.Namespace) -> None:
         sys.stdout.write(f"{plain_table(table_of(comparison))}\npage: {folder / 'comparison.html'}\n")
 
 
-def describe(methods: Sequence[Method], notes: Sequence[str], seeds: Sequence[int], readings: Sequence[Reading]) -> str:
+def describe(methods: Sequence[Method], notes: Sequence[str], seeds: Sequence[int], setups: Sequence[StudentSetup]) -> str:
     """What would be run."""
     lines = [f"{len(methods)} methods, {len(seeds)} seeds: {len(methods) * len(seeds)} runs"]
     for method in methods:
         steps = sum(job.iterations for job in plan_jobs(method.recipe))
         lines.append(f"  {method.label}: {method.recipe.num_images} images, {steps:,} steps")
-    lines.append("students: " + ", ".join(f"{reading.student} ({reading.key} labels)" for reading in readings))
+    lines.append("students: " + ", ".join(f"{setup.student} ({setup.key} labels)" for setup in setups))
     return "\n".join([*lines, *(f"note: {note}" for note in notes)]) + "\n"
 
 

@@ -17,8 +17,8 @@ from ..runtime.lock import check_free, locked
 from ..runtime.logs import log_file
 from ..runtime.stop import EVERY_S
 from ..runtime.store import clear_drafts
-from .findings import Findings
-from .methods import Method, Reading
+from .findings import write_page
+from .methods import Method, StudentSetup
 from .runs import Comparison, check_comparison, check_comparison_folder, make
 
 
@@ -41,7 +41,7 @@ def with_data(first: Recipe, source: str, overrides: Sequence[str]) -> list[str]
 
 def compare_recipes(
     methods: Sequence[Method],
-    readings: Sequence[Reading],
+    setups: Sequence[StudentSetup],
     seeds: Sequence[int],
     folder: Path,
     *,
@@ -55,7 +55,7 @@ def compare_recipes(
 
     Args:
         methods: From `under_one_protocol`.
-        readings: Students and their labels.
+        setups: Students and their labels.
         seeds: One run of each method.
         folder: Output folder.
         teachers: Where squeezed teachers are kept.
@@ -72,7 +72,7 @@ def compare_recipes(
     accelerator = make_accelerator(threads=threads)
     comparison = Comparison(
         methods,
-        readings,
+        setups,
         seeds,
         folder=folder,
         teachers_root=teachers,
@@ -91,6 +91,6 @@ def compare_recipes(
         stack.enter_context(log_file(folder, accelerator.process_index))
         failed = make(comparison)
         if accelerator.is_main_process:
-            result = Findings(comparison, failed).write(folder, notes=notes, command=command)
+            result = write_page(comparison, failed, notes=notes, command=command)
         accelerator.end_training()
     return result

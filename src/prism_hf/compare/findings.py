@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,208 +18,220 @@ from ..dataset.writer import versions
 from ..evaluation.diversity import intra_class_similarity
 from ..evaluation.feature_map import FeatureMap, pair_histogram
 from ..evaluation.report import Score, difference
+from ..evaluation.scores import read_scores
 from ..models.features import penultimate_features
-from ..models.teacher import Teacher
-from ..recipe.schema import Recipe, to_dict
+from ..recipe.schema import to_dict
 from ..recipe.yaml_file import dump_recipe, public_recipe
-from ..run.scores import read_score, task_file
-from ..run.stages import Stages
-from ..runtime.store import read_record, write_bytes, write_json
+from ..run.teacher_folders import squeezed_top1
+from ..runtime.store import is_finished, write_bytes, write_json
 from .figures import draw_comparison
 from .methods import Cell, Method
 from .page import render_html, render_markdown
-from .runs import FULL, Comparison
+from .runs import Comparison
+
+Records = Mapping[str, Sequence[Mapping[str, Any]]]
+"""By label of each method, what was kept of its finished runs, each with its seed."""
 
 _SAMPLE = 100
 """Real images per class behind the feature map and the histograms."""
 
 
-class Findings:
-    """What is there of a comparison, finished or not.
+def write_page(comparison: Comparison, failed: Mapping[str, str], *, notes: Sequence[str], command: str) -> dict[str, Any]:
+    """Write comparison.json, the page as Markdown and as one HTML file, and its pictures in assets/.
 
     Args:
-        comparison: Its runs.
+        comparison: Its runs, finished or not.
+        failed: Runs that failed, by name, with the reason; from `make`.
+        notes: What gave way to the protocol, from `under_one_protocol`.
+        command: What makes the comparison again.
+
+    Returns:
+        The contents of comparison.json.
     """
+    folder, records = comparison.folder, finished_records(comparison)
+    datasets = first_datasets(comparison, records)
+    facts = _findings(comparison, failed, records, datasets) | {"command": command}
+    facts["protocol"]["notes"] = list(notes)
+    write_json(folder / "comparison.json", facts)
+    images = {label: dataset.images_uint8 for label, dataset in datasets.items()}
+    pictures = draw_comparison(folder / "assets", facts, images)
+    write_bytes(folder / "comparison.md", render_markdown(facts).encode())
+    loaded = {name: path.read_bytes() for name, path in pictures.items()}
+    write_bytes(folder / "comparison.html", render_html(facts, loaded).encode())
+    return facts
 
-    def __init__(self, comparison: Comparison) -> None:
-        self._made, self._device = comparison, comparison.accelerator.device
-        self._records = {method.slug: self._found(method) for method in comparison.methods}
 
-    def _found(self, method: Method) -> list[tuple[int, dict[str, Any]]]:
-        """(seed, record) of the runs of a method that are there."""
-        cells = [cell for cell in self._made.cells if cell.method is method and self._made.is_found(cell)]
-        return [(cell.seed, dict(read_record(self._made.record_file(cell)))) for cell in cells]
+def findings(comparison: Comparison, failed: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """What is known of a comparison, finished or not: comparison.json without its command and notes."""
+    records = finished_records(comparison)
+    return _findings(comparison, failed, records, first_datasets(comparison, records))
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, as comparison.json has it."""
-        recipe, data = self._made.cells[0].recipe, self._made.shared.data
-        network, full_data = self._made.network(), self._full_scores()
-        real = _Sample(self._made.shared, network, self._device)
-        features = FeatureMap(real.features)
-        methods = []
-        scores: list[dict[str, Any]] = []
-        for method in self._made.methods:
-            records = self._records[method.slug]
-            if not records:
-                continue
-            scores += self._scores_of(method, records)
-            methods.append(self._facts_of(method, records, features, network))
-        public = public_recipe(recipe)
-        return {
-            "name": self._made.folder.absolute().name,
-            "data": {
-                "source": public.data.source,
-                "classes": list(data.class_names),
-                "train_count": len(data.train),
-                "test_count": len(data.test),
-                "tested_on": recipe.data.tested_on,
-                "licence": recipe.data.licence,
+
+def finished_records(comparison: Comparison) -> Records:
+    """What was kept of the finished runs."""
+    records: dict[str, list[Mapping[str, Any]]] = {method.label: [] for method in comparison.methods}
+    for cell in comparison.cells:
+        if comparison.is_made(cell):
+            records[cell.method.label].append({"seed": cell.seed, **comparison.record(cell).read_json()})
+    return records
+
+
+def first_datasets(comparison: Comparison, records: Records) -> dict[str, DistilledDataset]:
+    """Dataset of the first finished run of each method, by its label."""
+    return {
+        method.label: load_distilled(comparison.run_of(Cell(method, records[method.label][0]["seed"])).dataset)
+        for method in comparison.methods
+        if records[method.label]
+    }
+
+
+def _findings(
+    comparison: Comparison, failed: Mapping[str, str], records: Records, datasets: Mapping[str, DistilledDataset]
+) -> dict[str, Any]:
+    data = comparison.common_run().data
+    sample = torch.cat([torch.from_numpy(rows[:_SAMPLE]) for rows in data.train.rows_by_class(data.num_classes)])
+    labels = torch.from_numpy(data.train.labels)[sample]
+    features = _features(comparison, lambda rows: data.train.images(sample[rows.start : rows.stop]), len(sample))
+    similarity, plane = intra_class_similarity(features, labels, data.num_classes), FeatureMap(features)
+    scores, full_data = _scores(comparison, records), _full_scores(comparison)
+    return {
+        "name": comparison.folder.absolute().name,
+        "data": _data(comparison),
+        "protocol": _protocol(comparison),
+        "methods": [
+            _facts(method, records[method.label])
+            | _pictured(*_distilled_features(comparison, datasets[method.label]), plane)
+            for method in comparison.methods
+            if method.label in datasets
+        ],
+        "scores": scores,
+        "full_data": full_data,
+        "real": {
+            "similarity": {
+                "mean": similarity.mean,
+                "per_class": list(similarity.per_class),
+                "images_per_class": _SAMPLE,
             },
-            "protocol": {
-                "teachers": self._teachers_top1(),
-                "relabel": to_dict(public)["relabel"],
-                "evaluation": self._evaluation(public),
-                "squeeze": to_dict(public)["squeeze"],
-                "verifier": public.teachers.verifier,
-                "seeds": list(self._made.seeds),
-            },
-            "methods": methods,
-            "scores": scores,
-            "full_data": full_data,
-            "real": {
-                "similarity": real.similarity(),
-                "histogram": pair_histogram(real.features, real.labels),
-                "points": {"xy": features.project(real.features), "label": real.labels.tolist()},
-            },
-            "map": {
-                "network": network.name,
-                "how": "first two principal components of the features of real training images",
-            },
-            "differences": _differences(scores, self._made.methods),
-            "left_out": self._left_out(full_data),
-            "wall_time_s": sum(record["wall_time_s"] for records in self._records.values() for _, record in records),
-            "hardware": self._made.shared.run.hardware | {"processes": self._made.accelerator.num_processes},
-            "versions": versions(),
-        }
+            **_pictured(features, labels, plane),
+        },
+        "map": {
+            "network": comparison.network.name,
+            "how": "first two principal components of the features of real training images",
+        },
+        "differences": _differences(scores, comparison.methods),
+        "left_out": _left_out(comparison, failed, records, full_data),
+        "wall_time_s": sum(record["wall_time_s"] for of_method in records.values() for record in of_method),
+        "hardware": comparison.common_run().hardware | {"processes": comparison.accelerator.num_processes},
+        "versions": versions(),
+    }
 
-    def _evaluation(self, recipe: Recipe) -> dict[str, object]:
-        """The student protocol, with the students and seeds that were asked for in place of the recipe's."""
-        students = self._made.students
-        own = {"student": students[0] if len(students) == 1 else students, "seeds": list(self._made.seeds)}
-        return dataclasses.asdict(recipe.evaluation) | own
 
-    def _teachers_top1(self) -> dict[str, float | None]:
-        names = dict.fromkeys(name for method in self._made.methods for name in method.recipe.all_teachers)
-        squeezed: dict[str, float] = {}
-        for cell in self._made.one_of_each:
-            squeezed |= Stages(self._made.run_of(cell), like=self._made.shared).squeezed_top1()
-        return {name: squeezed.get(name) for name in names}
+# -- what all methods share -------------------------------------------------------------------------------------------
 
-    def _scores_of(self, method: Method, records: Sequence[tuple[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-        rows = []
-        for place, reading in enumerate(self._made.readings):
-            found = [record["scores"][place] for _, record in records]
-            top1 = tuple(float(score["top1"]) for score in found)
-            count = int(records[0][1]["images"])
-            score = Score(method.label, reading.key, tuple(seed for seed, _ in records), top1, count)
+
+def _data(comparison: Comparison) -> dict[str, Any]:
+    recipe, data = comparison.protocol, comparison.common_run().data
+    return {
+        "source": public_recipe(recipe).data.source,
+        "classes": list(data.class_names),
+        "train_count": len(data.train),
+        "test_count": len(data.test),
+        "tested_on": recipe.data.tested_on,
+        "licence": recipe.data.licence,
+    }
+
+
+def _protocol(comparison: Comparison) -> dict[str, Any]:
+    """Settings of all runs, with the students and seeds that were asked for in place of the recipe's."""
+    recipe, students = public_recipe(comparison.protocol), comparison.students
+    asked_for = {"student": students[0] if len(students) == 1 else students, "seeds": list(comparison.seeds)}
+    names = dict.fromkeys(name for method in comparison.methods for name in method.recipe.all_teachers)
+    squeezed: dict[str, float] = {}
+    for cell in comparison.one_of_each:
+        squeezed |= squeezed_top1(cell.recipe, comparison.teachers_root, comparison.common_run().data)
+    return {
+        "teachers": {name: squeezed.get(name) for name in names},
+        "relabel": to_dict(recipe)["relabel"],
+        "evaluation": dataclasses.asdict(recipe.evaluation) | asked_for,
+        "squeeze": to_dict(recipe)["squeeze"],
+        "verifier": recipe.teachers.verifier,
+        "seeds": list(comparison.seeds),
+    }
+
+
+def _full_scores(comparison: Comparison) -> list[dict[str, Any]]:
+    """Students of all real images."""
+    rows = []
+    for student in comparison.full_data_students:
+        trained = [task for task in comparison.full_tasks(student) if is_finished(task.score.path)]
+        rows += [{"student": student, **score.as_dict()} for score in read_scores(trained)]
+    return rows
+
+
+def _left_out(
+    comparison: Comparison, failed: Mapping[str, str], records: Records, full_data: Sequence[object]
+) -> dict[str, str]:
+    """What the table lacks, with the reason."""
+    left_out = dict(failed)
+    for method in comparison.methods:
+        tried = any(Cell(method, seed).name in failed for seed in comparison.seeds)
+        if not records[method.label] and not tried:
+            left_out[f"{method.label}, ipc {method.recipe.synthesis.ipc}"] = "not yet run"
+    if not comparison.protocol.evaluation.full_data_epochs:
+        left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
+    elif not full_data:
+        left_out["all real"] = "not yet run" if comparison.full_data_students else "not asked for"
+    return left_out
+
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+
+def _facts(method: Method, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is known of a method beside its scores, over the seeds."""
+    means = [record["similarity"]["mean"] for record in records]
+    return {
+        "label": method.label,
+        "recipe": method.recipe.name,
+        "ipc": method.recipe.synthesis.ipc,
+        "control": method.control,
+        "recipe_yaml": dump_recipe(public_recipe(method.recipe)),
+        # The median: the first run of a method may also have gathered what later ones read from the disk.
+        "seconds_per_image": statistics.median(float(record["seconds_per_image"]) for record in records),
+        "image_steps": records[0]["image_steps"],
+        "image_bytes": _mean(record["image_bytes"] for record in records),
+        "label_bytes": _mean(record["label_bytes"] for record in records),
+        "verifier_top1": _mean(record["verifier_top1"] for record in records),
+        "logit_top1": _mean(record["logit_top1"] for record in records),
+        "similarity": {
+            "mean": _mean(means),
+            "std_over_seeds": None if None in means or len(means) < 2 else statistics.stdev(means),
+            "per_class": records[0]["similarity"]["per_class"],
+        },
+        "seeds": [record["seed"] for record in records],
+        "grid": "assets/grids.png",
+    }
+
+
+def _scores(comparison: Comparison, records: Records) -> list[dict[str, Any]]:
+    """Rows of the table: each method with each student and kind of labels."""
+    rows = []
+    for method in comparison.methods:
+        own = records[method.label]
+        seeds = tuple(record["seed"] for record in own)
+        for scores in zip(*(record["scores"] for record in own), strict=True):  # one per seed
+            top1 = tuple(float(score["top1"]) for score in scores)
+            score = Score(method.label, scores[0]["labels"], seeds, top1, int(own[0]["images"])).as_dict()
             rows.append(
                 {
-                    "method": method.label,
+                    "method": score.pop("images"),
                     "ipc": method.recipe.synthesis.ipc,
-                    "student": reading.student,
-                    "label_bytes": _mean(score["label_bytes"] for score in found),
-                    **{key: value for key, value in score.as_dict().items() if key != "images"},
+                    "student": scores[0]["student"],
+                    "label_bytes": _mean(score["label_bytes"] for score in scores),
+                    **score,
                 }
             )
-        return rows
-
-    def _facts_of(
-        self,
-        method: Method,
-        records: Sequence[tuple[int, Mapping[str, Any]]],
-        features: FeatureMap,
-        network: Teacher,
-    ) -> dict[str, Any]:
-        found = [record for _, record in records]
-        means = [record["similarity"]["mean"] for record in found]
-        distilled = self._dataset(method)
-        pixels = distilled.images_uint8
-        vectors = features_of(network, lambda rows: pixels[rows.start : rows.stop], len(pixels), self._device)
-        return {
-            "label": method.label,
-            "recipe": method.recipe.name,
-            "ipc": method.recipe.synthesis.ipc,
-            "control": method.control,
-            "recipe_yaml": dump_recipe(public_recipe(method.recipe)),
-            # The first run of a method may also have gathered what later ones found on the disk.
-            "seconds_per_image": statistics.median(float(record["seconds_per_image"]) for record in found),
-            "image_steps": found[0]["image_steps"],
-            "image_bytes": _mean(record["image_bytes"] for record in found),
-            "label_bytes": _mean(record["label_bytes"] for record in found),
-            "verifier_top1": _mean(record["verifier_top1"] for record in found),
-            "logit_top1": statistics.fmean(record["logit_top1"] for record in found),
-            "similarity": {
-                "mean": _mean(means),
-                "std_over_seeds": None if None in means or len(means) < 2 else statistics.stdev(means),
-                "per_class": found[0]["similarity"]["per_class"],
-            },
-            "histogram": pair_histogram(vectors, distilled.labels),
-            "points": {"xy": features.project(vectors), "label": distilled.labels.tolist()},
-            "seeds": [seed for seed, _ in records],
-            "grid": "assets/grids.png",
-        }
-
-    def _full_scores(self) -> list[dict[str, Any]]:
-        recipe = self._made.cells[0].recipe
-        if not recipe.evaluation.full_data_epochs:
-            return []
-        rows = []
-        for student in self._made.ceilings:
-            folder = self._made.full_folder(student)
-            seeds = tuple(seed for seed in self._made.seeds if task_file(folder, FULL, seed).is_file())
-            if seeds:
-                top1 = tuple(read_score(folder, FULL, seed) for seed in seeds)
-                score = Score("full", "hard", seeds, top1, len(self._made.shared.data.train))
-                rows.append({"student": student, **score.as_dict()})
-        return rows
-
-    def _left_out(self, full_data: Sequence[object]) -> dict[str, str]:
-        left_out = dict(self._made.failed)
-        for method in self._made.methods:
-            tried = any(Cell(method, seed).name in left_out for seed in self._made.seeds)
-            if not self._records[method.slug] and not tried:
-                left_out.setdefault(f"{method.label}, ipc {method.recipe.synthesis.ipc}", "not yet run")
-        if not self._made.cells[0].recipe.evaluation.full_data_epochs:
-            left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
-        elif not full_data:
-            left_out["all real"] = "not yet run" if self._made.ceilings else "not asked for"
-        return left_out
-
-    def write(self, folder: Path, *, notes: Sequence[str], command: str) -> dict[str, Any]:
-        """Write comparison.json, the page as Markdown and as one HTML file, and its pictures in assets/; what they say.
-
-        Args:
-            folder: Where to.
-            notes: What gave way to the protocol, from `under_one_protocol`.
-            command: What makes the comparison again.
-        """
-        comparison = self.as_dict() | {"command": command}
-        comparison["protocol"]["notes"] = list(notes)
-        write_json(folder / "comparison.json", comparison)
-        pictures = draw_comparison(folder / "assets", comparison, self.grids())
-        write_bytes(folder / "comparison.md", render_markdown(comparison).encode())
-        loaded = {name: path.read_bytes() for name, path in pictures.items()}
-        write_bytes(folder / "comparison.html", render_html(comparison, loaded).encode())
-        return comparison
-
-    def grids(self) -> dict[str, Tensor]:
-        """Images of the first run of each method, class-major, (K * ipc, C, S, S) uint8."""
-        return {
-            method.label: self._dataset(method).images_uint8 for method in self._made.methods if self._records[method.slug]
-        }
-
-    def _dataset(self, method: Method) -> DistilledDataset:
-        return load_distilled(self._made.run_of(Cell(method, self._records[method.slug][0][0])).dataset)
+    return rows
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -227,49 +241,37 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _differences(scores: Sequence[Mapping[str, Any]], methods: Sequence[Method]) -> list[dict[str, Any]]:
-    """Each method against the controls of its size, and against the first method that is none."""
+    """Each method against the controls of its size, and against the first method that is not a control."""
     controls = {method.label for method in methods if method.control}
     first = next((method.label for method in methods if not method.control), None)
     rows = []
-    for a in scores:
-        for b in scores:
-            same = all(a[key] == b[key] for key in ("ipc", "student", "labels"))
-            wanted = b["method"] in controls or b["method"] == first
-            if same and wanted and a["method"] not in (b["method"], *controls):
-                gap, error = difference(a, b)
-                shared = {key: a[key] for key in ("ipc", "student", "labels")}
-                known = None if error == float("inf") else error
-                rows.append({"a": a["method"], "b": b["method"], **shared, "difference": gap, "error": known})
+    for a, b in itertools.product(scores, scores):
+        shared = {key: a[key] for key in ("ipc", "student", "labels")}
+        wanted = b["method"] in controls or b["method"] == first
+        if wanted and shared.items() <= b.items() and a["method"] not in (b["method"], *controls):
+            gap, error = difference(a, b)
+            known = error if math.isfinite(error) else None
+            rows.append({"a": a["method"], "b": b["method"], **shared, "difference": gap, "error": known})
     return rows
 
 
-def features_of(network: Teacher, images: Callable[[range], Tensor], count: int, device: torch.device) -> Tensor:
-    """Penultimate features, (N, D) float32."""
-    return torch.cat([found for _, found in penultimate_features(network, images, count, device=device)])
+# -- features ---------------------------------------------------------------------------------------------------------
 
 
-class _Sample:
-    """Real training images, some of each class: the reference of similarity and map.
+def _distilled_features(comparison: Comparison, dataset: DistilledDataset) -> tuple[Tensor, Tensor]:
+    pixels = dataset.images_uint8
+    return _features(comparison, lambda rows: pixels[rows.start : rows.stop], len(pixels)), dataset.labels
 
-    Args:
-        session: Where the data are.
-        network: Whose features.
-        device: Where it is.
-    """
 
-    def __init__(self, session: Stages, network: Teacher, device: torch.device) -> None:
-        data = session.data
-        rows = [torch.from_numpy(of_class[:_SAMPLE]) for of_class in data.train.rows_by_class(data.num_classes)]
-        self._rows = torch.cat(rows)
-        self.labels = torch.from_numpy(data.train.labels)[self._rows]
+def _features(comparison: Comparison, images: Callable[[range], Tensor], count: int) -> Tensor:
+    """Penultimate features (N, D) float32 of images (rows -> (B, C, H, W) uint8)."""
+    batches = penultimate_features(comparison.network, images, count, device=comparison.accelerator.device)
+    return torch.cat([features for _, features in batches])
 
-        def images(part: range) -> Tensor:
-            return data.train.images(self._rows[part.start : part.stop])
 
-        self.features = features_of(network, images, len(self._rows), device)
-        self._classes = data.num_classes
-
-    def similarity(self) -> dict[str, object]:
-        """Mean over pairs of each class."""
-        found = intra_class_similarity(self.features, self.labels, self._classes)
-        return {"mean": found.mean, "per_class": list(found.per_class), "images_per_class": _SAMPLE}
+def _pictured(features: Tensor, labels: Tensor, plane: FeatureMap) -> dict[str, Any]:
+    """What pictures are drawn from: features (N, D), labels (N,)."""
+    return {
+        "histogram": pair_histogram(features, labels),
+        "points": {"xy": plane.project(features), "label": labels.tolist()},
+    }

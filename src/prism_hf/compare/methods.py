@@ -1,7 +1,6 @@
-"""Several methods under one protocol: which runs that means.
+"""Methods of a comparison: recipes under the protocol of the first one, with random real images among them.
 
-The first recipe's data, teachers' training, labels, packaging and students are those of all; random real images are always
-among the methods.
+The first recipe's data, teachers' training, labels, packaging and students are those of all.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 RANDOM = "random real"
 PROTOCOL = ("data", "squeeze", "relabel", "packaging", "evaluation")
-"""Sections that all methods of a comparison take from the first recipe, beside the verifier."""
+"""Sections that all methods take from the first recipe, beside the verifier."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,9 @@ class Method:
     """One row of a comparison.
 
     Attributes:
-        label: What it is called.
-        recipe: Under the protocol.
-        control: Whether it is the random real images.
+        label: Its name in tables and pictures.
+        recipe: Its recipe under the protocol.
+        control: Whether it is random real images.
     """
 
     label: str
@@ -40,13 +39,13 @@ class Method:
 
     @property
     def slug(self) -> str:
-        """Its label as a name of a folder."""
+        """The label as the name of a folder."""
         return re.sub(r"[^a-z0-9]+", "-", f"{self.label} ipc{self.recipe.synthesis.ipc}".lower()).strip("-")[:80]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How students read a data set.
+class StudentSetup:
+    """A student architecture and the labels of a dataset that it learns from.
 
     Attributes:
         student: Architecture.
@@ -60,25 +59,25 @@ class Reading:
 
     @property
     def key(self) -> str:
-        """For files and reports: `soft`, `hard`, `image`, `soft-10`."""
+        """Name of the labels in files and reports: `soft`, `hard`, `image`, `soft-10`."""
         return self.labels if self.label_epochs is None else f"{self.labels}-{self.label_epochs}"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a method with one seed, of synthesis and students alike."""
+    """One run: a method with one seed, for synthesis and students alike."""
 
     method: Method
     seed: int
 
     @property
     def name(self) -> str:
-        """In files and in the log."""
+        """Name in files and in the log."""
         return f"{self.method.slug}-seed{self.seed}"
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe of this run; its teachers are those of every other run."""
+        """The recipe of this run; all runs have the same teachers."""
         base = self.method.recipe
         return replace(
             base,
@@ -90,17 +89,17 @@ class Cell:
 
 
 def under_one_protocol(recipes: Sequence[tuple[str, Recipe]], *, own: Sequence[str] = ()) -> tuple[list[Method], list[str]]:
-    """Every recipe with the protocol of the first one, and random real images for each number of images per class.
+    """Every recipe under the protocol of the first one, and random real images for each number of images per class.
 
     Args:
         recipes: Label and recipe.
-        own: Sections that each recipe keeps as it has them, against the protocol.
+        own: Sections of the protocol that each recipe keeps its own values of.
 
     Returns:
         The methods, in order, controls first; and one line for each value of a recipe that gives way to the protocol.
 
     Raises:
-        RecipeError: Two methods of one name, or a recipe that cannot be had under the protocol.
+        RecipeError: Two methods of one name, or a recipe that does not work under the protocol.
     """
     if not recipes:
         raise RecipeError("expected at least one recipe to compare with random real images, got none")

@@ -40,7 +40,7 @@ from ..runtime.share import unfinished
 from ..runtime.stop import EVERY_S
 from ..runtime.store import DRAFT, Artifact, digest, read_proof
 from ..runtime.units import duration_text
-from .methods import Cell, Method, Reading
+from .methods import Cell, Method, StudentSetup
 
 FULL = Row("full", "hard")
 _OURS = (
@@ -68,7 +68,7 @@ class Comparison:
 
     Attributes:
         methods: From `under_one_protocol`.
-        readings: How students read each dataset. The first student reads all its views at least once.
+        setups: How students read each dataset. The first student reads all its views at least once.
         seeds: One run of each method per seed.
         folder: DIR.
         teachers_root: Where squeezed teachers are kept.
@@ -78,11 +78,11 @@ class Comparison:
         loaded: Data and networks that all runs share.
 
     Raises:
-        ValueError: No reading of the first student takes all views.
+        ValueError: No setup of the first student takes all views.
     """
 
     methods: Sequence[Method]
-    readings: Sequence[Reading]
+    setups: Sequence[StudentSetup]
     seeds: Sequence[int]
     folder: Path
     teachers_root: Path
@@ -92,22 +92,22 @@ class Comparison:
     loaded: Loaded = field(default_factory=Loaded)
 
     def __post_init__(self) -> None:
-        if not self.plain_readings:
+        if not self.plain_setups:
             raise ValueError(
-                f"expected a reading of {self.readings[0].student!r} with all views, for the runs' own cards; "
-                f"got {list(self.readings)}"
+                f"expected a setup of {self.setups[0].student!r} with all views, for the runs' own cards; "
+                f"got {list(self.setups)}"
             )
 
     @property
-    def plain_readings(self) -> list[Reading]:
+    def plain_setups(self) -> list[StudentSetup]:
         """Readings of the first student that take all views: those of the runs' own cards."""
-        first = self.readings[0].student
-        return [reading for reading in self.readings if (reading.student, reading.label_epochs) == (first, None)]
+        first = self.setups[0].student
+        return [setup for setup in self.setups if (setup.student, setup.label_epochs) == (first, None)]
 
     @property
     def students(self) -> list[str]:
         """Architectures, in order."""
-        return list(dict.fromkeys(reading.student for reading in self.readings))
+        return list(dict.fromkeys(setup.student for setup in self.setups))
 
     @property
     def full_data_students(self) -> list[str]:
@@ -162,9 +162,9 @@ class Comparison:
     def record(self, cell: Cell) -> Artifact:
         """What was found of a run; the key says what it is made from: recipe, images, weights, and how it is read."""
         run = self.run_of(cell)
-        readings = [dataclasses.astuple(reading) for reading in self.readings]
+        setups = [dataclasses.astuple(setup) for setup in self.setups]
         weights = dict(run.artifacts.weights)
-        parts = [cell.recipe.fingerprint(), run.data.train.content, run.data.test.content, weights, readings]
+        parts = [cell.recipe.fingerprint(), run.data.train.content, run.data.test.content, weights, setups]
         if cell.recipe.teachers.verifier is None:  # else it measures, and is among the weights
             parts.append(self.network.weights_sha256)
         return Artifact(self.folder / "cells" / f"{cell.name}.json", digest(parts)[:16])
@@ -179,12 +179,12 @@ class Comparison:
             self.common_run().warn(f"{dataset}: {differences[0]}; it is packaged again")
         return not differences
 
-    def tasks_of(self, cell: Cell, distilled: DistilledDataset, reading: Reading) -> list[StudentTask]:
+    def tasks_of(self, cell: Cell, distilled: DistilledDataset, setup: StudentSetup) -> list[StudentTask]:
         """The student of a run that reads its dataset in one way."""
         run = self.run_of(cell)
-        name = re.sub(r"[^A-Za-z0-9_]+", "-", reading.student)
-        epochs = "" if reading.label_epochs is None else f"-{reading.label_epochs}-epochs"
-        settings = replace(cell.recipe.evaluation, student=reading.student, label_epochs=reading.label_epochs)
+        name = re.sub(r"[^A-Za-z0-9_]+", "-", setup.student)
+        epochs = "" if setup.label_epochs is None else f"-{setup.label_epochs}-epochs"
+        settings = replace(cell.recipe.evaluation, student=setup.student, label_epochs=setup.label_epochs)
         return student_tasks(
             {"distilled": distilled},
             run.data.test,
@@ -192,7 +192,7 @@ class Comparison:
             cell.recipe.relabel.view,
             run.work / "students" / f"{name}{epochs}",
             num_classes=run.data.num_classes,
-            rows=[Row("distilled", reading.labels)],
+            rows=[Row("distilled", setup.labels)],
         )
 
     def full_tasks(self, student: str) -> list[StudentTask]:
@@ -266,11 +266,11 @@ def _make_run(comparison: Comparison, cell: Cell) -> str | None:
             return str(error)
         with comparison.accelerator.main_process_first():
             distilled = load_distilled(run.dataset)
-        tasks = [task for reading in comparison.readings for task in comparison.tasks_of(cell, distilled, reading)]
+        tasks = [task for setup in comparison.setups for task in comparison.tasks_of(cell, distilled, setup)]
         train_students(run, tasks)
         if comparison.accelerator.is_main_process:
             measured = _conclude(comparison, cell, distilled)
-            scores = [_score(comparison, cell, distilled, reading) for reading in comparison.readings]
+            scores = [_score(comparison, cell, distilled, setup) for setup in comparison.setups]
             facts = _facts(run, len(distilled.labels), measured)
             facts["wall_time_s"] = time.perf_counter() - began  # of this launch
             comparison.record(cell).write_json({"scores": scores, **facts})
@@ -285,7 +285,7 @@ def _conclude(comparison: Comparison, cell: Cell, distilled: DistilledDataset) -
         What needed no training.
     """
     run, elsewhere = comparison.run_of(cell), "a run of its own in the comparison that this one belongs to"
-    tasks = [task for reading in comparison.plain_readings for task in comparison.tasks_of(cell, distilled, reading)]
+    tasks = [task for setup in comparison.plain_setups for task in comparison.tasks_of(cell, distilled, setup)]
     evaluation = collect(
         run,
         tasks[::-1],
@@ -298,13 +298,13 @@ def _conclude(comparison: Comparison, cell: Cell, distilled: DistilledDataset) -
     return evaluation.sets["distilled"]
 
 
-def _score(comparison: Comparison, cell: Cell, distilled: DistilledDataset, reading: Reading) -> dict[str, object]:
-    (task,) = comparison.tasks_of(cell, distilled, reading)
+def _score(comparison: Comparison, cell: Cell, distilled: DistilledDataset, setup: StudentSetup) -> dict[str, object]:
+    (task,) = comparison.tasks_of(cell, distilled, setup)
     return {
-        "student": reading.student,
-        "labels": reading.key,
+        "student": setup.student,
+        "labels": setup.key,
         "top1": float(task.score.read_json()["top1"]),
-        "label_bytes": label_bytes(distilled, task.settings, reading.labels),
+        "label_bytes": label_bytes(distilled, task.settings, setup.labels),
     }
 
 

@@ -1,9 +1,9 @@
-"""How alike the images of a class are, to a network that took no part, with real images as the reference.
+"""Intra-class similarity: how alike the images of a class are to a network that took no part in making them.
 
 Legend: N images, B of them at once, D features, K classes.
 
 Intra-class cosine similarity of penultimate features, as PRISM, G-VBSM and DELT report it; high means alike. Alone it says
-nothing: noise is diverse too. So it always stands beside random real images and the full training set.
+nothing: noise is diverse too. So it always stands beside that of random real images and of the full training set.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Diversity:
 
 
 class UnitSums:
-    """Of each class, how many feature vectors there were and the sum of their directions; what comes in is not kept.
+    """Number of feature vectors of each class and the sum of their directions; the vectors themselves are not kept.
 
     The sum over pairs is (|sum of unit vectors|^2 - n) / 2, so neither an N x N matrix nor the N vectors are needed.
 
@@ -43,11 +43,11 @@ class UnitSums:
         self._sums = torch.zeros(num_classes, 0, dtype=torch.float64)
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Count a batch in.
+        """Add a batch.
 
         Args:
             features: (B, D), any scale.
-            labels: (B,) int64; labels outside of the classes are passed over.
+            labels: (B,) int64; labels outside of the classes are ignored.
         """
         known = (labels >= 0) & (labels < len(self._counts))
         features, labels = features[known], labels[known]
@@ -57,7 +57,7 @@ class UnitSums:
         self._counts += torch.bincount(labels, minlength=len(self._counts))
 
     def similarity(self) -> Diversity:
-        """Mean over the pairs of each class, of all that was counted in."""
+        """Mean over the pairs of each class, of all batches."""
         squares = self._sums.square().sum(1)
         values = [
             (square - count) / (count * (count - 1)) if count > 1 else None

@@ -1,4 +1,4 @@
-"""Where images lie among real ones, for the eye: two principal components of features, and how alike pairs of a class are.
+"""What pictures of features are drawn from: two principal components, and a histogram of similarities in a class.
 
 Legend: N images, D features.
 """
@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 _MOST_PAIRS_OF = 200
-"""Images of a class whose pairs are looked at; more would not be seen in a histogram."""
+"""Only so many images of a class; the pairs of more would not change a histogram that anyone can see."""
 
 
 class FeatureMap:
@@ -27,17 +27,17 @@ class FeatureMap:
         self._pca = PCA(2, svd_solver="full").fit(features.double().numpy())
 
     def project(self, features: Tensor) -> list[list[float]]:
-        """Features of any images, (N, D) -> N points, rounded to what can be seen."""
+        """Features of any images (N, D) -> N points, rounded to what can be seen."""
         return np.round(self._pca.transform(features.double().numpy()), 4).tolist()
 
 
 def pair_histogram(features: Tensor, labels: Tensor, *, bins: int = 40) -> dict[str, list[float]] | None:
-    """How the cosine similarities of pairs inside a class are distributed over [-1, 1].
+    """Histogram of the cosine similarities of pairs inside a class, over [-1, 1].
 
     Args:
         features: (N, D).
         labels: (N,) int64.
-        bins: How many.
+        bins: Their number.
 
     Returns:
         `edges` (bins + 1) and `density` (bins), whose area is 1; `None` if no class has two images.

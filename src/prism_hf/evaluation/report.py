@@ -1,4 +1,4 @@
-"""What a run found, for machines (report.json) and for people (the table and a plain sentence)."""
+"""Report of an evaluation: for machines (report.json) and for people (the table and plain sentences)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from .diversity import Diversity
 CONTROL_ITSELF = "These are random real images: what a distilled set is to be compared with."
 NO_CONTROL = "the data set itself is random real images"
 LABELS = {"distilled": "distilled", "random_real": "random real", "full": "all real"}
+_VERDICTS = {
+    "level": "the distilled images and random real images are level",
+    "wins": "the distilled images win",
+    "loses": "random real images win",
+}
 
 
 @dataclass(frozen=True)
@@ -136,34 +141,36 @@ class Evaluation:
         } | ({"names": dict(self.names)} if self.names else {})
 
 
-def in_words(rows: Sequence[Mapping[str, object]]) -> str:
-    """Whether the distilled images beat random real ones, with the standard error of the difference."""
+def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Whether the distilled images beat random real ones, with the standard error of the difference.
+
+    Args:
+        rows: `Score.as_dict` of each score.
+    """
     by_key = {(row["images"], row["labels"]): row for row in rows}
-    sentences = []
-    for labels in ("soft", "image", "hard"):
-        ours, control = by_key.get(("distilled", labels)), by_key.get(("random_real", labels))
-        if ours is None:
-            continue
-        if control is None:
-            sentences.append(f"With {labels} labels there is no random-real control to compare with.")
-            continue
-        gap, error = difference(ours, control)
-        found = verdict(gap, error)
-        if found is None:
-            sentences.append(
-                f"With {labels} labels distilled minus random real is {100 * gap:+.1f} points; one seed allows no verdict."
-            )
-            continue
-        words = {
-            "level": "the distilled images and random real images are level",
-            "wins": "the distilled images win",
-            "loses": "random real images win",
-        }[found]
-        sentences.append(
-            f"With {labels} labels {words}: distilled minus random real is "
-            f"{100 * gap:+.1f} points (standard error {100 * error:.1f})."
-        )
+    sentences = [
+        _sentence(labels, by_key["distilled", labels], by_key.get(("random_real", labels)))
+        for labels in ("soft", "image", "hard")
+        if ("distilled", labels) in by_key
+    ]
     return " ".join(sentences)
+
+
+def _sentence(labels: str, distilled: Mapping[str, Any], control: Mapping[str, Any] | None) -> str:
+    if control is None:
+        return f"With {labels} labels there is no random-real control to compare with."
+    gap, error = difference(distilled, control)
+    outcome = verdict(gap, error)
+    points = f"distilled minus random real is {100 * gap:+.1f} points"
+    if outcome is None:
+        return f"With {labels} labels {points}; one seed allows no verdict."
+    return f"With {labels} labels {_VERDICTS[outcome]}: {points} (standard error {100 * error:.1f})."
+
+
+def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float]:
+    """Mean top-1 of row `a` minus that of row `b`, and its standard error; infinite if a row has a single seed."""
+    variances = [math.inf if row["std"] is None else row["std"] ** 2 / len(row["top1"]) for row in (a, b)]
+    return a["mean"] - b["mean"], math.sqrt(sum(variances))
 
 
 def verdict(gap: float, error: float) -> str | None:
@@ -175,53 +182,50 @@ def verdict(gap: float, error: float) -> str | None:
     return "wins" if gap > 0 else "loses"
 
 
-def difference(a: Mapping[str, object], b: Mapping[str, object]) -> tuple[float, float]:
-    """Mean top-1 of row `a` minus that of row `b`, and its standard error; infinite if a row has a single seed."""
-
-    def variance(row: Mapping[str, object]) -> float:
-        top1, std = row["top1"], row["std"]
-        assert isinstance(top1, list)
-        return (float(std) ** 2 / len(top1)) if isinstance(std, float) else math.inf
-
-    error = math.sqrt(variance(a) + variance(b))
-    return float(a["mean"]) - float(b["mean"]), error  # type: ignore[arg-type]
+# -- numbers for people; a dash where one is not known ----------------------------------------------------------------
 
 
-def top1_text(row: Mapping[str, object]) -> str:
-    """`97.1 ± 0.3`, in percent."""
-    mean, std = row["mean"], row["std"]
-    assert isinstance(mean, float)
-    return f"{100 * mean:.1f}" + (f" ± {100 * std:.1f}" if isinstance(std, float) else " (one seed)")
+def top1_text(row: Mapping[str, Any]) -> str:
+    """`97.1 ± 0.3`: mean and standard deviation of a row, in percent."""
+    return f"{100 * row['mean']:.1f}" + (" (one seed)" if row["std"] is None else f" ± {100 * row['std']:.1f}")
 
 
-def bytes_text(count: object) -> str:
+def bytes_text(count: float | None) -> str:
     """`12.3 kB`."""
-    if not isinstance(count, int):
-        return "-"
-    return size_text(count)
+    return "-" if count is None else size_text(count)
+
+
+def percent_text(share: float | None) -> str:
+    """`97.1`, of a share in [0, 1]."""
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def cosine_text(similarity: float | None) -> str:
+    """`0.512`."""
+    return "-" if similarity is None else f"{similarity:.3f}"
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
 
 
 def table_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The table of a report's `evaluation`, header first: images, how many, labels, top-1, bytes, similarity, verifier."""
     header = ("images", "count", "labels", "top-1 %", "image bytes", "label bytes", "intra-class cos", "verifier %")
+    names = LABELS | evaluation.get("names", {})
     lines: list[tuple[str, ...]] = [header]
-    rows, sets = evaluation["rows"], evaluation["sets"]
-    assert isinstance(rows, list)
-    assert isinstance(sets, dict)
-    for row in rows:
-        facts = sets.get(row["images"], {})
-        similarity = (facts.get("intra_class_similarity") or {}).get("mean")
-        verifier = facts.get("verifier_top1")
+    for row in evaluation["rows"]:
+        facts = evaluation["sets"].get(row["images"], {})
+        similarity = facts.get("intra_class_similarity") or {}
         lines.append(
             (
-                evaluation.get("names", {}).get(row["images"], LABELS[row["images"]]),
+                names[row["images"]],
                 str(row["count"]),
                 row["labels"],
                 top1_text(row),
                 bytes_text(facts.get("image_bytes")),
                 bytes_text(facts.get("label_bytes")) if row["labels"] == "soft" else "-",
-                "-" if similarity is None else f"{similarity:.3f}",
-                "-" if verifier is None else f"{100 * verifier:.1f}",
+                cosine_text(similarity.get("mean")),
+                percent_text(facts.get("verifier_top1")),
             )
         )
     return lines
@@ -236,14 +240,13 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
 
 def plain_table(lines: Sequence[Sequence[str]]) -> str:
     """Rows, header first, in aligned columns for a terminal."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def summary(report: Mapping[str, object]) -> str:
-    """The result table as a terminal shows it, with times and plain words."""
+def summary(report: Mapping[str, Any]) -> str:
+    """The result table for a terminal, with times and plain sentences."""
     evaluation = report["evaluation"]
-    assert isinstance(evaluation, dict)
     seeds = evaluation["rows"][0]["seeds"] if evaluation["rows"] else []
     students = f"{len(seeds)} seed" + ("" if len(seeds) == 1 else "s")
     parts = [
@@ -254,6 +257,6 @@ def summary(report: Mapping[str, object]) -> str:
     ]
     parts += [f"left out: {name}: {reason}" for name, reason in evaluation["left_out"].items()]
     times = report.get("wall_time_s")
-    if isinstance(times, dict) and times:
+    if times:
         parts.append("time: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in times.items()))
     return "\n".join(part for part in parts if part)
