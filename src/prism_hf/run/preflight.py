@@ -11,7 +11,7 @@ import timm
 
 from ..errors import OutputError, RecipeError, TeacherError
 from ..images.source import SourceData, local_folder
-from ..method.alignment import BNAlignment
+from ..method.alignment import Alignment
 from ..models.build import check_network
 from ..models.features import classifier_of
 from ..models.teacher import Teacher
@@ -126,7 +126,7 @@ def check_architectures(recipe: Recipe) -> None:
             raise TeacherError(f"teacher {name!r}: timm knows no such architecture; timm.list_models() lists all")
         network = check_network(architecture, num_classes=recipe.data.num_classes, channels=3, size=recipe.data.size)
         if name in recipe.bn_candidates:
-            BNAlignment(network, name=name)
+            Alignment(network, name=name)
         if name == (recipe.teachers.verifier or recipe.teachers.logit) and classifier_of(network) is None:
             raise TeacherError(
                 f"teacher {name!r} has no linear classifier, so its features cannot measure similarity; "

@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import DamagedError, StageError
-from ..images.source import SourceData, load_source, real_rows
-from ..method.alignment import BNAlignment
-from ..method.start_images import SCORED, check_candidates, start_images
+from ..images.source import SourceData, load_source
+from ..method.alignment import Alignment
+from ..method.start_images import SCORED, check_candidates, real_rows, start_images
 from ..models.build import check_network
 from ..models.load import load_teachers
 from ..models.squeeze import check_batch, is_squeezed, read_squeezed, teacher_folder, weights_of
@@ -92,12 +92,12 @@ class Session:
         there = [name for name in recipe.all_teachers if name not in recipe.squeezed_teachers]
         loaded = self.teachers(there)
         for name in set(there) & set(recipe.bn_candidates):
-            BNAlignment(loaded[name].model, name=name)
+            Alignment(loaded[name].model, name=name)
         check_verifier(recipe, loaded)
         check_batch(recipe, self.data)
         if recipe.synthesis.init != "noise":
             assert len(self.initial_rows) == recipe.num_images
-        check_candidates(recipe, self.data)
+        check_candidates(self.data, recipe.synthesis)
         if not fresh:
             check_inputs(self.run.work / "inputs.json", inputs_of(recipe, self.data, loaded))
 
@@ -144,7 +144,7 @@ class Session:
         path, key = self.work.start_file, self.work.start_key
         if not self.work.is_whole(path, key):
             name = self.recipe.teachers.logit
-            images = start_images(self.recipe, self.data, self.teachers([name])[name], device=self.run.accelerator.device)
+            images = start_images(self.data, self.teachers([name])[name], self.recipe.synthesis, seed=self.recipe.seed)
             write_rows(path, [images.numpy()], tuple(images.shape), "uint8", {"key": key})
         return open_rows(path)
 

@@ -17,16 +17,17 @@ from ..errors import DamagedError, DataError, StageError
 from ..evaluation.report import LABELS, NO_CONTROL, Evaluation
 from ..evaluation.students import Keep
 from ..hub.figures import draw_diversity
-from ..images.source import real_rows
 from ..method.relabel import label_images, relabel_batches
+from ..method.start_images import real_rows
 from ..models.folder import scored_on, source_facts
 from ..models.squeeze import check_squeezed, clear_scratch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
 from ..recipe.plan import STAGES, SynthesisJob, plan_jobs
 from ..recipe.schema import to_dict
+from ..runtime.memory import told_in_one_line
 from ..runtime.stop import raise_if_stopped
 from ..runtime.store import is_sealed, set_aside, write_json
 from .artifacts import DISTILLED, RANDOM_REAL, SETS, SQUEEZED, read_failed
-from .jobs import Jobs
+from .jobs import optimize_jobs
 from .packager import Packager, partial_facts
 from .scores import Contest, evaluate_contest
 from .session import Session
@@ -96,7 +97,7 @@ class Stages(Session):
 
     def synthesize(self) -> None:
         """Optimise every job that is not finished."""
-        Jobs(self)()
+        optimize_jobs(self)
 
     def _finished_jobs(self) -> list[SynthesisJob]:
         """Jobs whose images are there; all of them, unless a partial data set was asked for.
@@ -168,7 +169,11 @@ class Stages(Session):
         teachers = list(self.teachers(settings.teachers).values())
         keys = {name: self.work.labels_key(name) for name, _ in left}
         images = {name: self.work.pixels(name) for name in keys}
-        with self.run.progress("relabel", len(mine := self.run.mine(left)), "epoch") as shown:
+        memory = told_in_one_line(
+            f"relabel: a batch of {settings.batch_size} images and teachers {', '.join(settings.teachers)}",
+            "Lower relabel.batch_size in the recipe (it is part of the method), or use a device with more memory",
+        )
+        with self.run.progress("relabel", len(mine := self.run.mine(left)), "epoch") as shown, memory:
             for name, epoch in mine:
                 shown.doing(f"{LABELS[name]}, epoch {epoch}")
                 if epoch < 0:

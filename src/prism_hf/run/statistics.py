@@ -6,46 +6,49 @@ import logging
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ..method.statistics import BATCH_SIZE, Images, gather_statistics
+from ..images.source import ImageSplit
+from ..method.statistics import BATCH_SIZE, gather_statistics, shuffled_batches
 from ..models.teacher import Teacher
 from ..runtime.lock import holder_of, holder_text, is_held, locked
+from ..runtime.memory import told_in_one_line
 from ..runtime.store import clear_drafts, digest, is_whole
 from ..runtime.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
 FOLDER = "statistics"
+SEED = 0
+"""Of the order in which batches are drawn from the real images."""
 
 
-def real_statistics(
-    teacher: Teacher, images: Images, count: int, content: str, *, root: Path, patch: int, seed: int
-) -> dict[str, Tensor]:
-    """What `gather_statistics` gives, kept below `root / "statistics"` for the next time.
+def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: int) -> dict[str, Tensor]:
+    """Return what `gather_statistics` gives for all images of a split, kept below `root / "statistics"`.
 
     Another process that gathers the same is waited for, so all get the same bits. A file that is damaged, or was made from
     something else, is set aside with a log line and made again.
 
     Args:
         teacher: The network.
-        images: The real images by row.
-        count: How many there are.
-        content: Digest of the real images.
+        split: The real images.
         root: Where teachers and what belongs to them are kept.
         patch: See `patch_statistics`.
-        seed: Of the order of the rows.
+
+    Raises:
+        TeacherError: The network runs no convolution.
+        DeviceMemoryError: A batch does not fit.
+        StoppedError: Somebody asked the program to stop.
     """
     facts = {
         "architecture": teacher.architecture,
         "weights_sha256": teacher.weights_sha256,
         "prepared": [teacher.mean, teacher.std, teacher.size],
-        "content": content,
-        "count": count,
-        "image_shape": list(images(torch.zeros(1, dtype=torch.int64)).shape[1:]),
+        "content": f"{split.content}/{split.size}/{split.channels}",
+        "count": len(split),
+        "image_shape": [split.channels, split.size, split.size],
         "patch": patch,
-        "seed": seed,
+        "seed": SEED,
         "batch_size": BATCH_SIZE,
     }
     key = digest(facts)
@@ -56,9 +59,11 @@ def real_statistics(
     with locked(folder, patience_s=-1):
         clear_drafts(folder)
         if not is_whole(path, key, otherwise="another teacher, other data or settings"):
-            log.info("teacher %s: statistics of convolutions over %d real images", teacher.name, count)
-            found = gather_statistics(teacher, images, count, patch=patch, seed=seed)
-            write_tensors(path, found, {"key": key, **facts})
+            log.info("teacher %s: statistics of convolutions over %d real images", teacher.name, len(split))
+            batch = f"a batch of {min(BATCH_SIZE, len(split))} real images for statistics of convolutions"
+            with told_in_one_line(f"teacher {teacher.name!r}: {batch}", "Use a device with more memory"):
+                averages = gather_statistics(teacher, shuffled_batches(split.images, len(split), seed=SEED), patch=patch)
+            write_tensors(path, averages, {"key": key, **facts})
         # Copies: what was read is mapped from the file, and would change with it.
         return {name: value.clone() for name, value in read_tensors(path).items()}
 
