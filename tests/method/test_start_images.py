@@ -323,7 +323,7 @@ def test_candidates_are_checked_before_any_work(split):
     data = source_data(split)
     check_candidates(data, SynthesisRecipe(ipc=2, init="mosaic", mosaic=Mosaic()))
     check_candidates(data, SynthesisRecipe(ipc=100, init="real_random"))
-    with pytest.raises(DataError, match="class 'cat' needs 12 candidates .* there are 8 images"):
+    with pytest.raises(DataError, match="class 'bee' needs 12 candidates .* there are 9 images"):
         check_candidates(data, SynthesisRecipe(ipc=3, init="mosaic", mosaic=Mosaic()))
 
 

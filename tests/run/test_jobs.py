@@ -42,8 +42,8 @@ def test_a_job_that_goes_bad_is_marked_and_the_others_are_finished(failed):
     path = failed / "work" / "jobs" / "job-00000.failed.safetensors"
     check_sealed(path)
     state = read_tensors(path)
-    assert {"images", "generator", "losses", "optimizer/0.exp_avg"} <= set(state)
-    assert state["images"].shape == (10, 1, 16, 16)
+    assert {"pixels", "generator", "losses", "adam/exp_avg"} <= set(state)
+    assert state["pixels"].shape == (10, 1, 16, 16)
     assert not (failed / "dataset").exists()
     assert "failed" in (failed / "logs" / "run.log").read_text()
 

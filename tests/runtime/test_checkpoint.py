@@ -2,19 +2,12 @@ import types
 
 import pytest
 import torch
-from conftest import make_teacher
-from pipeline import file_limit, mtimes, one_line
+from pipeline import file_limit, one_line
 from torch import nn
 
-from prism_hf.errors import NotFiniteError, OutputError, StoppedError
-from prism_hf.images.pixels import noise
-from prism_hf.method import synthesis
-from prism_hf.method.objective import Objective
-from prism_hf.method.statistics import gather_statistics
-from prism_hf.method.synthesis import synthesize
+from prism_hf.errors import OutputError, StoppedError
 from prism_hf.models.build import seeded
 from prism_hf.models.training import ShuffledBatches, fit
-from prism_hf.recipe.plan import plan_jobs
 from prism_hf.runtime import checkpoint as module
 from prism_hf.runtime import stop as interruption
 from prism_hf.runtime.checkpoint import (
@@ -182,110 +175,6 @@ def test_an_optimiser_goes_on_with_its_moments_in_the_layout_of_the_pixels(tmp_p
             leaf.grad = gradient
             optimizer.step()
     assert torch.equal(pixels, again)
-
-
-# -- synthesize -----------------------------------------------------------------------------------------------------------
-
-STEPS = 12
-KINDS = {
-    "drawn teachers": {},
-    "ladder and clamp off": {"synthesis.clamp": False, "synthesis.lr_schedule": "constant", "teachers.extras": 2},
-    "G-VBSM": {
-        "teachers.selection": "cycle", "teachers.extras": 3, "synthesis.batch_order": "within_class",
-        "synthesis.momentum": 0.4, "synthesis.conv": {"patch": 8, "drop": 0.3}, "synthesis.densification": {"size": 8},
-        "synthesis.view": {"curriculum": "cosine"},
-    },
-    "balanced": {"synthesis.bn_reduction": "balanced"},
-}  # fmt: skip
-
-
-def job_of(tiny_recipe, changes):
-    recipe = tiny_recipe(
-        {"synthesis.iterations": STEPS, "teachers.draw_probability": 0.5, "synthesis.verify_every": 5, **changes}
-    )
-    job = plan_jobs(recipe)[0]
-    initial = noise((len(job.classes), 3, 32, 32), torch.Generator().manual_seed(job.seed + 1))
-    return job, recipe.synthesis, initial
-
-
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_a_job_killed_at_any_step_goes_on_to_the_same_bytes(
-    tiny_recipe, tiny_teachers, tiny_verifier, tiny_images, tmp_path, monkeypatch, kind
-):
-    work, more = job_of(tiny_recipe, KINDS[kind]), {"verifier": tiny_verifier}
-    if work[1].conv:
-        more["statistics"] = {
-            name: gather_statistics(teacher, lambda rows: tiny_images[rows], 7, patch=8, seed=0)
-            for name, teacher in tiny_teachers.items()
-        }
-    plain = synthesize(*work, tiny_teachers, **more)
-    # With drawn teachers at every step; else around a look at the losses, and where each teacher has had its turn.
-    for step in range(STEPS) if kind == "drawn teachers" else (1, 4, 9, 10):
-        kept, left = Checkpoint(tmp_path / str(step), "key", 0), [step]
-
-        def backward(*args, left=left, **kwargs):
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed
-            return Objective.backward(*args, **kwargs)
-
-        killing = type("Killing", (Objective,), {"backward": backward})
-        with monkeypatch.context() as patched:
-            patched.setattr(synthesis, "Objective", killing)
-            with pytest.raises(Killed):
-                synthesize(*work, tiny_teachers, **more, checkpoint=kept)
-        found = kept.load()
-        assert (found.notes["step"] if found else 0) == step
-        again = synthesize(*work, tiny_teachers, **more, checkpoint=kept)
-        assert torch.equal(again.images_uint8, plain.images_uint8)
-        assert again.history == plain.history
-        assert (again.logit_top1, again.verifier_top1) == (plain.logit_top1, plain.verifier_top1)
-
-
-def test_a_job_that_is_asked_to_stop_goes_on_to_the_same_bytes(tiny_recipe, tiny_teachers, tmp_path):
-    work = job_of(tiny_recipe, {})
-    plain = synthesize(*work, tiny_teachers)
-    kept = Checkpoint(tmp_path / "c", "key")
-    handle = tiny_teachers["test_resnet"].model.register_forward_pre_hook(lambda *_: interruption._wanted.set())
-    try:
-        with pytest.raises(StoppedError):
-            synthesize(*work, tiny_teachers, checkpoint=kept)
-    finally:
-        handle.remove()
-        interruption._wanted.clear()
-    assert kept.load().notes["step"] == 1
-    assert torch.equal(synthesize(*work, tiny_teachers, checkpoint=kept).images_uint8, plain.images_uint8)
-
-
-def test_a_finished_job_computes_no_step_again(tiny_recipe, tiny_teachers, tmp_path):
-    work, kept, calls = job_of(tiny_recipe, {}), Checkpoint(tmp_path / "c", "key", 0), []
-    plain = synthesize(*work, tiny_teachers, checkpoint=kept)
-    before = mtimes(tmp_path)
-    handle = tiny_teachers["test_resnet"].model.register_forward_pre_hook(lambda *_: calls.append(1))
-    again = synthesize(*work, tiny_teachers, checkpoint=kept)
-    handle.remove()
-    assert calls == [1], "only the final score"
-    assert torch.equal(again.images_uint8, plain.images_uint8)
-    assert mtimes(tmp_path) == before
-
-
-def test_a_job_that_goes_bad_leaves_its_state(tiny_recipe, tmp_path):
-    teacher = make_teacher("test_resnet")
-    calls = []
-
-    def poison(_module, _inputs, output):
-        calls.append(1)
-        return output * float("nan") if len(calls) == 3 else output
-
-    teacher.model.register_forward_hook(poison)
-    job, settings, initial = job_of(tiny_recipe, {"teachers.bn_pool": []})
-    kept = Checkpoint(tmp_path / "c", "key")
-    with pytest.raises(NotFiniteError, match="iteration 3"):
-        synthesize(job, settings, initial, {"test_resnet": teacher}, checkpoint=kept)
-    found = kept.load()
-    assert found.notes["step"] == 10
-    assert {"images", "generator", "losses", "optimizer/0.exp_avg"} <= set(found.tensors)
-    assert not found.tensors["images"].isfinite().all()
 
 
 # -- fit ------------------------------------------------------------------------------------------------------------------
