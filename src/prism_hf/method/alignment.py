@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TeacherError
-from .statistics import STATISTICS, ConvAverages, channel_statistics, conv_statistics
+from .statistics import STATISTICS, channel_statistics, conv_statistics
 
 
 class Aligned(NamedTuple):
@@ -80,7 +80,7 @@ class Alignment:
         reduction: Literal["sum", "mean"] = "sum",
         first_bn_multiplier: float = 10.0,
         momentum: float = 0.0,
-        conv: ConvAverages | None = None,
+        conv: Mapping[str, Tensor] | None = None,
         patch: int = 16,
         drop: float = 0.0,
         generator: torch.Generator | None = None,
@@ -156,7 +156,7 @@ class Alignment:
     def _see_norm(self, layer: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
         now = self._pass
         if now is None:
-            return  # somebody else runs the network, inside the block
+            return  # the network runs for something else, inside the block
         mean, var = channel_statistics(inputs[0])
         target: dict[str, Any] = {"mean": layer.running_mean, "var": layer.running_var}
         term = self._distance(now, f"bn.{now.norms}", {"mean": mean, "var": var}, target)

@@ -26,7 +26,6 @@ from ..recipe.schema import TeachersRecipe
 from ..recipe.synthesis import SynthesisRecipe
 from .alignment import Alignment
 from .densification import densification
-from .statistics import ConvAverages
 
 Precision = Literal["float32", "bf16"]
 _SMALLEST = 1e-12
@@ -71,7 +70,7 @@ class Objective:
         *,
         precision: Precision = "float32",
         generator: torch.Generator | None = None,
-        statistics: Mapping[str, ConvAverages] | None = None,
+        statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self._rule, self._settings, self._teachers, self._precision = rule, settings, teachers, precision
         conv = settings.conv

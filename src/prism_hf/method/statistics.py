@@ -14,7 +14,7 @@ Source: G-VBSM (arXiv 2311.17950), statistics of convolutions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -29,8 +29,6 @@ from ..models.teacher import Teacher
 
 STATISTICS = ("channel_mean", "channel_var", "patch_mean", "patch_var")
 """What is matched of a convolution's input."""
-ConvAverages = Mapping[str, Tensor]
-"""What the convolutions of one teacher see on real data, from `gather_statistics`."""
 BATCH_SIZE = 250
 """Real images per pass. A variance depends on who shares a batch, so it is not left to the machine."""
 

@@ -21,7 +21,6 @@ from ..models.teacher import Teacher
 from ..recipe.plan import SynthesisJob
 from ..recipe.synthesis import SynthesisRecipe, SynthesisView
 from .objective import Objective, Precision, Terms
-from .statistics import ConvAverages
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +49,7 @@ def synthesize(
     teachers: Mapping[str, Teacher],
     *,
     precision: Precision = "float32",
-    statistics: Mapping[str, ConvAverages] | None = None,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> Generator[Step, None, None]:
     """Optimize the images of one job, and yield after each step; a job without iterations yields nothing.

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..errors import NotFiniteError, SynthesisError
 from ..hub.figures import grid
 from ..images.pixels import noise, to_reference
-from ..method.statistics import ConvAverages
 from ..models.teacher import Teacher
 from ..recipe.plan import SynthesisJob, plan_jobs, share_of
 from ..runtime.checkpoint import Checkpoint
@@ -67,10 +66,10 @@ def _optimize_share(session: Session, missing: Sequence[SynthesisJob]) -> None:
             before += job.iterations
 
 
-def _conv_statistics(session: Session, teachers: Mapping[str, Teacher]) -> dict[str, ConvAverages]:
+def _conv_statistics(session: Session, teachers: Mapping[str, Teacher]) -> dict[str, dict[str, Tensor]]:
     """Statistics of the convolutions of every BN teacher over the real images, where the recipe matches them."""
     conv = session.recipe.synthesis.conv
-    statistics: dict[str, ConvAverages] = {}
+    statistics: dict[str, dict[str, Tensor]] = {}
     if conv is not None:
         split = session.data.train
         for name in session.recipe.teachers.bn_candidates:

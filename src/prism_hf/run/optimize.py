@@ -13,7 +13,6 @@ from torch import Tensor
 from ..errors import NotFiniteError
 from ..images.pixels import to_reference, to_uint8
 from ..method.objective import Precision
-from ..method.statistics import ConvAverages
 from ..method.synthesis import Step, synthesize
 from ..models.teacher import Teacher
 from ..recipe.plan import SynthesisJob
@@ -56,7 +55,7 @@ def optimize(
     on_check: Callable[[dict[str, float]], None] | None = None,
     checkpoint: Checkpoint | None = None,
     precision: Precision = "float32",
-    statistics: Mapping[str, ConvAverages] | None = None,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> JobResult:
     """Run all steps of one job.
 
