@@ -14,10 +14,9 @@ from pathlib import Path
 import machine
 import torch
 
-from prism_hf.method.synthesis import Progress
 from prism_hf.recipe.plan import plan_jobs
 from prism_hf.recipe.yaml_file import load_recipe
-from prism_hf.runtime.checkpoint import Checkpoint
+from prism_hf.runtime.checkpoint import Checkpoint, State
 from prism_hf.runtime.stop import EVERY_S
 from prism_hf.runtime.store import write_json
 
@@ -32,21 +31,20 @@ def main() -> None:
     args = parser.parse_args()
     recipe = load_recipe(ROOT / args.recipe)
     job, data = plan_jobs(recipe)[0], recipe.data
-    now = Progress(job, recipe.synthesis, torch.randn(len(job.classes), data.channels, data.size, data.size))
-    # One step of Adam, so that its moments are there.
-    now.images.grad = torch.randn_like(now.images)
-    now.optimizer.step()
+    pixels = torch.randn(len(job.classes), data.channels, data.size, data.size)
+    # As `Step.state` gives it: the pixels and their two moments.
+    state = State({key: torch.randn_like(pixels) for key in ("pixels", "adam/exp_avg", "adam/exp_avg_sq")}, {})
     checkpoint = Checkpoint(args.output / "checkpoint.safetensors", "key")
     seconds = []
     for _ in range(7):
         started = time.perf_counter()
-        checkpoint.save(now.state())
+        checkpoint.save(state)
         seconds.append(time.perf_counter() - started)
     write, size = statistics.median(seconds), checkpoint.path.stat().st_size
     checkpoint.clear()
     facts = {
         "recipe": recipe.name,
-        "batch": list(now.images.shape),
+        "batch": list(pixels.shape),
         "bytes": size,
         "seconds_of_a_write": round(write, 3),
         "seconds_of_all_writes": [round(value, 3) for value in seconds],

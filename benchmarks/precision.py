@@ -14,12 +14,13 @@ import machine
 import torch
 
 from prism_hf.images.pixels import noise, to_reference
-from prism_hf.images.source import load_source, real_rows
-from prism_hf.method.synthesis import synthesize
+from prism_hf.images.source import load_source
+from prism_hf.method.start_images import real_rows
 from prism_hf.models.load import load_teachers
 from prism_hf.models.squeeze import teacher_folder
 from prism_hf.recipe.plan import plan_jobs
 from prism_hf.recipe.yaml_file import load_recipe
+from prism_hf.run.optimize import optimize
 from prism_hf.runtime.store import write_json
 
 
@@ -50,7 +51,7 @@ def main() -> None:
         images = {}
         for precision, results in found.items():
             began = time.perf_counter()
-            result = synthesize(job, synthesis, start.to(device), teachers, verifier=verifier, precision=precision)
+            result = optimize(job, synthesis, start.to(device), teachers, verifier=verifier, precision=precision)
             last = result.history[-1]
             images[precision] = result.images_uint8.float()
             results.append(

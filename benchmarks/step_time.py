@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from prism_hf.dataset.writer import versions
 from prism_hf.method.objective import Objective
 from prism_hf.models.teacher import Teacher
+from prism_hf.recipe.schema import TeachersRecipe
+from prism_hf.recipe.synthesis import SynthesisRecipe
 from prism_hf.runtime.store import write_json
 
 RESULT = Path(__file__).resolve().parent / "results" / "step_time.json"
@@ -73,7 +75,8 @@ def measure(names: tuple[str, ...], size: int, batch: int) -> dict[str, object]:
         norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         ours[name] = Teacher(name, model, *norm, size, 10, name, "none", None, "", None)
     seconds: dict[str, list[float]] = {"plain": [], "ours": []}
-    with Objective(ours, logit=names[0], bn_names=names, bn_weight=0.01) as objective:
+    rule, settings = TeachersRecipe(logit=names[0], bn_pool=names[1:]), SynthesisRecipe(ipc=1, bn_weight=0.01)
+    with Objective(rule, settings, ours) as objective:
 
         def step() -> None:
             leaf = images.detach().clone().contiguous(memory_format=torch.channels_last).requires_grad_()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .evaluation.students import train_student
     from .hub.dataset_card import render_card
     from .hub.push import push_folder
-    from .method.alignment import BNAlignment
+    from .method.alignment import Alignment
     from .method.relabel import relabel_epoch
     from .method.synthesis import synthesize
     from .models.load import load_teachers
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOME = {
-    "BNAlignment": "method.alignment",
+    "Alignment": "method.alignment",
     "DistilledDataset": "dataset.reader",
     "Recipe": "recipe.schema",
     "SynthesisJob": "recipe.plan",
@@ -44,7 +44,7 @@ _HOME = {
     "train_student": "evaluation.students",
 }
 __all__ = [
-    "BNAlignment",
+    "Alignment",
     "DistilledDataset",
     "Recipe",
     "SynthesisJob",

@@ -12,9 +12,11 @@ from PIL import Image as Pillow
 from pipeline import one_line, random_picture
 from sklearn.datasets import load_digits
 
-from prism_hf.errors import DataError
-from prism_hf.images.source import load_source, load_test_split, real_rows
+from prism_hf.errors import DataError, StoppedError
+from prism_hf.images.source import load_source, load_test_split
+from prism_hf.method.start_images import real_rows
 from prism_hf.recipe.schema import DataRecipe
+from prism_hf.runtime import stop as interruption
 
 
 def recipe(source, **values):
@@ -295,34 +297,17 @@ def test_a_validation_part_too_small_is_one_line(parquet_folder, fraction):
     assert "validation_fraction" in one_line(error)
 
 
-# -- real images ------------------------------------------------------------------------------------------------------
+# -- reading images ---------------------------------------------------------------------------------------------------
 
 
-def test_real_rows_by_index_are_the_first_of_each_class(digits):
-    rows = real_rows(digits, 3, seed=0, by_index=True)
-    expected = [np.flatnonzero(digits.train.labels == label)[:3] for label in range(10)]
-    assert rows.tolist() == np.concatenate(expected).tolist()
-    assert rows.tolist() == real_rows(digits, 3, seed=9, by_index=True).tolist()
-
-
-def test_real_rows_at_random_are_seeded_distinct_and_nested(digits):
-    state = torch.get_rng_state()
-    rows = real_rows(digits, 5, seed=0)
-    assert torch.equal(state, torch.get_rng_state())
-    assert rows.tolist() == real_rows(digits, 5, seed=0).tolist() != real_rows(digits, 5, seed=1).tolist()
-    assert digits.train.labels[rows].tolist() == [label for label in range(10) for _ in range(5)]
-    assert len(set(rows.tolist())) == 50
-    assert rows.reshape(10, 5)[:, :2].tolist() == real_rows(digits, 2, seed=0).reshape(10, 2).tolist()
-
-
-def test_a_class_with_too_few_images_is_one_line(tmp_path):
-    part = rows(4, label=[0, 1, 1, 2] * 3)
-    DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path)
-    data = load_source(recipe(tmp_path))
-    assert len(real_rows(data, 3, seed=0)) == 9
-    with pytest.raises(DataError) as error:
-        real_rows(data, 4, seed=0)
-    assert "'ant' has 3" in one_line(error)
+def test_reading_images_leaves_when_the_program_is_asked_to_stop(digits):
+    interruption._wanted.set()
+    try:
+        with pytest.raises(StoppedError):
+            digits.train.images([0])
+    finally:
+        interruption._wanted.clear()
+    assert digits.train.images([0]).shape == (1, 1, 8, 8)
 
 
 def test_large_splits_are_decoded_on_demand_with_equal_result(parquet_folder, monkeypatch):

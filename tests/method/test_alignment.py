@@ -1,16 +1,70 @@
+import copy
+import math
+
 import pytest
 import torch
+from pipeline import one_line
+from slow_statistics import (
+    NETS,
+    TOLERANCE,
+    batch,
+    close,
+    double,
+    gathered,
+    inputs_of,
+    same,
+    slow_channels,
+    slow_conv,
+    small_teacher,
+)
 from torch import nn
 
 from prism_hf.errors import TeacherError
-from prism_hf.method.alignment import BNAlignment, channel_mismatch
+from prism_hf.method.alignment import Alignment
+from prism_hf.method.statistics import STATISTICS, conv_statistics
+from prism_hf.runtime.tensors import read_tensors, write_tensors
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+every_net = pytest.mark.parametrize("name", NETS)
 
 
-def batch(dtype=torch.float32, size=32, seed=0):
-    x = torch.randn((4, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+class SlowMismatch:
+    """R with plain loops; the gradient of a norm by hand: that of (unit vector of the difference) . (batch statistic)."""
+
+    def __init__(self, model, *, momentum, conv, patch, reduction, first):
+        self.model, self.momentum, self.conv, self.patch = model, momentum, conv, patch
+        self.reduction, self.first, self.past = reduction, first, {}
+
+    def __call__(self, x):
+        value, linear, norms, convs = 0.0, 0.0, 0, 0
+        for layer, seen in inputs_of(self.model, x):
+            if isinstance(layer, nn.BatchNorm2d):
+                weight, key = (1.0 if norms else self.first), ("bn", norms)
+                batch = dict(zip(("mean", "var"), slow_channels(seen), strict=True))
+                target = {"mean": layer.running_mean, "var": layer.running_var}
+                norms += 1
+            else:
+                weight, key = 1.0, ("conv", convs)
+                batch = slow_conv(seen, self.patch)
+                target = {name: self.conv[f"{convs}.{name}"] for name in STATISTICS}
+                convs += 1
+            for name, statistic in batch.items():
+                now = statistic.detach()
+                if (*key, name) in self.past:
+                    now = self.momentum * self.past[*key, name] + (1 - self.momentum) * now
+                self.past[*key, name] = now
+                difference = now - target[name]
+                norm = math.sqrt(sum(float(d) ** 2 for d in difference))
+                value += weight * norm
+                if norm:  # the inputs of some layers of byobnet are all zero
+                    linear = linear + weight * (difference / norm * statistic).sum()
+        count = norms + convs if self.reduction == "mean" else 1
+        (gradient,) = torch.autograd.grad(linear / count, x)
+        return value / count, gradient
+
+
+@pytest.fixture
+def small(tiny_teachers):
+    return small_teacher(tiny_teachers["test_resnet"])
 
 
 def norm_layer(channels=5, dtype=torch.float64, seed=0):
@@ -27,17 +81,19 @@ def slow_mismatch(x, layer):
     return ((mean - layer.running_mean) ** 2).sum().sqrt() + ((var - layer.running_var) ** 2).sum().sqrt()
 
 
-def close(a, b, tolerance):
-    return float((a - b).detach().norm() / b.detach().norm()) < tolerance
+def mismatch(x, layer):
+    """R of a network that is this one layer."""
+    with Alignment(nn.Sequential(layer), first_bn_multiplier=1.0) as align:
+        return align(x).mismatch
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_channel_mismatch_is_the_formula(dtype, layout):
+def test_mismatch_of_a_layer_is_the_formula(dtype, layout):
     layer = norm_layer(dtype=dtype)
     x = torch.randn(4, 5, 6, 7, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
     y = x.detach().clone().requires_grad_()
-    ours, slow = channel_mismatch(x, layer), slow_mismatch(y, layer)
+    ours, slow = mismatch(x, layer), slow_mismatch(y, layer)
     (3 * ours).backward()
     (3 * slow).backward()
     assert close(ours, slow, TOLERANCE[dtype])
@@ -45,17 +101,17 @@ def test_channel_mismatch_is_the_formula(dtype, layout):
     assert x.grad.is_contiguous(memory_format=layout)
 
 
-def test_channel_mismatch_passes_gradcheck():
+def test_mismatch_passes_gradcheck():
     layer = norm_layer()
     x = torch.randn(3, 5, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: channel_mismatch(t, layer), x)
+    assert torch.autograd.gradcheck(lambda t: mismatch(t, layer), x)
 
 
 def test_half_precision_is_reduced_in_float32():
     layer = norm_layer(dtype=torch.float32)
     x = (torch.randn(4, 5, 6, 6) * 3 + 2).bfloat16().requires_grad_()
     wide = x.detach().float().requires_grad_()
-    ours, slow = channel_mismatch(x, layer), slow_mismatch(wide, layer)
+    ours, slow = mismatch(x, layer), slow_mismatch(wide, layer)
     ours.backward()
     slow.backward()
     assert ours.dtype == torch.float32
@@ -69,9 +125,9 @@ def test_mismatch_is_zero_at_its_optimum_and_grows_away_from_it():
     layer = norm_layer()
     layer.running_mean.copy_(x.mean((0, 2, 3)))
     layer.running_var.copy_(x.var((0, 2, 3), correction=0))
-    assert float(channel_mismatch(x, layer)) < 1e-12
-    assert float(channel_mismatch(x + 0.1, layer)) > 0.1
-    assert float(channel_mismatch(x * 1.1, layer)) > 0.1
+    assert float(mismatch(x, layer)) < 1e-12
+    assert float(mismatch(x + 0.1, layer)) > 0.1
+    assert float(mismatch(x * 1.1, layer)) > 0.1
 
 
 @pytest.mark.parametrize("exact", ["mean and var", "mean", "var"])
@@ -82,7 +138,7 @@ def test_a_norm_of_exactly_zero_has_gradient_zero(exact):
         layer.running_mean.copy_(torch.tensor([0.5, -2.0]))
     if "var" in exact:
         layer.running_var.zero_()
-    value = channel_mismatch(x, layer)
+    value = mismatch(x, layer)
     value.backward()
     assert bool(x.grad.isfinite().all())
     # The variance of a constant does not move to first order: only a mean that is off leaves a gradient.
@@ -93,15 +149,16 @@ def test_a_norm_of_exactly_zero_has_gradient_zero(exact):
 def test_mismatch_does_not_depend_on_where_a_value_stands():
     layer, x = norm_layer(), torch.randn(4, 5, 6, 6, dtype=torch.float64)
     shuffled = x.flip(0).permute(0, 1, 3, 2)
-    torch.testing.assert_close(channel_mismatch(x, layer), channel_mismatch(shuffled, layer))
+    torch.testing.assert_close(mismatch(x, layer), mismatch(shuffled, layer))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_copy_of_an_activation_is_saved(dtype):
-    x = torch.randn(4, 5, 6, 6).to(dtype).requires_grad_()
-    saved = channel_mismatch(x, norm_layer(dtype=torch.float32)).grad_fn.saved_tensors
-    large = [t for t in saved if t.numel() > 5]
-    assert [t.untyped_storage().data_ptr() for t in large] == [x.untyped_storage().data_ptr()]
+    x, saved = torch.randn(4, 5, 6, 6).to(dtype).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        mismatch(x, norm_layer(dtype=torch.float32))
+    large = {t.untyped_storage().data_ptr() for t in saved if t.numel() > 5}
+    assert large == {x.untyped_storage().data_ptr()}
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_byobnet"])
@@ -113,12 +170,12 @@ def test_hooks_are_gone_after_the_block(tiny_teachers, name):
 
     before = hooks()
     x = teacher.prepare(batch().detach())
-    with BNAlignment(teacher.model) as align:
+    with Alignment(teacher.model) as align:
         inside = hooks()
         align(x, head=False)
     assert inside > before
     assert hooks() == before
-    with pytest.raises(RuntimeError), BNAlignment(teacher.model) as align:
+    with pytest.raises(RuntimeError), Alignment(teacher.model) as align:
         align(x[:, :2])
     assert hooks() == before
     with pytest.raises(AssertionError, match="with"):
@@ -133,7 +190,7 @@ def test_head_is_skipped_from_the_second_call_on(tiny_teachers, name, reduction)
     handle = teacher.model.get_classifier().register_forward_hook(lambda *_: runs.append(1))
     results = []
     try:
-        with BNAlignment(teacher.model, reduction=reduction) as align:
+        with Alignment(teacher.model, reduction=reduction) as align:
             for head in (True, False, False, True, False):
                 aligned = align(x, head=head)
                 (gradient,) = torch.autograd.grad(aligned.mismatch, x)
@@ -150,7 +207,7 @@ def test_head_is_skipped_from_the_second_call_on(tiny_teachers, name, reduction)
 def test_first_call_without_head_still_counts_all_layers(tiny_teachers):
     teacher = tiny_teachers["test_resnet"]
     x = teacher.prepare(batch().detach())
-    with BNAlignment(teacher.model) as align:
+    with Alignment(teacher.model) as align:
         first, second = align(x, head=False), align(x, head=False)
     assert first.logits is None
     assert torch.equal(first.mismatch, second.mismatch)
@@ -166,7 +223,7 @@ def test_first_layer_is_the_first_that_runs_not_the_first_that_is_registered():
             return self.last(self.start(x) * 2).mean((2, 3))
 
     model, x = Backwards().eval().requires_grad_(False), batch().detach()
-    with BNAlignment(model, first_bn_multiplier=10.0) as align:
+    with Alignment(model, first_bn_multiplier=10.0) as align:
         ours = align(x).mismatch
     expected = 10 * slow_mismatch(x, model.start) + slow_mismatch(model.start(x) * 2, model.last)
     torch.testing.assert_close(ours, expected)
@@ -183,5 +240,296 @@ def test_first_layer_is_the_first_that_runs_not_the_first_that_is_registered():
 )
 def test_a_network_with_nothing_to_align_is_an_error(model):
     with pytest.raises(TeacherError, match="'alexnet' has no BatchNorm2d layer with running statistics") as error:
-        BNAlignment(model, name="alexnet")
+        Alignment(model, name="alexnet")
     assert "teachers.bn_pool" in str(error.value)
+
+
+# -- with convolutions and moving averages -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "momentum", "reduction", "first"),
+    [(name, 0.4, "sum", 10.0) for name in NETS] + [("test_byobnet", 0.4, "mean", 1.0), ("test_byobnet", 0.0, "sum", 0.3)],
+)
+def test_it_is_the_equation_over_several_batches(tiny_teachers, tiny_images, name, momentum, reduction, first):
+    teacher = double(tiny_teachers[name])
+    conv = gathered(tiny_teachers[name], tiny_images)
+    slow = SlowMismatch(teacher.model, momentum=momentum, conv=conv, patch=8, reduction=reduction, first=first)
+    ours = Alignment(teacher.model, momentum=momentum, conv=conv, patch=8, reduction=reduction, first_bn_multiplier=first)
+    for seed in range(3):
+        x = teacher.prepare(batch(torch.float64, seed=seed)).detach().requires_grad_()
+        with ours:
+            aligned = ours(x)
+        (gradient,) = torch.autograd.grad(aligned.mismatch, x)
+        if not momentum:
+            slow.past.clear()
+        value, literal = slow(x)
+        assert float(aligned.mismatch.detach()) == pytest.approx(value, rel=1e-7)
+        assert close(gradient, literal, 1e-7)
+    if momentum:
+        expected = {".".join(map(str, key)): value for key, value in slow.past.items()}
+        assert set(ours.state()) == set(expected)
+        for key, value in ours.state().items():
+            torch.testing.assert_close(value, expected[key])
+            assert not value.requires_grad
+
+
+def test_an_average_starts_from_the_first_batch(small, tiny_images):
+    conv, x = gathered(small, tiny_images), batch()
+    values = []
+    for momentum in (0.0, 0.9):
+        with Alignment(small.model, momentum=momentum, conv=conv, patch=8) as align:
+            values.append(align(x).mismatch)
+    assert torch.equal(*values)
+
+
+def test_the_mismatch_is_zero_where_it_should_be_and_so_is_its_gradient(small):
+    x = batch()
+    seen = inputs_of(small.model, x.detach())
+    convs = [conv_statistics(value, 8) for layer, value in seen if isinstance(layer, nn.Conv2d)]
+    target = {f"{n}.{key}": value for n, values in enumerate(convs) for key, value in values.items()}
+    with Alignment(small.model, conv=target, patch=8, momentum=0.4, first_bn_multiplier=0.0) as align:
+        for _ in range(3):
+            aligned = align(x)
+            (gradient,) = torch.autograd.grad(aligned.mismatch, x)
+            assert aligned.mismatch.item() < 1e-5
+            assert bool(gradient.isfinite().all())
+    with Alignment(small.model, conv=target, patch=8, first_bn_multiplier=0.0) as align:
+        aligned = align(x)
+    assert aligned.mismatch.item() == 0
+    assert float(torch.autograd.grad(aligned.mismatch, x)[0].abs().max()) == 0
+
+
+def test_teachers_that_take_turns_have_their_own_past(tiny_teachers, tiny_images):
+    names = NETS[:2]
+    alone, turns = {}, {}
+    convs = {name: gathered(tiny_teachers[name], tiny_images) for name in names}
+
+    def make(name):
+        return Alignment(tiny_teachers[name].model, momentum=0.4, conv=convs[name], patch=8)
+
+    def ask(align, name, seed):
+        with align:
+            return align(tiny_teachers[name].prepare(batch(seed=seed))).mismatch.detach()
+
+    for start, name in enumerate(names):
+        align = make(name)
+        alone[name] = [ask(align, name, seed) for seed in range(start, 6, 2)]
+    both = {name: make(name) for name in names}
+    for seed in range(6):
+        name = names[seed % 2]
+        turns.setdefault(name, []).append(ask(both[name], name, seed))
+        assert bool(both[names[1]].state()) == (seed > 0)
+    assert all(torch.equal(a, b) for name in names for a, b in zip(alone[name], turns[name], strict=True))
+
+
+def test_a_pass_that_fails_moves_nothing(small, tiny_images):
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.wrong = copy.deepcopy(small.model), False
+
+        def forward(self, x):
+            found = self.inner(x)
+            if self.wrong:
+                raise OSError("gone")
+            return found
+
+    model = Broken().eval()
+    with Alignment(model, momentum=0.4, conv=gathered(small, tiny_images), patch=8) as align:
+        align(batch())
+        before = align.state()
+        model.wrong = True
+        with pytest.raises(OSError, match="gone"):
+            align(batch(seed=1))
+        assert same(align.state(), before)
+        model.wrong = False
+        align(batch(seed=1))
+        assert not same(align.state(), before)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+# -- leaving out --------------------------------------------------------------------------------------------------------
+
+
+def dropping(small, conv, drop, seed=0, **settings):
+    generator = torch.Generator().manual_seed(seed)
+    return Alignment(small.model, conv=conv, patch=8, drop=drop, generator=generator, **settings), generator
+
+
+def took_part(align, x):
+    """Which convolutions did: those whose averages moved."""
+    before = align.state()
+    align(x)
+    keys = [f"conv.{n}.patch_mean" for n in range(3)]
+    return torch.tensor([align.state().get(key) is not before.get(key) for key in keys])
+
+
+def test_convolutions_are_left_out_at_random_and_their_averages_stay(small, tiny_images):
+    align, generator = dropping(small, gathered(small, tiny_images, patch=16), 0.3, momentum=0.4)
+    align.patch = 16
+    with align:
+        kept = torch.stack([took_part(align, batch(seed=seed)) for seed in range(300)])
+    assert abs(float(kept.float().mean()) - 0.7) < 0.05
+    assert bool((kept.float().mean(0) < 0.8).all())
+    again = torch.Generator().manual_seed(0)
+    assert torch.equal(kept, torch.stack([torch.rand(3, generator=again) >= 0.3 for _ in range(300)]))
+    assert torch.equal(generator.get_state(), again.get_state())
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_what_is_left_out_gives_no_term_but_counts_as_a_layer(small, tiny_images, reduction):
+    conv, x = gathered(small, tiny_images), batch()
+    kept = torch.rand(3, generator=torch.Generator().manual_seed(16)) >= 0.5
+    assert kept.tolist() == [False, True, True]
+    align, _ = dropping(small, conv, 0.5, seed=16, reduction=reduction)
+    with align, Alignment(small.model) as plain:
+        ours, expected = align(x).mismatch, plain(x).mismatch
+    convs = [value for layer, value in inputs_of(small.model, x) if isinstance(layer, nn.Conv2d)]
+    for number in (1, 2):
+        for key, value in conv_statistics(convs[number], 8).items():
+            expected = expected + (value - conv[f"{number}.{key}"]).norm()
+    torch.testing.assert_close(ours, expected / (4 if reduction == "mean" else 1))
+
+
+def test_one_number_is_drawn_per_convolution_and_pass_whatever_happens(small, tiny_images):
+    conv, x = gathered(small, tiny_images), batch()
+    states = []
+    for drop, head in ((0.0, True), (0.0, False), (0.5, False), (0.9, True)):
+        align, generator = dropping(small, conv, drop)
+        with align:
+            for _ in range(3):
+                align(x, head=head)
+        states.append(generator.get_state())
+    expected = torch.Generator().manual_seed(0)
+    torch.rand(9, generator=expected)
+    assert all(torch.equal(state, expected.get_state()) for state in states)
+    with pytest.raises(AssertionError, match="generator"):
+        Alignment(small.model, conv=conv, patch=8, drop=0.1)
+
+
+# -- going on -----------------------------------------------------------------------------------------------------------
+
+
+@every_net
+def test_going_on_from_a_state_gives_the_same_bits(tiny_teachers, tiny_images, tmp_path, name):
+    teacher, settings = tiny_teachers[name], {"momentum": 0.4, "patch": 8, "drop": 0.3}
+    conv = gathered(teacher, tiny_images)
+
+    def ask(align, seed):
+        x = teacher.prepare(batch(seed=seed)).detach().requires_grad_()
+        mismatch = align(x, head=False).mismatch
+        return mismatch.detach(), torch.autograd.grad(mismatch, x)[0]
+
+    generator = torch.Generator().manual_seed(1)
+    with Alignment(teacher.model, conv=conv, generator=generator, **settings) as align:
+        assert align.state() == {}
+        plain = [ask(align, seed) for seed in range(2)]
+        write_tensors(tmp_path / "state", align.state() | {"generator": generator.get_state()}, {})
+        plain += [ask(align, seed) for seed in range(2, 4)]
+        last = align.state()
+    kept = read_tensors(tmp_path / "state")
+    generator = torch.Generator()
+    generator.set_state(kept.pop("generator"))
+    with Alignment(teacher.model, conv=conv, generator=generator, **settings) as align:
+        align.restore(kept)
+        assert same(align.state(), kept)
+        resumed = [ask(align, seed) for seed in range(2, 4)]
+    for ours, theirs in zip(resumed, plain[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert same(align.state(), last)
+    assert not torch.equal(plain[0][0], plain[2][0])
+
+
+def test_a_state_is_not_changed_by_what_comes_after(small, tiny_images):
+    with Alignment(small.model, momentum=0.4, conv=gathered(small, tiny_images), patch=8) as align:
+        align(batch())
+        kept = align.state()
+        copies = {key: value.clone() for key, value in kept.items()}
+        align(batch(seed=1))
+    assert same(kept, copies)
+    assert not same(kept, align.state())
+
+
+# -- the pass -----------------------------------------------------------------------------------------------------------
+
+
+@every_net
+def test_head_is_skipped_with_convolutions_too(tiny_teachers, tiny_images, name):
+    teacher, runs = tiny_teachers[name], []
+    x = teacher.prepare(batch()).detach().requires_grad_()
+    handle = teacher.model.get_classifier().register_forward_hook(lambda *_: runs.append(1))
+    results = []
+    try:
+        conv = gathered(teacher, tiny_images)
+        runs.clear()
+        with Alignment(teacher.model, conv=conv, patch=8) as align:
+            for head in (False, False, True, False):
+                aligned = align(x, head=head)
+                results.append((aligned, torch.autograd.grad(aligned.mismatch, x)[0], len(runs)))
+    finally:
+        handle.remove()
+    assert [count for *_, count in results] == [1, 1, 2, 2]
+    assert [aligned.logits is not None for aligned, *_ in results] == [False, False, True, False]
+    assert all(torch.equal(aligned.mismatch, results[0][0].mismatch) for aligned, *_ in results)
+    assert all(torch.equal(gradient, results[0][1]) for _, gradient, _ in results)
+    assert torch.equal(results[2][0].logits, teacher.model(x))
+
+
+def test_a_convolution_after_the_last_norm_is_still_seen_without_the_head(small, tiny_images):
+    conv, x = gathered(small, tiny_images), batch()
+    with Alignment(small.model, conv=conv, patch=8, momentum=0.4) as align:
+        first, second = align(x, head=False).mismatch, align(x, head=False).mismatch
+        assert "conv.2.patch_var" in align.state()
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=0)
+
+
+def test_the_network_may_be_asked_for_something_else_inside_the_block(small, tiny_images):
+    conv, x, other = gathered(small, tiny_images), batch(), batch(seed=1)
+    values = []
+    for asked in (False, True):
+        with Alignment(small.model, conv=conv, patch=8, momentum=0.4) as align:
+            align(x, head=False)
+            if asked:
+                assert small.model(other).shape == (4, 4)
+            values.append((align(other, head=False).mismatch, align.state()))
+    assert torch.equal(values[0][0], values[1][0])
+    assert same(values[0][1], values[1][1])
+
+
+def test_hooks_of_convolutions_are_gone_after_the_block(small, tiny_images):
+    def hooks():
+        return sum(len(m._forward_pre_hooks) for m in small.model.modules())
+
+    x = batch()
+    with Alignment(small.model, conv=gathered(small, tiny_images), patch=8) as align:
+        assert hooks() == 3
+        align(x)
+    assert hooks() == 0
+    with Alignment(small.model, momentum=0.4):
+        assert hooks() == 1
+    with pytest.raises(AssertionError, match="with"):
+        align(x)
+
+
+def test_statistics_of_another_size_patch_or_network_are_one_line(small, tiny_images):
+    conv, x = gathered(small, tiny_images), batch()
+
+    def error_of(conv, x=x, patch=8):
+        with (
+            pytest.raises(TeacherError) as error,
+            Alignment(small.model, conv=conv, patch=patch, name="abc") as align,
+        ):
+            align(x)
+        assert "'abc'" in one_line(error)
+        assert not any(m._forward_pre_hooks for m in small.model.modules())
+        return str(error.value)
+
+    assert "conv.0.patch_mean has 16 numbers, the input gives 9" in error_of(conv, batch(size=24))
+    assert "conv.0.patch_mean has 16 numbers, the input gives 64" in error_of(conv, patch=4)
+    more = conv | {f"3.{key}": conv[f"2.{key}"] for key in STATISTICS}
+    assert "there are 4, and 3 convolutions ran" in error_of(more)
+    fewer = {key: value for key, value in conv.items() if not key.startswith("2.")}
+    assert "there are 2, and more convolutions ran" in error_of(fewer)
+    wider = conv | {"1.channel_mean": torch.zeros(5), "1.channel_var": torch.zeros(5)}
+    assert "conv.1.channel_mean has 5 numbers, the input gives 4" in error_of(wider)

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from slow_statistics import gathered
 from torch import nn
 
 from prism_hf.method.objective import Objective
-from prism_hf.method.statistics import gather_statistics
 from prism_hf.recipe.plan import plan_jobs
 
 LABELS = torch.tensor([0, 1, 2, 1])
@@ -156,17 +156,27 @@ class SlowGVBSM:
 # -- SRe2L and PRISM ----------------------------------------------------------------------------------------------------
 
 
+def made_of(recipe, teachers, statistics=None, generator=None):
+    more = {"generator": generator or torch.Generator(), "statistics": statistics}
+    return Objective(recipe.teachers, recipe.synthesis, teachers, **more)
+
+
 @every_dtype
 @pytest.mark.parametrize("chosen", CHOSEN, ids=lambda c: "+".join(c) or "none")
 @pytest.mark.parametrize(
     ("reduction", "first", "bn_weight"),
     [("sum", 10.0, 0.01), ("mean", 1.0, 1.0), ("mean", 10.0, 0.1), ("sum", 0.0, 0.5)],
 )
-def test_objective_is_the_equation(tiny_teachers, dtype, chosen, reduction, first, bn_weight):
+def test_objective_is_the_equation(tiny_recipe, tiny_teachers, dtype, chosen, reduction, first, bn_weight):
     teachers, view = of_dtype(tiny_teachers, dtype), batch(dtype)
     settings = {"bn_weight": bn_weight, "reduction": reduction}
-    names = tuple(teachers) if "test_resnet" in chosen else ("test_efficientnet", "test_byobnet")
-    with Objective(teachers, logit="test_resnet", bn_names=names, first_bn_multiplier=first, **settings) as objective:
+    changes = {
+        "synthesis.bn_weight": bn_weight,
+        "synthesis.bn_reduction": reduction,
+        "synthesis.first_bn_multiplier": first,
+    }
+    recipe = tiny_recipe(changes | {"teachers.include_logit": "test_resnet" in chosen})
+    with made_of(recipe, teachers) as objective:
         terms = objective.backward(view, LABELS, chosen)
     literal = batch(dtype)
     ce, bn, loss = slow_objective(teachers, literal, LABELS, "test_resnet", chosen, first=first, **settings)
@@ -174,23 +184,19 @@ def test_objective_is_the_equation(tiny_teachers, dtype, chosen, reduction, firs
     assert close(terms.ce, ce, TOLERANCE[dtype])
     assert close(terms.bn, bn, TOLERANCE[dtype]) or (not chosen and float(terms.bn) == 0)
     assert close(view.grad, literal.grad, TOLERANCE[dtype])
+    assert terms.grad == view.grad.abs().max()
     assert terms.densification is None
 
 
-def test_a_hooked_logit_teacher_left_out_of_s_gives_no_bn_term(tiny_teachers):
+def test_a_hooked_logit_teacher_left_out_of_s_gives_no_bn_term(tiny_recipe, tiny_teachers):
     view, literal = batch(), batch()
     chosen, settings = ("test_efficientnet",), {"bn_weight": 0.1, "reduction": "sum"}
-    with Objective(tiny_teachers, logit="test_resnet", bn_names=tuple(tiny_teachers), bn_weight=0.1) as objective:
+    with made_of(tiny_recipe({"synthesis.bn_weight": 0.1}), tiny_teachers) as objective:
         terms = objective.backward(view, LABELS, chosen)
     _, bn, loss = slow_objective(tiny_teachers, literal, LABELS, "test_resnet", chosen, first=10.0, **settings)
     loss.backward()
     assert close(terms.bn, bn, 1e-5)
     assert close(view.grad, literal.grad, 1e-5)
-
-
-def made_of(recipe, teachers, statistics=None, generator=None):
-    rule, settings = recipe.teachers, recipe.synthesis
-    return Objective.of(rule, settings, teachers, "float32", generator or torch.Generator(), statistics)
 
 
 @every_dtype
@@ -209,7 +215,6 @@ def test_a_recipe_gives_its_equation(tiny_recipe, tiny_teachers, dtype, changes)
     recipe, teachers = tiny_recipe({"synthesis.bn_weight": 0.1, **changes}), of_dtype(tiny_teachers, dtype)
     job, settings, view, literal = plan_jobs(recipe)[0], recipe.synthesis, batch(dtype), batch(dtype)
     with made_of(recipe, teachers) as objective:
-        objective.begin(batch(dtype, seed=1).detach(), {})
         terms = objective.backward(view, LABELS, job.bn_teachers(0), logit=job.logit_teacher(0))
         assert objective.state() == {}
     words = {"reduction": settings.bn_reduction, "first": settings.first_bn_multiplier}
@@ -226,7 +231,7 @@ def test_balanced_divides_each_teachers_term_by_that_of_the_start_images(tiny_re
     teachers, start, view, literal = of_dtype(tiny_teachers, dtype), batch(dtype, seed=1), batch(dtype), batch(dtype)
     names = tuple(teachers)
     with made_of(recipe, teachers) as objective:
-        objective.begin(start.detach(), {})
+        objective.balance(start.detach())
         at_start = objective.backward(start, LABELS, names)
         terms = objective.backward(view, LABELS, names)
     assert float(at_start.bn) == pytest.approx(1, rel=1e-6), "every teacher counts the same at the start"
@@ -261,11 +266,7 @@ def test_a_weight_of_zero_leaves_the_classification_loss(tiny_recipe, tiny_teach
 
 @pytest.fixture(scope="module")
 def statistics(tiny_teachers, tiny_images):
-    count = len(tiny_images)
-    return {
-        name: gather_statistics(teacher, lambda rows: tiny_images[rows], count, patch=PATCH, seed=0)
-        for name, teacher in tiny_teachers.items()
-    }
+    return {name: gathered(teacher, tiny_images, PATCH) for name, teacher in tiny_teachers.items()}
 
 
 GVBSM = {
@@ -287,7 +288,6 @@ def test_gvbsm_is_the_equation_over_several_iterations(tiny_recipe, tiny_teacher
     slow = SlowGVBSM(names, teachers, settings, statistics, theirs)
     tolerance = TOLERANCE[dtype] * (1 if dtype == torch.float64 else 20)
     with made_of(recipe, teachers, statistics, ours) as objective:
-        objective.begin(batch(dtype).detach(), {})
         for iteration in range(5):
             view, literal = batch(dtype, seed=iteration), batch(dtype, seed=iteration)
             terms = objective.backward(view, LABELS, job.bn_teachers(iteration), logit=job.logit_teacher(iteration))
@@ -300,7 +300,7 @@ def test_gvbsm_is_the_equation_over_several_iterations(tiny_recipe, tiny_teacher
             assert dense is None or close(weight * terms.densification, dense, tolerance)
             assert close(view.grad, literal.grad, tolerance), iteration
     assert math.isfinite(float(loss.detach()))
-    smoothed = {key.partition("/")[0] for key in objective.state()}
+    smoothed = {key.split("/")[1] for key in objective.state()}
     assert smoothed == (set(names) if settings.momentum else set())
 
 
@@ -311,7 +311,7 @@ def test_averages_of_an_earlier_launch_go_on(tiny_recipe, tiny_teachers, statist
         views, saved = [batch(seed=n) for n in range(6)], {}
         for part in (range(stop), range(stop, 6)):
             with made_of(recipe, tiny_teachers, statistics) as objective:
-                objective.begin(batch().detach(), saved)
+                objective.restore(saved | {"pixels": batch()})
                 for n in part:
                     objective.backward(views[n], LABELS, job.bn_teachers(n), logit=job.logit_teacher(n))
                 saved = objective.state()
@@ -343,8 +343,8 @@ def calls_of(teachers, objective, steps):
 
 
 @pytest.mark.parametrize("chosen", CHOSEN, ids=lambda c: "+".join(c) or "none")
-def test_each_teacher_runs_once_a_step(tiny_teachers, chosen):
-    objective = Objective(tiny_teachers, logit="test_resnet", bn_names=tuple(tiny_teachers), bn_weight=0.1)
+def test_each_teacher_runs_once_a_step(tiny_recipe, tiny_teachers, chosen):
+    objective = made_of(tiny_recipe({"synthesis.bn_weight": 0.1}), tiny_teachers)
     counts = calls_of(tiny_teachers, objective, [(chosen, None)] * 2)
     assert counts == {n: 2 if n in (*chosen, "test_resnet") else 0 for n in tiny_teachers}
 
@@ -363,7 +363,7 @@ def test_teachers_stay_frozen(tiny_recipe, tiny_teachers, statistics):
     with made_of(recipe, tiny_teachers, statistics) as objective:
         for name in tiny_teachers:
             objective.backward(batch(), LABELS, (name,), logit=name)
-    with Objective(tiny_teachers, logit="test_resnet", bn_names=tuple(tiny_teachers), bn_weight=0.1) as objective:
+    with made_of(tiny_recipe({"synthesis.bn_weight": 0.1}), tiny_teachers) as objective:
         objective.backward(batch(), LABELS, tuple(tiny_teachers))
     for name, teacher in tiny_teachers.items():
         assert all(torch.equal(v, before[name][k]) for k, v in teacher.model.state_dict().items())

@@ -1,26 +1,30 @@
 import dataclasses
 
-import datasets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_teacher
-from PIL import Image
+from pipeline import one_line
+from real_images import image_split, source_data
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
 from prism_hf.errors import DataError, TeacherError
 from prism_hf.images.pixels import reference_mean_std, to_reference
-from prism_hf.images.source import ImageSplit, SourceData
 from prism_hf.images.views import draw_crop
 from prism_hf.method import start_images as selection
-from prism_hf.method.start_images import choose_rows, mosaics, nearest_to_centres, start_images
-from prism_hf.recipe.synthesis import Mosaic
+from prism_hf.method.start_images import (
+    check_candidates,
+    choose_rows,
+    mosaics,
+    nearest_to_centers,
+    real_rows,
+    start_images,
+)
+from prism_hf.recipe.synthesis import Mosaic, SynthesisRecipe
 from prism_hf.runtime.seeds import derived_seed
 
-CPU = torch.device("cpu")
-NAMES = ("ant", "bee", "cat")
 COUNTS = (12, 9, 8)
 
 
@@ -31,11 +35,7 @@ def make_split(counts=COUNTS, *, size=32, channels=3, seed=0):
     labels = labels[torch.randperm(len(labels), generator=generator)]
     coarse = torch.rand((len(labels), channels, 5, 5), generator=generator)
     pixels = (F.interpolate(coarse, (size, size), mode="bilinear") * 255).round().to(torch.uint8)
-    arrays = [image[0].numpy() if channels == 1 else image.permute(1, 2, 0).numpy() for image in pixels]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(NAMES))})
-    cells = {"image": [Image.fromarray(array) for array in arrays], "label": labels.tolist()}
-    rows = datasets.Dataset.from_dict(cells, features=features)
-    return ImageSplit(rows, image_column="image", label_column="label", size=size, channels=channels, name="train")
+    return image_split(pixels, labels)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def teacher():
 
 
 def chosen(split, teacher, ipc, rule, *, seed=0):
-    return choose_rows(split, teacher, ipc, rule, num_classes=3, seed=seed, class_names=NAMES, device=CPU)
+    return choose_rows(source_data(split), teacher, SynthesisRecipe(ipc=ipc, init=rule), seed=seed)
 
 
 def loss_of(teacher, image_uint8, label):
@@ -78,6 +78,40 @@ def reader(split, weight=None):
     return dataclasses.replace(
         make_teacher("test_resnet", channels=split.channels), model=model, mean=tuple(mean), std=tuple(std), size=split.size
     )
+
+
+# -- without a teacher --------------------------------------------------------------------------------------------------
+
+
+def test_real_rows_by_index_are_the_first_of_each_class(split):
+    data = source_data(split)
+    rows = real_rows(data, 3, seed=0, by_index=True)
+    expected = [np.flatnonzero(split.labels == label)[:3] for label in range(3)]
+    assert rows.tolist() == np.concatenate(expected).tolist()
+    assert rows.tolist() == real_rows(data, 3, seed=9, by_index=True).tolist()
+
+
+def test_real_rows_at_random_are_seeded_distinct_and_nested(split):
+    data, state = source_data(split), torch.get_rng_state()
+    rows = real_rows(data, 5, seed=0)
+    assert torch.equal(state, torch.get_rng_state())
+    assert rows.dtype == np.int64
+    assert rows.tolist() == real_rows(data, 5, seed=0).tolist() != real_rows(data, 5, seed=1).tolist()
+    assert split.labels[rows].tolist() == [label for label in range(3) for _ in range(5)]
+    assert len(set(rows.tolist())) == 15
+    assert rows.reshape(3, 5)[:, :2].tolist() == real_rows(data, 2, seed=0).reshape(3, 2).tolist()
+
+
+def test_a_class_with_too_few_images_is_one_line(split):
+    data = source_data(split)
+    for by_index in (False, True):
+        assert len(real_rows(data, 8, seed=0, by_index=by_index)) == 24
+        with pytest.raises(DataError) as error:
+            real_rows(data, 9, seed=0, by_index=by_index)
+        assert "class 'cat' has 8 training images, but ipc is 9; lower ipc" in one_line(error)
+
+
+# -- whole images that a teacher chooses --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["real_median", "real_kmeans"])
@@ -136,35 +170,35 @@ def clusters(sizes, *, spread=0.01, seed=0):
 @pytest.mark.parametrize("seed", range(5))
 def test_one_image_of_each_cluster_the_largest_first(seed):
     features, group = clusters([3, 9, 5, 7], seed=seed)
-    rows = nearest_to_centres(features, 4, seed=seed)
+    rows = nearest_to_centers(features, 4, seed=seed)
     assert group[rows].tolist() == [1, 3, 2, 0]
     for row in rows:
         own = np.flatnonzero(group == group[row])
-        centre = features[own].mean(0)
-        assert row == own[np.linalg.norm(features[own] - centre, axis=1).argmin()]
+        center = features[own].mean(0)
+        assert row == own[np.linalg.norm(features[own] - center, axis=1).argmin()]
 
 
 def test_clusters_of_one_size_come_by_row():
     features, _ = clusters([4, 4, 4])
-    rows = nearest_to_centres(features, 3, seed=0).tolist()
+    rows = nearest_to_centers(features, 3, seed=0).tolist()
     assert rows == sorted(rows)
 
 
-def test_a_single_centre_is_the_mean():
+def test_a_single_center_is_the_mean():
     features = np.random.default_rng(0).standard_normal((30, 4)) + 5
     nearest = np.linalg.norm(features - features.mean(0), axis=1).argmin()
-    assert nearest_to_centres(features, 1, seed=3).tolist() == [nearest]
+    assert nearest_to_centers(features, 1, seed=3).tolist() == [nearest]
 
 
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 def test_copies_of_an_image_are_taken_once_each():
-    rows = nearest_to_centres(np.ones((6, 2)), 4, seed=0)
+    rows = nearest_to_centers(np.ones((6, 2)), 4, seed=0)
     assert rows.tolist() == [0, 1, 2, 3]
 
 
-def test_as_many_centres_as_images_take_them_all():
+def test_as_many_centers_as_images_take_them_all():
     features = np.random.default_rng(0).standard_normal((7, 3))
-    assert nearest_to_centres(features, 7, seed=1).tolist() == list(range(7))
+    assert nearest_to_centers(features, 7, seed=1).tolist() == list(range(7))
 
 
 def test_k_means_has_one_thread_and_leaves_the_others_as_they_were(monkeypatch):
@@ -178,7 +212,7 @@ def test_k_means_has_one_thread_and_leaves_the_others_as_they_were(monkeypatch):
     monkeypatch.setattr(selection, "KMeans", Spied)
     with threadpool_limits(3):
         before = threadpool_info()
-        nearest_to_centres(clusters([3, 3])[0], 2, seed=0)
+        nearest_to_centers(clusters([3, 3])[0], 2, seed=0)
         assert threadpool_info() == before
     assert seen
     assert set(seen) == {1}
@@ -191,7 +225,7 @@ def test_k_means_looks_at_the_features_of_the_class(split, monkeypatch):
         seen.append((features, seed))
         return np.arange(count)
 
-    monkeypatch.setattr(selection, "nearest_to_centres", spy)
+    monkeypatch.setattr(selection, "nearest_to_centers", spy)
     monkeypatch.setattr(selection, "_BATCH", 5)
     chosen(split, reader(split), 2, "real_kmeans", seed=7)
     for label, (features, seed) in enumerate(seen):
@@ -207,8 +241,11 @@ def test_k_means_needs_a_linear_layer(split, teacher):
         chosen(split, bare, 2, "real_kmeans")
 
 
+# -- mosaics ----------------------------------------------------------------------------------------------------------
+
+
 def made(split, teacher, ipc, settings, *, seed=0):
-    return mosaics(split, teacher, ipc, settings, num_classes=3, seed=seed, device=CPU, class_names=NAMES)
+    return mosaics(source_data(split), teacher, SynthesisRecipe(ipc=ipc, init="mosaic", mosaic=settings), seed=seed)
 
 
 def literal_mosaics(split, teacher, ipc, settings, seed):
@@ -282,6 +319,14 @@ def test_too_few_candidates_say_what_to_change(split, teacher):
         made(split, teacher, 2, Mosaic(candidates=5))
 
 
+def test_candidates_are_checked_before_any_work(split):
+    data = source_data(split)
+    check_candidates(data, SynthesisRecipe(ipc=2, init="mosaic", mosaic=Mosaic()))
+    check_candidates(data, SynthesisRecipe(ipc=100, init="real_random"))
+    with pytest.raises(DataError, match="class 'bee' needs 12 candidates .* there are 9 images"):
+        check_candidates(data, SynthesisRecipe(ipc=3, init="mosaic", mosaic=Mosaic()))
+
+
 def test_whole_images_of_least_loss_come_first(split):
     """Without crops and with a teacher that likes a bright channel, the first patch is the brightest image."""
     judge = reader(split, torch.eye(3) * 5)
@@ -309,7 +354,7 @@ def test_mosaics_follow_their_seed_and_settings(split, teacher):
 def test_start_images_are_what_the_recipe_says(tiny_recipe, split, teacher, init):
     changes = {"synthesis.init": init} | ({"synthesis.mosaic": {"crops": 2}} if init == "mosaic" else {})
     recipe = tiny_recipe(changes | {"seed": 4})
-    images = start_images(recipe, SourceData(split, split, NAMES, None), teacher, device=CPU)
+    images = start_images(source_data(split), teacher, recipe.synthesis, seed=recipe.seed)
     if init == "mosaic":
         expected = made(split, teacher, 2, Mosaic(crops=2), seed=4)
     else:

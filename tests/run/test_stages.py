@@ -12,7 +12,8 @@ from accelerate.state import AcceleratorState
 from pipeline import PYTHON, RECIPE, ROOT, TINY, launch, mtimes, quiet_env, random_picture, sha_tree, tiny
 
 from prism_hf.dataset.reader import load_distilled
-from prism_hf.images.source import load_source, real_rows
+from prism_hf.images.source import load_source
+from prism_hf.method.start_images import real_rows
 from prism_hf.recipe.plan import STAGES
 from prism_hf.run.context import Run, make_accelerator
 from prism_hf.run.stages import Stages

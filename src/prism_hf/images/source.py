@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..errors import DataError, PrismError
 from ..recipe.schema import DataRecipe
-from ..runtime.seeds import derived_seed
+from ..runtime.stop import raise_if_stopped
 from ..runtime.store import folder_state
 from ..runtime.untrusted import ARCHIVES, foreign_files, homes_of, is_inside, is_plain_path, read_header, visible_entries
 from .pixels import UNREADABLE, from_pil
@@ -76,7 +76,9 @@ class ImageSplit:
 
         Raises:
             DataError: An image cannot be decoded; names the row.
+            StoppedError: Somebody asked the program to stop.
         """
+        raise_if_stopped()
         if len(self) * self.channels * self.size**2 <= _CACHE_BYTES:
             return self._all[torch.as_tensor(np.asarray(indices), dtype=torch.int64)]
         return self._decode(np.asarray(indices))
@@ -226,37 +228,6 @@ def load_test_split(recipe: DataRecipe, source: str, split: str, class_names: Se
     label_column = _find(rows, recipe.label_column, datasets.ClassLabel, "label_column")
     image_column = _find(rows, recipe.image_column, datasets.Image, "image_column")
     return _labelled(rows, image_column, label_column, class_names, other, split)
-
-
-def real_rows(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) -> np.ndarray:
-    """Which `ipc` real training images per class to take, (K * ipc,) int64 row numbers, class-major.
-
-    Args:
-        data: The source.
-        ipc: Images per class.
-        seed: Seed of the random choice, without replacement; init `real_random` and the random-real control use the
-            same choice, so that the table compares images before and after optimisation.
-        by_index: Take the first `ipc` images of each class instead.
-
-    Raises:
-        DataError: A class has fewer than `ipc` images.
-    """
-    chosen: list[np.ndarray] = []
-    for label, rows in enumerate(data.train.rows_by_class(data.num_classes)):
-        check_class_size(data.class_names[label], len(rows), ipc)
-        if not by_index:
-            generator = torch.Generator().manual_seed(derived_seed(seed, "real images", label))
-            rows = rows[torch.randperm(len(rows), generator=generator).numpy()]
-        chosen.append(rows[:ipc])
-    return np.concatenate(chosen)
-
-
-def check_class_size(name: str, count: int, ipc: int) -> None:
-    """Raise a `DataError` if a class has fewer than `ipc` training images."""
-    if count < ipc:
-        raise DataError(
-            f"class {name!r} has {count} training images, but ipc is {ipc}; lower ipc (init noise needs no real images)"
-        )
 
 
 def _digits() -> tuple[datasets.Dataset, datasets.Dataset]:

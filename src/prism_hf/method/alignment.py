@@ -1,99 +1,75 @@
-"""How far a batch's statistics are from those a network's BatchNorm layers learned on real data.
+"""Alignment: how far the statistics of a batch are from those that a frozen network has seen on real data.
 
-Legend: B images, C channels, H W pixels, L BatchNorm2d layers.
+Legend: B images, C channels, H W pixels, K classes.
 
-Source: PRISM (arXiv 2511.09905), BN alignment R_bn; first in DeepInversion (arXiv 1912.08795):
+Source: PRISM (arXiv 2511.09905), BN alignment; first in DeepInversion (arXiv 1912.08795). With mean and var per channel,
+biased, and || || the L2 norm, not squared:
 
-    R_bn(f, x) = sum_l w_l * ( ||mu_l(x) - mean_l||_2 + ||var_l(x) - var_l||_2 )
+    R(f, x) = sum over BN layers    w_l * ( ||mean - running mean|| + ||var - running var|| )
+            + sum over conv layers  ||each of four statistics - its average over the real training set||
+
+The second sum, and a moving average of what is compared, are those of G-VBSM (arXiv 2311.17950).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..errors import TeacherError
-
-Reduction = Literal["sum", "mean"]
-
-
-class _ChannelMismatch(torch.autograd.Function):
-    """||mu - mean|| + ||var - var_running||, with its gradient in closed form.
-
-    Only the layer's input is saved, which the network keeps alive anyway: no copy of an activation. With u the unit vector
-    of a difference, N = B * H * W: d/dx = u_mean / N + u_var * 2 (x - mu) / N. At a difference of exactly zero the norm has
-    no gradient; we take zero, a subgradient, as PyTorch's own norm does.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        batch_var, batch_mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
-        difference_mean, difference_var = batch_mean - mean, batch_var - var
-        norm_mean, norm_var = difference_mean.norm(), difference_var.norm()
-        unit_mean = torch.where(norm_mean > 0, difference_mean / norm_mean, 0)
-        unit_var = torch.where(norm_var > 0, difference_var / norm_var, 0)
-        ctx.save_for_backward(x, batch_mean, unit_mean, unit_var)
-        return norm_mean + norm_var
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, batch_mean, unit_mean, unit_var = ctx.saved_tensors
-        count = x.numel() // x.shape[1]
-        slope = grad * unit_var * (2 / count)
-        offset = grad * unit_mean / count - slope * batch_mean
-        shape = (1, -1, 1, 1)
-        # One pass over x: offset + slope * x, instead of centring first.
-        # In the dtype of the statistics: rounded to half precision, the two terms would cancel badly.
-        return torch.addcmul(offset.view(shape), slope.view(shape), x.to(slope.dtype)).to(x.dtype), None, None
-
-
-def channel_mismatch(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """How far one batch's channel statistics are from those `norm` learned on real data.
-
-    Args:
-        x: Input of the layer, (B, C, H, W), any float dtype; reduced in float32 at least.
-        norm: A frozen layer; its running statistics, each (C,), are the target.
-
-    Returns:
-        Scalar: L2 distance of the means plus L2 distance of the biased variances, neither squared.
-
-    Source: PRISM (arXiv 2511.09905), BN alignment; after DeepInversion's feature regulariser.
-    """
-    return _ChannelMismatch.apply(x, norm.running_mean, norm.running_var)
+from .statistics import STATISTICS, channel_statistics, conv_statistics
 
 
 class Aligned(NamedTuple):
-    """What one forward pass of a BN teacher gives: its logits (B, K), or None if the head was not run, and R_bn."""
+    """The result of one pass of a BN teacher: its logits (B, K), or `None` if the head was not run, and R."""
 
     logits: Tensor | None
     mismatch: Tensor
 
 
 class HeadNotNeeded(Exception):
-    """Leaves a forward pass at the last BatchNorm2d: what comes after it cannot change R_bn."""
+    """Leaves a forward pass at the last layer that counts: nothing after it can change R."""
 
 
-class BNAlignment:
-    """Collects R_bn of a frozen network while it runs; its hooks live inside a `with` block.
+@dataclass
+class _Pass:
+    """One forward pass while it runs."""
+
+    kept: list[bool]  # convolutions that take part in it
+    last: int | None  # number of terms after which it may end; `None` runs to the end
+    terms: list[Tensor] = field(default_factory=list)
+    averages: dict[str, Tensor] = field(default_factory=dict)
+    norms: int = 0
+    convolutions: int = 0
+
+
+class Alignment:
+    """Computes R of a frozen network while it runs; its hooks live inside a `with` block.
 
     Args:
         model: A network in eval mode with at least one BatchNorm2d with running statistics.
-        reduction: `sum` over layers, as published, or `mean` over layers.
-        first_bn_multiplier: w of the first layer in order of execution; the others have 1.
+        reduction: `sum` over layers, as published, or `mean` over layers: BN layers and convolutions, those left out too,
+            so that leaving out does not raise the weight of the others.
+        first_bn_multiplier: w of the first BN layer in order of execution; all other layers have 1.
+        momentum: Share of the past in a moving average of the statistics, in [0, 1); 0 compares the batch itself. An
+            average moves only when a pass has succeeded.
+        conv: What `gather_statistics` gave for this network, or `None` for BN alone.
+        patch: As it was for `conv`.
+        drop: Each convolution is left out of a pass with this probability; its averages stay as they are then.
+        generator: On the CPU, for `drop`; each pass takes one number per convolution from it, whatever `drop` is.
         name: Names the network in errors.
 
     Raises:
         TeacherError: No BatchNorm2d with running statistics: nothing to align. (The published code lets such a teacher
-            dilute the average.)
+            dilute the average.) A pass raises it if `conv` does not fit its input.
 
     Example:
-        >>> with BNAlignment(model) as align:
+        >>> with Alignment(model) as align:
         ...     logits, mismatch = align(images)
     """
 
@@ -101,26 +77,40 @@ class BNAlignment:
         self,
         model: nn.Module,
         *,
-        reduction: Reduction = "sum",
+        reduction: Literal["sum", "mean"] = "sum",
         first_bn_multiplier: float = 10.0,
+        momentum: float = 0.0,
+        conv: Mapping[str, Tensor] | None = None,
+        patch: int = 16,
+        drop: float = 0.0,
+        generator: torch.Generator | None = None,
         name: str = "network",
     ) -> None:
-        self._layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
-        if not self._layers:
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+        if not norms:
             raise TeacherError(
                 f"BN teacher {name!r} has no BatchNorm2d layer with running statistics, so it has nothing to align; "
                 "remove it from teachers.bn_pool, or use it as teachers.logit with include_logit: false"
             )
-        self.model = model
-        self.reduction = reduction
-        self.first_bn_multiplier = first_bn_multiplier
+        assert generator is not None or not drop, "leaving out convolutions needs a generator"
+        self.model, self.reduction, self.first_bn_multiplier = model, reduction, first_bn_multiplier
+        self.momentum, self.patch, self.drop, self.generator, self.name = momentum, patch, drop, generator, name
+        assert norms[0].running_mean is not None
+        self._device = norms[0].running_mean.device
+        self._norms, conv = norms, conv or {}
+        self._convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)] if conv else []
+        self._targets = [
+            {key: conv[f"{number}.{key}"].to(self._device) for key in STATISTICS}
+            for number in range(len(conv) // len(STATISTICS))
+        ]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._terms: list[Tensor] = []
-        self._calls: int | None = None
-        self._skip_head = False
+        self._averages: dict[str, Tensor] = {}
+        self._terms: int | None = None  # of one pass; known after the first
+        self._pass: _Pass | None = None
 
-    def __enter__(self) -> BNAlignment:
-        self._handles = [layer.register_forward_pre_hook(self._record) for layer in self._layers]
+    def __enter__(self) -> Alignment:
+        self._handles = [layer.register_forward_pre_hook(self._see_norm) for layer in self._norms]
+        self._handles += [layer.register_forward_pre_hook(self._see_convolution) for layer in self._convolutions]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -132,26 +122,88 @@ class BNAlignment:
         """Run the network on its own kind of input.
 
         Args:
-            x: (B, C, H, W), normalised as the network expects.
-            head: Whether the logits are needed; without them the pass ends at the last BatchNorm2d.
+            x: (B, C, H, W), normalized as the network expects.
+            head: Whether the logits are needed; without them the pass ends at the last layer that counts.
         """
-        assert self._handles, "BNAlignment is used inside a `with` block"
-        self._terms = []
-        # The first pass always runs to the end: only then is it known how many layers are executed, and in which order.
-        self._skip_head = not head and self._calls is not None
+        assert self._handles, "Alignment is used inside a `with` block"
+        kept = [True] * len(self._targets)
+        if self.generator is not None:
+            kept = (torch.rand(len(kept), generator=self.generator) >= self.drop).tolist()
+        # The first pass always runs to the end: only then is it known how many layers are executed.
+        self._pass = now = _Pass(kept, last=None if head else self._terms)
         logits: Tensor | None = None
         try:
             logits = self.model(x)
         except HeadNotNeeded:
             pass
-        self._calls = self._calls or len(self._terms)
-        terms, self._terms = self._terms, []
-        weighted = [terms[0] * self.first_bn_multiplier, *terms[1:]]
-        total = torch.stack(weighted).sum()
-        return Aligned(logits if head else None, total / len(terms) if self.reduction == "mean" else total)
+        finally:
+            self._pass = None
+        if now.convolutions != len(self._targets):
+            raise self._misfit(f"there are {len(self._targets)}, and {now.convolutions} convolutions ran")
+        self._terms = len(now.terms)
+        self._averages.update(now.averages)
+        total = torch.stack(now.terms).sum()
+        return Aligned(logits if head else None, total / len(now.terms) if self.reduction == "mean" else total)
 
-    def _record(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, nn.BatchNorm2d)
-        self._terms.append(channel_mismatch(inputs[0], layer))
-        if self._skip_head and len(self._terms) == self._calls:
-            raise HeadNotNeeded
+    def state(self) -> dict[str, Tensor]:
+        """All moving averages by name; none before the first pass, and none with momentum 0."""
+        return dict(self._averages)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        self._averages = {key: value.to(self._device, copy=True) for key, value in state.items()}
+
+    def _see_norm(self, layer: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
+        now = self._pass
+        if now is None:
+            return  # the network runs for something else, inside the block
+        mean, var = channel_statistics(inputs[0])
+        target: dict[str, Any] = {"mean": layer.running_mean, "var": layer.running_var}
+        term = self._distance(now, f"bn.{now.norms}", {"mean": mean, "var": var}, target)
+        now.terms.append(term if now.norms else term * self.first_bn_multiplier)
+        now.norms += 1
+        _leave_if_last(now)
+
+    def _see_convolution(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        now, x = self._pass, inputs[0]
+        if now is None:
+            return
+        number = now.convolutions
+        now.convolutions += 1
+        if number >= len(self._targets):
+            raise self._misfit(f"there are {len(self._targets)}, and more convolutions ran")
+        if now.kept[number]:
+            statistics = conv_statistics(x, self.patch)
+            now.terms.append(self._distance(now, f"conv.{number}", statistics, self._targets[number]))
+        else:
+            now.terms.append(torch.zeros((), device=x.device))
+        _leave_if_last(now)
+
+    def _distance(self, now: _Pass, layer: str, batch: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
+        """Sum of the L2 distances; at exactly zero PyTorch's norm has gradient zero, a subgradient."""
+        norms = []
+        for key, value in batch.items():
+            if value.shape != target[key].shape:
+                raise self._misfit(f"{layer}.{key} has {len(target[key])} numbers, the input gives {len(value)}")
+            compared = self._smoothed(now, f"{layer}.{key}", value) if self.momentum else value
+            norms.append((compared - target[key]).norm())
+        return torch.stack(norms).sum()
+
+    def _smoothed(self, now: _Pass, key: str, batch: Tensor) -> Tensor:
+        """The average with this batch in it, with the gradient of the batch (straight through)."""
+        fixed, past = batch.detach(), self._averages.get(key)
+        # differs: starts from the first batch. The published code means to, but a type check makes it start from zero.
+        average = fixed if past is None else self.momentum * past + (1 - self.momentum) * fixed
+        now.averages[key] = average
+        return batch + (average - fixed)
+
+    def _misfit(self, what: str) -> TeacherError:
+        return TeacherError(
+            f"teacher {self.name!r}: statistics of convolutions do not fit ({what}); gather them again for this network, "
+            "input size and patch"
+        )
+
+
+def _leave_if_last(now: _Pass) -> None:
+    if len(now.terms) == now.last:
+        raise HeadNotNeeded

@@ -1,4 +1,4 @@
-"""How alike the images of a class in one batch are, as a term of the loss.
+"""Densification: the images of a class shall span more directions, as a term of the loss.
 
 Legend: B images, C channels, H W pixels.
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def densification(images: Tensor, labels: Tensor, *, temperature: float = 4.0, size: int = 32) -> Tensor:
-    """How far the images of each class are from spanning their directions evenly.
+    """Measure how far the images of each class are from spanning their directions evenly.
 
     Args:
         images: (B, C, H, W), any float dtype; calculated in float32 at least, under autocast too.

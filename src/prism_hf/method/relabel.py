@@ -1,8 +1,8 @@
-"""What the teachers say about each view of the shipped images: views are drawn, recorded and labelled, batch by batch.
+"""Relabel: views of the shipped images are drawn, recorded and labeled by the teachers, batch by batch.
 
 Legend: T teachers, B images of a batch, K classes, C channels, H W pixels.
 
-Labels are computed on the decoded bytes that ship. The published code labels 8-bit JPEGs that nobody keeps.
+Labels are computed on the decoded bytes that ship. The published code labels 8-bit JPEGs that are not kept.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from ..images.views import apply_views, draw_views, to_columns
 from ..models.teacher import Teacher
 from ..recipe.plan import batch_ranges
 from ..recipe.schema import RelabelRecipe
-from ..runtime.memory import told_in_one_line
 from ..runtime.seeds import derived_seed
 
 
 def combine_logits(logits: Tensor, rule: str, weights: Sequence[float] | None = None) -> Tensor:
-    """One label from several teachers.
+    """Combine the logits of several teachers into one label.
 
     Args:
         logits: Raw logits of one batch, (T, B, K), float.
@@ -34,6 +33,9 @@ def combine_logits(logits: Tensor, rule: str, weights: Sequence[float] | None = 
 
     Returns:
         (B, K), dtype of `logits`.
+
+    Raises:
+        TeacherError: `norm_balanced_mean`, and a teacher answers all zeros.
     """
     match rule:
         case "mean":
@@ -52,16 +54,12 @@ def combine_logits(logits: Tensor, rule: str, weights: Sequence[float] | None = 
 
 @torch.no_grad()
 def ask_teachers(images: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe) -> Tensor:
-    """The combined raw logits of a batch: reference normalisation (B, C, H, W) -> (B, K) float16 on the CPU.
+    """Return the combined raw logits of a batch: reference normalization (B, C, H, W) -> (B, K) float16 on the CPU.
 
     Raises:
         TeacherError: A logit does not fit into float16.
     """
-    with told_in_one_line(
-        f"relabel: a batch of {len(images)} images and teachers {', '.join(t.name for t in teachers)}",
-        "Lower relabel.batch_size in the recipe (it is part of the method), or use a device with more memory",
-    ):
-        logits = torch.stack([teacher.logits(images).float() for teacher in teachers])
+    logits = torch.stack([teacher.logits(images).float() for teacher in teachers])
     label = combine_logits(logits, settings.ensemble, settings.weights).half().cpu()
     if not bool(label.isfinite().all()):
         raise TeacherError(
@@ -74,7 +72,7 @@ def ask_teachers(images: Tensor, teachers: Sequence[Teacher], settings: RelabelR
 def relabel_batches(
     epoch: int, images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe, *, seed: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """One view of every image, with its label: one epoch of the views table, batch by batch.
+    """Draw and label one view of every image: one epoch of the views table, batch by batch.
 
     Args:
         epoch: Seeds the draws, together with `seed`; epochs are independent of each other.
@@ -111,13 +109,13 @@ def relabel_batches(
 def relabel_epoch(
     epoch: int, images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe, *, seed: int
 ) -> dict[str, np.ndarray]:
-    """All batches of `relabel_batches` as one table of N rows."""
+    """Return all batches of `relabel_batches` as one table of N rows."""
     batches = list(relabel_batches(epoch, images_uint8, teachers, settings, seed=seed))
     return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
 
 
 def label_images(images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe) -> Iterator[Tensor]:
-    """Labels of the images themselves, without a view: parts (B, K) float16 in table order, in batches of the recipe."""
+    """Label the images themselves, without a view: parts (B, K) float16 in table order, in batches of the recipe."""
     for part in batch_ranges(len(images_uint8), settings.batch_size):
         batch = images_uint8[part.start : part.stop].to(teachers[0].device)
         yield ask_teachers(to_reference(batch), teachers, settings)

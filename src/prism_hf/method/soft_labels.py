@@ -1,4 +1,7 @@
-"""The losses of a student on stored labels."""
+"""Soft labels: the losses of a student on stored labels.
+
+Legend: B views of a batch, K classes.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from ..recipe.schema import EvaluationRecipe
 
 
 def soft_label_loss(logits: Tensor, teacher_logits: Tensor, class_shares: Tensor, settings: EvaluationRecipe) -> Tensor:
-    """The loss of a student on stored logits, a scalar.
+    """Return the loss of a student on stored logits, a scalar.
 
     Args:
         logits: The student's, (B, K).
@@ -21,7 +24,7 @@ def soft_label_loss(logits: Tensor, teacher_logits: Tensor, class_shares: Tensor
             (SRe2L; arXiv 1503.02531), so that the gradient does not vanish with it. `dist` (DIST, arXiv 2205.10536): of
             the probabilities at the temperature, 1 - mean correlation of the rows (classes of an image) + 1 - mean
             correlation of the columns (images of a class), times the squared temperature. `cosine` (GIFT, arXiv
-            2405.14736): 1 - mean cosine of the logits, centred over the classes, + ce_weight * CE. What does not vary has
+            2405.14736): 1 - mean cosine of the logits, centered over the classes, + ce_weight * CE. What does not vary has
             no correlation: it counts as 0 and has no gradient.
     """
     t = settings.temperature
@@ -39,15 +42,15 @@ def soft_label_loss(logits: Tensor, teacher_logits: Tensor, class_shares: Tensor
 
 
 def correlation(a: Tensor, b: Tensor, *, dim: int) -> Tensor:
-    """Pearson's correlation along a dimension of two matrices; 0, without a gradient, where one is constant."""
-    (a, a_varies), (b, b_varies) = _centred(a, dim), _centred(b, dim)
+    """Return Pearson's correlation along a dimension of two matrices; 0, without a gradient, where one is constant."""
+    (a, a_varies), (b, b_varies) = _centered(a, dim), _centered(b, dim)
     varies = a_varies & b_varies
     squares = torch.where(varies, a.square().sum(dim) * b.square().sum(dim), 1)
     return torch.where(varies, (a * b).sum(dim) / squares.sqrt(), 0)
 
 
-def _centred(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """`x` less its mean, largest value 1 (squares of small probabilities would be zero), and where it varies at all."""
+def _centered(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return `x` minus its mean, largest value 1 (squares of small probabilities would be zero), and where it varies."""
     rounding = 8 * torch.finfo(x.dtype).eps * x.detach().abs().amax(dim, keepdim=True)
     x = x - x.mean(dim, keepdim=True)
     # A correlation knows no scale, so the scale needs no gradient.
@@ -57,6 +60,6 @@ def _centred(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def class_shares(labels: Tensor, partner_labels: Tensor, weight: Tensor, num_classes: int) -> Tensor:
-    """Hard labels of mixed views: (B,), (B,), (B,) -> (B, K) float32, `weight` for the image, the rest for its partner."""
+    """Mix hard labels as views are mixed: (B,), (B,), (B,) -> (B, K) float32, `weight` for the image itself."""
     own, other = F.one_hot(labels, num_classes).float(), F.one_hot(partner_labels, num_classes).float()
     return torch.lerp(other, own, weight.view(-1, 1))

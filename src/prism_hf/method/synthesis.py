@@ -1,87 +1,45 @@
-"""How pixels are optimised: one job's loop.
+"""Synthesis: the pixels of one job are optimized, step by step.
 
-Legend: B images of a job, C channels, H W pixels, K classes.
+Legend: B images of a job, C channels, H W pixels.
+
+At each step one random view A of the whole batch is drawn, and one Adam step follows the gradient of L(x) at the pixels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..errors import NotFiniteError
-from ..images.pixels import clamp_, to_reference, to_uint8
+from ..images.pixels import clamp_
 from ..images.views import draw_crop, resample
 from ..models.teacher import Teacher
 from ..recipe.plan import SynthesisJob
 from ..recipe.synthesis import SynthesisRecipe, SynthesisView
-from ..runtime.checkpoint import Checkpoint, State, optimizer_state, part, prefixed, restore_optimizer
-from ..runtime.memory import told_in_one_line
-from .objective import Objective, Precision, Statistics
-
-CHECK_EVERY = 10
-"""Steps between looks at the losses; each look waits for the device, and finds the exact step that went wrong."""
+from .objective import Objective, Precision, Terms
 
 
 @dataclass(frozen=True, eq=False)
-class JobResult:
-    """A finished job.
+class Step:
+    """A job after one step; valid until the next one is asked for.
 
     Attributes:
-        images_uint8: (B, C, H, W).
-        history: One dict each `CHECK_EVERY` steps: `step`, `ce`, `bn`, `grad` (largest size of a pixel's gradient), `lr`,
-            `densification` where it is on, and `verifier_top1` where it was asked.
-        logit_top1: Share of the final 8-bit images that the logit teacher puts in their class.
-        verifier_top1: The same of the held-out verifier, or `None` without one.
-        precision: Of the passes that made it.
+        number: Steps done, 1 to `job.iterations`.
+        pixels: The images, (B, C, H, W) float32 in the reference normalization; live, the next step changes them.
+        terms: Of the loss of this step. They stay on the device: reading one waits for it.
+        lr: Learning rate of this step.
+        state: Gives a copy of everything that the next step depends on, as tensors by name; `synthesize` goes on from it.
     """
 
-    images_uint8: Tensor
-    history: list[dict[str, float]]
-    logit_top1: float
-    verifier_top1: float | None
-    precision: Precision
-
-
-class Progress:
-    """A job between two steps: everything that the next step depends on.
-
-    Args:
-        job: Its seed and length.
-        settings: The optimiser.
-        initial: (B, C, H, W) in the reference normalisation; not changed.
-    """
-
-    def __init__(self, job: SynthesisJob, settings: SynthesisRecipe, initial: Tensor) -> None:
-        self.images = initial.detach().clone().contiguous(memory_format=torch.channels_last).requires_grad_()
-        self.optimizer = torch.optim.Adam([self.images], lr=settings.lr, betas=settings.betas)
-        self.generator = torch.Generator().manual_seed(job.seed)
-        self.step = 0
-        self.history: list[dict[str, float]] = []
-        self.losses: list[Tensor] = []
-        self.averages: dict[str, Tensor] = {}
-
-    def state(self, objective: Objective | None = None) -> State:
-        """For a checkpoint; with the moving averages of the objective, where it has any."""
-        optimizer = optimizer_state(self.optimizer)
-        losses = torch.stack(self.losses) if self.losses else torch.empty(0, 3)
-        tensors = {"images": self.images, "generator": self.generator.get_state(), "losses": losses}
-        tensors |= prefixed("averages", objective.state() if objective is not None else {})
-        notes = {"step": self.step, "history": self.history, "optimizer": optimizer.notes}
-        return State(tensors | prefixed("optimizer", optimizer.tensors), notes)
-
-    def restore(self, state: State) -> None:
-        """Go on from what `state` gave."""
-        self.images.data.copy_(state.tensors["images"])
-        self.generator.set_state(state.tensors["generator"])
-        self.losses = list(state.tensors["losses"].to(self.images.device))
-        self.averages = part("averages", state.tensors)
-        self.step, self.history = state.notes["step"], list(state.notes["history"])
-        restore_optimizer(self.optimizer, State(part("optimizer", state.tensors), state.notes["optimizer"]))
+    number: int
+    pixels: Tensor
+    terms: Terms
+    lr: float
+    state: Callable[[], dict[str, Tensor]]
 
 
 def synthesize(
@@ -90,97 +48,55 @@ def synthesize(
     initial: Tensor,
     teachers: Mapping[str, Teacher],
     *,
-    verifier: Teacher | None = None,
-    on_check: Callable[[dict[str, float]], None] | None = None,
-    checkpoint: Checkpoint | None = None,
     precision: Precision = "float32",
-    statistics: Mapping[str, Statistics] | None = None,
-) -> JobResult:
-    """Optimise the images of one job.
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> Generator[Step, None, None]:
+    """Optimize the images of one job, and yield after each step; a job without iterations yields nothing.
 
     Args:
         job: Who teaches, for how long, with which seed.
-        settings: The objective and the optimiser.
-        initial: (B, C, H, W) in the reference normalisation, on the device to compute on; not changed.
+        settings: The objective and the optimizer.
+        initial: (B, C, H, W) in the reference normalization, on the device to compute on; not changed.
         teachers: Logit teacher and BN pool by name, on that device.
-        verifier: Asked each `verify_every` steps and at the end; never in the loss.
-        on_check: Called with each new entry of the history.
-        checkpoint: Where the job's state is kept now and then, and where it goes on if there is one.
         precision: `bf16` runs the teachers under autocast.
-        statistics: What each teacher's convolutions see on real data, from `gather_statistics`; for `settings.conv`.
-
-    Raises:
-        NotFiniteError: A loss, gradient or pixel is NaN or infinite (names job and step; its state is in the checkpoint).
-        DeviceMemoryError: The batch does not fit.
-        StoppedError: Somebody asked the program to stop.
+        statistics: Of each BN teacher, from `gather_statistics`; for `settings.conv`.
+        state: From `Step.state`: goes on after that step, to the same bytes as without a stop (on the CPU).
 
     Example:
-        >>> result = synthesize(job, recipe.synthesis, initial, teachers)
-        >>> result.images_uint8.dtype
-        torch.uint8
+        >>> for step in synthesize(job, recipe.synthesis, initial, teachers):
+        ...     print(step.number, float(step.terms.ce), float(step.terms.bn))
+        >>> images_uint8 = to_uint8(step.pixels)
     """
     labels = torch.tensor(job.classes, device=initial.device)
-    now = Progress(job, settings, initial)
-    if checkpoint is not None and (saved := checkpoint.load()) is not None:
-        now.restore(saved)
-    with _enough_memory(job):
-        with Objective.of(job.teachers, settings, teachers, precision, now.generator, statistics) as objective:
-            objective.begin(initial, now.averages)
-            while now.step < job.iterations:
-                lr = _one_step(now, job, settings, objective, labels)
-                if now.step % CHECK_EVERY == 0 or now.step == job.iterations:
-                    now.history.append(_look(now, job, settings, lr, verifier, labels, checkpoint, objective))
-                    if on_check is not None:
-                        on_check(now.history[-1])
-                if checkpoint is not None:
-                    checkpoint.tick(lambda: now.state(objective))
-        final = to_uint8(now.images.detach())
-        logit_top1 = _top1(teachers[job.teachers.logit], final, labels)
-        verifier_top1 = None if verifier is None else _top1(verifier, final, labels)
-    return JobResult(final.cpu().contiguous(), now.history, logit_top1, verifier_top1, precision)
+    pixels = initial.detach().clone().contiguous(memory_format=torch.channels_last).requires_grad_()
+    adam = torch.optim.Adam([pixels], lr=settings.lr, betas=settings.betas)
+    generator = torch.Generator().manual_seed(job.seed)
+    with Objective(
+        job.teachers, settings, teachers, precision=precision, generator=generator, statistics=statistics
+    ) as objective:
+        if settings.bn_reduction == "balanced":
+            objective.balance(initial)
+        done = 0 if state is None else _restore(state, pixels, adam, generator, objective)
+        for iteration in range(done, job.iterations):
+            adam.param_groups[0]["lr"] = lr = learning_rate(settings, iteration, job.iterations)
+            view = draw_view(pixels, settings.view, generator, progress=iteration / max(job.iterations - 1, 1))
+            leaf = view.detach().requires_grad_()
+            terms = objective.backward(leaf, labels, job.bn_teachers(iteration), logit=job.logit_teacher(iteration))
+            adam.zero_grad(set_to_none=True)
+            view.backward(leaf.grad)
+            adam.step()
+            if settings.clamp:
+                clamp_(pixels.data)
+            number = iteration + 1
+            yield Step(number, pixels.detach(), terms, lr, partial(_state, number, pixels, adam, generator, objective))
 
 
-def _one_step(now: Progress, job: SynthesisJob, settings: SynthesisRecipe, objective: Objective, labels: Tensor) -> float:
-    """One Adam step on the pixels; the learning rate that it used."""
-    lr = _set_lr(now.optimizer, settings, now.step, job.iterations)
-    view = draw_view(now.images, settings.view, now.generator, progress=now.step / max(job.iterations - 1, 1))
-    leaf = view.detach().requires_grad_()
-    terms = objective.backward(leaf, labels, job.bn_teachers(now.step), logit=job.logit_teacher(now.step))
-    assert leaf.grad is not None
-    now.optimizer.zero_grad(set_to_none=True)
-    view.backward(leaf.grad)
-    now.optimizer.step()
-    if settings.clamp:
-        clamp_(now.images.data)
-    extra = () if terms.densification is None else (terms.densification,)
-    now.losses.append(torch.stack((terms.ce, terms.bn, torch.linalg.vector_norm(leaf.grad, ord=torch.inf), *extra)))
-    now.step += 1
-    return lr
-
-
-def _look(
-    now: Progress,
-    job: SynthesisJob,
-    settings: SynthesisRecipe,
-    lr: float,
-    verifier: Teacher | None,
-    labels: Tensor,
-    checkpoint: Checkpoint | None,
-    objective: Objective,
-) -> dict[str, float]:
-    """A new entry of the history, after a look at the last steps: the one place that waits for the device."""
-    try:
-        entry = _check(now, job) | {"lr": lr}
-    except NotFiniteError:
-        if checkpoint is not None:
-            checkpoint.save(now.state(objective))
-        raise
-    now.losses = []
-    last_look = int(now.history[-1]["step"]) if now.history else 0
-    due = now.step // settings.verify_every > last_look // settings.verify_every
-    if verifier is not None and (due or now.step == job.iterations):
-        entry["verifier_top1"] = _top1(verifier, to_uint8(now.images.detach()), labels)
-    return entry
+def learning_rate(settings: SynthesisRecipe, iteration: int, iterations: int) -> float:
+    """The learning rate of one iteration, counted from 0."""
+    if settings.lr_schedule == "constant":
+        return settings.lr
+    return settings.lr * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * iteration / iterations, dtype=torch.float64))))
 
 
 def draw_view(images: Tensor, view: SynthesisView, generator: torch.Generator, *, progress: float = 1.0) -> Tensor:
@@ -210,39 +126,24 @@ def crop_range(view: SynthesisView, progress: float) -> tuple[float, float]:
     return low, high
 
 
-def _enough_memory(job: SynthesisJob) -> AbstractContextManager[None]:
-    return told_in_one_line(
-        f"job {job.id}: a batch of {len(job.classes)} images and teachers {', '.join(job.teachers.synthesis_names)}",
-        "The batch is part of the method and is not shrunk: lower synthesis.batch_size in the recipe, or use a device with "
-        "more memory",
-    )
+def _state(
+    number: int, pixels: Tensor, adam: torch.optim.Adam, generator: torch.Generator, objective: Objective
+) -> dict[str, Tensor]:
+    """Everything that the next step depends on, copied."""
+    tensors = {"step": torch.tensor(number), "pixels": pixels.detach().clone(), "generator": generator.get_state()}
+    tensors |= {f"adam/{key}": value.clone() for key, value in adam.state[pixels].items()}
+    return tensors | objective.state()
 
 
-def _set_lr(optimizer: torch.optim.Optimizer, settings: SynthesisRecipe, step: int, steps: int) -> float:
-    factor = 1.0
-    if settings.lr_schedule == "cosine":
-        factor = 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / steps, dtype=torch.float64))))
-    for group in optimizer.param_groups:
-        group["lr"] = settings.lr * factor
-    return settings.lr * factor
-
-
-def _check(now: Progress, job: SynthesisJob) -> dict[str, float]:
-    values = torch.stack(now.losses).cpu().double()
-    bad = (~values.isfinite()).any(1).nonzero().flatten().tolist()
-    advice = "Lower synthesis.lr or synthesis.bn_weight, or keep synthesis.clamp on"
-    if bad:
-        step = now.step - len(now.losses) + bad[0] + 1
-        ce, bn, grad, *_ = values[bad[0]].tolist()
-        raise NotFiniteError(
-            f"job {job.id}, iteration {step}: not finite (ce {ce:g}, bn {bn:g}, largest gradient {grad:g}). {advice}"
-        )
-    if not bool(now.images.isfinite().all()):
-        raise NotFiniteError(f"job {job.id}, iteration {now.step}: a pixel is not finite. {advice}")
-    ce, bn, grad, *extra = values[-1].tolist()
-    return {"step": now.step, "ce": ce, "bn": bn, "grad": grad} | dict(zip(("densification",), extra, strict=False))
-
-
-@torch.no_grad()
-def _top1(teacher: Teacher, images_uint8: Tensor, labels: Tensor) -> float:
-    return float((teacher.logits(to_reference(images_uint8)).argmax(1) == labels).float().mean())
+def _restore(
+    state: Mapping[str, Tensor], pixels: Tensor, adam: torch.optim.Adam, generator: torch.Generator, objective: Objective
+) -> int:
+    """Go on from what `_state` gave; the number of steps done."""
+    pixels.data.copy_(state["pixels"])
+    generator.set_state(state["generator"])
+    moments = {key.removeprefix("adam/"): value for key, value in state.items() if key.startswith("adam/")}
+    for key, value in moments.items():
+        # In the memory layout of the pixels: another one may round differently in the last bit.
+        adam.state[pixels][key] = torch.empty_like(pixels).copy_(value) if value.shape == pixels.shape else value.clone()
+    objective.restore(state)
+    return int(state["step"])

@@ -28,6 +28,8 @@ from ..recipe.schema import Recipe
 from ..runtime.store import Artifact, digest, is_finished, read_proof
 
 SETS = (DISTILLED, RANDOM_REAL)
+STATE = 2
+"""Format of a job's state in its checkpoint; one of another format is not used."""
 SQUEEZED, TIMES = "squeezed.json", "times.json"
 
 
@@ -95,7 +97,7 @@ class Artifacts:
         """The state of a job that is not finished; one of another precision is no start for it."""
         suffix = "" if precision == "float32" else f".{precision}"
         path = self.folder / "jobs" / f"job-{job.id:05d}.checkpoint{suffix}.safetensors"
-        return Artifact(path, f"{self._synthesis_key}/{job.id}/{precision}")
+        return Artifact(path, f"{self._synthesis_key}/{job.id}/{precision}/{STATE}")
 
     def failed(self, job: SynthesisJob) -> Artifact:
         """The state of a job whose numbers went bad."""

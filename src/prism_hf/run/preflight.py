@@ -10,9 +10,9 @@ from pathlib import Path
 import timm
 
 from ..errors import OutputError, RecipeError, StageError, TeacherError
-from ..images.source import local_folder, real_rows
-from ..method.alignment import BNAlignment
-from ..method.start_images import check_candidates
+from ..images.source import local_folder
+from ..method.alignment import Alignment
+from ..method.start_images import check_candidates, real_rows
 from ..models.build import check_network
 from ..models.features import classifier_of
 from ..models.squeeze import check_batch
@@ -49,12 +49,12 @@ def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
     check_architectures(recipe)
     loaded = run.teachers(_not_squeezed(recipe))
     for name in set(loaded) & set(recipe.bn_candidates):
-        BNAlignment(loaded[name].model, name=name)
+        Alignment(loaded[name].model, name=name)
     check_verifier(recipe, loaded)
     check_batch(recipe, run.data)
     if recipe.synthesis.init != "noise":
         real_rows(run.data, recipe.synthesis.ipc, seed=recipe.seed)
-    check_candidates(recipe, run.data)
+    check_candidates(run.data, recipe.synthesis)
     if not fresh:
         check_inputs(run.work / INPUTS, _inputs_of(run))
 
@@ -185,7 +185,7 @@ def check_architectures(recipe: Recipe) -> None:
             raise TeacherError(f"teacher {name!r}: timm knows no such architecture; timm.list_models() lists all")
         network = check_network(architecture, num_classes=recipe.data.num_classes, channels=3, size=recipe.data.size)
         if name in recipe.bn_candidates:
-            BNAlignment(network, name=name)
+            Alignment(network, name=name)
         if name == (recipe.teachers.verifier or recipe.teachers.logit) and classifier_of(network) is None:
             raise TeacherError(
                 f"teacher {name!r} has no linear classifier, so its features cannot measure similarity; "

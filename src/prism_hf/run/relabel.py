@@ -19,8 +19,8 @@ from ..dataset.writer import ImageRows, image_tables, view_tables, write_parquet
 from ..errors import DataError, StageError
 from ..evaluation.report import LABELS
 from ..images.pixels import decode, encode, to_reference
-from ..images.source import real_rows
 from ..method.relabel import ask_teachers, relabel_batches
+from ..method.start_images import real_rows
 from ..recipe.plan import SynthesisJob, batch_ranges, plan_jobs
 from ..runtime.memory import told_in_one_line
 from ..runtime.share import Progress, unfinished

@@ -9,19 +9,22 @@ from pathlib import Path
 from torch import Tensor
 
 from ..images.source import ImageSplit
-from ..method.statistics import BATCH_SIZE, gather_statistics
+from ..method.statistics import BATCH_SIZE, gather_statistics, shuffled_batches
 from ..models.teacher import Teacher
 from ..runtime.lock import holder_of, holder_text, is_held, locked
+from ..runtime.memory import told_in_one_line
 from ..runtime.store import Artifact, clear_drafts, digest
 from ..runtime.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
 FOLDER = "statistics"
+SEED = 0
+"""Of the order in which batches are drawn from the real images."""
 
 
-def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: int, seed: int) -> dict[str, Tensor]:
-    """What `gather_statistics` gives for a split of real images, kept below `root / "statistics"` for the next time.
+def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: int) -> dict[str, Tensor]:
+    """Return what `gather_statistics` gives for all images of a split, kept below `root / "statistics"`.
 
     Another process that gathers the same is waited for, so all get the same bits. A file that is damaged, or was made from
     something else, is set aside with a log line and made again.
@@ -31,7 +34,11 @@ def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: i
         split: The real images.
         root: Where teachers and what belongs to them are kept.
         patch: See `patch_statistics`.
-        seed: Of the order of the rows.
+
+    Raises:
+        TeacherError: The network runs no convolution.
+        DeviceMemoryError: A batch does not fit.
+        StoppedError: Somebody asked the program to stop.
     """
     facts = {
         "architecture": teacher.architecture,
@@ -41,7 +48,7 @@ def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: i
         "count": len(split),
         "image_shape": [split.channels, split.size, split.size],
         "patch": patch,
-        "seed": seed,
+        "seed": SEED,
         "batch_size": BATCH_SIZE,
     }
     key = digest(facts)
@@ -53,7 +60,10 @@ def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: i
         clear_drafts(folder)
         if not file.is_whole():
             log.info("teacher %s: statistics of convolutions over %d real images", teacher.name, len(split))
-            write_tensors(file, gather_statistics(teacher, split.images, len(split), patch=patch, seed=seed), facts)
+            batch = f"a batch of {min(BATCH_SIZE, len(split))} real images for statistics of convolutions"
+            with told_in_one_line(f"teacher {teacher.name!r}: {batch}", "Use a device with more memory"):
+                averages = gather_statistics(teacher, shuffled_batches(split.images, len(split), seed=SEED), patch=patch)
+            write_tensors(file, averages, facts)
         # Copies: what was read is mapped from the file, and would change with it.
         return {name: value.clone() for name, value in read_tensors(file.path).items()}
 

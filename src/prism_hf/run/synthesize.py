@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import NotFiniteError, SynthesisError
 from ..hub.figures import grid
 from ..images.pixels import noise, to_reference
-from ..images.source import real_rows
-from ..method.start_images import SCORED, start_images
-from ..method.synthesis import CHECK_EVERY, JobResult
-from ..method.synthesis import synthesize as optimize
+from ..method.start_images import SCORED, real_rows, start_images
 from ..recipe.plan import SynthesisJob, plan_jobs
 from ..runtime.checkpoint import Checkpoint
 from ..runtime.share import Progress
 from ..runtime.tensors import open_rows, write_rows, write_tensors
 from .artifacts import read_failed
 from .context import Run
+from .optimize import CHECK_EVERY, JobResult, optimize
 from .statistics import real_statistics
 from .trackers import log_pictures
 
-Statistics = Mapping[str, Mapping[str, Tensor]]
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What all jobs need of the real images.
+
+    Attributes:
+        rows: Row in the training split of each start image, (K * ipc,), class-major; `None` for other inits.
+        statistics: Of the convolutions of every BN teacher, where the recipe matches them.
+    """
+
+    rows: np.ndarray | None
+    statistics: Mapping[str, Mapping[str, Tensor]]
 
 
 def synthesize(run: Run) -> None:
@@ -33,18 +44,18 @@ def synthesize(run: Run) -> None:
     Raises:
         SynthesisError: Some failed, and a partial dataset was not asked for.
     """
-    jobs = plan_jobs(run.recipe)
-    statistics: dict[str, Mapping[str, Tensor]] = {}
+    prepared = Prepared(None, {})
 
     def prepare(missing: list[SynthesisJob]) -> None:
+        nonlocal prepared
         tell_what_is_left(run, missing)
-        statistics.update(make_ready(run))
+        prepared = prepare_jobs(run)
 
     run.share(
         "synthesize",
-        jobs,
+        plan_jobs(run.recipe),
         is_done=partial(is_finished, run),
-        do=lambda job, progress: one_job(run, job, statistics, progress),
+        do=lambda job, progress: one_job(run, job, prepared, progress),
         prepare=prepare,
         unit="job",
         name=lambda job: f"job {job.id}",
@@ -71,24 +82,25 @@ def tell_what_is_left(run: Run, missing: Sequence[SynthesisJob]) -> None:
     )
 
 
-def make_ready(run: Run) -> Statistics:
+def prepare_jobs(run: Run) -> Prepared:
     """Make what needs a pass over the real images: start images that a teacher chooses, statistics of convolutions.
 
     The first process makes it, the others find it.
     """
-    conv, files = run.recipe.synthesis.conv, run.artifacts
+    synthesis, files = run.recipe.synthesis, run.artifacts
+    rows, statistics = None, {}
     with run.accelerator.main_process_first():
-        if run.recipe.synthesis.init in SCORED and not files.start.is_whole():
+        if synthesis.init in SCORED and not files.start.is_whole():
             name = run.recipe.teachers.logit
-            images = start_images(run.recipe, run.data, run.teachers([name])[name], device=run.accelerator.device)
+            images = start_images(run.data, run.teachers([name])[name], synthesis, seed=run.recipe.seed)
             write_rows(files.start, [images.numpy()], tuple(images.shape), "uint8")
-        if conv is None:
-            return {}
-        teachers = run.teachers(run.recipe.teachers.bn_candidates)
-        return {
-            name: real_statistics(teacher, run.data.train, root=run.teachers_root, patch=conv.patch, seed=0)
-            for name, teacher in teachers.items()
-        }
+        elif synthesis.init in ("real_index", "real_random"):
+            rows = real_rows(run.data, synthesis.ipc, seed=run.recipe.seed, by_index=synthesis.init == "real_index")
+        if synthesis.conv is not None:
+            for name, teacher in run.teachers(run.recipe.teachers.bn_candidates).items():
+                root, patch = run.teachers_root, synthesis.conv.patch
+                statistics[name] = real_statistics(teacher, run.data.train, root=root, patch=patch)
+    return Prepared(rows, statistics)
 
 
 def tell_failed(run: Run) -> None:
@@ -110,7 +122,7 @@ def tell_failed(run: Run) -> None:
         )
 
 
-def one_job(run: Run, job: SynthesisJob, statistics: Statistics, progress: Progress) -> None:
+def one_job(run: Run, job: SynthesisJob, prepared: Prepared, progress: Progress) -> None:
     """Optimize one job and keep its images."""
     before = progress.count  # trackers want steps that rise from job to job
     done = 0
@@ -124,7 +136,7 @@ def one_job(run: Run, job: SynthesisJob, statistics: Statistics, progress: Progr
         values = {f"synthesis/{key}": value for key, value in entry.items() if key != "step"}
         run.accelerator.log(values | {"synthesis/job": job.id}, step=before + done)
 
-    result = result_of(run, job, statistics, on_check)
+    result = result_of(run, job, prepared, on_check)
     if result is None:
         return
     log_pictures(run.accelerator, "synthesis/images", grid(result.images_uint8, 1), step=before + done)
@@ -140,10 +152,10 @@ def one_job(run: Run, job: SynthesisJob, statistics: Statistics, progress: Progr
 
 
 def result_of(
-    run: Run, job: SynthesisJob, statistics: Statistics, on_check: Callable[[dict[str, float]], None]
+    run: Run, job: SynthesisJob, prepared: Prepared, on_check: Callable[[dict[str, float]], None]
 ) -> JobResult | None:
     """Optimize one job; once more in float32 if its numbers went bad in less; `None` if they are bad in that too."""
-    initial = initial_images(run, job).to(run.accelerator.device)
+    initial = initial_images(run, job, prepared.rows).to(run.accelerator.device)
     for precision in dict.fromkeys((run.precision, "float32")):
         checkpoint = Checkpoint(run.artifacts.checkpoint(job, precision), run.checkpoint_s)
         try:
@@ -156,7 +168,7 @@ def result_of(
                 on_check=on_check,
                 checkpoint=checkpoint,
                 precision=precision,
-                statistics=statistics,
+                statistics=prepared.statistics,
             )
         except NotFiniteError as error:
             again = "; once more in float32" if precision != "float32" else "; the job is marked as failed"
@@ -170,14 +182,13 @@ def result_of(
     return None
 
 
-def initial_images(run: Run, job: SynthesisJob) -> Tensor:
-    """What a job starts from, (B, C, S, S) in the reference normalization."""
+def initial_images(run: Run, job: SynthesisJob, chosen: np.ndarray | None) -> Tensor:
+    """What a job starts from, (B, C, S, S) in the reference normalization; `chosen` are rows of the training split."""
     data, synthesis = run.recipe.data, run.recipe.synthesis
     if synthesis.init == "noise":
         generator = torch.Generator().manual_seed(job.seed + 1)
         return noise((len(job.classes), data.channels, data.size, data.size), generator)
-    rows = [c * synthesis.ipc + s for c, s in zip(job.classes, job.slots, strict=True)]
-    if synthesis.init in SCORED:
+    rows = [label * synthesis.ipc + slot for label, slot in zip(job.classes, job.slots, strict=True)]
+    if chosen is None:
         return to_reference(open_rows(run.artifacts.start.path)[rows])
-    chosen = real_rows(run.data, synthesis.ipc, seed=run.recipe.seed, by_index=synthesis.init == "real_index")
     return to_reference(run.data.train.images(chosen[rows]))

@@ -1,0 +1,42 @@
+"""`method/` reads like the paper: it knows the science alone, and docs/method.md has one section per file."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import prism_hf.method
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path for path in (ROOT / "src/prism_hf/method").glob("*.py") if path.name != "__init__.py")
+MACHINERY = {
+    "os", "io", "json", "time", "pathlib", "shutil", "tempfile", "logging", "threading", "signal", "multiprocessing",
+    "subprocess", "socket", "urllib", "accelerate", "datasets", "huggingface_hub", "safetensors", "filelock", "tqdm",
+}  # fmt: skip
+OURS = {"errors", "images", "method", "models", "recipe", "runtime.seeds"}
+
+
+def imported(path):
+    """Modules that a file names: those of others by their first part, ours as `package` or `runtime.module`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name.split(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            package, _, module = ("method" if node.level == 1 else node.module).partition(".")
+            yield f"ours:{package}.{module}" if package == "runtime" else f"ours:{package}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_method_knows_no_files_locks_checkpoints_progress_signals_or_network(path):
+    names = set(imported(path))
+    assert not names & MACHINERY
+    assert {name.removeprefix("ours:") for name in names if name.startswith("ours:")} <= OURS
+
+
+def test_the_document_has_a_section_per_file_and_the_package_lists_them_in_its_order():
+    headings = re.findall(r"^## .*: `(\w+)\.py`$", (ROOT / "docs/method.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(headings) == [path.stem for path in FILES]
+    assert re.findall(r"^(\w+) {2,}\S", prism_hf.method.__doc__, re.MULTILINE) == headings

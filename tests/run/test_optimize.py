@@ -1,0 +1,276 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+from conftest import make_teacher
+from job_starts import DENSE, TWO_SLOTS, first_job, start
+from pipeline import mtimes
+from slow_statistics import gathered
+
+from prism_hf.errors import NotFiniteError, StoppedError, SynthesisError
+from prism_hf.images.pixels import reference_mean_std, to_uint8
+from prism_hf.method import synthesis
+from prism_hf.method.objective import Objective
+from prism_hf.run.optimize import CHECK_EVERY, optimize
+from prism_hf.runtime import stop as interruption
+from prism_hf.runtime.checkpoint import Checkpoint
+
+
+def run_one(recipe, teachers, initial=None, **more):
+    job, settings, noise = first_job(recipe)
+    return optimize(job, settings, noise if initial is None else initial, teachers, **more)
+
+
+@pytest.fixture(scope="module")
+def teachers(tiny_teachers, tiny_verifier):
+    return {**tiny_teachers, "verifier": tiny_verifier}
+
+
+def test_no_iterations_ship_the_start_images_as_they_are(tiny_recipe, teachers, tiny_verifier):
+    made = tiny_recipe({"synthesis.iterations": 0, "synthesis.init": "real_random", "teachers.bn_pool": []})
+    initial = start(made)[:, 0].clone()
+    result = run_one(made, teachers, initial, verifier=tiny_verifier)
+    assert torch.equal(result.images_uint8, to_uint8(initial))
+    assert result.history == []
+    assert 0 <= result.logit_top1 <= 1
+    assert 0 <= result.verifier_top1 <= 1
+
+
+def test_densification_stands_in_the_history(tiny_recipe, teachers):
+    (entry,) = run_one(tiny_recipe(TWO_SLOTS | DENSE), teachers).history
+    assert list(entry) == ["step", "ce", "bn", "grad", "densification", "lr"]
+    assert entry["densification"] > 0
+
+
+def test_history_names_its_terms(tiny_recipe, teachers):
+    seen = []
+    made = tiny_recipe({"synthesis.iterations": CHECK_EVERY + 3})
+    result = run_one(made, teachers, on_check=seen.append)
+    assert result.history == seen
+    assert [entry["step"] for entry in seen] == [CHECK_EVERY, CHECK_EVERY + 3]
+    assert all(set(entry) == {"step", "ce", "bn", "grad", "lr"} for entry in seen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        ({"synthesis.lr": 1e30, "synthesis.clamp": False}, 2),
+        ({"synthesis.lr": 1e30, "synthesis.clamp": False, "synthesis.iterations": 25}, 2),
+        (
+            {
+                "synthesis.bn_weight": 1e38,
+                "synthesis.lr": 1e38,
+                "synthesis.clamp": False,
+                "synthesis.iterations": 3,
+            },
+            1,  # the loss is finite there, its gradient is not
+        ),
+    ],
+)
+def test_a_loss_that_is_not_finite_names_job_and_iteration(tiny_recipe, teachers, changes, step):
+    with pytest.raises(SynthesisError, match=rf"job 0, iteration {step}: not finite \(ce .*Lower synthesis.lr"):
+        run_one(tiny_recipe(changes), teachers)
+
+
+def test_a_broken_initial_image_is_found_at_once(tiny_recipe, teachers):
+    made = tiny_recipe({"synthesis.iterations": 12})
+    job, settings, initial = first_job(made, 1)
+    initial[1, 0, 3, 3] = float("nan")
+    with pytest.raises(SynthesisError, match=r"job 1, iteration 1: not finite \(ce nan"):
+        optimize(job, settings, initial, teachers)
+
+
+def test_a_loss_that_breaks_late_names_the_exact_iteration(tiny_recipe, teachers):
+    broken = dataclasses.replace(teachers["test_resnet"], model=copy.deepcopy(teachers["test_resnet"].model))
+    calls = []
+
+    def poison(_module, _inputs, output):
+        calls.append(1)
+        return output * float("nan") if len(calls) == 14 else output
+
+    broken.model.register_forward_hook(poison)
+    made = tiny_recipe({"synthesis.iterations": 30, "teachers.bn_pool": []})
+    with pytest.raises(SynthesisError, match="job 0, iteration 14"):
+        run_one(made, {"test_resnet": broken})
+    assert len(calls) == 20  # found at the next look, not at the end
+
+
+def test_out_of_memory_says_that_the_batch_is_not_shrunk(tiny_recipe, teachers):
+    full = dataclasses.replace(teachers["test_resnet"], model=copy.deepcopy(teachers["test_resnet"].model))
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    full.model.register_forward_pre_hook(fail)
+    with pytest.raises(
+        SynthesisError,
+        match="job 0: a batch of 3 images and teachers test_resnet: out of memory.*lower synthesis.batch_size",
+    ):
+        run_one(tiny_recipe({"teachers.bn_pool": []}), {"test_resnet": full})
+
+
+def test_verifier_is_logged_and_changes_no_byte(tiny_recipe, teachers, tiny_verifier):
+    made = tiny_recipe({"synthesis.iterations": 20, "synthesis.verify_every": 10})
+    with_, without = run_one(made, teachers, verifier=tiny_verifier), run_one(made, teachers)
+    assert torch.equal(with_.images_uint8, without.images_uint8)
+    assert [{k: v for k, v in e.items() if k != "verifier_top1"} for e in with_.history] == without.history
+    assert all("verifier_top1" in entry for entry in with_.history)
+    assert with_.history[-1]["verifier_top1"] == with_.verifier_top1
+    assert without.verifier_top1 is None
+
+
+@pytest.mark.parametrize(("every", "steps"), [(10, [10, 20, 30]), (15, [20, 30]), (25, [30]), (30, [30]), (1000, [30])])
+def test_verify_every_says_when_the_verifier_is_asked(tiny_recipe, teachers, tiny_verifier, every, steps):
+    made = tiny_recipe({"synthesis.iterations": 30, "synthesis.verify_every": every, "teachers.bn_pool": []})
+    history = run_one(made, teachers, verifier=tiny_verifier).history
+    # 15 and 25 fall between looks at the losses: asked at the first look after; and always at the end.
+    assert [e["step"] for e in history if "verifier_top1" in e] == steps
+
+
+def test_a_short_run_keeps_to_verify_every(tiny_recipe, teachers, tiny_verifier):
+    changes = {"synthesis.verify_every": 100, "teachers.bn_pool": []}
+    asked = []
+    for iterations in (5, 15):
+        made = tiny_recipe(changes | {"synthesis.iterations": iterations})
+        asked.append("verifier_top1" in run_one(made, teachers, verifier=tiny_verifier).history[-1])
+    assert asked[0] == asked[1]
+
+
+def test_shipped_pixels_are_the_optimized_ones(tiny_recipe, teachers):
+    # With a learning rate of almost nothing the image stays, so what ships is the rounded start.
+    made = tiny_recipe({"synthesis.lr": 1e-9})
+    initial = start(made)[:, 0].clamp(-1.5, 1.5)
+    mean, std = reference_mean_std(3)
+    expected = ((initial * std + mean) * 255).round().to(torch.uint8)
+    difference = run_one(made, teachers, initial).images_uint8.int() - expected.int()
+    assert int(difference.abs().max()) <= 1
+    assert int((difference != 0).sum()) <= 2
+
+
+def test_result_is_shaped_like_the_input_which_is_left_alone(tiny_recipe, teachers):
+    initial = start(tiny_recipe())[:, 0].contiguous()
+    before = initial.clone()
+    result = run_one(tiny_recipe(), teachers, initial)
+    assert torch.equal(initial, before)
+    assert not initial.requires_grad
+    assert result.images_uint8.shape == initial.shape
+    assert result.images_uint8.dtype == torch.uint8
+    assert result.images_uint8.is_contiguous()
+    assert 0 <= result.logit_top1 <= 1
+    assert result.verifier_top1 is None
+
+
+def test_a_pixel_that_is_not_finite_is_found_though_the_losses_are(tiny_recipe, teachers):
+    changes = {"synthesis.lr": 1e38, "synthesis.bn_weight": 1e4, "synthesis.clamp": False, "synthesis.iterations": 1}
+    with pytest.raises(NotFiniteError, match="job 0, iteration 1: a pixel is not finite. Lower synthesis.lr"):
+        run_one(tiny_recipe(changes), teachers)
+
+
+def test_the_logit_teacher_scores_the_shipped_images(tiny_recipe, teachers):
+    recipe, order = tiny_recipe({"teachers.bn_pool": []}), []
+    handle = teachers["test_resnet"].model.register_forward_hook(lambda _m, _i, output: order.append(output))
+    try:
+        result = run_one(recipe, teachers)
+    finally:
+        handle.remove()
+    assert len(order) == recipe.synthesis.iterations + 1
+    assert result.logit_top1 == float((order[-1].argmax(1) == torch.arange(3)).float().mean())
+
+
+# -- going on from a checkpoint ----------------------------------------------------------------------------------------
+
+STEPS = 12
+KINDS = {
+    "drawn teachers": {},
+    "G-VBSM": {
+        "teachers.selection": "cycle", "teachers.extras": 3, "synthesis.batch_order": "within_class",
+        "synthesis.momentum": 0.4, "synthesis.conv": {"patch": 8, "drop": 0.3}, "synthesis.densification": {"size": 8},
+    },
+}  # fmt: skip
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def job_of(tiny_recipe, changes):
+    changes = {"synthesis.iterations": STEPS, "teachers.draw_probability": 0.5, "synthesis.verify_every": 5, **changes}
+    return first_job(tiny_recipe(changes))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_job_killed_at_any_step_goes_on_to_the_same_bytes(
+    tiny_recipe, tiny_teachers, tiny_verifier, tiny_images, tmp_path, monkeypatch, kind
+):
+    work, more = job_of(tiny_recipe, KINDS[kind]), {"verifier": tiny_verifier}
+    if work[1].conv:
+        more["statistics"] = {name: gathered(teacher, tiny_images) for name, teacher in tiny_teachers.items()}
+    plain = optimize(*work, tiny_teachers, **more)
+    # With drawn teachers at every step; else around a look at the losses, and where each teacher has had its turn.
+    for step in range(STEPS) if kind == "drawn teachers" else (1, 4, 9, 10):
+        kept, left = Checkpoint(tmp_path / str(step), "key", 0), [step]
+
+        def backward(*args, left=left, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return Objective.backward(*args, **kwargs)
+
+        killing = type("Killing", (Objective,), {"backward": backward})
+        with monkeypatch.context() as patched:
+            patched.setattr(synthesis, "Objective", killing)
+            with pytest.raises(Killed):
+                optimize(*work, tiny_teachers, **more, checkpoint=kept)
+        found = kept.load()
+        assert (found.notes["step"] if found else 0) == step
+        again = optimize(*work, tiny_teachers, **more, checkpoint=kept)
+        assert torch.equal(again.images_uint8, plain.images_uint8)
+        assert again.history == plain.history
+        assert (again.logit_top1, again.verifier_top1) == (plain.logit_top1, plain.verifier_top1)
+
+
+def test_a_job_that_is_asked_to_stop_goes_on_to_the_same_bytes(tiny_recipe, tiny_teachers, tmp_path):
+    work = job_of(tiny_recipe, {})
+    plain = optimize(*work, tiny_teachers)
+    kept = Checkpoint(tmp_path / "c", "key")
+    handle = tiny_teachers["test_resnet"].model.register_forward_pre_hook(lambda *_: interruption._wanted.set())
+    try:
+        with pytest.raises(StoppedError):
+            optimize(*work, tiny_teachers, checkpoint=kept)
+    finally:
+        handle.remove()
+        interruption._wanted.clear()
+    assert kept.load().notes["step"] == 1
+    assert torch.equal(optimize(*work, tiny_teachers, checkpoint=kept).images_uint8, plain.images_uint8)
+
+
+def test_a_finished_job_computes_no_step_again(tiny_recipe, tiny_teachers, tmp_path):
+    work, kept, calls = job_of(tiny_recipe, {}), Checkpoint(tmp_path / "c", "key", 0), []
+    plain = optimize(*work, tiny_teachers, checkpoint=kept)
+    before = mtimes(tmp_path)
+    handle = tiny_teachers["test_resnet"].model.register_forward_pre_hook(lambda *_: calls.append(1))
+    again = optimize(*work, tiny_teachers, checkpoint=kept)
+    handle.remove()
+    assert calls == [1], "only the final score"
+    assert torch.equal(again.images_uint8, plain.images_uint8)
+    assert mtimes(tmp_path) == before
+
+
+def test_a_job_that_goes_bad_leaves_its_state(tiny_recipe, tmp_path):
+    teacher = make_teacher("test_resnet")
+    calls = []
+
+    def poison(_module, _inputs, output):
+        calls.append(1)
+        return output * float("nan") if len(calls) == 3 else output
+
+    teacher.model.register_forward_hook(poison)
+    job, settings, initial = job_of(tiny_recipe, {"teachers.bn_pool": []})
+    kept = Checkpoint(tmp_path / "c", "key")
+    with pytest.raises(NotFiniteError, match="iteration 3"):
+        optimize(job, settings, initial, {"test_resnet": teacher}, checkpoint=kept)
+    found = kept.load()
+    assert found.notes["step"] == 10
+    assert {"pixels", "generator", "losses", "adam/exp_avg"} <= set(found.tensors)
+    assert not found.tensors["pixels"].isfinite().all()
