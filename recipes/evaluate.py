@@ -103,7 +103,7 @@ def score_all(
     path: Path,
 ) -> None:
     """Train the students, write the report to `path`, print the table."""
-    from prism_hf.dataset.writer import versions
+    from prism_hf.dataset.provenance import versions
     from prism_hf.evaluation.report import summary
     from prism_hf.evaluation.students import Keep
     from prism_hf.models.folder import scored_on, source_facts

@@ -25,6 +25,7 @@ from ..images.source import ImageSplit
 from ..images.views import draw_views, resample
 from ..method.soft_labels import class_shares, soft_label_loss
 from ..models.build import build_network, seeded
+from ..models.facts import DistilledFacts, ScoredOn, SourceFacts, StudentFacts
 from ..models.folder import store_network
 from ..models.training import Batches, ShuffledBatches, fit
 from ..recipe.plan import batch_ranges
@@ -281,8 +282,8 @@ class Keep:
     """
 
     folder: Path
-    source: Mapping[str, object]
-    tested_on: Mapping[str, object]
+    source: SourceFacts
+    tested_on: ScoredOn
     dataset_id: str | None = None
 
 
@@ -308,42 +309,45 @@ def keep_student(
         test_count: On how many images.
     """
     _, channels, _, size = distilled.images_uint8.shape
-    facts = _student_facts(distilled, settings, keep) | {"seed": seed, "test_top1": top1, "test_count": test_count}
+    facts = _student_facts(distilled, settings, keep, seed=seed, top1=top1, test_count=test_count)
     try:
         store_network(
             student,
             keep.folder,
+            facts,
             architecture=settings.student,
             size=size,
             channels=channels,
             class_names=distilled.class_names,
-            licence=str(keep.source["licence"]),
-            facts=facts,
-            facts_name="student",
+            licence=keep.source.licence,
             replace=True,  # one that is there belongs to a score that is gone, or to other seeds
         )
     except RecipeError as error:
         log.info("student not kept: %s", error)
 
 
-def _student_facts(distilled: DistilledDataset, settings: EvaluationRecipe, keep: Keep) -> dict[str, object]:
-    """student.json beside the result. No hardware and no times: the same recipe gives the same bytes."""
+def _student_facts(
+    distilled: DistilledDataset, settings: EvaluationRecipe, keep: Keep, *, seed: int, top1: float, test_count: int
+) -> StudentFacts:
     recipe = distilled.recipe
     elsewhere = ("student", "seeds", "epochs", "full_data_epochs") + (() if settings.label_epochs else ("label_epochs",))
-    return {
-        "kind": "student",
-        "architecture": settings.student,
-        "labels": KEPT.labels,
-        "epochs": settings.epochs or distilled.num_epochs,
-        "channels": distilled.images_uint8.shape[1],
-        "dataset": {
-            "name": recipe.name if recipe else None,
-            "content": distilled.content,
-            "images": len(distilled.labels),
-            "hub_id": keep.dataset_id,
-        },
-        "source": dict(keep.source),
-        "test": dict(keep.tested_on),
-        "recipe_fingerprint": recipe.fingerprint() if recipe else None,
-        "settings": {key: value for key, value in asdict(settings).items() if key not in elsewhere},
-    }
+    return StudentFacts(
+        kind="student",
+        architecture=settings.student,
+        labels=KEPT.labels,
+        epochs=settings.epochs or distilled.num_epochs,
+        channels=distilled.images_uint8.shape[1],
+        dataset=DistilledFacts(
+            name=recipe.name if recipe else None,
+            content=distilled.content,
+            images=len(distilled.labels),
+            hub_id=keep.dataset_id,
+        ),
+        source=keep.source,
+        test=keep.tested_on,
+        recipe_fingerprint=recipe.fingerprint() if recipe else None,
+        settings={key: value for key, value in asdict(settings).items() if key not in elsewhere},
+        seed=seed,
+        test_top1=top1,
+        test_count=test_count,
+    )

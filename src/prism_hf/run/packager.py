@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dataset.provenance import FileEntry, read_provenance, versions, write_provenance
 from ..dataset.verify import check_folder
-from ..dataset.writer import build_dataset, versions, write_provenance
-from ..errors import DamagedError, StageError
+from ..dataset.writer import build_dataset
+from ..errors import DamagedError, DataError, StageError
 from ..hub.dataset_card import card_facts, render_card, render_control_card
 from ..hub.figures import MAX_CLASSES, MAX_SLOTS, draw_grid, grid
 from ..recipe.plan import SynthesisJob, plan_jobs
@@ -187,9 +188,9 @@ def partial_facts(session: Session, jobs: Sequence[SynthesisJob]) -> dict[str, o
     return {"images": count, "of": session.recipe.num_images, "failed_jobs": failed}
 
 
-def _tables(folder: Path) -> dict[str, object] | None:
+def _tables(folder: Path) -> dict[str, FileEntry] | None:
     """What provenance.json of a folder vouches for; `None` if it says nothing."""
     try:
-        return dict(json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return read_provenance(folder / "provenance.json").files
+    except DataError:
         return None

@@ -15,7 +15,7 @@ from ..method.alignment import BNAlignment
 from ..method.start_images import SCORED, check_candidates, start_images
 from ..models.build import check_network
 from ..models.load import load_teachers
-from ..models.squeeze import check_batch, is_squeezed, read_squeezed, teacher_folder, weights_of
+from ..models.squeeze import check_batch, is_squeezed, read_squeezed, teacher_folder
 from ..models.teacher import Teacher, check_teacher
 from ..recipe.plan import STAGES
 from ..recipe.yaml_file import public_recipe
@@ -161,7 +161,7 @@ class Session:
         """SHA-256 of a squeezed teacher's weights, as it was stored; `None` for others."""
         if name not in self.recipe.squeezed_teachers:
             return None
-        return weights_of(teacher_folder(name, self.recipe, self.run.teachers_root))
+        return read_squeezed(teacher_folder(name, self.recipe, self.run.teachers_root)).weights_sha256
 
     @cached_property
     def work(self) -> Work:
@@ -176,12 +176,12 @@ class Session:
         if name not in self.recipe.squeezed_teachers:
             return True
         folder = teacher_folder(name, self.recipe, self.run.teachers_root)
-        return not is_squeezed(folder) or weights_of(folder) is None
+        return not is_squeezed(folder) or read_squeezed(folder).weights_sha256 is None
 
     def squeezed_top1(self) -> dict[str, float]:
         """Score of each squeezed teacher on the test part, in [0, 1]."""
         result = {}
         for name in self.recipe.squeezed_teachers:
-            report = read_squeezed(teacher_folder(name, self.recipe, self.run.teachers_root), self.data)
-            result[name] = float(report["test_top1"])  # type: ignore[arg-type]
+            facts = read_squeezed(teacher_folder(name, self.recipe, self.run.teachers_root), self.data)
+            result[name] = facts.test_top1
         return result

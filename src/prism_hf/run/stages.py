@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from ..dataset.provenance import versions
 from ..dataset.reader import load_distilled
-from ..dataset.writer import versions
 from ..errors import DamagedError, DataError, StageError
 from ..evaluation.report import LABELS, NO_CONTROL, Evaluation
 from ..evaluation.students import Keep

@@ -1,0 +1,69 @@
+"""Facts: a JSON file of ours as one typed class, which is its only reader and its only writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from .store import write_json
+
+
+class Facts(BaseModel):
+    """The content of a JSON file that prism-hf wrote, and that anybody may have changed since.
+
+    The keys that a class names are checked. Other keys are kept: a later version may have written them. What was not said
+    when the facts were made, or does not stand in the file, is not written either.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+    @classmethod
+    def parse(cls, data: bytes, name: str) -> Self:
+        """The facts in the bytes of a file.
+
+        Raises:
+            ValueError: One line that begins with `name`, and says what is missing or wrong.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise ValueError(f"{name} {_in_words(error.errors()[0])}") from error
+
+    @classmethod
+    def read(cls, path: Path, name: str | None = None) -> Self:
+        """The facts in a file, which messages call `name` or by its path.
+
+        Raises:
+            ValueError: One line: the file is missing, cannot be read, or says something else.
+        """
+        name = name or str(path)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise ValueError(f"{name} is missing") from error
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read ({error.strerror or error})") from error
+        return cls.parse(data, name)
+
+    def plain(self) -> dict[str, Any]:
+        """Plain JSON values, in the order of the file."""
+        return self.model_dump(exclude_unset=True)
+
+    def write(self, path: Path) -> None:
+        """Write the file."""
+        write_json(path, self.plain())
+
+
+def _in_words(problem: ErrorDetails) -> str:
+    """What is wrong with a file, to follow its name."""
+    key = repr(".".join(map(str, problem["loc"])))[:120]
+    if problem["type"] == "json_invalid":
+        return f"cannot be read ({problem['msg'][:120]})"
+    if problem["type"] == "missing":
+        return f"has no {key}; it is not what prism-hf wrote"
+    if not problem["loc"]:
+        return f"holds no JSON object: {problem['msg']}"
+    return f"has {repr(problem['input'])[:80]} as {key}: {problem['msg']}"
