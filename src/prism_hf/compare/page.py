@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 from ..evaluation.report import difference, markdown_table, top1_text, verdict
-from ..hub.dataset_card import escape, fence_for
+from ..hub.card import escape, fence_for
 from ..hub.figures import MAX_CLASSES
 from ..runtime.units import size_text
 from ..runtime.untrusted import visible

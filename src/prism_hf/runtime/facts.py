@@ -63,7 +63,7 @@ def _in_words(problem: ErrorDetails) -> str:
     if problem["type"] == "json_invalid":
         return f"cannot be read ({problem['msg'][:120]})"
     if problem["type"] == "missing":
-        return f"has no {key}; it is not what prism-hf wrote"
+        return f"has no {key}"
     if not problem["loc"]:
         return f"holds no JSON object: {problem['msg']}"
     return f"has {repr(problem['input'])[:80]} as {key}: {problem['msg']}"
