@@ -22,6 +22,7 @@ from prism_hf.method import soft_labels
 from prism_hf.method.relabel import label_images, relabel_epoch
 from prism_hf.method.soft_labels import class_shares, soft_label_loss
 from prism_hf.models.build import build_network
+from prism_hf.models.facts import ScoredOn, SourceFacts
 from prism_hf.recipe.plan import batch_ranges
 from prism_hf.run.scores import Contest
 from prism_hf.runtime.checkpoint import Checkpoint
@@ -542,8 +543,8 @@ def test_full_data_epochs_and_seeds_decide_the_tasks(tiny_recipe, toy, split, ep
 def keep(tiny_recipe, toy, folder, changes=None):
     settings = settings_of(tiny_recipe, changes)
     student = build_network(settings.student, num_classes=3, channels=3).eval()
-    source = {"id": "org/real", "on_hub": True, "revision": "abc", "licence": "mit"}
-    place = Keep(folder / "student", source, {"id": "org/real", "split": "val"}, dataset_id="org/set")
+    source = SourceFacts(id="org/real", on_hub=True, revision="abc", licence="mit")
+    place = Keep(folder / "student", source, ScoredOn(id="org/real", split="val"), dataset_id="org/set")
     keep_student(student, toy, settings, place, seed=5, top1=0.25, test_count=450)
 
 

@@ -63,7 +63,7 @@ class Bundle:
 
     Attributes:
         kind: Of the repo.
-        name: What it is a version of: the recipe, or the kind of network and what it learned from.
+        name: What it is a version of, the title of its facts.
         files: Path in the repo -> file, README.md aside.
         readme: (repo id, branch or `None`) -> the generated card.
         owned_keys: Keys of the card's header that are ours alone.

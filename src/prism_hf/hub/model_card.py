@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import HubError
-from ..models.facts import NetworkConfig, ScoredOn, SourceFacts, StudentFacts, TeacherFacts, read_facts
+from ..models.facts import NetworkConfig, StudentFacts, TeacherFacts, read_facts
 from .card import checked_header, escape, escape_all, license_keys, render, slug, with_header
 
 MODEL_METADATA_KEYS = (
@@ -72,13 +72,12 @@ def _of_student(facts: StudentFacts, dataset_id: str | None) -> dict[str, Any]:
 
 def _of_teacher(facts: TeacherFacts, config: NetworkConfig) -> dict[str, Any]:
     """What the card tells of a teacher; those of earlier versions name their data alone."""
-    settings, licence = facts.settings, config.pretrained_cfg.license
-    source = facts.source or SourceFacts(id=facts.data, on_hub=False, revision=None, licence=licence)
-    test = facts.test or ScoredOn(id=facts.data, split=None)
-    return facts.model_dump() | {
+    told, settings = facts.model_dump(), facts.settings
+    source = {"id": settings.data, "on_hub": False, "revision": None, "licence": config.pretrained_cfg.license}
+    return told | {
         "architecture": facts.architecture or config.architecture,
-        "source": source.model_dump(),
-        "test": test.model_dump(),
+        "source": told["source"] or source,
+        "test": told["test"] or {"id": settings.data, "split": None},
         "seed": settings.seed,
         "epochs": settings.epochs,
         "dataset_id": None,

@@ -14,14 +14,7 @@ Triple = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
 class SourceFacts(Facts):
-    """The real data that something was made from.
-
-    Attributes:
-        id: Hub id or name; of a local folder the last part of its path alone.
-        on_hub: Whether it is a data set on the Hub.
-        revision: Its commit, if it has one.
-        licence: License or terms, as the recipe says.
-    """
+    """The real data that something was made from; `id` is a Hub id or a name, and of a local path its last part."""
 
     id: str
     on_hub: bool
@@ -30,14 +23,14 @@ class SourceFacts(Facts):
 
 
 class ScoredOn(Facts):
-    """The real images that a network was scored on: a data set, as in `SourceFacts`, and what part of it."""
+    """The real images that a network was scored on: their source, and which part of it."""
 
     id: str
     split: str | None
 
 
 class SqueezeSettings(Facts):
-    """How a teacher was trained; `data` is its source, all that earlier versions say of it."""
+    """How a teacher was trained, and on what."""
 
     seed: int
     data: str
@@ -46,7 +39,7 @@ class SqueezeSettings(Facts):
 
 
 class TeacherFacts(Facts):
-    """squeeze.json. Earlier versions did not write what may be `None`; the score is a share of the test images."""
+    """squeeze.json; earlier versions did not write what may be `None`."""
 
     FILE: ClassVar[str] = "squeeze.json"
 
@@ -66,14 +59,9 @@ class TeacherFacts(Facts):
     wall_time_s: float
 
     @property
-    def data(self) -> str:
-        """Name of the data that it was trained on."""
-        return self.source.id if self.source else self.settings.data
-
-    @property
     def title(self) -> str:
         """What a repo with this file holds a version of."""
-        return f"{self.teacher} of {self.data}"
+        return f"{self.teacher} of {self.source.id if self.source else self.settings.data}"
 
 
 class DistilledFacts(Facts):
@@ -111,7 +99,7 @@ class StudentFacts(Facts):
 
 
 class InputConfig(Facts):
-    """What config.json says of the pixels, and under which license the weights are."""
+    """What config.json says of a network's input, and of the license of its weights."""
 
     input_size: Annotated[list[int], Field(min_length=3, max_length=3)]
     mean: Triple
@@ -120,7 +108,7 @@ class InputConfig(Facts):
 
 
 class NetworkConfig(Facts):
-    """config.json, as far as a card tells it; timm writes it."""
+    """config.json, which timm writes, as far as a card tells it."""
 
     architecture: str
     label_names: list[str]
@@ -133,8 +121,7 @@ def read_facts(folder: Path) -> TeacherFacts | StudentFacts:
     Raises:
         ValueError: One line: there are none, or not all of them.
     """
-    if (folder / TeacherFacts.FILE).is_file():
-        return TeacherFacts.read(folder / TeacherFacts.FILE)
-    if (folder / StudentFacts.FILE).is_file():
-        return StudentFacts.read(folder / StudentFacts.FILE)
+    for kind in (TeacherFacts, StudentFacts):
+        if (folder / kind.FILE).is_file():
+            return kind.read(folder / kind.FILE)
     raise ValueError(f"{str(folder)!r} has no {TeacherFacts.FILE} and no {StudentFacts.FILE}: its network is unknown")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
 
 from .store import write_json
 
@@ -14,7 +13,7 @@ from .store import write_json
 class Facts(BaseModel):
     """The content of a JSON file that prism-hf wrote, and that anybody may have changed since.
 
-    The keys that a class names are checked. Other keys are kept: a later version may have written them. What was not said
+    Keys that a class names are checked; others are kept, since a later version may have written them. What was not said
     when the facts were made, or does not stand in the file, is not written either.
     """
 
@@ -30,23 +29,22 @@ class Facts(BaseModel):
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
-            raise ValueError(f"{name} {_in_words(error.errors()[0])}") from error
+            problem = error.errors()[0]
+        key, value = repr(".".join(map(str, problem["loc"])))[:120], repr(problem["input"])[:80]
+        if problem["type"] == "missing":
+            raise ValueError(f"{name} has no {key}")
+        if not problem["loc"]:
+            raise ValueError(f"{name} cannot be read ({problem['msg'][:120]})")
+        raise ValueError(f"{name} has {value} as {key}: {problem['msg']}")
 
     @classmethod
     def read(cls, path: Path, name: str | None = None) -> Self:
-        """The facts in a file, which messages call `name` or by its path.
-
-        Raises:
-            ValueError: One line: the file is missing, cannot be read, or says something else.
-        """
-        name = name or str(path)
+        """The facts in a file, which messages call `name` or by its path; see `parse`."""
         try:
             data = path.read_bytes()
-        except FileNotFoundError as error:
-            raise ValueError(f"{name} is missing") from error
         except OSError as error:
-            raise ValueError(f"{name} cannot be read ({error.strerror or error})") from error
-        return cls.parse(data, name)
+            raise ValueError(f"{name or path} cannot be read ({error.strerror or error})") from error
+        return cls.parse(data, name or str(path))
 
     def plain(self) -> dict[str, Any]:
         """Plain JSON values, in the order of the file."""
@@ -55,15 +53,3 @@ class Facts(BaseModel):
     def write(self, path: Path) -> None:
         """Write the file."""
         write_json(path, self.plain())
-
-
-def _in_words(problem: ErrorDetails) -> str:
-    """What is wrong with a file, to follow its name."""
-    key = repr(".".join(map(str, problem["loc"])))[:120]
-    if problem["type"] == "json_invalid":
-        return f"cannot be read ({problem['msg'][:120]})"
-    if problem["type"] == "missing":
-        return f"has no {key}"
-    if not problem["loc"]:
-        return f"holds no JSON object: {problem['msg']}"
-    return f"has {repr(problem['input'])[:80]} as {key}: {problem['msg']}"
