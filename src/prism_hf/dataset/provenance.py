@@ -91,11 +91,7 @@ class Provenance(Facts):
 
 
 def read_provenance(path: Path) -> Provenance:
-    """What a dataset says of itself.
-
-    Raises:
-        DataError: The file is missing, or not what prism-hf packaged; one line.
-    """
+    """What a dataset says of itself; a `DataError` if the file is missing, or not what prism-hf packaged."""
     try:
         return Provenance.read(path)
     except ValueError as error:

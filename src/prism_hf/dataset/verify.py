@@ -33,13 +33,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Verification:
-    """What a check found.
-
-    Attributes:
-        files: Files compared with provenance.json.
-        rows: Config -> rows in its tables.
-        differences: One line each; empty if the dataset is what was packaged.
-    """
+    """How many files were compared, the rows of each config, and the differences from what was packaged, one line each."""
 
     files: int
     rows: Mapping[str, int]
@@ -57,10 +51,10 @@ def check_folder(folder: Path) -> Verification:
         provenance = Provenance.read(folder / Provenance.FILE, Provenance.FILE)
     except ValueError as error:
         return Verification(0, {}, (str(error),))
-    if provenance.format_version != FORMAT_VERSION:
-        version = f"format version {provenance.format_version!r}, but this program knows {FORMAT_VERSION}"
-        return Verification(0, {}, (f"{Provenance.FILE}: {version}",))
-    files = provenance.files
+    version, files = provenance.format_version, provenance.files
+    if version != FORMAT_VERSION:
+        line = f"{Provenance.FILE}: format version {version}, but this program knows {FORMAT_VERSION}"
+        return Verification(0, {}, (line,))
     strange = {name: reason for name in files if (reason := _strange(folder, name))}
     tables = {name: _footer(folder / name) for name in files if name.endswith(".parquet") and name not in strange}
     rows = {
@@ -133,21 +127,17 @@ def _card_differences(folder: Path, tables: Mapping[str, pq.FileMetaData | None]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         yield f"README.md: no readable `configs` and `dataset_info` ({type(error).__name__})"
         return
+    kinds = {name: datasets.Features.from_arrow_schema(f.schema.to_arrow_schema()) for name, f in tables.items() if f}
     for config, sub in TABLES.items():
         count, features = stated[config]
         if paths.get(config) != [{"split": "train", "path": f"{sub}/train-*"}]:
             yield f"README.md: config {config!r} is missing, or does not point to {sub}/train-*"
         if count != rows[config]:
             yield f"README.md: config {config!r} is said to have {count} rows, the tables have {rows[config]}"
-        for name, footer in tables.items():
-            if footer and name.startswith(f"{sub}/") and _features(footer) != features:
-                yield f"README.md: config {config!r} is said to have other columns or types than {name}"
+        for name in (name for name, kind in kinds.items() if name.startswith(f"{sub}/") and kind != features):
+            yield f"README.md: config {config!r} is said to have other columns or types than {name}"
     if not rows["default"] or rows[VIEWS] % rows["default"]:
         yield f"{rows[VIEWS]} views of {rows['default']} images; expected whole epochs"
-
-
-def _features(footer: pq.FileMetaData) -> datasets.Features:
-    return datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema())
 
 
 def verify(source: str | Path, *, revision: str | None = None, pauses: Sequence[float] = SHORT) -> Verification:

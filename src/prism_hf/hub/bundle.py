@@ -12,7 +12,7 @@ from typing import Literal
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import sha
 
-from ..dataset.provenance import Provenance
+from ..dataset.provenance import Provenance, read_provenance
 from ..dataset.verify import check_folder
 from ..errors import HubError
 from ..models.facts import StudentFacts, TeacherFacts, read_facts
@@ -107,13 +107,11 @@ def _bundle_of(folder: Path, dataset_id: str | None) -> Bundle:
 
 def _dataset(folder: Path) -> Bundle:
     held = _own(folder, Provenance.FILE).read_bytes()
-    try:
-        provenance, differences = Provenance.parse(held, Provenance.FILE), check_folder(folder).differences
-    except ValueError as error:
-        raise HubError(f"{str(folder)!r} is not what was packaged: {error}; run --stage package again") from error
+    differences = check_folder(folder).differences
     if differences:
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
         raise HubError(f"{str(folder)!r} is not what was packaged: {differences[0]}{more}; run --stage package again")
+    provenance = read_provenance(folder / Provenance.FILE)
     card = _own(folder, "README.md").read_text(encoding="utf-8")
     listed = [*provenance.files, Provenance.FILE, *(path for path in _PICTURES if (folder / path).is_file())]
     files = {path: _entry(folder, path) for path in listed}
@@ -179,14 +177,9 @@ def name_in(label: str, content: bytes) -> str | None:
 
 
 def stale(bundle: Bundle, paths: Collection[str]) -> list[str]:
-    """Files of an older version that have no place in this one.
+    """Those files of a repo that have no place in the new version; what others put beside ours stays.
 
-    All that the card's `configs:` would mix in, pictures of ours, and the facts of another kind of network; what others put
-    beside them stays.
-
-    Args:
-        bundle: The new version.
-        paths: What the repo holds.
+    All that the card's `configs:` would mix in, pictures of ours, and the facts of another kind of network.
     """
     gone = [path for path in sorted(paths) if path not in bundle.files]
     if bundle.kind == "model":

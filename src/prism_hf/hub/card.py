@@ -26,11 +26,7 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 
 
 def render(template: str, values: Mapping[str, object]) -> str:
-    """The body of a card.
-
-    Raises:
-        jinja2.UndefinedError: The template names a value that is not there.
-    """
+    """The body of a card; a value that the template names and that is not there is a `jinja2.UndefinedError`."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters["or_dash"] = lambda value: "-" if value is None else value
     text = files("prism_hf.hub").joinpath(f"templates/{template}").read_text(encoding="utf-8")
@@ -38,11 +34,7 @@ def render(template: str, values: Mapping[str, object]) -> str:
 
 
 def checked_header(values: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
-    """The values of a header that are known, as plain values in the order of the allow-list.
-
-    Raises:
-        ValueError: A key is not in the allow-list.
-    """
+    """The values of a header that are known, in the order of the allow-list; a key outside is a `ValueError`."""
     extra = set(values) - set(allowed)
     if extra:
         raise ValueError(f"metadata keys {sorted(extra)} are not in the allow-list")

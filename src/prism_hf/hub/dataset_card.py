@@ -108,14 +108,7 @@ def render_control_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
 
 
 def address_card(text: str, name: str, repo_id: str, revision: str | None = None) -> str:
-    """The card with the place where it will stand, instead of `ORG/NAME`.
-
-    Args:
-        text: From `render_card`.
-        name: Of the recipe.
-        repo_id: Hub id of the dataset.
-        revision: Branch, unless it is the main one: the lines that load the data then name it.
-    """
+    """The card of the recipe `name` with the repo where it will stand, and the branch unless it is the main one."""
     # Only in the first piece of code: a class may be called anything, in the header too.
     before, title, rest = text.partition("\n## Load and train\n")
     code, fence, after = rest.partition("\n```\n")

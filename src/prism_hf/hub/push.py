@@ -87,12 +87,9 @@ def check_target(target: Target, name: str, *, pauses: Sequence[float] = SHORT) 
     Checks the name, the token and its right to write, and that the repo is new, empty or holds an older version of `name`.
 
     Args:
-        target: Where; a name without namespace becomes one of the user's.
+        target: Where; a name without namespace becomes one of the user's in what is returned.
         name: Of what will be published, `Bundle.name`.
         pauses: Seconds between tries of what can pass.
-
-    Returns:
-        The target with its full name.
 
     Raises:
         HubError: One line on what is wrong and how to put it right.

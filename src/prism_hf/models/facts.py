@@ -116,11 +116,7 @@ class NetworkConfig(Facts):
 
 
 def read_facts(folder: Path) -> TeacherFacts | StudentFacts:
-    """The facts of the network in a model folder.
-
-    Raises:
-        ValueError: One line: there are none, or not all of them.
-    """
+    """The facts of the network in a model folder; a `ValueError` of one line if there are none, or not all of them."""
     for kind in (TeacherFacts, StudentFacts):
         if (folder / kind.FILE).is_file():
             return kind.read(folder / kind.FILE)

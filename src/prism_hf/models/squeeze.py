@@ -92,11 +92,7 @@ def check_squeezed(folder: Path) -> None:
 
 
 def check_batch(recipe: Recipe, data: SourceData) -> None:
-    """Fail before any training if there are fewer images than one batch.
-
-    Raises:
-        TeacherError: Says both numbers.
-    """
+    """Fail before any training if there are fewer images than one batch: a `TeacherError` with both numbers."""
     size, count = recipe.squeeze.batch_size, len(data.train)
     if recipe.squeezed_teachers and count < size:
         raise TeacherError(f"squeeze.batch_size is {size}, but there are {count} training images; lower it")
