@@ -6,7 +6,7 @@ import os
 import platform
 from pathlib import Path
 
-from prism_hf.dataset.writer import versions
+from prism_hf.dataset.provenance import versions
 
 
 def cpu() -> str:

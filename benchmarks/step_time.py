@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prism_hf.dataset.writer import versions
+from prism_hf.dataset.provenance import versions
 from prism_hf.method.objective import Objective
 from prism_hf.models.teacher import Teacher
 from prism_hf.recipe.schema import TeachersRecipe

@@ -6,9 +6,7 @@ import yaml
 
 from prism_hf.evaluation.diversity import Diversity
 from prism_hf.evaluation.report import Evaluation, Score, SetFacts
-from prism_hf.hub.dataset_card import (
-    render_card,
-)
+from prism_hf.hub.dataset_card import render_card
 
 # markdown-it-py is there wherever huggingface-hub is (through typer and rich).
 from markdown_it import MarkdownIt  # isort: skip

@@ -170,7 +170,7 @@ def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", 
 
 def add_card(folder, recipe, names, *, teachers=None, report=None, images="distilled"):
     """Provenance and card of a `small_set`, so that plain `datasets` finds both configs."""
-    from prism_hf.dataset.writer import write_provenance
+    from prism_hf.dataset.provenance import write_provenance
     from prism_hf.hub.dataset_card import card_facts, render_card
 
     write_provenance(

@@ -8,15 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pipeline import PYTHON, add_card, quiet_env, save_timm, sha_tree, small_set
+from pipeline import PYTHON, add_card, quiet_env, sha_tree, small_set
 
 from prism_hf.dataset.reader import load_distilled
 from prism_hf.dataset.format import image_features, view_features
-from prism_hf.dataset.writer import data_files, write_provenance
 from prism_hf.hub.dataset_card import REPLAY
 from prism_hf.images.pixels import decode
-from prism_hf.models.load import load_teachers
-from prism_hf.recipe.yaml_file import load_recipe, public_recipe
 
 NAMES = ["ant", "bee", "cat", "dog"]
 
@@ -204,82 +201,6 @@ def test_the_lines_of_the_card_load_and_train(tmp_path):
     assert outside["loss"].isfinite()
     # To its end: leaving a stream early can abort the interpreter at exit (datasets#7357).
     assert sum(row["image_index"] < 100 for row in outside["views"]) == 300
-
-
-# -- provenance -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def described(tmp_path_factory):
-    root = tmp_path_factory.mktemp("secret-home")
-    folder, teacher_folder = root / "set", save_timm(root / "teacher", classes=4, names=NAMES)
-    recipe, names, *_ = small_set(folder, names=NAMES)
-    source = f"data.source={root / 'private' / 'flowers'}"
-    (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
-    path = root / "recipe.yaml"
-    path.write_text((folder / "recipe.yaml").read_text())
-    name = f"local-dir:{teacher_folder}"
-    recipe = public_recipe(load_recipe(path, [source, f"teachers.logit={name}", f"relabel.teachers=['{name}']"]))
-    teachers = load_teachers([name], device=torch.device("cpu"))
-    assert recipe.teachers.logit == f"local-dir:{teacher_folder.name}"
-    name, teacher = recipe.teachers.logit, teachers[name]
-    teachers = {name: teacher}
-    write_provenance(
-        folder, recipe=recipe, teachers=teachers, source_revision="abc", source_on_hub=True, squeezed_top1={name: 0.5},
-        hardware={"device": "cpu", "threads": 1, "precision": "float32"},
-    )  # fmt: skip
-    return root, folder, recipe, teacher, json.loads((folder / "provenance.json").read_text())
-
-
-def test_provenance_vouches_for_every_file(described):
-    _, folder, *_, provenance = described
-    listed = {name: entry["sha256"] for name, entry in provenance["files"].items()}
-    assert listed == {name: sha for name, sha in sha_tree(folder).items() if name != "provenance.json"}
-    assert all((folder / name).stat().st_size == entry["bytes"] for name, entry in provenance["files"].items())
-    assert set(listed) == {"recipe.yaml", "data/train-00000-of-00001.parquet", "views/train-00000-of-00001.parquet"}
-
-
-def test_provenance_says_who_made_it_from_what(described):
-    *_, recipe, teacher, provenance = described
-    assert provenance["recipe_fingerprint"] == recipe.fingerprint()
-    assert provenance["source"] == {
-        "id": "flowers",
-        "on_hub": True,
-        "revision": "abc",
-        "licence": "CC BY 4.0",
-    }
-    assert provenance["seed"] == 0
-    assert provenance["student_seeds"] == [0, 1, 2]
-    (described_teacher,) = provenance["teachers"]
-    assert described_teacher["weights_sha256"] == teacher.weights_sha256
-    assert described_teacher["roles"] == ["logit", "relabel"]
-    assert described_teacher["test_top1"] == 0.5
-    assert {"python", "torch", "timm", "datasets", "prism-hf"} <= set(provenance["versions"])
-
-
-def test_provenance_holds_no_path_token_or_time(described, monkeypatch):
-    root, folder, recipe, teacher, _ = described
-    monkeypatch.setenv("HF_TOKEN", "hf_secret_token")
-    before = (folder / "provenance.json").read_bytes()
-    write_provenance(
-        folder, recipe=recipe, teachers={recipe.teachers.logit: teacher}, source_revision="abc", source_on_hub=True,
-        squeezed_top1={recipe.teachers.logit: 0.5}, hardware={"device": "cpu", "threads": 1, "precision": "float32"},
-    )  # fmt: skip
-    assert (folder / "provenance.json").read_bytes() == before
-    text = before.decode()
-    assert "hf_secret" not in text
-    assert str(root) not in text, "an absolute path"
-    assert "/home/" not in text
-
-
-def test_pictures_card_and_hidden_files_are_not_vouched_for(tmp_path):
-    for name in ("README.md", "provenance.json", "assets/grid.png", ".cache/x", "data/.draft", "data/a.parquet", "x.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    assert [p.relative_to(tmp_path).as_posix() for p in data_files(tmp_path)] == ["data/a.parquet", "x.txt"]
-
-
-# -- foreign folders --------------------------------------------------------------------------------------------------
 
 
 def test_the_outsider_is_short():

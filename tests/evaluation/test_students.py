@@ -20,6 +20,7 @@ from prism_hf.images.views import apply_views, from_columns
 from prism_hf.method.relabel import label_images, relabel_epoch
 from prism_hf.method.soft_labels import class_shares
 from prism_hf.models.build import build_network
+from prism_hf.models.facts import ScoredOn, SourceFacts
 from prism_hf.recipe.plan import batch_ranges
 from prism_hf.runtime.checkpoint import Checkpoint
 from prism_hf.runtime.store import Artifact
@@ -369,9 +370,9 @@ def test_full_data_epochs_and_seeds_decide_the_tasks(tiny_recipe, toy, split, tm
 def keep(tiny_recipe, toy, folder, changes=None):
     settings = settings_of(tiny_recipe, changes)
     student = build_network(settings.student, num_classes=3, channels=3).eval()
-    source = {"id": "org/real", "on_hub": True, "revision": "abc", "licence": "mit"}
+    source = SourceFacts(id="org/real", on_hub=True, revision="abc", licence="mit")
     keep_student(
-        student, toy, settings, folder / "student", source=source, tested_on={"id": "org/real", "split": "val"},
+        student, toy, settings, folder / "student", source=source, tested_on=ScoredOn(id="org/real", split="val"),
         dataset_id="org/set", seed=5, top1=0.25, test_count=450,
     )  # fmt: skip
 

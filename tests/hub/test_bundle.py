@@ -66,30 +66,40 @@ def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path, path):
         bundle_of(folder)
 
 
+PROVENANCE = {"format_version": 1, "recipe": "x", "teachers": [], "files": {"a": {"sha256": "0" * 64, "bytes": 1}}}
+SOURCE = {"id": "digits", "on_hub": False, "revision": None, "licence": "mit"}
+OLDER_TEACHER = {
+    "teacher": "squeeze:a", "fingerprint": "00ed", "train_content": "7e3f", "test_top1": 0.25, "wall_time_s": 0.7,
+    "settings": {"seed": 0, "data": "numbers", "steps": 5},
+}  # fmt: skip
+STUDENT = {
+    "kind": "student", "architecture": "a", "labels": "soft", "epochs": 4, "channels": 3, "source": SOURCE,
+    "test": {"id": "digits", "split": "test"}, "recipe_fingerprint": "f", "settings": {}, "seed": 3, "test_top1": 0.5,
+    "test_count": 9, "dataset": {"name": "x", "content": "01", "images": 4, "hub_id": None},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("label", "content", "name"),
     [
-        ("provenance.json", b'{"format_version": 1, "files": {"a": 1}, "recipe": "x"}', "x"),
-        ("provenance.json", b'{"format_version": 1, "files": {"a": 1}, "recipe": "x", "images": "distilled"}', "x"),
-        (
-            "provenance.json",
-            b'{"format_version": 1, "files": {"a": 1}, "recipe": "x", "images": "random_real"}',
-            "x (random real images)",
-        ),
-        ("provenance.json", b'{"recipe": "x"}', None),
-        ("provenance.json", b'{"format_version": "1", "files": {"a": 1}, "recipe": "x"}', None),
+        ("provenance.json", PROVENANCE, "x"),
+        ("provenance.json", PROVENANCE | {"images": "distilled"}, "x"),
+        ("provenance.json", PROVENANCE | {"images": "random_real"}, "x (random real images)"),
+        ("provenance.json", PROVENANCE | {"format_version": 2, "later": [1]}, "x"),
+        ("provenance.json", {"recipe": "x"}, None),
+        ("provenance.json", PROVENANCE | {"format_version": "1"}, None),
         ("provenance.json", b"[]", None),
         ("provenance.json", b"\xff", None),
-        ("squeeze.json", b'{"teacher": "squeeze:a", "source": {"id": "digits"}}', "squeeze:a of digits"),
-        ("squeeze.json", b'{"teacher": "squeeze:a", "settings": {"data": "digits"}}', "squeeze:a of digits"),
-        ("squeeze.json", b"{}", None),
-        ("student.json", b'{"architecture": "a", "dataset": {"name": "x"}}', "student a of x"),
-        ("student.json", b'{"architecture": "a"}', None),
+        ("squeeze.json", OLDER_TEACHER | {"source": SOURCE}, "squeeze:a of digits"),
+        ("squeeze.json", OLDER_TEACHER, "squeeze:a of numbers"),
+        ("squeeze.json", {}, None),
+        ("student.json", STUDENT, "student a of x"),
+        ("student.json", {"architecture": "a"}, None),
         ("student.json", b"nonsense", None),
     ],
 )
 def test_what_a_repo_holds(label, content, name):
-    assert name_in(label, content) == name
+    assert name_in(label, content if isinstance(content, bytes) else json.dumps(content).encode()) == name
 
 
 def test_tables_that_would_be_mixed_in_are_stale_and_others_are_not(folder):

@@ -10,12 +10,11 @@ from pipeline import add_card, small_set, tiny
 
 # markdown-it-py is there wherever huggingface-hub is (through typer and rich).
 from cards import HOSTILE, NAMES, TEACHER, evaluation, render, shape, shown, tokens
-from prism_hf.dataset.format import image_features, view_features
+from prism_hf.dataset.writer import image_features, view_features
+from prism_hf.hub.card import checked_header, escape, fence_for
 from prism_hf.hub.dataset_card import (
     METADATA_KEYS,
     card_facts,
-    escape,
-    fence_for,
     metadata,
     method_in_words,
     render_card,
@@ -51,6 +50,12 @@ def test_the_header_is_yaml_from_the_allow_list(packed, facts):
     assert header["license"] == "cc-by-4.0"
     assert "license_name" not in header
     assert header["size_categories"] == ["n<1K"]
+
+
+def test_a_key_outside_the_allow_list_is_an_error_and_an_unknown_value_is_left_out():
+    assert list(checked_header({"b": ("x",), "a": None, "c": 1}, ("a", "b", "c"))) == ["b", "c"]
+    with pytest.raises(ValueError, match="'d'"):
+        checked_header({"d": 1}, ("a",))
 
 
 def test_configs_and_dataset_info_describe_the_tables(packed, facts):

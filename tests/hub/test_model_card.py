@@ -13,6 +13,7 @@ from cards import HOSTILE, shape, shown, tokens
 from prism_hf.errors import HubError
 from prism_hf.hub.model_card import MODEL_METADATA_KEYS, render_model_card
 from prism_hf.models.build import build_network
+from prism_hf.models.facts import StudentFacts, TeacherFacts
 from prism_hf.models.folder import store_network
 
 NAMES = ["ant", "bee", "cat", "dog"]
@@ -24,7 +25,8 @@ STUDENT = {
     "recipe_fingerprint": "f" * 16, "settings": {"lr": 0.01},
 }  # fmt: skip
 TEACHER = {
-    "kind": "teacher", "teacher": "squeeze:test_resnet", "architecture": "test_resnet", "train_count": 1347,
+    "kind": "teacher", "teacher": "squeeze:test_resnet", "architecture": "test_resnet", "train_content": "7e3f",
+    "fingerprint": "00edcd00f8f5", "train_count": 1347,
     "test_count": 450, "channels": 3, "source": SOURCE, "test": {"id": "org/pets", "split": "val"}, "test_top1": 0.5,
     "settings": {"seed": 7, "data": "org/pets", "steps": 100, "epochs": 14}, "wall_time_s": 1.5,
 }  # fmt: skip
@@ -83,12 +85,12 @@ Made with prism-hf.
 """
 
 
-def folder_of(folder, facts, name, names=NAMES, channels=3):
+def folder_of(folder, facts, names=NAMES, channels=3):
     with torch.random.fork_rng(devices=[]):
         network = build_network("test_resnet", num_classes=len(names), channels=channels).eval()
     store_network(
-        network, folder, architecture="test_resnet", size=32, channels=channels, class_names=names,
-        licence="CC BY 4.0", facts=facts, facts_name=name,
+        network, folder, facts, architecture="test_resnet", size=32, channels=channels, class_names=names,
+        licence="CC BY 4.0",
     )  # fmt: skip
     return folder
 
@@ -98,9 +100,9 @@ def made(tmp_path_factory):
     """Real model folders of both kinds."""
     root = tmp_path_factory.mktemp("models")
     return {
-        "student": folder_of(root / "student", STUDENT, "student"),
-        "teacher": folder_of(root / "teacher", TEACHER, "squeeze"),
-        "older": folder_of(root / "older", OLDER_TEACHER, "squeeze"),
+        "student": folder_of(root / "student", StudentFacts(**STUDENT)),
+        "teacher": folder_of(root / "teacher", TeacherFacts(**TEACHER)),
+        "older": folder_of(root / "older", TeacherFacts(**OLDER_TEACHER)),
     }
 
 
@@ -302,8 +304,9 @@ def test_a_missing_score_of_a_teacher_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("value", ["0.9", True, 91.2, -0.1, float("nan"), [0.5]])
 def test_a_score_that_is_no_share_is_one_line(tmp_path, value):
-    with pytest.raises(HubError, match="expected a share between 0 and 1"):
+    with pytest.raises(HubError, match=r"student\.json has .* as 'test_top1'[^:]*: ") as error:
         render(written(tmp_path, student=STUDENT | {"test_top1": value}))
+    one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -311,8 +314,9 @@ def test_a_score_that_is_no_share_is_one_line(tmp_path, value):
 )
 def test_a_config_without_numbers_is_one_line(tmp_path, key, value):
     cfg = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "license": "mit"} | {key: value}
-    with pytest.raises(HubError, match=r"config\.json.*three numbers"):
+    with pytest.raises(HubError, match=rf"config\.json has .* as 'pretrained_cfg\.{key}.*': ") as error:
         render(written(tmp_path, student=STUDENT, pretrained_cfg=cfg))
+    one_line(error)
 
 
 @pytest.mark.parametrize("key", ["architecture", "label_names", "pretrained_cfg", "mean", "license"])
@@ -328,7 +332,7 @@ def test_a_config_without_what_the_card_tells_is_one_line(tmp_path, key):
 
 
 def test_label_names_that_are_no_list_are_one_line(tmp_path):
-    with pytest.raises(HubError, match="label_names is no list"):
+    with pytest.raises(HubError, match="as 'label_names': Input should be a valid array"):
         render(written(tmp_path, student=STUDENT, label_names={"0": "ant"}))
 
 
@@ -352,8 +356,8 @@ def test_an_id_that_is_none_is_one_line(made, given, which):
 # -- hostile text -----------------------------------------------------------------------------------------------------
 
 PLACES = (
-    "class", "architecture", "labels", "seed", "epochs", "test_count", "dataset.name", "dataset.images", "dataset.hub_id",
-    "source.id", "source.revision", "source.licence", "test.id", "test.split",
+    "class", "architecture", "labels", "dataset.name", "dataset.hub_id", "source.id", "source.revision", "source.licence",
+    "test.id", "test.split",
 )  # fmt: skip
 
 
@@ -374,6 +378,15 @@ def test_hostile_text_breaks_neither_header_nor_table_nor_html(tmp_path, place, 
     assert header["license"] == ("other" if place == "source.licence" else "cc-by-4.0")
     assert ("license_name" in header) == (place == "source.licence")
     assert header.get("datasets") == (None if place == "source.id" else ["org/pets"])
+
+
+@pytest.mark.parametrize("place", ["seed", "epochs", "test_count", "channels", "dataset.images", "source.on_hub"])
+def test_text_in_the_place_of_a_number_is_one_line(tmp_path, place):
+    for text in HOSTILE:
+        with pytest.raises(HubError) as error:
+            render(written(tmp_path, student=changed(STUDENT, place, text)))
+        assert place in one_line(error)
+        assert one_line(error).isprintable()
 
 
 def test_on_a_branch_the_lines_that_load_name_it(made):

@@ -12,11 +12,17 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from prism_hf.errors import RecipeError
 from prism_hf.images.pixels import from_pil, to_reference
 from prism_hf.images.source import SourceData
-from prism_hf.models import folder as model_folder
+from prism_hf.models.facts import DistilledFacts, ScoredOn, SourceFacts, StudentFacts
 from prism_hf.models.folder import is_stored, scored_on, source_facts, store_network
 from prism_hf.models.teacher import state_sha256
 
 NAMES, SIZE = ["a|b", "naïve", "<c>", "4"], 24
+FACTS = StudentFacts(
+    architecture="test_resnet", labels="soft", epochs=2, channels=3,
+    dataset=DistilledFacts(name=None, content="0123", images=4, hub_id=None),
+    source=SourceFacts(id="pets", on_hub=False, revision=None, licence="my terms"), test=ScoredOn(id="pets", split="val"),
+    recipe_fingerprint=None, settings={"lr": 0.01}, seed=0, test_top1=0.5, test_count=9,
+)  # fmt: skip
 
 
 def network_of(architecture="test_resnet", channels=3, seed=0):
@@ -30,12 +36,10 @@ def network_of(architecture="test_resnet", channels=3, seed=0):
     return network.eval()
 
 
-def store(folder, network=None, *, architecture="test_resnet", channels=3, **changes):
-    values = {
-        "size": SIZE, "class_names": NAMES, "licence": "my terms", "facts": {"kind": "student"}, "facts_name": "student",
-    } | changes  # fmt: skip
+def store(folder, network=None, *, architecture="test_resnet", channels=3, facts=FACTS, **changes):
+    values = {"size": SIZE, "class_names": NAMES, "licence": "my terms"} | changes
     network = network or network_of(architecture, channels)
-    store_network(network, folder, architecture=architecture, channels=channels, **values)
+    store_network(network, folder, facts, architecture=architecture, channels=channels, **values)
     return network
 
 
@@ -154,12 +158,15 @@ def test_the_same_network_gives_the_same_bytes_and_is_left_as_it_is(tmp_path, ch
     assert str(tmp_path) not in (tmp_path / "one" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("failing", ["save_for_hf", "_repair_config", "write_json", "swap_folder"])
+@pytest.mark.parametrize(
+    "failing",
+    ["models.folder.save_for_hf", "models.folder._repair_config", "runtime.facts.write_json", "models.folder.swap_folder"],
+)
 def test_a_failure_leaves_no_draft_and_no_folder(tmp_path, monkeypatch, failing):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(model_folder, failing, fail)
+    monkeypatch.setattr(f"prism_hf.{failing}", fail)
     with pytest.raises(OSError, match="disk full"):
         store(tmp_path / "n")
     assert not any(tmp_path.iterdir())
@@ -170,10 +177,11 @@ def test_a_finished_folder_is_left_or_replaced_as_a_whole(tmp_path):
     store(folder)
     (folder / "more.txt").write_text("of the first")
     first = sha_tree(folder)
-    store(folder, network_of(seed=1), facts={"seed": 1})
+    other = FACTS.model_copy(update={"seed": 1})
+    store(folder, network_of(seed=1), facts=other)
     assert sha_tree(folder) == first
-    store(folder, network_of(seed=1), facts={"seed": 1}, replace=True)
-    assert json.loads((folder / "student.json").read_text()) == {"seed": 1}
+    store(folder, network_of(seed=1), facts=other, replace=True)
+    assert json.loads((folder / "student.json").read_text()) == other.plain()
     assert sha_tree(folder)["model.safetensors"] != first["model.safetensors"]
     assert "more.txt" not in sha_tree(folder)
     assert [p.name for p in tmp_path.iterdir()] == ["n"]
@@ -182,10 +190,10 @@ def test_a_finished_folder_is_left_or_replaced_as_a_whole(tmp_path):
 @pytest.mark.parametrize("gone", ["config.json", "model.safetensors", "student.json"])
 def test_a_half_written_folder_is_not_finished_and_is_written_again(stored, tmp_path, gone):
     folder = shutil.copytree(stored[1], tmp_path / "n")
-    assert is_stored(folder, "student")
-    assert not is_stored(folder, "squeeze")
+    assert is_stored(folder, "student.json")
+    assert not is_stored(folder, "squeeze.json")
     (folder / gone).unlink()
-    assert not is_stored(folder, "student")
+    assert not is_stored(folder, "student.json")
     store(folder, channels=stored[0])
     assert sha_tree(folder) == sha_tree(stored[1])
 
@@ -196,16 +204,17 @@ def test_a_half_written_folder_is_not_finished_and_is_written_again(stored, tmp_
 def test_facts_of_the_source_name_no_local_path():
     recipe = tiny("data.source=/home/someone/pets", "data.licence=my terms")
     facts = {"id": "pets", "on_hub": False, "revision": None, "licence": "my terms"}
-    assert source_facts(recipe, None) == facts
+    assert source_facts(recipe, None).plain() == facts
     data = SourceData(train=None, test=None, class_names=(), revision="abc", on_hub=True)
-    assert source_facts(recipe, data) == facts | {"on_hub": True, "revision": "abc"}
-    assert source_facts(tiny("data.source=org/name"), data)["id"] == "org/name"
+    assert source_facts(recipe, data).plain() == facts | {"on_hub": True, "revision": "abc"}
+    assert source_facts(tiny("data.source=org/name"), data).id == "org/name"
 
 
 def test_facts_of_the_test_part_tell_a_held_out_share_from_a_test_split():
-    assert scored_on(tiny("data.source=/home/someone/pets", "data.test_split=val")) == {"id": "pets", "split": "val"}
+    tested = scored_on(tiny("data.source=/home/someone/pets", "data.test_split=val"))
+    assert tested.plain() == {"id": "pets", "split": "val"}
     held = scored_on(tiny("data.validation_fraction=0.1", "data.test_split=val"))
-    assert held == {"id": "digits", "split": "train, 0.1 of it held out"}
+    assert held.plain() == {"id": "digits", "split": "train, 0.1 of it held out"}
 
 
 def test_the_config_does_not_claim_weights_of_timms(tmp_path):

@@ -44,7 +44,8 @@ def test_the_folder_says_what_it_was_trained_on(squeezed):
     recipe, folder, report = squeezed
     assert is_squeezed(folder)
     assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name], "no draft is left"
-    assert json.loads((folder / "squeeze.json").read_text()) == report
+    assert json.loads((folder / "squeeze.json").read_text()) == report.plain()
+    report = report.plain()
     assert report["kind"] == "teacher"
     assert report["teacher"] == NAME
     assert report["architecture"] == "test_efficientnet"
@@ -68,18 +69,19 @@ def test_a_local_source_is_named_without_its_path(tmp_path):
     data = load_source(recipe.data)
     private = tiny(*FAST, "data.source=/home/someone/pictures")
     report = squeeze_teacher(NAME, private, data, tmp_path, device=CPU)
-    assert report["source"]["id"] == report["settings"]["data"] == report["test"]["id"] == "pictures"
+    assert report.source.id == report.settings.data == report.test.id == "pictures"
     assert "someone" not in "".join(p.read_text() for p in teacher_folder(NAME, private, tmp_path).glob("*.json"))
 
 
 def test_a_teacher_of_an_older_version_still_teaches(squeezed, tmp_path):
-    recipe, folder, report = squeezed
+    recipe, folder, facts = squeezed
+    report = facts.plain()
     old = Path(shutil.copytree(folder, tmp_path / folder.name))
     kept = ("teacher", "fingerprint", "train_content", "test_top1", "wall_time_s")
     settings = {key: report["settings"][key] for key in ("seed", "data", "steps")}
     older = {key: report[key] for key in kept} | {"settings": settings}
     (old / "squeeze.json").write_text(json.dumps(older))
-    assert train(tmp_path)[2] == older
+    assert train(tmp_path)[2].plain() == older
     assert load_squeezed(NAME, recipe, tmp_path, device=CPU).num_classes == 10
 
 
@@ -109,7 +111,7 @@ def test_the_stored_teacher_scores_what_its_report_says(squeezed):
     teacher, test = load_squeezed(NAME, recipe, folder.parent, device=CPU), load_source(recipe.data).test
     with torch.no_grad():
         guesses = teacher.logits(to_reference(test.images(range(len(test))))).argmax(1)
-    assert float((guesses == torch.from_numpy(test.labels)).double().mean()) == pytest.approx(report["test_top1"])
+    assert float((guesses == torch.from_numpy(test.labels)).double().mean()) == pytest.approx(report.test_top1)
 
 
 def test_a_finished_teacher_is_left_as_it_is(squeezed):
@@ -182,7 +184,7 @@ def test_a_seed_of_their_own_is_shared_by_recipes_of_other_seeds(squeezed, tmp_p
 
 def test_a_seed_of_their_own_is_the_one_that_is_used(tmp_path):
     _, _, report = train(tmp_path / "own", "seed=0", "squeeze.seed=1")
-    assert report["settings"]["seed"] == 1
+    assert report.settings.seed == 1
     assert weights(tmp_path / "own", "seed=0", "squeeze.seed=1") == weights(tmp_path / "recipe", "seed=1")
 
 

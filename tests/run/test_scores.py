@@ -13,6 +13,7 @@ from prism_hf.evaluation.students import KEPT, ROWS, Keep, Row
 from prism_hf.images.pixels import to_reference
 from prism_hf.images.source import load_source
 from prism_hf.images.views import draw_views, from_columns, to_columns
+from prism_hf.models.facts import ScoredOn, SourceFacts
 from prism_hf.models.load import load_teacher
 from prism_hf.recipe.yaml_file import load_recipe
 from prism_hf.run import scores as evaluation
@@ -117,8 +118,8 @@ def test_scores_are_kept_and_not_computed_again(source, tmp_path):
 
 
 def keep_in(folder):
-    source = {"id": "digits", "on_hub": False, "revision": None, "licence": "CC BY 4.0"}
-    return Keep(folder / "student", source, {"id": "digits", "split": "test"}, dataset_id="org/set")
+    source = SourceFacts(id="digits", on_hub=False, revision=None, licence="CC BY 4.0")
+    return Keep(folder / "student", source, ScoredOn(id="digits", split="test"), dataset_id="org/set")
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dataset.provenance import versions
 from ..dataset.reader import DistilledDataset, load_distilled
-from ..dataset.writer import versions
 from ..evaluation.diversity import intra_class_similarity
 from ..evaluation.feature_map import FeatureMap, pair_histogram
 from ..evaluation.report import Score, difference

@@ -18,7 +18,7 @@ from markdown_it.token import Token
 from markupsafe import Markup
 
 from ..evaluation.report import bytes_text, cosine_text, markdown_table, percent_text, top1_text, verdict
-from ..hub.dataset_card import escape, fence_for
+from ..hub.card import escape, fence_for
 from ..hub.figures import MAX_CLASSES
 from ..runtime.units import duration_text
 from ..runtime.untrusted import visible

@@ -1,15 +1,13 @@
-"""Whether a data set is what was packaged: every file against provenance.json, every table against its row count."""
+"""Whether a dataset is what was packaged: every file against provenance.json, every table against its row count."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -25,19 +23,14 @@ from ..runtime.hub_client import SHORT, again
 from ..runtime.store import sha256_of
 from ..runtime.untrusted import homes_of, is_inside, is_plain_path, read_header
 from .format import FORMAT_VERSION, TABLES, VIEWS
+from .provenance import FileEntry, Provenance
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What a check found.
-
-    Attributes:
-        files: Files compared with provenance.json.
-        rows: Config -> rows in its tables.
-        differences: One line each; empty if the data set is what was packaged.
-    """
+    """How many files were compared, the rows of each config, and the differences from what was packaged, one line each."""
 
     files: int
     rows: Mapping[str, int]
@@ -45,48 +38,30 @@ class Verification:
 
 
 def check_folder(folder: Path) -> Verification:
-    """Compare a data set folder with its provenance.json and its card.
+    """Compare a dataset folder with its provenance.json and its card.
 
     Downloads check sizes only, so this is what notices a flipped bit.
     """
+    if not is_inside(folder / Provenance.FILE, homes_of(folder)):
+        return Verification(0, {}, (f"{Provenance.FILE}: a link that leads out of the folder",))
     try:
-        provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-        version, files = provenance["format_version"], dict(provenance["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        return Verification(0, {}, (f"provenance.json cannot be read ({type(error).__name__})",))
+        provenance = Provenance.read(folder / Provenance.FILE, Provenance.FILE)
+    except ValueError as error:
+        return Verification(0, {}, (str(error),))
+    version, files = provenance.format_version, provenance.files
     if version != FORMAT_VERSION:
-        line = f"provenance.json: format version {version!r}, but this program knows {FORMAT_VERSION}"
+        line = f"{Provenance.FILE}: format version {version}, but this program knows {FORMAT_VERSION}"
         return Verification(0, {}, (line,))
-    if not is_inside(folder / "provenance.json", homes_of(folder)):
-        return Verification(0, {}, ("provenance.json: a link that leads out of the folder",))
-    listed = [difference for name, facts in files.items() for difference in _check_file(folder, name, facts)]
-    own = {name: facts for name, facts in files.items() if _strange(folder, name) is None}
-    extra = [
-        f"{path.relative_to(folder).as_posix()!r}: provenance.json does not list it, and it would be mixed in"
-        for sub in TABLES.values()
-        for path in sorted((folder / sub).glob("train-*"))
-        if path.relative_to(folder).as_posix() not in files
-    ]
-    rows = {config: _rows(folder, own, sub) for config, sub in TABLES.items()}
-    return Verification(len(files), rows, (*listed, *extra, *_check_card(folder, own, rows)))
-
-
-def _check_file(folder: Path, name: str, facts: Any) -> Iterator[str]:
-    if strange := _strange(folder, name):
-        yield strange
-        return
-    if not isinstance(facts, dict) or not _SHA256.fullmatch(str(facts.get("sha256"))):
-        yield f"{name}: provenance.json holds no SHA-256 for it"
-        return
-    path = folder / name
-    if not path.is_file():
-        yield f"{name}: missing"
-    elif path.stat().st_size != facts.get("bytes"):
-        yield f"{name}: {path.stat().st_size} bytes, expected {facts.get('bytes')}"
-    elif sha256_of(path) != facts["sha256"]:
-        yield f"{name}: other content than packaged (SHA-256 differs)"
-    elif path.suffix == ".parquet":
-        yield from _check_table(path, name, facts)
+    strange = {name: reason for name in files if (reason := _strange(folder, name))}
+    tables = {name: _footer(folder / name) for name in files if name.endswith(".parquet") and name not in strange}
+    rows = {
+        config: sum(footer.num_rows for name, footer in tables.items() if footer and name.startswith(f"{sub}/"))
+        for config, sub in TABLES.items()
+    }
+    wrong = (strange.get(name) or _difference(folder, name, entry, tables.get(name)) for name, entry in files.items())
+    listed = [difference for difference in wrong if difference]
+    differences = (*listed, *_unlisted(folder, files), *_card_differences(folder, tables, rows))
+    return Verification(len(files), rows, differences)
 
 
 def _strange(folder: Path, name: str) -> str | None:
@@ -94,34 +69,47 @@ def _strange(folder: Path, name: str) -> str | None:
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:
         return f"{name[:80]!r}: provenance.json names a file outside the folder"
-    if name in ("README.md", "provenance.json") or not is_plain_path(name) or any(p.startswith(".") for p in pure.parts):
+    own = name in ("README.md", Provenance.FILE)
+    if own or not is_plain_path(name) or any(part.startswith(".") for part in pure.parts):
         return f"{name[:80]!r}: provenance.json names a file that is no part of a data set"
     if not is_inside(folder / name, homes_of(folder)):
         return f"{name}: a link that leads out of the folder"
     return None
 
 
-def _check_table(path: Path, name: str, facts: Mapping[str, Any]) -> Iterator[str]:
-    rows = _table_rows(path)
-    if rows is None:
-        yield f"{name}: no readable Parquet"
-    elif rows != facts.get("rows", rows):  # sets packaged before rows were recorded have their counts in the card alone
-        yield f"{name}: {rows} rows, expected {facts['rows']}"
-
-
-def _table_rows(path: Path) -> int | None:
+def _footer(path: Path) -> pq.FileMetaData | None:
+    """Row count and columns of a table; `None` if it is not readable Parquet."""
     try:
-        return pq.read_metadata(path).num_rows
+        return pq.read_metadata(path)
     except (pa.ArrowInvalid, OSError):
         return None
 
 
-def _rows(folder: Path, files: Mapping[str, Any], sub: str) -> int:
-    names = [name for name in files if name.startswith(f"{sub}/") and name.endswith(".parquet")]
-    return sum(_table_rows(folder / name) or 0 for name in names)
+def _difference(folder: Path, name: str, entry: FileEntry, footer: pq.FileMetaData | None) -> str | None:
+    path = folder / name
+    if not _SHA256.fullmatch(entry.sha256):
+        return f"{name}: provenance.json holds no SHA-256 for it"
+    if not path.is_file():
+        return f"{name}: missing"
+    if path.stat().st_size != entry.bytes:
+        return f"{name}: {path.stat().st_size} bytes, expected {entry.bytes}"
+    if sha256_of(path) != entry.sha256:
+        return f"{name}: other content than packaged (SHA-256 differs)"
+    if path.suffix == ".parquet" and footer is None:
+        return f"{name}: no readable Parquet"
+    if footer and entry.rows not in (None, footer.num_rows):
+        return f"{name}: {footer.num_rows} rows, expected {entry.rows}"
+    return None
 
 
-def _check_card(folder: Path, files: Mapping[str, Any], rows: Mapping[str, int]) -> Iterator[str]:
+def _unlisted(folder: Path, files: Collection[str]) -> list[str]:
+    """Files that `datasets` would read along with the tables."""
+    paths = (path for sub in TABLES.values() for path in sorted((folder / sub).glob("train-*")))
+    unlisted = (name for path in paths if (name := path.relative_to(folder).as_posix()) not in files)
+    return [f"{name!r}: provenance.json does not list it, and it would be mixed in" for name in unlisted]
+
+
+def _card_differences(folder: Path, tables: Mapping[str, pq.FileMetaData | None], rows: Mapping[str, int]) -> Iterator[str]:
     """What `datasets` goes by: where the card's configs point to, their rows and columns; and whole epochs of views."""
     if not is_inside(folder / "README.md", homes_of(folder)):
         yield "README.md: a link that leads out of the folder"
@@ -136,25 +124,25 @@ def _check_card(folder: Path, files: Mapping[str, Any], rows: Mapping[str, int])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         yield f"README.md: no readable `configs` and `dataset_info` ({type(error).__name__})"
         return
+    kinds = {name: datasets.Features.from_arrow_schema(f.schema.to_arrow_schema()) for name, f in tables.items() if f}
     for config, sub in TABLES.items():
         count, features = stated[config]
         if paths.get(config) != [{"split": "train", "path": f"{sub}/train-*"}]:
             yield f"README.md: config {config!r} is missing, or does not point to {sub}/train-*"
         if count != rows[config]:
             yield f"README.md: config {config!r} is said to have {count} rows, the tables have {rows[config]}"
-        for name in (name for name in files if name.startswith(f"{sub}/") and _table_rows(folder / name)):
-            if datasets.Features.from_arrow_schema(pq.read_schema(folder / name)) != features:
-                yield f"README.md: config {config!r} is said to have other columns or types than {name}"
+        for name in (name for name, kind in kinds.items() if name.startswith(f"{sub}/") and kind != features):
+            yield f"README.md: config {config!r} is said to have other columns or types than {name}"
     if not rows["default"] or rows[VIEWS] % rows["default"]:
         yield f"{rows[VIEWS]} views of {rows['default']} images; expected whole epochs"
 
 
 def verify(source: str | Path, *, revision: str | None = None, pauses: Sequence[float] = SHORT) -> Verification:
-    """Check a data set folder, or download a Hub data set afresh and check that.
+    """Check a dataset folder, or download a Hub dataset afresh and check that.
 
     Args:
         source: Folder, or Hub id.
-        revision: Of a Hub data set.
+        revision: Of a Hub dataset.
         pauses: Seconds between tries of a download.
 
     Raises:
@@ -162,23 +150,25 @@ def verify(source: str | Path, *, revision: str | None = None, pauses: Sequence[
     """
     if os.path.isdir(source):
         return check_folder(Path(source))
-    api, repo_id = HfApi(), str(source)
+    repo_id = str(source)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise HubError(f"{repo_id!r} is neither a folder here nor a Hub id (org/name); give one of the two") from error
     cache = Path(datasets.config.HF_DATASETS_CACHE)  # not /tmp, which may be memory
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as place:
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        missing = again(lambda: _download(repo_id, revision, folder), f"downloading data set {repo_id!r}", pauses)
+        checked = check_folder(Path(folder))
+    return replace(checked, differences=(*missing, *checked.differences))
 
-        def fetch() -> tuple[str, ...]:
-            commit = api.repo_info(repo_id, repo_type="dataset", revision=revision).sha
-            api.snapshot_download(repo_id, repo_type="dataset", revision=commit, local_dir=place)
-            # Card and pictures are not in provenance.json; the Hub's own list has the hashes of all files.
-            report = api.verify_repo_checksums(repo_id, repo_type="dataset", revision=commit, local_dir=place)
-            wrong = [f"{item['path']}: other content than the Hub lists" for item in report.mismatches]
-            return (*wrong, *(f"{path}: not downloaded" for path in report.missing_paths))
 
-        arrived = again(fetch, f"downloading data set {repo_id!r}", pauses)
-        found = check_folder(Path(place))
-    return replace(found, differences=(*arrived, *found.differences))
+def _download(repo_id: str, revision: str | None, folder: str) -> list[str]:
+    """Bring a dataset into a folder; what is not there as the Hub lists it, one line each."""
+    api = HfApi()
+    commit = api.repo_info(repo_id, repo_type="dataset", revision=revision).sha
+    api.snapshot_download(repo_id, repo_type="dataset", revision=commit, local_dir=folder)
+    # Card and pictures are not in provenance.json; the Hub's own list has the hashes of all files.
+    report = api.verify_repo_checksums(repo_id, repo_type="dataset", revision=commit, local_dir=folder)
+    wrong = [f"{item['path']}: other content than the Hub lists" for item in report.mismatches]
+    return [*wrong, *(f"{path}: not downloaded" for path in report.missing_paths)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from ..models.teacher import Teacher
 from ..recipe.schema import Recipe
 from ..recipe.yaml_file import dump_recipe
-from ..runtime.store import sha256_of, write_bytes, write_json, write_whole
+from ..runtime.store import write_bytes, write_whole
 from .format import (
-    DISTILLED,
-    FORMAT_VERSION,
     IMAGES,
     VIEWS,
     image_features,
@@ -31,7 +26,6 @@ from .format import (
     view_shards,
 )
 
-PACKAGES = ("prism-hf", "torch", "timm", "transformers", "datasets", "accelerate", "numpy", "pillow", "pyarrow")
 Columns = Mapping[str, np.ndarray]
 """Columns of some views of one epoch; see `relabel_batches`."""
 
@@ -198,81 +192,3 @@ def _leaves(schema: pa.Schema) -> list[str]:
     pq.write_table(schema.empty_table(), buffer)
     parquet = pq.ParquetFile(pa.BufferReader(buffer.getvalue())).schema
     return [parquet.column(i).path for i in range(len(parquet))]
-
-
-def write_provenance(
-    folder: Path,
-    *,
-    recipe: Recipe,
-    teachers: Mapping[str, Teacher],
-    source_revision: str | None,
-    source_on_hub: bool,
-    hardware: Mapping[str, object],
-    squeezed_top1: Mapping[str, float],
-    images: str = DISTILLED,
-    partial: Mapping[str, object] | None = None,
-) -> None:
-    """Write provenance.json: versions, teachers, seeds, fingerprint, and the SHA-256 of tables and recipe.
-
-    Holds no time, host name or path: the same recipe gives the same bytes. `partial` says how many images of how many are
-    there, and which jobs failed; a complete data set has no such entry.
-    """
-    roles = {
-        "logit": [recipe.teachers.logit],
-        "bn_pool": list(recipe.teachers.bn_pool),
-        "relabel": list(recipe.relabel.teachers),
-        "verifier": [recipe.teachers.verifier] if recipe.teachers.verifier else [],
-    }
-    described = [
-        {
-            "name": name,
-            "roles": [role for role, names in roles.items() if name in names],
-            "architecture": t.architecture,
-            "revision": t.revision,
-            "licence": t.licence,
-            "weights_sha256": t.weights_sha256,
-            "test_top1": squeezed_top1.get(name),
-        }
-        for name, t in teachers.items()
-    ]
-    write_json(
-        folder / "provenance.json",
-        {
-            "format_version": FORMAT_VERSION,
-            "recipe": recipe.name,
-            "images": images,
-            **({"partial": dict(partial)} if partial else {}),
-            "recipe_fingerprint": recipe.fingerprint(),
-            "seed": recipe.seed,
-            "student_seeds": list(recipe.evaluation.seeds),
-            "source": {
-                "id": recipe.data.source,
-                "on_hub": source_on_hub,
-                "revision": source_revision,
-                "licence": recipe.data.licence,
-            },
-            "teachers": described,
-            "versions": versions(),
-            "hardware": dict(hardware),
-            "files": {path.relative_to(folder).as_posix(): _vouched(path) for path in data_files(folder)},
-        },
-    )
-
-
-def _vouched(path: Path) -> dict[str, object]:
-    """What provenance.json says of one file."""
-    rows = {"rows": pq.read_metadata(path).num_rows} if path.suffix == ".parquet" else {}
-    return {"sha256": sha256_of(path), "bytes": path.stat().st_size, **rows}
-
-
-def data_files(folder: Path) -> list[Path]:
-    """Files that provenance.json vouches for: all but itself, the card, its pictures and hidden files."""
-    own = ("provenance.json", "README.md")
-    found = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    parts = ((p, p.relative_to(folder).parts) for p in found)
-    return [p for p, part in parts if part[0] not in (*own, "assets") and not any(name.startswith(".") for name in part)]
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a result."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -25,6 +25,7 @@ from ..images.source import ImageSplit
 from ..images.views import draw_views, resample
 from ..method.soft_labels import class_shares, soft_label_loss
 from ..models.build import build_network, seeded
+from ..models.facts import DistilledFacts, ScoredOn, SourceFacts, StudentFacts
 from ..models.folder import store_network
 from ..models.training import Batches, ShuffledBatches, fit
 from ..recipe.plan import batch_ranges
@@ -275,8 +276,8 @@ def keep_student(
     settings: EvaluationRecipe,
     folder: Path,
     *,
-    source: Mapping[str, object],
-    tested_on: Mapping[str, object],
+    source: SourceFacts,
+    tested_on: ScoredOn,
     dataset_id: str | None,
     seed: int,
     top1: float,
@@ -297,46 +298,53 @@ def keep_student(
         test_count: On how many images.
     """
     _, channels, _, size = distilled.images_uint8.shape
-    facts = _student_facts(distilled, settings, dataset_id) | {
-        "source": dict(source),
-        "test": dict(tested_on),
-        "seed": seed,
-        "test_top1": top1,
-        "test_count": test_count,
-    }
+    facts = _student_facts(distilled, settings, source, tested_on, dataset_id, seed=seed, top1=top1, test_count=test_count)
     try:
         store_network(
             student,
             folder,
+            facts,
             architecture=settings.student,
             size=size,
             channels=channels,
             class_names=distilled.class_names,
-            licence=str(source["licence"]),
-            facts=facts,
-            facts_name="student",
+            licence=source.licence,
             replace=True,  # one that is there belongs to a score that is gone, or to other seeds
         )
     except RecipeError as error:
         log.info("student not kept: %s", error)
 
 
-def _student_facts(distilled: DistilledDataset, settings: EvaluationRecipe, dataset_id: str | None) -> dict[str, object]:
-    """student.json beside the result. No hardware and no times: the same recipe gives the same bytes."""
+def _student_facts(
+    distilled: DistilledDataset,
+    settings: EvaluationRecipe,
+    source: SourceFacts,
+    tested_on: ScoredOn,
+    dataset_id: str | None,
+    *,
+    seed: int,
+    top1: float,
+    test_count: int,
+) -> StudentFacts:
     recipe = distilled.recipe
     elsewhere = ("student", "seeds", "epochs", "full_data_epochs") + (() if settings.label_epochs else ("label_epochs",))
-    return {
-        "kind": "student",
-        "architecture": settings.student,
-        "labels": KEPT.labels,
-        "epochs": settings.epochs or distilled.num_epochs,
-        "channels": distilled.images_uint8.shape[1],
-        "dataset": {
-            "name": recipe.name if recipe else None,
-            "content": distilled.content,
-            "images": len(distilled.labels),
-            "hub_id": dataset_id,
-        },
-        "recipe_fingerprint": recipe.fingerprint() if recipe else None,
-        "settings": {key: value for key, value in asdict(settings).items() if key not in elsewhere},
-    }
+    return StudentFacts(
+        kind="student",
+        architecture=settings.student,
+        labels=KEPT.labels,
+        epochs=settings.epochs or distilled.num_epochs,
+        channels=distilled.images_uint8.shape[1],
+        dataset=DistilledFacts(
+            name=recipe.name if recipe else None,
+            content=distilled.content,
+            images=len(distilled.labels),
+            hub_id=dataset_id,
+        ),
+        source=source,
+        test=tested_on,
+        recipe_fingerprint=recipe.fingerprint() if recipe else None,
+        settings={key: value for key, value in asdict(settings).items() if key not in elsewhere},
+        seed=seed,
+        test_top1=top1,
+        test_count=test_count,
+    )

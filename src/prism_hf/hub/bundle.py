@@ -1,9 +1,8 @@
-"""What of a folder is published: its files, its card, and which files of an older version have to go; no network."""
+"""A bundle: what of a folder is published, its card, and which files of an older version have to go; no network."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -13,18 +12,21 @@ from typing import Literal
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import sha
 
-from ..dataset.format import DISTILLED
+from ..dataset.provenance import Provenance, read_provenance
 from ..dataset.verify import check_folder
 from ..errors import HubError
+from ..models.facts import StudentFacts, TeacherFacts, read_facts
 from ..runtime.store import sha256_of
 from ..runtime.untrusted import is_plain_path
 from .dataset_card import METADATA_KEYS, address_card
 from .model_card import MODEL_METADATA_KEYS, render_model_card
 
 Kind = Literal["dataset", "model"]
-MODEL_FACTS = ("squeeze.json", "student.json")
-LABELS = ("provenance.json", *MODEL_FACTS)
-"""Files that say what a repo of ours holds; see `name_in`."""
+MODEL_FACTS = (TeacherFacts.FILE, StudentFacts.FILE)
+LABELS: Mapping[str, type[Provenance | TeacherFacts | StudentFacts]] = {
+    facts.FILE: facts for facts in (Provenance, TeacherFacts, StudentFacts)
+}
+"""Files that say what a repo of ours holds, and how they are read; see `name_in`."""
 _SHARD = re.compile(r"(data|views)/train-.+", re.DOTALL)  # as the globs in `configs:` match
 SMALL = (".json", ".yaml")
 """Files whose content is held in memory, and sent inside the commit; the others are sent before it, one by one."""
@@ -47,12 +49,12 @@ class Entry:
         """Whether the file still has that content."""
         return isinstance(self.source, bytes) or sha256_of(self.source) == self.sha256
 
-    def equal(self, there: RepoFile) -> bool:
-        """Whether the Hub has this content."""
-        if there.lfs is not None:
-            return there.lfs.sha256 == self.sha256
+    def equal(self, listed: RepoFile) -> bool:
+        """Whether a file on the Hub has this content."""
+        if listed.lfs is not None:
+            return listed.lfs.sha256 == self.sha256
         content = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
-        return there.blob_id == sha.git_hash(content)
+        return listed.blob_id == sha.git_hash(content)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +63,7 @@ class Bundle:
 
     Attributes:
         kind: Of the repo.
-        name: What it is a version of: the recipe, or the kind of network and what it learned from.
+        name: What it is a version of, the title of its facts.
         files: Path in the repo -> file, README.md aside.
         readme: (repo id, branch or `None`) -> the generated card.
         owned_keys: Keys of the card's header that are ours alone.
@@ -75,14 +77,14 @@ class Bundle:
 
 
 def bundle_of(folder: Path, *, dataset_id: str | None = None) -> Bundle:
-    """A data set folder or a network's folder, checked.
+    """A dataset folder or a network's folder, checked.
 
     Args:
         folder: What a run left.
-        dataset_id: Hub id of the data set that a student learned from, for its card.
+        dataset_id: Hub id of the dataset that a student learned from, for its card.
 
     Raises:
-        HubError: It is neither, cannot be read, or is a data set that differs from its provenance.json.
+        HubError: It is neither, cannot be read, or is a dataset that differs from its provenance.json.
     """
     try:
         return _bundle_of(folder, dataset_id)
@@ -91,13 +93,12 @@ def bundle_of(folder: Path, *, dataset_id: str | None = None) -> Bundle:
 
 
 def _bundle_of(folder: Path, dataset_id: str | None) -> Bundle:
-    if (folder / "provenance.json").is_file():
+    if (folder / Provenance.FILE).is_file():
         return _dataset(folder)
-    if (folder / "dataset" / "provenance.json").is_file():
+    if (folder / "dataset" / Provenance.FILE).is_file():
         raise HubError(f"{str(folder)!r} is a run folder; push its data set, {str(folder / 'dataset')!r}")
-    facts = [name for name in MODEL_FACTS if (folder / name).is_file()]
-    if facts and (folder / "model.safetensors").is_file():
-        return _model(folder, facts[0], dataset_id)
+    if (folder / "model.safetensors").is_file() and any((folder / name).is_file() for name in MODEL_FACTS):
+        return _model(folder, dataset_id)
     raise HubError(
         f"{str(folder)!r} holds nothing to push: expected a data set (provenance.json, data/, views/) or a network "
         f"(model.safetensors with {' or '.join(MODEL_FACTS)})"
@@ -105,50 +106,46 @@ def _bundle_of(folder: Path, dataset_id: str | None) -> Bundle:
 
 
 def _dataset(folder: Path) -> Bundle:
-    held = _own(folder, "provenance.json").read_bytes()
-    name = name_in("provenance.json", held)
+    held = _own(folder, Provenance.FILE).read_bytes()
     differences = check_folder(folder).differences
-    if differences or name is None:
-        first = differences[0] if differences else "provenance.json names no recipe"
+    if differences:
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
-        raise HubError(f"{str(folder)!r} is not what was packaged: {first}{more}; run --stage package again")
-    provenance = json.loads(held)
+        raise HubError(f"{str(folder)!r} is not what was packaged: {differences[0]}{more}; run --stage package again")
+    provenance = read_provenance(folder / Provenance.FILE)
     card = _own(folder, "README.md").read_text(encoding="utf-8")
-    recipe = str(provenance["recipe"])
-    listed = [*provenance["files"], "provenance.json", *(path for path in _PICTURES if (folder / path).is_file())]
+    listed = [*provenance.files, Provenance.FILE, *(path for path in _PICTURES if (folder / path).is_file())]
     files = {path: _entry(folder, path) for path in listed}
     # Between the check and now somebody may have packaged anew.
-    changed = [path for path, facts in provenance["files"].items() if files[path].sha256 != facts["sha256"]]
-    if changed or files["provenance.json"].source != held:
-        raise HubError(f"{str(folder)!r} is being written just now ({(*changed, 'provenance.json')[0]}); push again later")
+    changed = [path for path, entry in provenance.files.items() if files[path].sha256 != entry.sha256]
+    if changed or files[Provenance.FILE].source != held:
+        raise HubError(f"{str(folder)!r} is being written just now ({[*changed, Provenance.FILE][0]}); push again later")
     return Bundle(
         kind="dataset",
-        name=name,
+        name=provenance.title,
         files=files,
-        readme=lambda repo_id, revision: address_card(card, recipe, repo_id, revision),
+        readme=lambda repo_id, revision: address_card(card, provenance.recipe, repo_id, revision),
         owned_keys=METADATA_KEYS,
     )
 
 
-def _model(folder: Path, facts: str, dataset_id: str | None) -> Bundle:
-    listed = ("config.json", "model.safetensors", facts)
+def _model(folder: Path, dataset_id: str | None) -> Bundle:
+    facts_file = next(name for name in MODEL_FACTS if (folder / name).is_file())
+    listed = ("config.json", "model.safetensors", facts_file)
     missing = [name for name in listed if not (folder / name).is_file()]
     if missing:
         raise HubError(f"{str(folder)!r} has no {missing[0]}; it is not a network that prism-hf stored")
     for path in listed:
         _own(folder, path)
-    render_model_card(folder, repo_id="org/name", dataset_id=dataset_id)  # what is wrong with it is told before any request
-    files = {path: _entry(folder, path) for path in listed}
-    name = name_in(facts, (folder / facts).read_bytes())
-    if name is None:
-        raise HubError(f"{str(folder / facts)!r} does not say which network it describes")
+
+    def readme(repo_id: str, revision: str | None) -> str:
+        return render_model_card(folder, repo_id=repo_id, dataset_id=dataset_id, revision=revision)
+
+    readme("org/name", None)  # what is wrong with it is told before any request
     return Bundle(
         kind="model",
-        name=name,
-        files=files,
-        readme=lambda repo_id, revision: render_model_card(
-            folder, repo_id=repo_id, dataset_id=dataset_id, revision=revision
-        ),
+        name=read_facts(folder).title,
+        files={path: _entry(folder, path) for path in listed},
+        readme=readme,
         owned_keys=MODEL_METADATA_KEYS,
     )
 
@@ -163,7 +160,7 @@ def _entry(folder: Path, path: str) -> Entry:
 
 
 def _own(folder: Path, path: str) -> Path:
-    """The place of a file inside the folder: a link could publish anything that the user can read."""
+    """The path of a file inside the folder: a link could publish anything that the user can read."""
     pure = PurePosixPath(path)
     parts = [folder.joinpath(*pure.parts[: i + 1]) for i in range(len(pure.parts))]
     if not is_plain_path(path) or any(part.is_symlink() for part in parts):
@@ -172,30 +169,19 @@ def _own(folder: Path, path: str) -> Path:
 
 
 def name_in(label: str, content: bytes) -> str | None:
-    """What a repo or folder holds a version of, by the content of its label file; `None` if it is not ours."""
+    """What a repo holds a version of, by the content of its label file; `None` if that is not ours."""
     try:
-        facts = json.loads(content)
-        if label == "provenance.json":
-            control = " (random real images)" if facts.get("images", DISTILLED) != DISTILLED else ""
-            return f"{facts['recipe']}{control}" if isinstance(facts["format_version"], int) and facts["files"] else None
-        if label == "squeeze.json":
-            source = facts.get("source") or {"id": facts["settings"]["data"]}
-            return f"{facts['teacher']} of {source['id']}"
-        return f"student {facts['architecture']} of {facts['dataset']['name']}"
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return LABELS[label].parse(content, label).title
+    except ValueError:
         return None
 
 
-def stale(bundle: Bundle, there: Collection[str]) -> list[str]:
-    """Files of an older version that have no place in this one.
+def stale(bundle: Bundle, paths: Collection[str]) -> list[str]:
+    """Those files of a repo that have no place in the new version; what others put beside ours stays.
 
-    All that the card's `configs:` would mix in, pictures of ours, and the facts of another kind of network; what others put
-    beside them stays.
+    All that the card's `configs:` would mix in, pictures of ours, and the facts of another kind of network.
     """
-
-    def ours(path: str) -> bool:
-        if bundle.kind == "model":
-            return path in MODEL_FACTS
-        return path in _PICTURES or _SHARD.fullmatch(path) is not None
-
-    return sorted(path for path in there if path not in bundle.files and ours(path))
+    gone = [path for path in sorted(paths) if path not in bundle.files]
+    if bundle.kind == "model":
+        return [path for path in gone if path in MODEL_FACTS]
+    return [path for path in gone if path in _PICTURES or _SHARD.fullmatch(path)]

@@ -1,16 +1,10 @@
-"""What the data set says about itself: a dataset card, rendered strictly from facts; pure, no network.
-
-Text from outside (class names, source ids, licences) is escaped before it enters Markdown; the YAML header is written by
-a YAML library from an allow-list of keys.
-"""
+"""The dataset card: what a distilled dataset says about itself, rendered strictly from facts; pure, no network."""
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +13,13 @@ import pyarrow.parquet as pq
 from datasets.info import DatasetInfo, DatasetInfosDict
 from datasets.splits import SplitDict, SplitInfo
 from huggingface_hub import DatasetCardData
-from jinja2 import Environment, StrictUndefined
 
 from ..dataset.format import VIEWS, image_features, view_features
+from ..dataset.provenance import read_provenance
 from ..evaluation.report import markdown_table, table_rows
 from ..recipe.schema import Recipe, to_dict
-from ..recipe.yaml_file import dump_recipe, dump_yaml
-from ..runtime.untrusted import visible
+from ..recipe.yaml_file import dump_recipe
+from .card import checked_header, escape, escape_all, fence_for, license_keys, render, with_header
 from .merge import block_of
 
 METADATA_KEYS = (
@@ -34,9 +28,6 @@ METADATA_KEYS = (
 )  # fmt: skip
 """Everything that may stand in the YAML header; a key outside is an error."""
 
-_LICENCES = ("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0", "mit", "apache-2.0", "bsd-3-clause", "odc-by")
-"""Licence ids of the Hub that a source may name; anything else becomes `other` with its name."""
-
 
 def card_facts(
     folder: Path, recipe: Recipe, class_names: Sequence[str], report: Mapping[str, Any] | None
@@ -44,33 +35,35 @@ def card_facts(
     """Everything that a card says, as plain JSON: what `render_card` needs and nothing else.
 
     Args:
-        folder: The data set folder, with tables and provenance.json.
+        folder: The dataset folder, with tables and provenance.json.
         recipe: The resolved recipe.
         class_names: K names.
         report: report.json, or `None` before the evaluation. Times are left out of the card: the same recipe gives the
             same card.
     """
-    provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    tables = {}
-    for config, sub in (("default", "data"), (VIEWS, VIEWS)):
-        paths = sorted((folder / sub).glob("train-*.parquet"))
-        groups = [pq.ParquetFile(path).metadata for path in paths]
-        tables[config] = {
-            "rows": sum(m.num_rows for m in groups),
-            "file_bytes": sum(path.stat().st_size for path in paths),
-            "table_bytes": sum(m.row_group(i).total_byte_size for m in groups for i in range(m.num_row_groups)),
-        }
+    provenance = read_provenance(folder / "provenance.json").plain()
     return {
         "recipe": to_dict(recipe),
         "class_names": list(class_names),
-        "tables": tables,
-        "provenance": {k: v for k, v in provenance.items() if k != "files"},
+        "tables": {"default": _sizes(folder / "data"), VIEWS: _sizes(folder / VIEWS)},
+        "provenance": {key: value for key, value in provenance.items() if key != "files"},
         "evaluation": None if report is None else report["evaluation"],
     }
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    """Rows and bytes of the tables in a folder."""
+    paths = sorted(folder.glob("train-*.parquet"))
+    footers = [pq.read_metadata(path) for path in paths]
+    return {
+        "rows": sum(footer.num_rows for footer in footers),
+        "file_bytes": sum(path.stat().st_size for path in paths),
+        "table_bytes": sum(f.row_group(i).total_byte_size for f in footers for i in range(f.num_row_groups)),
+    }
+
+
 def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
-    """The card, README.md of the data set folder.
+    """The card, README.md of the dataset folder.
 
     Args:
         facts: From `card_facts`.
@@ -83,57 +76,39 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
         >>> render_card(facts, recipe).startswith("---")
         True
     """
-    template = files("prism_hf.hub").joinpath("templates/dataset_card.md.jinja").read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    evaluation = facts["evaluation"]
-    recipe_yaml = dump_recipe(recipe)
-    seeds = evaluation["rows"][0]["seeds"] if evaluation and evaluation["rows"] else []
-    body = environment.from_string(
-        template
-    ).render(
-        placeholder=_placeholder(recipe.name),
-        name=recipe.name,  # safe as it is: a recipe's name is letters, digits, dot, dash, underscore
-        r=escape_all(to_dict(recipe)),
-        student=recipe.evaluation.student if re.fullmatch(r"\w+", recipe.evaluation.student) else "resnet18",
-        class_names=[escape(name) for name in facts["class_names"][:20]],
-        class_count=len(facts["class_names"]),
-        teachers=escape_all(facts["provenance"]["teachers"]),
-        provenance=escape_all({k: v for k, v in facts["provenance"].items() if k != "teachers"}),
-        tables=facts["tables"],
-        has_evaluation=evaluation is not None,
-        table=markdown_table(table_rows(evaluation)) if evaluation else "",
-        evaluation=escape_all(evaluation or {}),
-        seeds=len(seeds),
-        recipe_yaml=recipe_yaml.strip(),
-        fence=fence_for(recipe_yaml),
-        replay=REPLAY,
-        method=method_in_words(recipe),
-    )
-    return f"---\n{_header(facts, recipe)}---\n\n{block_of(body)}"
-
-
-def _header(facts: Mapping[str, Any], recipe: Recipe) -> str:
-    return dump_yaml(metadata(facts, recipe))
+    evaluation, recipe_yaml, student = facts["evaluation"], dump_recipe(recipe), recipe.evaluation.student
+    values = {
+        "placeholder": _placeholder(recipe.name),
+        "name": recipe.name,  # safe as it is: a recipe's name is letters, digits, dot, dash, underscore
+        "r": escape_all(to_dict(recipe)),
+        "student": student if re.fullmatch(r"\w+", student) else "resnet18",
+        "class_names": [escape(name) for name in facts["class_names"][:20]],
+        "class_count": len(facts["class_names"]),
+        "provenance": escape_all(facts["provenance"]),
+        "tables": facts["tables"],
+        "table": markdown_table(table_rows(evaluation)) if evaluation else "",
+        "evaluation": escape_all(evaluation),
+        "seeds": len(evaluation["rows"][0]["seeds"]) if evaluation and evaluation["rows"] else 0,
+        "recipe_yaml": recipe_yaml.strip(),
+        "fence": fence_for(recipe_yaml),
+        "replay": REPLAY,
+        "method": method_in_words(recipe),
+    }
+    return with_header(metadata(facts, recipe), block_of(render("dataset_card.md.jinja", values)))
 
 
 def render_control_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
     """A short card for the control folder: random real images, so that plain `datasets` loads it the same way."""
-    return (
-        f"---\n{_header(facts, recipe)}---\n\n# {recipe.name}: random real images\n\n"
+    return with_header(
+        metadata(facts, recipe),
+        f"# {recipe.name}: random real images\n\n"
         f"{facts['tables']['default']['rows']} random real training images of {escape(recipe.data.source)}, relabelled "
-        "by the same teachers under the same protocol as the distilled set: its control. Not distilled.\n"
+        "by the same teachers under the same protocol as the distilled set: its control. Not distilled.\n",
     )
 
 
 def address_card(text: str, name: str, repo_id: str, revision: str | None = None) -> str:
-    """The card with the place where it will stand, instead of `ORG/NAME`.
-
-    Args:
-        text: From `render_card`.
-        name: Of the recipe.
-        repo_id: Hub id of the data set.
-        revision: Branch, unless it is the main one: the lines that load the data then name it.
-    """
+    """The card of the recipe `name` with the repo where it will stand, and the branch unless it is the main one."""
     # Only in the first piece of code: a class may be called anything, in the header too.
     before, title, rest = text.partition("\n## Load and train\n")
     code, fence, after = rest.partition("\n```\n")
@@ -172,52 +147,33 @@ def replay(row, images):  # row of "views", images = the "default" config
 
 def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """The YAML header, from an allow-list; `configs` and `dataset_info` make plain `load_dataset` work."""
+    names, tables = facts["class_names"], facts["tables"]
     data = DatasetCardData()
     infos = {
-        "default": _info("default", image_features(facts["class_names"]), facts["tables"]["default"]),
-        VIEWS: _info(VIEWS, view_features(len(facts["class_names"])), facts["tables"][VIEWS]),
+        "default": _info("default", image_features(names), tables["default"]),
+        VIEWS: _info(VIEWS, view_features(len(names)), tables[VIEWS]),
     }
     DatasetInfosDict(infos).to_dataset_card_data(data)
     on_hub = facts["provenance"]["source"].get("on_hub", False)
-    values: dict[str, Any] = {
+    values = {
         "pretty_name": recipe.name,
-        **licence_keys(recipe.data.licence),
+        **license_keys(recipe.data.licence),
         "task_categories": ["image-classification"],
         "tags": ["dataset-distillation", "soft-labels", "prism", "prism-hf"],
         "source_datasets": [recipe.data.source if on_hub else "extended|other"],
-        "size_categories": [_size_category(facts["tables"]["default"]["rows"])],
+        "size_categories": [_size_category(tables["default"]["rows"])],
         "configs": [
             {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}], "default": True},
             {"config_name": VIEWS, "data_files": [{"split": "train", "path": f"{VIEWS}/train-*"}]},
         ],
         "dataset_info": data.to_dict()["dataset_info"],
     }
-    extra = set(values) - set(METADATA_KEYS)
-    if extra:
-        raise ValueError(f"metadata keys {sorted(extra)} are not in the allow-list")
-    # Through JSON: plain types only, whatever the library put into its classes.
-    return json.loads(json.dumps({key: value for key, value in values.items() if value is not None}))
-
-
-def licence_keys(licence: str) -> dict[str, str | None]:
-    """`license` and `license_name` of a card's header: an id of the Hub, or `other` with the name made an id.
-
-    The card's text has it as it was given.
-    """
-    wanted = slug(licence)
-    known = wanted in _LICENCES
-    return {"license": wanted if known else "other", "license_name": None if known else wanted}
-
-
-def slug(text: str) -> str:
-    """Text as an id of lower-case letters, digits, dots and dashes."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.strip().lower()).strip("-.")[:80] or "unknown"
+    return checked_header(values, METADATA_KEYS)
 
 
 def _info(config: str, features: datasets.Features, table: Mapping[str, int]) -> DatasetInfo:
-    split = SplitInfo("train", num_bytes=table["table_bytes"], num_examples=table["rows"], dataset_name=None)
     splits = SplitDict()
-    splits.add(split)
+    splits.add(SplitInfo("train", num_bytes=table["table_bytes"], num_examples=table["rows"], dataset_name=None))
     return DatasetInfo(
         config_name=config,
         features=features,
@@ -230,37 +186,6 @@ def _info(config: str, features: datasets.Features, table: Mapping[str, int]) ->
 def _size_category(rows: int) -> str:
     bounds = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
     return next((name for bound, name in bounds if rows < bound), "10M<n<100M")
-
-
-_LINK = re.compile(r":(?=//)|@|(?<=www)\.", re.IGNORECASE)
-_LINE_START = re.compile(r"^(\d*)([-=.)])")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
-
-
-def escape(text: object) -> str:
-    """Text that shows as itself in one line of Markdown or HTML, inside a table too, whatever it contains."""
-    line = _MARKDOWN.sub(r"\\\1", " ".join(visible(str(text)).split()))
-    # A dash, an equals sign or a number with a dot would open a list, a rule or a heading at the start of a line.
-    line = _LINE_START.sub(r"\1\\\2", line)
-    # Addresses and @names would become links on their own.
-    return _LINK.sub(lambda found: f"&#{ord(found[0])};", html.escape(line, quote=False))
-
-
-def escape_all(value: Any) -> Any:
-    """`escape` for every string inside plain JSON; numbers, booleans and `None` stay."""
-    if isinstance(value, str):
-        return escape(value)
-    if isinstance(value, Mapping):
-        return {key: escape_all(item) for key, item in value.items()}
-    if isinstance(value, Sequence):
-        return [escape_all(item) for item in value]
-    return value
-
-
-def fence_for(text: str) -> str:
-    """A code fence longer than any run of backticks inside."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    return "`" * max(3, longest + 1)
 
 
 def method_in_words(recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""What a reader of the card sees: the grid of images and the diversity plot, as PNG files with the same bytes each time."""
+"""Figures of the card: the grid of images and the diversity plot, as PNG files with the same bytes each time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from torch import Tensor
@@ -22,15 +22,9 @@ STYLE: dict[Any, Any] = {"font.size": 8, "axes.spines.top": False, "axes.spines.
 
 def grid(images_uint8: Tensor, ipc: int) -> Tensor:
     """Class-major images (K * ipc, C, H, W) uint8 -> one picture (C, H', W'): a row per class, one pixel between."""
-    channels, height, width = images_uint8.shape[1:]
-    rows = images_uint8.view(-1, ipc, channels, height, width)[:MAX_CLASSES, :MAX_SLOTS]
-    canvas = torch.full(
-        (channels, rows.shape[0] * (height + 1) - 1, rows.shape[1] * (width + 1) - 1), 255, dtype=torch.uint8
-    )
-    for r, row in enumerate(rows):
-        for c, image in enumerate(row):
-            canvas[:, r * (height + 1) :, c * (width + 1) :][:, :height, :width] = image
-    return canvas
+    rows = images_uint8.unflatten(0, (-1, ipc))[:MAX_CLASSES, :MAX_SLOTS]
+    bordered = F.pad(rows, (0, 1, 0, 1), value=255)  # white to the right of each image, and below
+    return bordered.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[:, :-1, :-1]
 
 
 def draw_grid(path: Path, images_uint8: Tensor, class_names: Sequence[str], ipc: int) -> None:
@@ -41,8 +35,8 @@ def draw_grid(path: Path, images_uint8: Tensor, class_names: Sequence[str], ipc:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(0.8 * min(ipc, MAX_SLOTS) + 1.4, 0.8 * classes + 0.2), layout="constrained")
         axes = figure.add_subplot()
-        shown = picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
-        axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        pixels = picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
+        axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         names = [plain_name(name, f"class {k}") for k, name in enumerate(class_names[:classes])]
         axes.set_yticks(np.arange(classes) * side + side / 2, names)
         axes.set_xticks([])

@@ -1,4 +1,4 @@
-"""How a folder gets to the Hub: in one commit that brings all of it or nothing. The only module that writes to the network.
+"""Push: a folder gets to the Hub in one commit, all of it or nothing. The only module that writes to the network.
 
 The branch is at every moment exactly the old version or exactly the new one. Files are sent one by one before the commit,
 so that a killed push goes on where it stopped. Whatever fails for a moment is tried again from what the Hub holds then: an
@@ -29,13 +29,7 @@ Operation = CommitOperationAdd | CommitOperationDelete
 
 @dataclass(frozen=True)
 class Publication:
-    """What came of it.
-
-    Attributes:
-        url: Of the commit, or of the pull request.
-        commit: Its id.
-        changed: Whether anything was published; if the Hub has it all already, nothing is.
-    """
+    """The URL of a commit or of a pull request, the commit's id, and whether anything had to be published."""
 
     url: str
     commit: str
@@ -43,12 +37,12 @@ class Publication:
 
 
 def push_folder(folder: Path, target: Target, *, dataset_id: str | None = None) -> Publication:
-    """Publish a data set folder, a squeezed teacher or a student.
+    """Publish a dataset folder, a squeezed teacher or a student.
 
     Args:
         folder: What a run left.
         target: Where; its kind follows from the folder.
-        dataset_id: Hub id of the data set that a student learned from, for its card.
+        dataset_id: Hub id of the dataset that a student learned from, for its card.
 
     Raises:
         HubError: See `bundle_of`, `check_target` and `publish`.
@@ -93,12 +87,9 @@ def check_target(target: Target, name: str, *, pauses: Sequence[float] = SHORT) 
     Checks the name, the token and its right to write, and that the repo is new, empty or holds an older version of `name`.
 
     Args:
-        target: Where; a name without namespace becomes one of the user's.
+        target: Where; a name without namespace becomes one of the user's in what is returned.
         name: Of what will be published, `Bundle.name`.
         pauses: Seconds between tries of what can pass.
-
-    Returns:
-        The target with its full name.
 
     Raises:
         HubError: One line on what is wrong and how to put it right.
@@ -122,15 +113,10 @@ def check_target(target: Target, name: str, *, pauses: Sequence[float] = SHORT) 
 def reserve(target: Target, *, pauses: Sequence[float] = SHORT) -> None:
     """Make the repo if it is not there, empty and private: only that proves that it can be made, and keeps the name free.
 
-    Args:
-        target: From `check_target`.
-        pauses: Seconds between tries of what can pass.
-
     Raises:
         HubError: One line on why it cannot be made.
     """
-    repo = Repository(target)
-    again(lambda: repo.info() or _make(repo), f"making {target.repo_id!r} on the Hub", pauses)
+    again(lambda: _made(Repository(target)), f"making {target.repo_id!r} on the Hub", pauses)
 
 
 def _check_repo(repo: Repository, name: str, spaces: Collection[str]) -> None:
@@ -191,65 +177,64 @@ def publish(bundle: Bundle, target: Target, *, pauses: Sequence[float] = PAUSES)
         >>> bundle = bundle_of(Path("outputs/digits-prism-ipc10/dataset"))
         >>> publish(bundle, check_target(Target("org/digits-prism-ipc10"), bundle.name)).url
     """
-    progress = _Progress()
-    return again(lambda: _publish_once(bundle, Repository(target), progress), f"publishing to {target.repo_id!r}", pauses)
+    tries = _Tries()
+    return again(lambda: _publish_once(bundle, Repository(target), tries), f"publishing to {target.repo_id!r}", pauses)
 
 
 @dataclass(eq=False)
-class _Progress:
+class _Tries:
     """What is known from one try to the next.
 
     Attributes:
         sent: Files that the Hub's storage has.
-        tried: Whether a commit was asked for; it may have landed though its answer was lost.
+        committed: Whether a commit was asked for; it may have landed though its answer was lost.
     """
 
     sent: dict[str, CommitOperationAdd] = field(default_factory=dict)
-    tried: bool = False
+    committed: bool = False
 
 
-def _publish_once(bundle: Bundle, repo: Repository, progress: _Progress) -> Publication:
+def _publish_once(bundle: Bundle, repo: Repository, tries: _Tries) -> Publication:
     """One try, from what the Hub holds now."""
-    target = repo.target
-    info = repo.info() or _make(repo)
+    target, info = repo.target, _made(repo)
     if target.create_pr:
-        return _request_once(bundle, repo, progress)
+        return _request_once(bundle, repo, tries)
     branch = target.revision
     head = repo.head(branch)
     if head is None:
         repo.api.create_branch(target.repo_id, branch=branch, repo_type=target.kind, exist_ok=True)
         head = repo.must_have(branch)
     _check_occupant(repo, bundle.name, head)
-    head = _bring_up(bundle, repo, branch, head, progress)
+    head = _bring_up(bundle, repo, branch, head, tries)
     if target.public and info.private:
         repo.api.update_repo_settings(target.repo_id, repo_type=target.kind, private=False)
-    return Publication(repo.commit_url(head), head, progress.tried)
+    return Publication(repo.commit_url(head), head, tries.committed)
 
 
-def _request_once(bundle: Bundle, repo: Repository, progress: _Progress) -> Publication:
+def _request_once(bundle: Bundle, repo: Repository, tries: _Tries) -> Publication:
     """One try to bring it all into one pull request; none is opened if the main branch has it all."""
     main = repo.must_have(MAIN)
     _check_occupant(repo, bundle.name, main)
-    if not _changes(bundle, repo, main, progress):
+    if not _changes(bundle, repo, main, tries):
         return Publication(repo.commit_url(main), main, changed=False)
     repo.check_visibility()
     request = _pull_request(repo, f"Publish {bundle.name} with prism-hf")
     branch = f"refs/pr/{request.num}"
-    head = _bring_up(bundle, repo, branch, repo.must_have(branch), progress)
+    head = _bring_up(bundle, repo, branch, repo.must_have(branch), tries)
     if request.status == "draft":
-        # Shown to others now that its commit is there.
+        # Others may see it now that its commit is there.
         repo.api.change_discussion_status(repo.target.repo_id, request.num, "open", repo_type=repo.target.kind)
     return Publication(request.url, head, changed=True)
 
 
-def _changes(bundle: Bundle, repo: Repository, head: str, progress: _Progress) -> list[Operation]:
+def _changes(bundle: Bundle, repo: Repository, head: str, tries: _Tries) -> list[Operation]:
     """What a commit on `head` has to do; empty if everything is there as it should be."""
     tree, target = repo.tree(head), repo.target
     theirs = repo.read(tree["README.md"], head) if "README.md" in tree else None
     branch = None if target.revision == MAIN else target.revision
     readme = merge_readme(bundle.readme(target.repo_id, branch), theirs, owned=bundle.owned_keys)
     changes: list[Operation] = [
-        progress.sent.get(path) or CommitOperationAdd(path, entry.source)
+        tries.sent.get(path) or CommitOperationAdd(path, entry.source)
         for path, entry in bundle.files.items()
         if path not in tree or not entry.equal(tree[path])
     ]
@@ -258,11 +243,11 @@ def _changes(bundle: Bundle, repo: Repository, head: str, progress: _Progress) -
     return [*changes, *(CommitOperationDelete(path, is_folder=False) for path in stale(bundle, tree))]
 
 
-def _bring_up(bundle: Bundle, repo: Repository, branch: str, head: str, progress: _Progress) -> str:
+def _bring_up(bundle: Bundle, repo: Repository, branch: str, head: str, tries: _Tries) -> str:
     """Send what a branch lacks, file by file, then the commit, which counts only if the branch is still at `head`."""
-    target, changes = repo.target, _changes(bundle, repo, head, progress)
+    target, changes = repo.target, _changes(bundle, repo, head, tries)
     if not changes:
-        log.info("%s has it all%s", target.repo_id, "" if progress.tried else ": nothing to publish")
+        log.info("%s has it all%s", target.repo_id, "" if tries.committed else ": nothing to publish")
         return head
     additions = [change for change in changes if isinstance(change, CommitOperationAdd)]
     for addition in additions:
@@ -271,11 +256,14 @@ def _bring_up(bundle: Bundle, repo: Repository, branch: str, head: str, progress
             _send(repo, [addition], branch)
             if not bundle.files[addition.path_in_repo].intact():
                 raise HubError(f"{addition.path_in_repo} was changed while it was being sent; push again later")
-            progress.sent[addition.path_in_repo] = addition
+            tries.sent[addition.path_in_repo] = addition
     _send(repo, [addition for addition in additions if isinstance(addition.path_or_fileobj, bytes)], branch)
-    _check_ignored(repo, additions)
+    # The library leaves files that the repo's .gitignore matches out of the commit, without a word.
+    ignored = [addition.path_in_repo for addition in additions if addition._should_ignore]
+    if ignored:
+        raise HubError(f"the .gitignore in {target.repo_id!r} keeps {ignored[0]} out; remove that line from it")
     repo.check_visibility()
-    progress.tried = True
+    tries.committed = True
     log.info("committing %d changes to %s", len(changes), target.repo_id)
     done = repo.api.create_commit(
         target.repo_id,
@@ -288,11 +276,12 @@ def _bring_up(bundle: Bundle, repo: Repository, branch: str, head: str, progress
     return str(done.oid)
 
 
-def _make(repo: Repository) -> RepoInfo:
-    """Make the repo, private until its data are there; one that has appeared meanwhile is fine."""
-    target = repo.target
-    repo.api.create_repo(target.repo_id, repo_type=target.kind, private=True, exist_ok=True)
-    info = repo.info()
+def _made(repo: Repository) -> RepoInfo:
+    """The repo, made if it is not there: private until its data are there; one that has appeared meanwhile is fine."""
+    target, info = repo.target, repo.info()
+    if info is None:
+        repo.api.create_repo(target.repo_id, repo_type=target.kind, private=True, exist_ok=True)
+        info = repo.info()
     if info is None:
         raise HubError(f"{target.repo_id!r} is there, but not for this token; choose another name, or another token")
     return info
@@ -300,21 +289,14 @@ def _make(repo: Repository) -> RepoInfo:
 
 def _send(repo: Repository, additions: list[CommitOperationAdd], branch: str) -> None:
     """Bring files into the Hub's storage, and learn how the Hub wants each of them."""
-    where = repo.target
-    repo.api.preupload_lfs_files(where.repo_id, additions, repo_type=where.kind, revision=branch, free_memory=False)
-
-
-def _check_ignored(repo: Repository, additions: Sequence[CommitOperationAdd]) -> None:
-    """The library leaves files that the repo's .gitignore matches out of the commit, without a word."""
-    left_out = [addition.path_in_repo for addition in additions if addition._should_ignore]
-    if left_out:
-        raise HubError(f"the .gitignore in {repo.target.repo_id!r} keeps {left_out[0]} out; remove that line from it")
+    repo_id, kind = repo.target.repo_id, repo.target.kind
+    repo.api.preupload_lfs_files(repo_id, additions, repo_type=kind, revision=branch, free_memory=False)
 
 
 def _pull_request(repo: Repository, title: str) -> Discussion:
     """Our own unfinished pull request of that title, or a new one: a killed push goes on in the one that it opened."""
     repo_id, kind, mine = repo.target.repo_id, repo.target.kind, repo.api.whoami(cache=True)["name"]
-    for found in repo.api.get_repo_discussions(repo_id, repo_type=kind, author=mine, discussion_type="pull_request"):
-        if found.title == title and found.author == mine and found.status in ("draft", "open"):
-            return found
+    for request in repo.api.get_repo_discussions(repo_id, repo_type=kind, author=mine, discussion_type="pull_request"):
+        if request.title == title and request.author == mine and request.status in ("draft", "open"):
+            return request
     return repo.api.create_pull_request(repo_id, repo_type=kind, title=title)

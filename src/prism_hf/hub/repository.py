@@ -1,7 +1,8 @@
-"""What the Hub holds at the place where something is to be published: reads, and never writes."""
+"""A repo of the Hub to which something is to be published: what it holds; reads, and never writes."""
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
 
 from ..errors import HubError
-from ..runtime.store import sha256_of
 from ..runtime.untrusted import without_password
 from .bundle import Entry, Kind
 
@@ -41,15 +41,7 @@ class Target:
 
 
 class Repository:
-    """A repo of the Hub, as it is at each question.
-
-    Args:
-        target: Which one.
-
-    Attributes:
-        target: Which one.
-        api: The client.
-    """
+    """The repo of a target, as it is at each question; `api` is the client that asks."""
 
     def __init__(self, target: Target) -> None:
         self.target, self.api = target, HfApi()
@@ -72,7 +64,7 @@ class Repository:
         return info.sha if info else None
 
     def must_have(self, revision: str) -> str:
-        """The commit that a branch is at, which is there."""
+        """The commit that a branch is at, which must be there."""
         head = self.head(revision)
         if head is None:
             raise HubError(f"{self.target.repo_id!r} has no branch {revision!r}; was it removed just now?")
@@ -89,21 +81,21 @@ class Repository:
 
     def tree(self, commit: str) -> dict[str, RepoFile]:
         """All files of a commit."""
-        found = self.api.list_repo_tree(self.target.repo_id, recursive=True, revision=commit, repo_type=self.target.kind)
-        return {entry.path: entry for entry in found if isinstance(entry, RepoFile)}
+        repo_id, kind = self.target.repo_id, self.target.kind
+        entries = self.api.list_repo_tree(repo_id, recursive=True, revision=commit, repo_type=kind)
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def read(self, file: RepoFile, commit: str) -> bytes:
         """The content of a small file, checked against the tree: downloads look at the size alone."""
-        with tempfile.TemporaryDirectory() as place:
-            local = self.api.hf_hub_download(
-                self.target.repo_id, file.path, repo_type=self.target.kind, revision=commit, cache_dir=place
-            )
+        repo_id, kind = self.target.repo_id, self.target.kind
+        with tempfile.TemporaryDirectory() as cache:
+            local = self.api.hf_hub_download(repo_id, file.path, repo_type=kind, revision=commit, cache_dir=cache)
             content = Path(local).read_bytes()
-            if not Entry(content, sha256_of(Path(local))).equal(file):
-                raise ConnectionError(f"{file.path} arrived with other content than the Hub lists")
-            return content
+        if not Entry(content, hashlib.sha256(content).hexdigest()).equal(file):
+            raise ConnectionError(f"{file.path} arrived with other content than the Hub lists")
+        return content
 
     def commit_url(self, commit: str) -> str:
-        """Where a commit can be looked at."""
+        """The page of a commit."""
         prefix = "datasets/" if self.target.kind == "dataset" else ""
         return f"{without_password(self.api.endpoint)}/{prefix}{self.target.repo_id}/commit/{commit}"

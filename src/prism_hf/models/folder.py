@@ -1,4 +1,4 @@
-"""How a trained network is stored, so that timm and transformers both load it.
+"""A model folder: a trained network stored so that timm and transformers both load it.
 
 A folder holds config.json, model.safetensors and one facts file: squeeze.json of a teacher, student.json of a student.
 Facts say what the network learned from and how good it is; they name nothing local, so that the folder can be shared.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,46 +24,41 @@ from ..images.pixels import REFERENCE
 from ..images.source import SourceData
 from ..recipe.schema import Recipe
 from ..recipe.yaml_file import public_recipe
-from ..runtime.store import draft_folder, swap_folder, write_json, writing
+from ..runtime.store import draft_folder, swap_folder, writing
 from .build import build_network, seeded
-
-KINDS = {"squeeze": "teacher", "student": "student"}
-"""Name of the facts file -> which kind of network it describes."""
-
+from .facts import ScoredOn, SourceFacts, StudentFacts, TeacherFacts
 
 _ORIGIN = ("tag", "url", "file", "hf_hub_id", "hf_hub_filename", "source", "origin_url", "paper_name", "paper_ids", "notes")
 
 
-def is_stored(folder: Path, facts_name: str) -> bool:
+def is_stored(folder: Path, facts_file: str) -> bool:
     """Whether a folder holds a finished network (it is renamed into place as a whole)."""
-    return all((folder / name).is_file() for name in ("config.json", "model.safetensors", f"{facts_name}.json"))
+    return all((folder / name).is_file() for name in ("config.json", "model.safetensors", facts_file))
 
 
 def store_network(
     network: nn.Module,
     folder: Path,
+    facts: TeacherFacts | StudentFacts,
     *,
     architecture: str,
     size: int,
     channels: int,
     class_names: Sequence[str],
     licence: str,
-    facts: Mapping[str, object],
-    facts_name: str,
     replace: bool = False,
 ) -> None:
     """Write a complete folder under another name, then rename it: a reader sees all of it or nothing.
 
     Args:
-        network: A timm network that takes the reference normalisation; left as it is.
+        network: A timm network that takes the reference normalization; left as it is.
         folder: Where it is stored.
+        facts: What is written beside it.
         architecture: Its timm name.
         size: Side of its input in pixels.
         channels: 3, or 1: a grey network is widened to RGB, and answers on three copies of a grey image as it did on one.
         class_names: K names.
         licence: Of the data; weights are derived from them, and whoever shares them may know better.
-        facts: Written as `<facts_name>.json`.
-        facts_name: `squeeze` or `student`.
         replace: Take the place of a finished network; otherwise that is left as it is.
 
     Raises:
@@ -82,8 +77,8 @@ def store_network(
         with writing(folder):
             save_for_hf(network, str(draft), model_config=config, safe_serialization=True)
             _repair_config(draft / "config.json")
-            write_json(draft / f"{facts_name}.json", facts)
-        if replace or not is_stored(folder, facts_name):
+            facts.write(draft / facts.FILE)
+        if replace or not is_stored(folder, facts.FILE):
             swap_folder(draft, folder)
     except SafetensorError as error:
         raise OutputError(f"{folder} cannot be written ({error}); make space and give the same command again") from error
@@ -148,24 +143,24 @@ def _widened(network: nn.Module, architecture: str, size: int, num_classes: int)
     return wide
 
 
-def source_facts(recipe: Recipe, data: SourceData | None) -> dict[str, object]:
-    """What facts say of the real data that a network comes from.
+def source_facts(recipe: Recipe, data: SourceData | None) -> SourceFacts:
+    """The real data that a network comes from.
 
     Args:
         recipe: Names them; a local path is cut as in `public_recipe`.
         data: What the name was resolved to, or `None` if the data cannot be reached.
     """
     public = public_recipe(recipe).data
-    return {
-        "id": public.source,
-        "on_hub": data is not None and data.on_hub,
-        "revision": None if data is None else data.revision,
-        "licence": public.licence,
-    }
+    return SourceFacts(
+        id=public.source,
+        on_hub=data is not None and data.on_hub,
+        revision=None if data is None else data.revision,
+        licence=public.licence,
+    )
 
 
-def scored_on(recipe: Recipe) -> dict[str, object]:
-    """What facts say of the images that a network was scored on."""
+def scored_on(recipe: Recipe) -> ScoredOn:
+    """The images that a network was scored on."""
     data = public_recipe(recipe).data
     held_out = f"{data.train_split}, {data.validation_fraction:g} of it held out"
-    return {"id": data.source, "split": held_out if data.validation_fraction else data.test_split}
+    return ScoredOn(id=data.source, split=held_out if data.validation_fraction else data.test_split)

@@ -1,19 +1,17 @@
-"""How teachers are trained on a data set that has none on the Hub (SRe2L stage 1, "squeeze").
+"""Squeeze: teachers are trained on a dataset that has none on the Hub (SRe2L stage 1).
 
-A squeezed teacher is a model folder (see `model_folder`) whose squeeze.json says what it was trained on. The folder's name
+A squeezed teacher is a model folder (see `folder`) whose squeeze.json says what it was trained on. The folder's name
 carries a fingerprint, so that recipes share teachers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +31,12 @@ from ..runtime.seeds import derived_seed
 from ..runtime.stop import EVERY_S
 from ..runtime.store import Artifact, clear_drafts
 from .build import build_network, seeded
+from .facts import SqueezeSettings, TeacherFacts
 from .folder import is_stored, scored_on, source_facts, store_network
 from .teacher import digest_of_tensors, state_sha256
 from .training import ShuffledBatches, fit, score
 
 log = logging.getLogger(__name__)
-FACTS = "squeeze.json"
 
 
 def teacher_folder(name: str, recipe: Recipe, root: Path) -> Path:
@@ -56,23 +54,26 @@ def _seed(recipe: Recipe) -> int:
 
 def is_squeezed(folder: Path) -> bool:
     """Whether a folder holds a finished teacher (it is renamed into place as a whole)."""
-    return is_stored(folder, "squeeze")
+    return is_stored(folder, TeacherFacts.FILE)
 
 
-def read_squeezed(folder: Path, data: SourceData) -> dict[str, object]:
-    """squeeze.json of a finished teacher.
+def read_squeezed(folder: Path, data: SourceData | None = None) -> TeacherFacts:
+    """squeeze.json of a finished teacher, which must be one of `data` if they are given.
 
     Raises:
         TeacherError: It was trained on other images: the source has changed behind its name.
         DamagedError: squeeze.json is not readable.
     """
-    report = _facts(folder)
-    if report["train_content"] != data.train.content:
+    try:
+        facts = TeacherFacts.read(folder / TeacherFacts.FILE)
+    except ValueError as error:
+        raise DamagedError(f"{error}; move the folder away, and the teacher is trained again") from error
+    if data is not None and facts.train_content != data.train.content:
         raise TeacherError(
             f"the teacher in {folder} was trained on other images than the source holds now; move it away, or use another "
             "folder (--teachers DIR)"
         )
-    return report
+    return facts
 
 
 def check_squeezed(folder: Path) -> Path:
@@ -81,72 +82,35 @@ def check_squeezed(folder: Path) -> Path:
     Raises:
         DamagedError: Truncated, edited or exchanged.
     """
-    expected = weights_of(folder)
+    expected, path = read_squeezed(folder).weights_sha256, folder / "model.safetensors"
     try:
-        found = digest_of_tensors(load_file(folder / "model.safetensors"))
+        actual = digest_of_tensors(load_file(path))
     except (OSError, SafetensorError) as error:
-        raise DamagedError(f"{folder / 'model.safetensors'} is not readable ({type(error).__name__})") from error
-    if expected is not None and found != expected:  # teachers of earlier versions say nothing of it
-        raise DamagedError(f"{folder / 'model.safetensors'} was changed after it was written")
+        raise DamagedError(f"{path} is not readable ({type(error).__name__})") from error
+    if expected is not None and actual != expected:  # teachers of earlier versions say nothing of it
+        raise DamagedError(f"{path} was changed after it was written")
     return folder
 
 
-def weights_of(folder: Path) -> str | None:
-    """SHA-256 of the weights of a finished teacher, as squeeze.json says; `None` in those of earlier versions.
-
-    Raises:
-        DamagedError: squeeze.json is not readable.
-    """
-    return _facts(folder).get("weights_sha256")
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        assert isinstance(facts["train_content"], str)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, AssertionError) as error:
-        raise DamagedError(
-            f"{folder / FACTS} is not what prism-hf wrote ({type(error).__name__}); move the folder away, and the "
-            "teacher is trained again"
-        ) from error
-    return facts
-
-
 def check_batch(recipe: Recipe, data: SourceData) -> None:
-    """Fail before any training if there are fewer images than one batch.
-
-    Raises:
-        TeacherError: Says both numbers.
-    """
-    if recipe.squeezed_teachers and len(data.train) < recipe.squeeze.batch_size:
-        raise TeacherError(
-            f"squeeze.batch_size is {recipe.squeeze.batch_size}, but there are {len(data.train)} training images; lower it"
-        )
+    """Fail before any training if there are fewer images than one batch: a `TeacherError` with both numbers."""
+    size, count = recipe.squeeze.batch_size, len(data.train)
+    if recipe.squeezed_teachers and count < size:
+        raise TeacherError(f"squeeze.batch_size is {size}, but there are {count} training images; lower it")
 
 
 def squeeze_teacher(
-    name: str,
-    recipe: Recipe,
-    data: SourceData,
-    root: Path,
-    *,
-    device: torch.device,
-    every_s: float = EVERY_S,
-) -> dict[str, object]:
-    """Train one `squeeze:` teacher and store it; a finished one with the same fingerprint is left as it is.
-
-    Another run that trains the same teacher in the same folder is waited for.
+    name: str, recipe: Recipe, data: SourceData, root: Path, *, device: torch.device, every_s: float = EVERY_S
+) -> TeacherFacts:
+    """Train a `squeeze:` teacher and store it; a finished one is left as it is, one that another run trains is waited for.
 
     Args:
         name: `squeeze:<timm architecture>`.
-        recipe: Gives data, settings and seed.
+        recipe: Gives settings and seed.
         data: The real data.
         root: Folder of all squeezed teachers.
         device: Where to train.
         every_s: Seconds between two checkpoints.
-
-    Returns:
-        The contents of squeeze.json; see `_report`.
 
     Raises:
         StoppedError: Somebody asked the program to stop; the training goes on from its checkpoint.
@@ -161,29 +125,45 @@ def squeeze_teacher(
             return read_squeezed(folder, data)
         clear_drafts(work)
         clear_drafts(root, of=folder.name, deep=False)
-        started = time.perf_counter()
         checkpoint = Checkpoint(Artifact(work / "checkpoint.safetensors", f"{folder.name} {data.train.content}"), every_s)
-        network = _train(name.removeprefix(SQUEEZE_PREFIX), recipe, data, device, checkpoint)
-        top1 = score(lambda x: network(_as_rgb(x)), data.test, device=device)
-        report = _report(name, recipe, data) | {
-            "fingerprint": folder.name.rpartition("-")[2],
-            "test_top1": top1,
-            "weights_sha256": state_sha256(network),
-            "wall_time_s": round(time.perf_counter() - started, 2),
-        }
-        store_network(
-            network,
-            folder,
-            architecture=name.removeprefix(SQUEEZE_PREFIX),
-            size=recipe.data.size,
-            channels=3,
-            class_names=data.class_names,
-            licence=recipe.data.licence,
-            facts=report,
-            facts_name="squeeze",
-        )
+        facts = _train_and_store(name, recipe, data, folder, checkpoint, device)
     shutil.rmtree(work, ignore_errors=True)
-    return report
+    return facts
+
+
+def _train_and_store(
+    name: str, recipe: Recipe, data: SourceData, folder: Path, checkpoint: Checkpoint, device: torch.device
+) -> TeacherFacts:
+    architecture, started = name.removeprefix(SQUEEZE_PREFIX), time.perf_counter()
+    network = _train(architecture, recipe, data, device, checkpoint)
+    top1 = score(lambda x: network(_as_rgb(x)), data.test, device=device)
+    facts = TeacherFacts(
+        kind="teacher",
+        teacher=name,
+        architecture=architecture,
+        train_content=data.train.content,
+        train_count=len(data.train),
+        test_count=len(data.test),
+        channels=recipe.data.channels,
+        source=source_facts(recipe, data),
+        test=scored_on(recipe),
+        settings=_settings(recipe, data),
+        fingerprint=folder.name.rpartition("-")[2],
+        test_top1=top1,
+        weights_sha256=state_sha256(network),
+        wall_time_s=round(time.perf_counter() - started, 2),
+    )
+    size, names, licence = recipe.data.size, data.class_names, recipe.data.licence
+    store_network(
+        network, folder, facts, architecture=architecture, size=size, channels=3, class_names=names, licence=licence
+    )
+    return facts
+
+
+def _settings(recipe: Recipe, data: SourceData) -> SqueezeSettings:
+    settings, source = recipe.squeeze, public_recipe(recipe).data.source
+    steps = settings.epochs * (len(data.train) // settings.batch_size)
+    return SqueezeSettings(seed=_seed(recipe), data=source, steps=steps, epochs=settings.epochs)
 
 
 def _scratch(folder: Path) -> Path:
@@ -198,21 +178,16 @@ def clear_scratch(folder: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _steps(settings: SqueezeRecipe, split: ImageSplit) -> int:
-    return settings.epochs * (len(split) // settings.batch_size)
-
-
 def _train(architecture: str, recipe: Recipe, data: SourceData, device: torch.device, checkpoint: Checkpoint) -> nn.Module:
-    seed = derived_seed(_seed(recipe), "squeeze", architecture)
-    settings, split = recipe.squeeze, data.train
+    settings, seed = recipe.squeeze, derived_seed(_seed(recipe), "squeeze", architecture)
     with seeded(seed, device):
         network = build_network(architecture, num_classes=data.num_classes, channels=3)
         network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return fit(
             network,
-            _batches(split, settings, seed, device),
+            _batches(data.train, settings, seed, device),
             F.cross_entropy,
-            steps=_steps(settings, split),
+            steps=_settings(recipe, data).steps,
             lr=settings.lr,
             weight_decay=settings.weight_decay,
             schedule="one_cycle",
@@ -221,29 +196,8 @@ def _train(architecture: str, recipe: Recipe, data: SourceData, device: torch.de
         )
 
 
-def _report(name: str, recipe: Recipe, data: SourceData) -> dict[str, object]:
-    """What squeeze.json says beside the result; a local source only by the last part of its path, since it is shared."""
-    return {
-        "kind": "teacher",
-        "teacher": name,
-        "architecture": name.removeprefix(SQUEEZE_PREFIX),
-        "train_content": data.train.content,
-        "train_count": len(data.train),
-        "test_count": len(data.test),
-        "channels": recipe.data.channels,
-        "source": source_facts(recipe, data),
-        "test": scored_on(recipe),
-        "settings": {
-            "seed": _seed(recipe),
-            "data": public_recipe(recipe).data.source,
-            "steps": _steps(recipe.squeeze, data.train),
-            "epochs": recipe.squeeze.epochs,
-        },
-    }
-
-
 def _as_rgb(images: Tensor) -> Tensor:
-    """Reference-normalised images -> the RGB reference normalisation, in which squeezed teachers work.
+    """Reference-normalized images -> the RGB reference normalization, in which squeezed teachers work.
 
     Grey is copied to three channels: the stored teacher then takes what everybody feeds a classifier.
     """

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from torch import nn
 
+from ..dataset.provenance import versions
 from ..dataset.reader import DistilledDataset, load_distilled
-from ..dataset.writer import versions
 from ..errors import StageError
 from ..evaluation.report import NO_CONTROL, Evaluation
 from ..evaluation.scores import Source, StudentTask, is_scored, read_scores, set_facts, student_tasks, train_and_score
 from ..evaluation.students import KEPT, keep_student
 from ..hub.figures import draw_diversity
 from ..images.source import ImageSplit
+from ..models.facts import ScoredOn, SourceFacts
 from ..models.folder import scored_on, source_facts
 from ..models.teacher import Teacher
 from ..recipe.plan import plan_jobs
@@ -91,9 +92,9 @@ def keep_in(
     folder: Path,
     distilled: Source,
     *,
-    tested_on: Mapping[str, object],
+    tested_on: ScoredOn,
     test_count: int,
-    source: Mapping[str, object] | None = None,
+    source: SourceFacts | None = None,
     dataset_id: str | None = None,
 ) -> Keep:
     """What stores a student in a model folder.

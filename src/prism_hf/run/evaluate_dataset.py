@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from ..dataset.provenance import versions
 from ..dataset.reader import DistilledDataset, load_distilled
-from ..dataset.writer import versions
 from ..errors import DataError, RecipeError, StageError, TeacherError
 from ..evaluation.report import NO_CONTROL, Evaluation
 from ..evaluation.scores import Source

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..dataset.format import IMAGES, RANDOM_REAL, VIEWS, image_shards, view_shards
+from ..dataset.provenance import FileEntry, Provenance, read_provenance, versions, write_provenance
 from ..dataset.verify import check_folder
-from ..dataset.writer import versions, write_provenance
-from ..errors import DamagedError, StageError
+from ..errors import DamagedError, DataError, StageError
 from ..hub.dataset_card import card_facts, render_card, render_control_card
 from ..hub.figures import MAX_CLASSES, MAX_SLOTS, draw_grid, grid
 from ..recipe.plan import plan_jobs
@@ -237,9 +237,9 @@ def _keep_foreign(old: Path, draft: Path) -> None:
             _copy(path, draft / name)
 
 
-def _listed(folder: Path) -> dict[str, object] | None:
+def _listed(folder: Path) -> dict[str, FileEntry] | None:
     """What provenance.json of a folder vouches for; `None` if it says nothing."""
     try:
-        return dict(json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return read_provenance(folder / Provenance.FILE).files
+    except DataError:
         return None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import DamagedError, StageError
 from ..images.source import SourceData
-from ..models.squeeze import is_squeezed, read_squeezed, teacher_folder, weights_of
+from ..models.squeeze import is_squeezed, read_squeezed, teacher_folder
 from ..recipe.schema import Recipe
 
 
@@ -49,7 +49,7 @@ def squeezed_weights(folder: Path, loaded_sha256: str | None = None) -> str | No
     Raises:
         DamagedError: The loaded weights are not those that were stored.
     """
-    expected = weights_of(folder)
+    expected = read_squeezed(folder).weights_sha256
     if None not in (expected, loaded_sha256) and expected != loaded_sha256:
         raise DamagedError(
             f"the weights in {folder} were changed after they were written; --stage squeeze sets them aside "
@@ -60,5 +60,5 @@ def squeezed_weights(folder: Path, loaded_sha256: str | None = None) -> str | No
 
 def squeezed_top1(recipe: Recipe, root: Path, data: SourceData) -> dict[str, float]:
     """Score of each squeezed teacher on the test part, in [0, 1]."""
-    reports = {name: read_squeezed(teacher_folder(name, recipe, root), data) for name in recipe.squeezed_teachers}
-    return {name: float(report["test_top1"]) for name, report in reports.items()}  # type: ignore[arg-type]
+    folders = {name: teacher_folder(name, recipe, root) for name in recipe.squeezed_teachers}
+    return {name: read_squeezed(folder, data).test_top1 for name, folder in folders.items()}
