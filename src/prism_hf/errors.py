@@ -45,6 +45,10 @@ class HubError(PrismError, RuntimeError):
     """The Hub cannot be used as asked: no token, no permission, a name that is taken, or no answer after several tries."""
 
 
+class HubAwayError(HubError):
+    """The Hub gives no answer, or none that can be used; the same command may work later."""
+
+
 class DamagedError(PrismError, OSError):
     """A file is not what was written: truncated, edited, or of another run. A run sets it aside and makes it again."""
 

@@ -35,7 +35,7 @@ def from_registry(name: str) -> Teacher:
     if not weights.endswith(".safetensors"):
         raise TeacherError(f"teacher {name!r}: timm loads it from {file}, and only safetensors are opened; use another one")
     hub = fetch(name, cfg.hf_hub_id, needed=(), weights=(weights,))
-    return _from_timm(name, name, hub, {"file": str(hub.folder / hub.weights)})
+    return _from_timm(name, name, hub, {"file": str(hub.folder / weights)})
 
 
 def _from_timm(source: str, name: str, hub: HubFiles | None, overlay: dict[str, str] | None = None) -> Teacher:

@@ -11,16 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import TeacherError
-from .download import CONFIG, INDEX, WEIGHTS, fetch, shard_names
+from .download import ADAPTER, CONFIG, INDEX, WEIGHTS, fetch, shard_names
 from .teacher import LOAD_ERRORS, Teacher, cannot_load, check_input, check_links, state_sha256
 
 TRANSFORMERS_PREFIX = "transformers:"
-
-
-ADAPTER = "adapter_config.json"
-
-
-_BESIDE_TRANSFORMERS = ("preprocessor_config.json", "processor_config.json", ADAPTER)
 
 
 class LogitsOnly(nn.Module):
@@ -40,7 +34,7 @@ def from_transformers(name: str) -> Teacher:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     source = name.removeprefix(TRANSFORMERS_PREFIX)
-    hub = None if os.path.isdir(source) else fetch(name, source, weights=(WEIGHTS, INDEX), welcome=_BESIDE_TRANSFORMERS)
+    hub = None if os.path.isdir(source) else fetch(name, source, weights=(WEIGHTS, INDEX))
     folder = hub.folder if hub else Path(source)
     _check_transformers_folder(folder, name)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
