@@ -190,7 +190,7 @@ def _weight_files(folder: Path, weights: Sequence[str]) -> list[str]:
     try:
         return [best, *shard_names(folder / INDEX)]
     except (OSError, ValueError) as error:
-        raise TeacherError(f"{folder} has no usable index of safetensors ({error}); use other weights") from error
+        raise TeacherError(f"{error}; use other weights") from error
 
 
 def _lacking(folder: Path, needed: Sequence[str], weights: Sequence[str]) -> list[str]:

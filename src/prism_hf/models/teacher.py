@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, Field, Strict, model_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -113,35 +114,25 @@ LOAD_ERRORS = (
     RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError, OSError, SafetensorError,
 )  # fmt: skip
 
-
-def check_input(name: str, size: object, mean: object, std: object) -> None:
-    """What a config says of the input; the libraries take it as it is, and fail at it late or calculate with it.
-
-    Args:
-        name: The teacher.
-        size: Channels, height and width, or `None` if the architecture knows.
-        mean: One number per channel, or `None`.
-        std: One number per channel, or `None`.
-
-    Raises:
-        TeacherError: Names the value that cannot be meant.
-    """
-    if size is not None and not (_are_numbers(size, 3) and all(isinstance(n, int) and n > 0 for n in size)):  # type: ignore[attr-defined]
-        raise TeacherError(f"teacher {name!r}: its config says input_size {str(size)[:80]}; expected [C, height, width]")
-    channels = 3 if size is None else int(size[0])  # type: ignore[index]
-    for key, value in (("mean", mean), ("std", std)):
-        if value is not None and not _are_numbers(value, channels):
-            raise TeacherError(f"teacher {name!r}: its config says {key} {str(value)[:80]}; expected {channels} numbers")
-    if std is not None and min(std) <= 0:  # type: ignore[call-overload]
-        raise TeacherError(f"teacher {name!r}: its config says std {str(std)[:80]}; expected numbers above 0")
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 
 
-def _are_numbers(value: object, count: int) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == count
-        and all(isinstance(number, int | float) and math.isfinite(number) for number in value)
+class StatedInput(BaseModel):
+    """The input of a network as a config states it; the libraries take it unread, and fail late or calculate with it."""
+
+    input_size: list[Annotated[int, Strict(), Field(gt=0)]] | None = Field(
+        None, min_length=3, max_length=3, description="[C, height, width], whole numbers above 0"
     )
+    mean: list[Number] | None = Field(None, description="3 numbers (1 for grey images)")
+    std: list[Annotated[Number, Field(gt=0)]] | None = Field(None, description="3 numbers above 0 (1 for grey images)")
+
+    @model_validator(mode="after")
+    def _is_per_channel(self) -> Self:
+        channels = self.input_size[0] if self.input_size else 3
+        for key, value in (("mean", self.mean), ("std", self.std)):
+            if value is not None and len(value) != channels:
+                raise ValueError(f"{key} is {value}; expected {channels} numbers")
+        return self
 
 
 def check_links(folder: Path, name: str) -> None:
@@ -153,7 +144,7 @@ def check_links(folder: Path, name: str) -> None:
 
 def cannot_load(name: str, error: Exception) -> TeacherError:
     """The error for what timm or transformers could not load."""
-    reason = " ".join(str(error).split())[:200]
+    reason = " ".join(str(error).split())[:300]
     return TeacherError(
         f"teacher {name!r} cannot be loaded ({type(error).__name__}: {reason}); expected config.json and safetensors that "
         "fit each other, as timm or transformers saves them"

@@ -27,7 +27,7 @@ def read_typed(path: Path, kind: type[M]) -> M:
     try:
         return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{path.name}: {first_problem(error, kind)}") from error
+        raise ValueError(f"{path}: {first_problem(error, kind)}") from error
 
 
 def first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
