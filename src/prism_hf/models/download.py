@@ -20,7 +20,7 @@ from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import BaseModel, Field
 
-from ..errors import HubAwayError, HubError, TeacherError
+from ..errors import HubError, TeacherError
 from ..runtime.hub_client import BRIEF, UNREACHABLE, again, explain
 from ..runtime.hub_files import COMMIT, download, remember, repo_info
 from ..runtime.store import sha256_of
@@ -96,7 +96,9 @@ def fetch(name: str, source: str, *, needed: Sequence[str] = (CONFIG,), weights:
         if not (COMMIT.fullmatch(revision) and folder and not _lacking(folder, needed, weights)):
             try:
                 info = _ask(repo, revision)
-            except HubAwayError as error:
+            except HubError as error:
+                if not error.away:
+                    raise
                 reason, level = explain(error), logging.INFO if is_offline_mode() else logging.WARNING
                 folder = _complete(folder, repo, revision, needed, weights, reason)
                 logger.log(level, "teacher %r: %s; using commit %s of %s from the cache", name, reason, folder.name, repo)
@@ -129,10 +131,10 @@ def _ask(repo: str, revision: str) -> ModelInfo | DatasetInfo:
     """Return commit and files of a revision.
 
     Raises:
-        HubError: The Hub says no; a `HubAwayError` if it gives no answer, or must not be asked.
+        HubError: The Hub says no; `away` if it gives no answer, or must not be asked.
     """
     if is_offline_mode():
-        raise HubAwayError("HF_HUB_OFFLINE=1 is set")
+        raise HubError("HF_HUB_OFFLINE=1 is set", away=True)
     return again(
         lambda: repo_info(repo, "model", revision),
         f"asking the Hub for {repo!r} at {revision!r}",

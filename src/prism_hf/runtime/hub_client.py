@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import _http
 
-from ..errors import HubAwayError, HubError
+from ..errors import HubError
 from .untrusted import without_password
 
 log = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ def again(
         at_once: Errors that are not waited for although they may pass: the caller can do without the Hub.
 
     Raises:
-        HubAwayError: Tried in vain; it may work later. One line: what failed, why, and what to do.
-        HubError: Trying again is of no use. One line.
+        HubError: One line: what failed, why, and what to do. `away` if it was tried in vain, and may work later.
     """
     for pause in (*pauses, None):
         try:
@@ -113,7 +112,8 @@ def again(
                 raise HubError(f"{doing} failed: {reason}") from error
             if pause is None or isinstance(error, at_once):
                 times = "" if pause is not None else f" {len(pauses) + 1} times"
-                raise HubAwayError(f"{doing} failed{times}: {reason}; run the same command again later") from error
+                advice = "run the same command again later"
+                raise HubError(f"{doing} failed{times}: {reason}; {advice}", away=True) from error
             wait = max(pause, _requested_pause(error))
             log.info("%s: %s; trying again in %g s", doing, reason, wait)
             time.sleep(wait)
@@ -172,14 +172,16 @@ def explain(error: BaseException) -> str:
     )
     repo, kind = getattr(cause, "repo_id", None), getattr(cause, "repo_type", None)
     page = f"{without_password(constants.ENDPOINT)}/{'datasets/' if kind == 'dataset' else ''}{repo or ''}"
-    text = " ".join((getattr(cause, "server_message", None) or str(cause) or "no reason given").split())
+    text = str(cause) or "no reason given"
+    if isinstance(cause, HfHubHTTPError):  # whose own text is long and advises what is not meant here
+        text = cause.server_message or f"{cause.response.reason_phrase} at {cause.response.url.path}"
     return sentence.format(
         hub=hub_name(),
         repo=f"{kind} {repo}" if repo else "it",
         page=page,
         status=status,
         error=type(cause).__name__,
-        text=without_password(text.replace(get_token() or "\0", "***"))[:_LONGEST_TEXT],
+        text=without_password(" ".join(text.split()).replace(get_token() or "\0", "***"))[:_LONGEST_TEXT],
     )
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 
-from ..errors import HubAwayError
+from ..errors import HubError
 from .hub_client import SHORT, again, hub_name
 from .store import write_bytes
 
@@ -24,7 +24,7 @@ def repo_info(repo_id: str, kind: Kind, revision: str | None) -> ModelInfo | Dat
     """Ask once for the commit (`sha`) that a revision is at now, and for its files (`siblings`); for use in `again`.
 
     Raises:
-        HubAwayError: The answer is not one of a Hub.
+        HubError: The answer is not one of a Hub.
     """
     info = None
     try:
@@ -32,7 +32,7 @@ def repo_info(repo_id: str, kind: Kind, revision: str | None) -> ModelInfo | Dat
     except (TypeError, KeyError, AttributeError) as error:  # JSON of something else
         log.debug("the answer of the Hub cannot be read: %r", error)
     if not isinstance(info, ModelInfo | DatasetInfo) or not COMMIT.fullmatch(info.sha or ""):
-        raise HubAwayError(f"{hub_name()} names no commit of {repo_id}; check HF_ENDPOINT and the proxy")
+        raise HubError(f"{hub_name()} names no commit of {repo_id}; check HF_ENDPOINT and the proxy", away=True)
     return info
 
 
