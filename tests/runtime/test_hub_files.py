@@ -53,7 +53,7 @@ def test_offline_the_cache_answers_for_a_branch_and_for_a_commit(server, monkeyp
 def test_a_broken_download_leaves_the_older_snapshot_in_use(server, monkeypatch):
     old = fetch_snapshot(SET, "dataset", None, ["data/*"])
     server.commit("datasets", SET, {"data/train-0.parquet": b"PAR2"})
-    server.fault("resolve_get", Status(404), times=None)
+    server.fault("cdn_get", Status(404), times=None)
     with pytest.raises(HubError, match="downloading dataset 'org/set' failed"):
         fetch_snapshot(SET, "dataset", None, ["data/*"])
     offline(monkeypatch)
