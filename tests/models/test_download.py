@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from prism_hf.errors import TeacherError
+from prism_hf.models import download
 from prism_hf.models.load import load_teacher
 from prism_hf.models.teacher import check_teacher
-from prism_hf.runtime import hub_files
 from prism_hf.runtime.hub_client import BRIEF
 
 CPU = torch.device("cpu")
@@ -585,14 +585,14 @@ def test_an_index_that_leads_elsewhere_than_to_safetensors_is_refused(server, bo
         ("hf-hub", ["config.json"], {}, ["has no config.json"]),
         ("transformers", ["config.json"], {}, ["has no config.json"]),
         ("hf-hub", ["model.safetensors"], {}, ["has no model.safetensors", "save_for_hf"]),
-        ("hf-hub", [], {"config__json": b"{}"}, ["config.json: architecture is missing", "transformers:"]),
-        ("hf-hub", [], {"config__json": b"["}, ["config.json: Invalid JSON", "transformers:"]),
+        ("hf-hub", [], {"config__json": b"{}"}, ["config.json has no 'architecture'", "transformers:"]),
+        ("hf-hub", [], {"config__json": b"["}, ["config.json cannot be read (Invalid JSON", "transformers:"]),
         ("hf-hub", [], {"config__json": b'{"architecture": "resnet1800"}'}, ["no architecture 'resnet1800'"]),
         (
             "hf-hub",
             [],
             {"config__json": b'{"architecture": ["x"]}'},
-            ["config.json: architecture is ['x']", "expected the name"],
+            ["config.json has ['x'] as 'architecture'", "valid string"],
         ),
         ("hf-hub", [], {"config__json": b'{"architecture": "test_byobnet", "model_args": {"x": 1}}'}, ["TypeError"]),
         ("hf-hub", [], {"config__json": b'{"architecture": "test_byobnet", "model_args": 3}'}, ["cannot be loaded"]),
@@ -693,7 +693,7 @@ def test_weights_that_are_none_are_one_line(server, timm_folder, transformers_fo
 def test_a_download_that_breaks_off_is_one_line(server, naps, timm_folder, transformers_folder, kind):
     create(server, timm_folder if kind == "hf-hub" else transformers_folder)
     server.fault("cdn_get", CutBody(2000, rst=True), times=None)
-    refused(f"{kind}:{REPO}", "downloading model 'org/net'", "broke off", "run the same command again")
+    refused(f"{kind}:{REPO}", "downloading 'org/net'", "broke off", "run the same command again")
     server.clear_faults()
     load_teacher(f"{kind}:{REPO}", device=CPU)
 
@@ -711,6 +711,6 @@ def test_a_cache_that_cannot_note_the_revision_still_loads(server, monkeypatch, 
         raise OSError("No space left on device")
 
     commit = create(server, timm_folder)
-    monkeypatch.setattr(hub_files, "write_bytes", full)
+    monkeypatch.setattr(download, "write_bytes", full)
     assert load_teacher(f"hf-hub:{REPO}", device=CPU).revision == commit
     assert "cannot note that 'main'" in caplog.text

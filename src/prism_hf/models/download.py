@@ -10,21 +10,20 @@ import logging
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import yaml
-from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
+from huggingface_hub import HfApi, ModelInfo, constants, is_offline_mode, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from ..errors import HubError, TeacherError
-from ..runtime.hub_client import BRIEF, UNREACHABLE, again, explain
-from ..runtime.hub_files import COMMIT, download, remember, repo_info
-from ..runtime.store import sha256_of
-from ..runtime.typed_json import read_typed
+from ..runtime.facts import Facts
+from ..runtime.hub_client import BRIEF, UNREACHABLE, again, explain, hub_name
+from ..runtime.store import sha256_of, write_bytes
 from ..runtime.untrusted import read_header
 
 CONFIG = "config.json"
@@ -36,9 +35,10 @@ OPTIONAL = (CARD, "preprocessor_config.json", "processor_config.json", ADAPTER)
 
 SHARD = r"model-[0-9]+-of-[0-9]+\.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar", ".npz")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,19 @@ class HubFiles:
     licence: str | None
 
 
-class _Index(BaseModel):
-    """The index of weights in shards: tensor -> file."""
+class _Index(Facts):
+    """The index of weights in shards: tensor -> file, like model-00001-of-00002.safetensors."""
 
-    weight_map: dict[str, Annotated[str, Field(pattern=f"^{SHARD}$")]] = Field(
-        min_length=1, description="tensors with names of files like model-00001-of-00002.safetensors"
-    )
+    weight_map: dict[str, Annotated[str, Field(pattern=f"^{SHARD}$")]] = Field(min_length=1)
 
 
 def shard_names(index: Path) -> list[str]:
     """Return the names of the safetensors files that an index of shards lists.
 
     Raises:
-        ValueError: It is not such an index, or lists anything but safetensors files beside itself.
-        OSError: It cannot be read.
+        ValueError: It is not such an index, or lists anything but safetensors files beside itself; one line.
     """
-    return sorted(set(read_typed(index, _Index).weight_map.values()))
+    return sorted(set(_Index.read(index).weight_map.values()))
 
 
 def fetch(name: str, source: str, *, needed: Sequence[str] = (CONFIG,), weights: Sequence[str] = (WEIGHTS,)) -> HubFiles:
@@ -101,7 +98,7 @@ def fetch(name: str, source: str, *, needed: Sequence[str] = (CONFIG,), weights:
                     raise
                 reason, level = explain(error), logging.INFO if is_offline_mode() else logging.WARNING
                 folder = _complete(folder, repo, revision, needed, weights, reason)
-                logger.log(level, "teacher %r: %s; using commit %s of %s from the cache", name, reason, folder.name, repo)
+                log.log(level, "teacher %r: %s; using commit %s of %s from the cache", name, reason, folder.name, repo)
             else:
                 folder = _download(info, repo, revision, needed, weights)
         for file in _weight_files(folder, weights):
@@ -127,36 +124,55 @@ def _parse(source: str) -> tuple[str, str]:
 # -- the Hub ----------------------------------------------------------------------------------------------------------
 
 
-def _ask(repo: str, revision: str) -> ModelInfo | DatasetInfo:
+def _ask(repo: str, revision: str) -> ModelInfo:
     """Return commit and files of a revision.
 
     Raises:
         HubError: The Hub says no; `away` if it gives no answer, or must not be asked.
     """
+
+    def attempt() -> ModelInfo:
+        try:
+            info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except (TypeError, KeyError):  # JSON of something else
+            info = None
+        if info is None or not COMMIT.fullmatch(info.sha or ""):
+            raise HubError(f"{hub_name()} names no commit of {repo}; check HF_ENDPOINT and the proxy", away=True)
+        return info
+
     if is_offline_mode():
         raise HubError("HF_HUB_OFFLINE=1 is set", away=True)
-    return again(
-        lambda: repo_info(repo, "model", revision),
-        f"asking the Hub for {repo!r} at {revision!r}",
-        BRIEF,
-        at_once=UNREACHABLE,
-    )
+    return again(attempt, f"asking the Hub for {repo!r} at {revision!r}", BRIEF, at_once=UNREACHABLE)
 
 
-def _download(
-    info: ModelInfo | DatasetInfo, repo: str, revision: str, needed: Sequence[str], weights: Sequence[str]
-) -> Path:
+def _download(info: ModelInfo, repo: str, revision: str, needed: Sequence[str], weights: Sequence[str]) -> Path:
     """Bring what is read of a commit into the cache, and look whether all of it came."""
     commit = str(info.sha)
     names = _select({file.rfilename for file in info.siblings or ()}, f"{repo} at {revision!r}", needed, weights)
     folder = _cached_folder(repo, commit, (*needed, *weights))
     if folder is None or not all((folder / name).is_file() for name in names):
-        folder = download(repo, "model", commit, names, pauses=BRIEF)
+        attempt = partial(snapshot_download, repo, revision=commit, allow_patterns=names)
+        folder = Path(again(attempt, f"downloading {repo!r}", BRIEF))
     # The client returns what the cache has if the Hub stops answering half way.
     if lacking := _lacking(folder, needed, weights):
         raise TeacherError(f"{repo} at {commit} came without {', '.join(lacking)}; run again")
-    remember(folder, revision)
+    _remember(folder, revision)
     return folder
+
+
+def _remember(folder: Path, revision: str) -> None:
+    """Note which commit a branch or tag is, as the Hub's client does, so that the cache answers offline.
+
+    Only once all files have come: a broken download leaves the older, complete snapshot in use.
+    """
+    commit, note = folder.name, folder.parents[1] / "refs" / revision
+    if revision == commit:
+        return
+    try:
+        if not note.is_file() or note.read_text(encoding="utf-8") != commit:
+            write_bytes(note, commit.encode())
+    except OSError as error:
+        log.warning("the cache cannot note that %r is %s (%s); offline it will not be found", revision, commit, error)
 
 
 def _select(files: Collection[str], origin: str, needed: Sequence[str], weights: Sequence[str]) -> list[str]:
@@ -191,7 +207,7 @@ def _weight_files(folder: Path, weights: Sequence[str]) -> list[str]:
         return [best]
     try:
         return [best, *shard_names(folder / INDEX)]
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise TeacherError(f"{error}; use other weights") from error
 
 

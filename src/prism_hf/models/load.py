@@ -36,7 +36,7 @@ def load_teachers(
 
 def load_teacher(name: str, *, device: torch.device, squeezed: Mapping[str, Path] | None = None) -> Teacher:
     """Load one teacher; see `load_teachers`."""
-    # The libraries initialise weights at random before they load them.
+    # The libraries initialize weights at random before they load them.
     with torch.random.fork_rng(devices=[]):
         loaded = _load(name, squeezed or {})
     loaded.model.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

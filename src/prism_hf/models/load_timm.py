@@ -6,12 +6,11 @@ import os
 from pathlib import Path
 
 import timm
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from timm.data import resolve_model_data_config
 from timm.models import PretrainedCfg
 
 from ..errors import TeacherError
-from ..runtime.typed_json import read_typed
 from .download import CONFIG, WEIGHTS, HubFiles, fetch
 from .teacher import LOAD_ERRORS, StatedInput, Teacher, cannot_load, check_links, state_sha256
 
@@ -22,7 +21,7 @@ PICKLED_DEFAULT = "pytorch_model.bin"
 class _Config(StatedInput):
     """A config.json of timm, as far as it is read here; facts lie in `pretrained_cfg`, or flat in older files."""
 
-    architecture: str = Field(description="the name of an architecture of timm")
+    architecture: str
 
     @model_validator(mode="before")
     @classmethod
@@ -32,13 +31,13 @@ class _Config(StatedInput):
 
 
 def from_folder(folder: Path, name: str, hub: HubFiles | None = None) -> Teacher:
-    """A folder with config.json and model.safetensors, as timm saves it."""
+    """Load a folder with config.json and model.safetensors, as timm saves it."""
     _check_folder(folder, name)
     return _from_timm(f"local-dir:{folder}", name, hub)
 
 
 def from_registry(name: str) -> Teacher:
-    """A plain timm name: timm knows architecture, classes and normalisation, the Hub has the weights."""
+    """Load a plain timm name: timm knows architecture, classes and normalization, the Hub has the weights."""
     cfg = _registered(name)
     file = cfg.hf_hub_filename or PICKLED_DEFAULT
     weights = WEIGHTS if file == PICKLED_DEFAULT else file
@@ -120,8 +119,8 @@ def _check_folder(folder: Path, name: str) -> None:
         )
     check_links(folder, name)
     try:
-        config = read_typed(folder / CONFIG, _Config)
-    except (OSError, ValueError) as error:
+        config = _Config.read(folder / CONFIG)
+    except ValueError as error:
         raise TeacherError(
             f"teacher {name!r}: {error}; if it is a model of transformers, name it transformers:ORG/NAME"
         ) from error

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from ..errors import TeacherError
-from ..runtime.typed_json import first_problem, read_typed
+from ..runtime.facts import Facts
 from .download import ADAPTER, CONFIG, INDEX, WEIGHTS, fetch, shard_names
-from .teacher import LOAD_ERRORS, Number, StatedInput, Teacher, cannot_load, check_links, state_sha256
+from .teacher import LOAD_ERRORS, StatedInput, Teacher, cannot_load, check_links, state_sha256
 
 
-class _WrappedTimm(StatedInput):
+class _WrappedTimm(Facts):
     """The facts of a timm model in the config of its wrapper."""
 
-    input_size: list[int]
-    mean: list[Number]
-    std: list[Number]
     license: str | None = None
 
 
-class _Config(BaseModel):
+class _Config(Facts):
     """A config.json of transformers, as far as it is read here."""
 
-    pretrained_cfg: _WrappedTimm | None = Field(None)
-    model_args: dict[str, object] | None = Field(None, description="arguments by name")
+    pretrained_cfg: _WrappedTimm | None = None
+    model_args: dict[str, object] | None = None
 
 
 class LogitsOnly(nn.Module):
@@ -56,18 +52,14 @@ def from_transformers(source: str, name: str) -> Teacher:
     wrapped = _check_folder(folder, name).pretrained_cfg
     model, processor = _load(folder, name)
     config = model.config
-    size, mean, std = (
-        (wrapped.input_size[-1], wrapped.mean, wrapped.std)
-        if wrapped
-        else _input_of(processor, getattr(config, "num_channels", 3), name)
-    )
+    size, mean, std = _input_of(processor, getattr(config, "num_channels", 3), name)
     labels = [config.id2label.get(i, f"LABEL_{i}") for i in range(config.num_labels)]
     generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
     return Teacher(
         name=name,
         model=LogitsOnly(model),
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=mean,
+        std=std,
         size=size,
         num_classes=int(config.num_labels),
         architecture=str(getattr(config, "architecture", None) or config.model_type),
@@ -102,10 +94,10 @@ def _check_folder(folder: Path, name: str) -> _Config:
     """Read the config of a model, and refuse a folder that would open more than its own safetensors."""
     check_links(folder, name)
     try:
-        config = read_typed(folder / CONFIG, _Config)
+        config = _Config.read(folder / CONFIG)
         if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
             shard_names(folder / INDEX)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise cannot_load(name, error) from error
     # What is called model_args reaches timm's own loader of checkpoints, pickles among them.
     if "checkpoint_path" in (config.model_args or {}):
@@ -117,11 +109,11 @@ def _check_folder(folder: Path, name: str) -> _Config:
     return config
 
 
-def _input_of(processor: object, channels: int, name: str) -> tuple[int, list[float], list[float]]:
-    """Return side, mean and std that a transformers image processor prepares, in [0, 1] pixel units.
+def _input_of(processor: object, channels: int, name: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Return side, mean and std that an image processor prepares, in [0, 1] pixel units.
 
     Raises:
-        TeacherError: It does something else to pixels (another channel order or scale), or states no size.
+        TeacherError: It does something else to pixels (another channel order or scale), or does not state the three.
     """
     scale = getattr(processor, "rescale_factor", None)
     if getattr(processor, "do_flip_channel_order", False) or (scale is not None and abs(scale * 255 - 1) > 1e-6):
@@ -129,16 +121,18 @@ def _input_of(processor: object, channels: int, name: str) -> tuple[int, list[fl
             f"teacher {name!r} wants its channels or pixel values in another order or scale than RGB in [0, 1]; "
             "use the model through timm, or another teacher"
         )
-    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
-    stated: Mapping[str, Any] = crop or getattr(processor, "size", None) or {}
-    side = next((stated[key] for key in ("height", "shortest_edge") if key in stated and stated[key]), None)
-    if side is None:
-        raise TeacherError(f"teacher {name!r}: its image processor states no input size; use the model through timm")
-    plain = not getattr(processor, "do_normalize", True)
-    mean, std = ([0.0] * channels, [1.0] * channels) if plain else (processor.image_mean, processor.image_std)  # type: ignore[attr-defined]
+    values = getattr(processor, "data_config", None)  # of a timm model in its wrapper
+    if values is None:
+        crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+        size = crop or getattr(processor, "size", None) or {}
+        side = next((size[key] for key in ("height", "shortest_edge") if key in size and size[key]), None)
+        plain = not getattr(processor, "do_normalize", True)
+        mean, std = ([0.0] * channels, [1.0] * channels) if plain else (processor.image_mean, processor.image_std)  # type: ignore[attr-defined]
+        values = {"input_size": side and [channels, side, side], "mean": mean, "std": std}
     try:
-        StatedInput.model_validate({"input_size": [channels, side, side], "mean": mean, "std": std})
-    except ValidationError as error:
-        problem = first_problem(error, StatedInput)
-        raise TeacherError(f"teacher {name!r}: its config or image processor: {problem}") from error
-    return side, list(mean), list(std)
+        stated = StatedInput.parse(json.dumps(values).encode(), "its image processor")
+    except ValueError as error:
+        raise TeacherError(f"teacher {name!r}: {error}") from error
+    if stated.input_size is None or stated.mean is None or stated.std is None:
+        raise TeacherError(f"teacher {name!r}: its image processor states no input size; use the model through timm")
+    return stated.input_size[-1], tuple(stated.mean), tuple(stated.std)

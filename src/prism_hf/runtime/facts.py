@@ -1,0 +1,55 @@
+"""Facts: a JSON file of ours as one typed class, which is its only reader and its only writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .store import write_json
+
+
+class Facts(BaseModel):
+    """The content of a JSON file that prism-hf wrote, and that anybody may have changed since.
+
+    Keys that a class names are checked; others are kept, since a later version may have written them. What was not said
+    when the facts were made, or does not stand in the file, is not written either.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+    @classmethod
+    def parse(cls, data: bytes, name: str) -> Self:
+        """The facts in the bytes of a file.
+
+        Raises:
+            ValueError: One line that begins with `name`, and says what is missing or wrong.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            problem = error.errors()[0]
+        key, value = repr(".".join(map(str, problem["loc"])))[:120], repr(problem["input"])[:80]
+        if problem["type"] == "missing":
+            raise ValueError(f"{name} has no {key}")
+        if not problem["loc"]:
+            raise ValueError(f"{name} cannot be read ({problem['msg'][:120]})")
+        raise ValueError(f"{name} has {value} as {key}: {problem['msg']}")
+
+    @classmethod
+    def read(cls, path: Path, name: str | None = None) -> Self:
+        """The facts in a file, which messages call `name` or by its path; see `parse`."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{name or path} cannot be read ({error.strerror or error})") from error
+        return cls.parse(data, name or str(path))
+
+    def plain(self) -> dict[str, Any]:
+        """Plain JSON values, in the order of the file."""
+        return self.model_dump(exclude_unset=True)
+
+    def write(self, path: Path) -> None:
+        """Write the file."""
+        write_json(path, self.plain())
