@@ -88,24 +88,41 @@ def fetch(name: str, source: str, *, needed: Sequence[str] = (CONFIG,), weights:
             neither Hub nor complete cache.
     """
     try:
-        repo, revision = _parse(source)
-        folder = _cached_folder(repo, revision, (*needed, *weights))
-        if not (COMMIT.fullmatch(revision) and folder and not _lacking(folder, needed, weights)):
-            try:
-                info = _ask(repo, revision)
-            except HubError as error:
-                if not error.away:
-                    raise
-                reason, level = explain(error), logging.INFO if is_offline_mode() else logging.WARNING
-                folder = _complete(folder, repo, revision, needed, weights, reason)
-                log.log(level, "teacher %r: %s; using commit %s of %s from the cache", name, reason, folder.name, repo)
-            else:
-                folder = _download(info, repo, revision, needed, weights)
+        folder = _snapshot(name, *_parse(source), needed, weights)
         for file in _weight_files(folder, weights):
             _check_content(folder / file)
     except (TeacherError, HubError) as error:
         raise TeacherError(f"teacher {name!r}: {error}") from error
     return HubFiles(folder, folder.name, _licence(folder))
+
+
+def _snapshot(name: str, repo: str, revision: str, needed: Sequence[str], weights: Sequence[str]) -> Path:
+    """Return the complete folder of a revision in the cache, from the Hub if need be."""
+    folder = _cached_folder(repo, revision, (*needed, *weights))
+    if folder and COMMIT.fullmatch(revision) and not _lacking(folder, needed, weights):
+        return folder
+    try:
+        info = _ask(repo, revision)
+    except HubError as error:
+        if not error.away:
+            raise
+        reason = explain(error)
+    else:
+        return _download(info, repo, revision, needed, weights)
+    lacking = _lacking(folder, needed, weights) if folder else []
+    if folder and not lacking:
+        level = logging.INFO if is_offline_mode() else logging.WARNING
+        log.log(level, "teacher %r: %s; using commit %s of %s from the cache", name, reason, folder.name, repo)
+        return folder
+    origin = f"{repo} at {revision!r}"
+    problem = f"the cache has {origin} without {', '.join(lacking)}"
+    if folder is None:
+        problem = f"nothing of {origin} is in the cache {constants.HF_HUB_CACHE}"
+    at = "" if revision == constants.DEFAULT_REVISION else f" --revision {revision}"
+    raise TeacherError(
+        f"{reason}, and {problem}; run `hf download {repo}{at}` with a network and without HF_HUB_OFFLINE, or use "
+        "local-dir:PATH"
+    )
 
 
 def _parse(source: str) -> tuple[str, str]:
@@ -214,23 +231,6 @@ def _weight_files(folder: Path, weights: Sequence[str]) -> list[str]:
 def _lacking(folder: Path, needed: Sequence[str], weights: Sequence[str]) -> list[str]:
     """Name the files without which nothing can be loaded from a folder."""
     return [file for file in (*needed, *_weight_files(folder, weights)) if not (folder / file).is_file()]
-
-
-def _complete(
-    folder: Path | None, repo: str, revision: str, needed: Sequence[str], weights: Sequence[str], reason: str
-) -> Path:
-    """Return the folder of a revision in the cache if it is enough; the Hub cannot be asked, for this reason."""
-    if folder is None:
-        problem = f"nothing of {repo} at {revision!r} is in the cache {constants.HF_HUB_CACHE}"
-    elif lacking := _lacking(folder, needed, weights):
-        problem = f"the cache has {repo} at {revision!r} without {', '.join(lacking)}"
-    else:
-        return folder
-    at = "" if revision == constants.DEFAULT_REVISION else f" --revision {revision}"
-    raise TeacherError(
-        f"{reason}, and {problem}; run `hf download {repo}{at}` with a network and without HF_HUB_OFFLINE, or use "
-        "local-dir:PATH"
-    )
 
 
 def _check_content(path: Path) -> None:
