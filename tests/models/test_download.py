@@ -305,7 +305,8 @@ def test_the_pauses_stay_short():
 def test_a_lasting_trouble_is_one_line(server, naps, timm_folder, status):
     create(server, timm_folder)
     server.fault("repo_info", Status(status), times=None)
-    refused(f"hf-hub:{REPO}", f"answers {status}", "nothing of org/net", "`hf download org/net`")
+    text = refused(f"hf-hub:{REPO}", f"answers {status}", "nothing of org/net", "`hf download org/net`")
+    assert "again later" not in text, "one piece of advice is enough"
     assert naps == list(BRIEF)
     assert len(server.requests) == len(naps) + 1
 

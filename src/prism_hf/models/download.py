@@ -106,7 +106,7 @@ def _snapshot(name: str, repo: str, revision: str, needed: Sequence[str], weight
     except HubError as error:
         if not error.away:
             raise
-        reason = explain(error)
+        reason = explain(error.__cause__ or error)  # without the advice to try again later
     else:
         return _download(info, repo, revision, needed, weights)
     lacking = _lacking(folder, needed, weights) if folder else []
