@@ -434,10 +434,10 @@ TEACHERS = {
         ["cannot be loaded", "size mismatch", "fit each other"],
         copied("net", "bad", config("bad", lambda content: content.update(model_args={"num_classes": 7}, num_classes=7))),
     ),
-    "a mean of two numbers": ("local-dir:bad", ["mean [0.5, 0.5]", "expected 3 numbers"], cfg(mean=[0.5, 0.5])),
-    "a mean in words": ("local-dir:bad", ["mean", "3 numbers"], cfg(mean="abc")),
-    "a deviation of zero": ("local-dir:bad", ["std", "above 0"], cfg(std=[0.2, 0.0, 0.2])),
-    "no input size": ("local-dir:bad", ["input_size", "expected [C, height, width]"], cfg(input_size=[3, 32])),
+    "a mean of two numbers": ("local-dir:bad", ["mean is [0.5, 0.5]", "expected 3 numbers"], cfg(mean=[0.5, 0.5])),
+    "a mean in words": ("local-dir:bad", ["has 'abc' as 'mean'", "valid array"], cfg(mean="abc")),
+    "a deviation of zero": ("local-dir:bad", ["'std.1'", "greater than 0"], cfg(std=[0.2, 0.0, 0.2])),
+    "no input size": ("local-dir:bad", ["[3, 32] as 'input_size'", "at least 3 items"], cfg(input_size=[3, 32])),
     "an input size in words": ("local-dir:bad", ["input_size"], cfg(input_size="large")),
     "a negative input size": ("local-dir:bad", ["input_size"], cfg(input_size=[3, -1, -1])),
     "label names that are a number": ("local-dir:bad", ["label_names"], cfg(label_names=3)),
@@ -555,7 +555,7 @@ TEACHERS = {
     "the Hub, a branch, offline": ("hf-hub:org/net@v2", ["HF_HUB_OFFLINE=1", "--revision v2"]),
     "the Hub, three names": ("hf-hub:org/net/x", ["neither a Hub id ORG/NAME"]),
     "the Hub, no name": ("'hf-hub:'", ["neither a Hub id ORG/NAME"]),
-    "the Hub, a path for a branch": ("hf-hub:org/net@../../x", ["'../../x'", "no branch, tag or commit"]),
+    "the Hub, a path for a branch": ("hf-hub:org/net@../../x", ["'../../x'", "not a branch, tag or commit"]),
     "transformers, offline": ("transformers:org/net", ["HF_HUB_OFFLINE=1", "`hf download org/net`"]),
     "squeezed, no architecture": ("squeeze:nonsense", ["nonsense", "no such architecture", "timm.list_models()"]),
     "squeezed, no BatchNorm": ("squeeze:test_vit", ["test_vit", "no BatchNorm2d"]),
@@ -1084,7 +1084,7 @@ HUB = {
     "teacher: nobody's": (
         AS_TEACHER.format("hf-hub:org/none"),
         TeacherError,
-        ["no model org/none", "HF_TOKEN", "hf auth login"],
+        ["model org/none is not on the Hub", "HF_TOKEN", "hf auth login"],
     ),
     "teacher: private": (AS_TEACHER.format("hf-hub:other/private"), TeacherError, ["or it is private", "hf auth login"]),
     "teacher: gated": (
@@ -1095,13 +1095,13 @@ HUB = {
     "teacher: no such branch": (
         AS_TEACHER.format("hf-hub:org/net@v9"),
         TeacherError,
-        ["no revision 'v9'", "branches, tags or commits"],
+        ["at 'v9'", "no such revision", "branches, tags or commits"],
     ),
     "teacher: 401": (AS_TEACHER.format("hf-hub:org/net"), TeacherError, ["401", "HF_TOKEN"], token("hf_unknown")),
     "teacher: 403": (
         AS_TEACHER.format("hf-hub:org/net"),
         TeacherError,
-        ["may not read org/net (403)"],
+        ["'org/net'", "no right to do this (403"],
         lasting("repo_info", Status(403)),
     ),
     "teacher: 503": (
@@ -1196,7 +1196,7 @@ HUB = {
     ),
     "evaluate: no views": ("evaluate.py org/half", DataError, ["org/half", "'views'"]),
     "export: nobody's": (f"prism-hf export org/none out {EXPORT}", DataError, ["org/none", "cannot be loaded"]),
-    "verify: nobody's": ("prism-hf verify org/none", HubError, ["org/none", "not found on the Hub", "404"]),
+    "verify: nobody's": ("prism-hf verify org/none", HubError, ["org/none", "is not on the Hub", "404"]),
     "verify: no such branch": ("prism-hf verify org/set --revision v9", HubError, ["org/set", "404"]),
     "verify: 503": ("prism-hf verify org/set", HubError, ["5 times", "again later"], lasting("repo_info", Status(503))),
     "verify: a page of a hotel": (

@@ -42,7 +42,15 @@ class OutputError(PrismError, OSError):
 
 
 class HubError(PrismError, RuntimeError):
-    """The Hub cannot be used as asked: no token, no permission, a name that is taken, or no answer after several tries."""
+    """The Hub cannot be used as asked: no token, no permission, a name that is taken, or no answer after several tries.
+
+    Attributes:
+        away: It gives no answer, or none that can be used; the same command may work later.
+    """
+
+    def __init__(self, message: str, *, away: bool = False) -> None:
+        super().__init__(message)
+        self.away = away
 
 
 class DamagedError(PrismError, OSError):

@@ -298,3 +298,68 @@ def test_what_an_image_processor_does_is_honoured_or_refused(resnet_folder, tmp_
     else:
         teacher = load_teacher(f"transformers:{folder}", device=CPU)
         assert (teacher.size, teacher.mean, teacher.std) == expected
+
+
+# -- what configs state -----------------------------------------------------------------------------------------------
+
+
+def test_a_timm_folder_is_the_same_teacher_through_transformers(folder, tmp_path, teacher):
+    wrapped = load_teacher(f"transformers:{with_config(folder, tmp_path)}", device=CPU)
+    for key in ("mean", "std", "size", "num_classes", "licence", "architecture"):
+        assert getattr(wrapped, key) == getattr(teacher, key), key
+    x = to_reference(images(3))
+    assert torch.equal(wrapped.logits(x), teacher.logits(x))
+
+
+def with_config(folder, tmp_path, **facts):
+    copy = Path(shutil.copytree(folder, tmp_path / "net"))
+    content = json.loads((copy / "config.json").read_text())
+    content["pretrained_cfg"] |= facts
+    content.get("model_args", {}).pop("num_classes", None)  # which transformers would pass twice
+    (copy / "config.json").write_text(json.dumps(content))
+    return copy
+
+
+@pytest.mark.parametrize("kind", ["local-dir", "transformers"])
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"mean": [0.5, "0.5", 0.5]}, "mean"),
+        ({"mean": [0.5, float("nan"), 0.5]}, "mean"),
+        ({"std": [0.5, 0.5, -0.5]}, "std"),
+        ({"input_size": [3, 32.5, 32]}, "input_size"),
+        ({"input_size": [3, 0, 0]}, "input_size"),
+    ],
+)
+def test_an_input_that_cannot_be_meant_is_one_line_that_names_the_key(folder, tmp_path, kind, changes, key):
+    copy = with_config(folder, tmp_path, **changes)
+    with pytest.raises(TeacherError) as error:
+        load_teacher(f"{kind}:{copy}", device=CPU)
+    text = one_line(error)
+    assert f"'{key}" in text or f"{key} is" in text or (kind == "transformers" and "cannot be loaded" in text), text
+
+
+@pytest.mark.parametrize(("key", "value"), [("model_args", 3), ("model_args", ["x"]), ("pretrained_cfg", 3)])
+def test_a_transformers_config_of_other_types_is_one_line_that_names_the_key(resnet_folder, tmp_path, key, value):
+    copy = Path(shutil.copytree(resnet_folder, tmp_path / "net"))
+    content = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(content | {key: value}))
+    with pytest.raises(TeacherError) as error:
+        load_teacher(f"transformers:{copy}", device=CPU)
+    text = one_line(error)
+    assert key in text
+    assert "config.json" in text
+
+
+@pytest.mark.parametrize("kept", ["architecture", "flat"])
+def test_facts_of_timm_may_lie_flat_in_older_files(folder, tmp_path, teacher, kept):
+    copy = Path(shutil.copytree(folder, tmp_path / "net"))
+    content = json.loads((copy / "config.json").read_text())
+    if kept == "flat":
+        content = content["pretrained_cfg"] | {"architecture": content["architecture"], "mean": [0.1, 0.2]}
+        (copy / "config.json").write_text(json.dumps(content))
+        with pytest.raises(TeacherError, match="expected 3 numbers"):
+            load_teacher(f"local-dir:{copy}", device=CPU)
+        content["mean"] = [0.1, 0.2, 0.3]
+    (copy / "config.json").write_text(json.dumps(content))
+    assert load_teacher(f"local-dir:{copy}", device=CPU).mean == teacher.mean

@@ -3,17 +3,24 @@ import json
 import httpx2
 import pytest
 from huggingface_hub import set_client_factory
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import _http, get_session
 from huggingface_hub.utils._http import close_session
 
 from prism_hf.errors import HubError
-from prism_hf.runtime.hub_client import again, explain, passes, status_of
+from prism_hf.runtime.hub_client import UNREACHABLE, again, explain, passes, status_of
 
 
 def http(status, kind=HfHubHTTPError, text="it says so", **headers):
     request = httpx2.Request("GET", "https://hub.example/api")
-    return kind(text, response=httpx2.Response(status, headers=headers, request=request))
+    return kind(text, response=httpx2.Response(status, headers=headers, request=request), server_message=text)
 
 
 def raised(error, cause=None):
@@ -31,6 +38,13 @@ def broken_json():
     try:
         json.loads("<html>")
     except json.JSONDecodeError as error:
+        return error
+
+
+def odd_token():
+    try:
+        "Bearer hf_x\u20ac".encode("ascii")
+    except UnicodeEncodeError as error:
         return error
 
 
@@ -139,3 +153,68 @@ def test_a_client_that_somebody_has_set_up_stays():
         assert again(lambda: get_session().timeout.read, "doing") == 7
     finally:
         set_client_factory(_http.default_client_factory)
+
+
+SENTENCES = [
+    (http(403, GatedRepoError), ["is gated (403)", "ask for access at", "hf auth login"]),
+    (http(404, RepositoryNotFoundError), ["is not on the Hub", "or it is private (404)", "spelling", "HF_TOKEN"]),
+    (http(404, RevisionNotFoundError), ["no such revision (404)", "branches, tags or commits"]),
+    (http(401), ["does not accept the token (401: it says so)", "HF_TOKEN", "unset it for what is public"]),
+    (http(402), ["wants payment", "402", "billing page"]),
+    (http(403), ["no right to do this (403: it says so)", "may read, or write"]),
+    (http(404), ["not found on the Hub, or not visible with this token (404: it says so)"]),
+    (http(503), ["the Hub at https://huggingface.co answers 503: it says so"]),
+    (wrapped(RuntimeError("Error while uploading 'x'"), http(403)), ["no right to do this (403"]),
+    (ConnectionError(XET.format("client error", 401)), ["does not accept the token (401"]),
+    (broken_json(), ["does not answer as a Hub does", "HF_ENDPOINT", "proxy"]),
+    (wrapped(httpx2.ConnectError("refused"), OSError(111, "x")), ["is not reachable (ConnectError)"]),
+    (httpx2.ReadTimeout("slow"), ["is not reachable (ReadTimeout)"]),
+    (httpx2.ReadError("reset"), ["broke off (ReadError)"]),
+    (httpx2.RemoteProtocolError("cut"), ["broke off (RemoteProtocolError)"]),
+    (wrapped(LocalEntryNotFoundError("x"), OfflineModeIsEnabled("off")), ["HF_HUB_OFFLINE=1", "cache"]),
+    (FileNotFoundError(2, "No such file", "/data/x.parquet"), ["FileNotFoundError", "/data/x.parquet"]),
+    (HubError("a line of ours"), ["a line of ours"]),
+    (RuntimeError(), ["RuntimeError: no reason given"]),
+]
+
+
+@pytest.mark.parametrize(("error", "words"), SENTENCES, ids=lambda value: str(value)[:40])
+def test_each_trouble_has_a_sentence_of_its_own(error, words):
+    line = explain(error)
+    assert all(word in line for word in words), line
+    assert "{" not in line
+    assert "\n" not in line
+
+
+def test_a_sentence_names_repo_kind_and_page(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://me:password@hub.example")
+    error = http(403, GatedRepoError)
+    error.repo_id, error.repo_type = "org/set", "dataset"
+    line = explain(error)
+    assert "dataset org/set is gated" in line
+    assert "at https://hub.example/datasets/org/set," in line
+
+
+@pytest.mark.parametrize("error", [httpx2.LocalProtocolError("Illegal header b'Bearer hf_x\\x0b'"), odd_token()])
+def test_a_token_that_is_not_a_header_is_neither_shown_nor_tried_again(error):
+    attempt, rest = attempts(error, "never")
+    with pytest.raises(HubError, match="characters that no token has") as caught:
+        again(attempt, "doing", (0, 0))
+    assert rest == ["never"]
+    assert "hf_x" not in str(caught.value)
+
+
+def test_who_can_do_without_the_hub_does_not_wait_for_it():
+    attempt, rest = attempts(httpx2.ConnectError("refused"), "never")
+    with pytest.raises(HubError, match=r"doing failed: .*not reachable") as caught:
+        again(attempt, "doing", (9, 9), at_once=UNREACHABLE)
+    assert rest == ["never"]
+    assert caught.value.away
+
+
+@pytest.mark.parametrize(("error", "away"), [(http(503), True), (http(403), False), (ValueError("bad"), False)], ids=str)
+def test_an_error_tells_whether_the_hub_is_only_away(error, away):
+    attempt, _ = attempts(*[error] * 2)
+    with pytest.raises(HubError) as caught:
+        again(attempt, "doing", (0,))
+    assert caught.value.away is away

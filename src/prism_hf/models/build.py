@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from ..errors import RecipeError
+from .load_transformers import LogitsOnly
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Global random state (weight init, dropout) is `seed` inside the block and untouched outside."""
+    """Seed the global random state (weight init, dropout) inside the block, and leave it untouched outside."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -22,7 +23,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def build_network(name: str, *, num_classes: int, channels: int) -> nn.Module:
-    """A network from scratch: a timm architecture, or `transformers:<model type>` in its default configuration.
+    """Build a network from scratch: a timm architecture, or `transformers:<model type>` in its default configuration.
 
     Raises:
         RecipeError: Unknown architecture.
@@ -62,8 +63,6 @@ def check_network(name: str, *, num_classes: int, channels: int, size: int) -> n
 
 def _transformers_network(model_type: str, num_classes: int, channels: int) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageClassification
-
-    from .load_transformers import LogitsOnly
 
     try:
         config = AutoConfig.for_model(model_type, num_labels=num_classes, num_channels=channels)

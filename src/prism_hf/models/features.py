@@ -16,7 +16,7 @@ from .teacher import Teacher
 def penultimate_features(
     teacher: Teacher, images: Callable[[range], Tensor], count: int, *, device: torch.device, batch_size: int = 256
 ) -> Iterator[tuple[range, Tensor]]:
-    """Input of the classifier layer, batch by batch: rows and their features, (B, D) float32 on the CPU.
+    """Yield the inputs of the classifier layer, batch by batch: rows and their features, (B, D) float32 on the CPU.
 
     Args:
         teacher: The network.
@@ -30,7 +30,7 @@ def penultimate_features(
     """
     classifier = classifier_of(teacher.model)
     if classifier is None:
-        raise TeacherError(f"network {teacher.name!r} has no linear layer, so no penultimate features; name another one")
+        raise TeacherError(f"network {teacher.name!r} has no linear layer and so no penultimate features; name another one")
     seen: list[Tensor] = []
     handle = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
     try:
@@ -44,10 +44,10 @@ def penultimate_features(
 
 
 def classifier_of(model: nn.Module) -> nn.Linear | None:
-    """The layer that makes the logits: timm says which it is; elsewhere it is the last linear layer."""
+    """Return the layer that makes the logits: timm says which it is; elsewhere it is the last linear layer."""
     named = getattr(model, "get_classifier", None)
     if callable(named):
-        found = named()
-        return found if isinstance(found, nn.Linear) else None
+        layer = named()
+        return layer if isinstance(layer, nn.Linear) else None
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     return linear[-1] if linear else None

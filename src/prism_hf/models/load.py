@@ -1,4 +1,4 @@
-"""Who teaches: image classifiers by name, frozen, each with its own normalisation, input size and licence.
+"""Load teachers by name: frozen image classifiers, each with its own normalization, input size and license.
 
 Legend: B images, C channels, H W pixels, K classes.
 """
@@ -11,13 +11,10 @@ from pathlib import Path
 import torch
 
 from ..errors import TeacherError
-from ..recipe.schema import SQUEEZE_PREFIX
 from .download import fetch
-from .load_timm import LOCAL_PREFIX, from_folder, from_registry
-from .load_transformers import TRANSFORMERS_PREFIX, from_transformers
+from .load_timm import from_folder, from_registry
+from .load_transformers import from_transformers
 from .teacher import Teacher
-
-HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
 
 def load_teachers(
@@ -39,7 +36,7 @@ def load_teachers(
 
 def load_teacher(name: str, *, device: torch.device, squeezed: Mapping[str, Path] | None = None) -> Teacher:
     """Load one teacher; see `load_teachers`."""
-    # The libraries initialise weights at random before they load them.
+    # The libraries initialize weights at random before they load them.
     with torch.random.fork_rng(devices=[]):
         loaded = _load(name, squeezed or {})
     loaded.model.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -47,16 +44,18 @@ def load_teacher(name: str, *, device: torch.device, squeezed: Mapping[str, Path
 
 
 def _load(name: str, squeezed: Mapping[str, Path]) -> Teacher:
-    if name.startswith(SQUEEZE_PREFIX):
-        folder = squeezed.get(name)
-        if folder is None:
-            raise TeacherError(f"teacher {name!r} is not trained yet; run recipes/squeeze.py on the recipe first")
-        return from_folder(folder, name)
-    if name.startswith(LOCAL_PREFIX):
-        return from_folder(Path(name.removeprefix(LOCAL_PREFIX)), name)
-    if name.startswith(TRANSFORMERS_PREFIX):
-        return from_transformers(name)
-    if name.startswith(HUB_PREFIXES):
-        hub = fetch(name, name.partition(":")[2])
-        return from_folder(hub.folder, name, hub)
-    return from_registry(name)
+    scheme, colon, source = name.partition(":")
+    match scheme + colon:
+        case "squeeze:":
+            if name not in squeezed:
+                raise TeacherError(f"teacher {name!r} is not trained yet; run recipes/squeeze.py on the recipe first")
+            return from_folder(squeezed[name], name)
+        case "local-dir:":
+            return from_folder(Path(source), name)
+        case "transformers:":
+            return from_transformers(source, name)
+        case "hf-hub:" | "hf_hub:":
+            hub = fetch(name, source)
+            return from_folder(hub.folder, name, hub)
+        case _:
+            return from_registry(name)

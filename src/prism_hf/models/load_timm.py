@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import timm
+from pydantic import model_validator
 from timm.data import resolve_model_data_config
 from timm.models import PretrainedCfg
 
 from ..errors import TeacherError
 from .download import CONFIG, WEIGHTS, HubFiles, fetch
-from .teacher import LOAD_ERRORS, Teacher, cannot_load, check_input, check_links, state_sha256
-
-LOCAL_PREFIX = "local-dir:"
-
+from .teacher import LOAD_ERRORS, StatedInput, Teacher, cannot_load, check_links, state_sha256
 
 PICKLED_DEFAULT = "pytorch_model.bin"
 """What timm calls weights whose safe twin is model.safetensors."""
 
 
+class _Config(StatedInput):
+    """A config.json of timm, as far as it is read here; facts lie in `pretrained_cfg`, or flat in older files."""
+
+    architecture: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, content: object) -> object:
+        facts = content.get("pretrained_cfg") if isinstance(content, dict) else None
+        return {**content, **facts} if isinstance(content, dict) and isinstance(facts, dict) else content
+
+
 def from_folder(folder: Path, name: str, hub: HubFiles | None = None) -> Teacher:
-    """A folder with config.json and model.safetensors, as timm saves it."""
+    """Load a folder with config.json and model.safetensors, as timm saves it."""
     _check_folder(folder, name)
-    return _from_timm(f"{LOCAL_PREFIX}{folder}", name, hub)
+    return _from_timm(f"local-dir:{folder}", name, hub)
 
 
 def from_registry(name: str) -> Teacher:
-    """A plain timm name: timm knows architecture, classes and normalisation, the Hub has the weights."""
+    """Load a plain timm name: timm knows architecture, classes and normalization, the Hub has the weights."""
     cfg = _registered(name)
     file = cfg.hf_hub_filename or PICKLED_DEFAULT
     weights = WEIGHTS if file == PICKLED_DEFAULT else file
     if not weights.endswith(".safetensors"):
         raise TeacherError(f"teacher {name!r}: timm loads it from {file}, and only safetensors are opened; use another one")
     hub = fetch(name, cfg.hf_hub_id, needed=(), weights=(weights,))
-    return _from_timm(name, name, hub, {"file": str(hub.folder / hub.weights)})
+    return _from_timm(name, name, hub, {"file": str(hub.folder / weights)})
 
 
 def _from_timm(source: str, name: str, hub: HubFiles | None, overlay: dict[str, str] | None = None) -> Teacher:
@@ -67,23 +76,23 @@ def _from_timm(source: str, name: str, hub: HubFiles | None, overlay: dict[str, 
 
 
 def _label_names(stated: object, name: str) -> tuple[str, ...] | None:
-    """Class names as timm allows them: in order, or by number."""
+    """Put class names in order; timm allows a list, or names by number."""
     if not stated:
         return None
     try:
-        found = [stated[key] for key in sorted(stated, key=int)] if isinstance(stated, dict) else list(stated)  # type: ignore[call-overload]
+        names = [stated[key] for key in sorted(stated, key=int)] if isinstance(stated, dict) else list(stated)  # type: ignore[call-overload]
     except (TypeError, ValueError):
-        found = [None]
-    if not all(isinstance(label, str) for label in found):
+        names = [None]
+    if not all(isinstance(label, str) for label in names):
         raise TeacherError(f"teacher {name!r}: its config says label_names {str(stated)[:80]!r}; expected a list of names")
-    return tuple(found)
+    return tuple(names)
 
 
 def _registered(name: str) -> PretrainedCfg:
     architecture = name.split(".")[0]
     if ":" in name or "/" in name:
         raise TeacherError(
-            f"teacher {name!r} is no timm name; other sources are squeeze:ARCH, hf-hub:ORG/NAME[@REVISION], "
+            f"teacher {name!r} is not a timm name; other sources are squeeze:ARCH, hf-hub:ORG/NAME[@REVISION], "
             "local-dir:PATH and transformers:ORG/NAME[@REVISION]"
         )
     if not timm.is_model(architecture):
@@ -110,13 +119,12 @@ def _check_folder(folder: Path, name: str) -> None:
         )
     check_links(folder, name)
     try:
-        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        architecture, cfg = content["architecture"], {**content, **(content.get("pretrained_cfg") or {})}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        config = _Config.read(folder / CONFIG)
+    except ValueError as error:
         raise TeacherError(
-            f"teacher {name!r}: {folder}/config.json does not name a timm architecture; "
-            "a model of transformers is transformers:ORG/NAME"
+            f"teacher {name!r}: {error}; if it is a model of transformers, name it transformers:ORG/NAME"
         ) from error
-    if not (isinstance(architecture, str) and timm.is_model(architecture)):
-        raise TeacherError(f"teacher {name!r}: timm knows no architecture {architecture!r}, as {folder}/config.json names")
-    check_input(name, cfg.get("input_size"), cfg.get("mean"), cfg.get("std"))
+    if not timm.is_model(config.architecture):
+        raise TeacherError(
+            f"teacher {name!r}: timm knows no architecture {config.architecture!r}, as {folder / CONFIG} names"
+        )

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import TeacherError
-from .download import CONFIG, INDEX, WEIGHTS, fetch, shard_names
-from .teacher import LOAD_ERRORS, Teacher, cannot_load, check_input, check_links, state_sha256
-
-TRANSFORMERS_PREFIX = "transformers:"
-
-
-ADAPTER = "adapter_config.json"
+from ..runtime.facts import Facts
+from .download import ADAPTER, CONFIG, INDEX, WEIGHTS, fetch, shard_names
+from .teacher import LOAD_ERRORS, StatedInput, Teacher, cannot_load, check_links, state_sha256
 
 
-_BESIDE_TRANSFORMERS = ("preprocessor_config.json", "processor_config.json", ADAPTER)
+class _WrappedTimm(Facts):
+    """The facts of a timm model in the config of its wrapper."""
+
+    license: str | None = None
+
+
+class _Config(Facts):
+    """A config.json of transformers, as far as it is read here."""
+
+    pretrained_cfg: _WrappedTimm | None = None
+    model_args: dict[str, object] | None = None
 
 
 class LogitsOnly(nn.Module):
@@ -35,14 +40,40 @@ class LogitsOnly(nn.Module):
         return self.model(pixel_values=x).logits
 
 
-def from_transformers(name: str) -> Teacher:
-    """A classifier of transformers, with the normalization of its image processor."""
+def from_transformers(source: str, name: str) -> Teacher:
+    """Load a classifier of transformers, with the normalization of its image processor.
+
+    Args:
+        source: Folder, or `ORG/NAME[@REVISION]`.
+        name: The teacher, for messages.
+    """
+    hub = None if os.path.isdir(source) else fetch(name, source, weights=(WEIGHTS, INDEX))
+    folder = hub.folder if hub else Path(source)
+    wrapped = _check_folder(folder, name).pretrained_cfg
+    model, processor = _load(folder, name)
+    config = model.config
+    size, mean, std = _input_of(processor, getattr(config, "num_channels", 3), name)
+    labels = [config.id2label.get(i, f"LABEL_{i}") for i in range(config.num_labels)]
+    generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
+    return Teacher(
+        name=name,
+        model=LogitsOnly(model),
+        mean=mean,
+        std=std,
+        size=size,
+        num_classes=int(config.num_labels),
+        architecture=str(getattr(config, "architecture", None) or config.model_type),
+        licence=(wrapped and wrapped.license) or (hub and hub.licence) or "unknown",
+        revision=hub.commit if hub else None,
+        weights_sha256=state_sha256(model),
+        label_names=None if generic else tuple(labels),
+    )
+
+
+def _load(folder: Path, name: str) -> tuple[Any, object]:
+    """Open model and image processor, and refuse weights that transformers would complete with random numbers."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    source = name.removeprefix(TRANSFORMERS_PREFIX)
-    hub = None if os.path.isdir(source) else fetch(name, source, weights=(WEIGHTS, INDEX), welcome=_BESIDE_TRANSFORMERS)
-    folder = hub.folder if hub else Path(source)
-    _check_transformers_folder(folder, name)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         model, report = AutoModelForImageClassification.from_pretrained(
@@ -52,59 +83,37 @@ def from_transformers(name: str) -> Teacher:
     except LOAD_ERRORS as error:
         raise cannot_load(name, error) from error
     if absent := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
-        # transformers would fill them with random numbers.
         raise TeacherError(
             f"teacher {name!r}: its weights lack {len(absent)} tensors of the model, {absent[0]!r} first; "
             "use a checkpoint trained to classify images"
         )
-    config = model.config
-    timm_cfg = getattr(config, "pretrained_cfg", None)
-    size, mean, std = (
-        (timm_cfg["input_size"][-1], timm_cfg["mean"], timm_cfg["std"]) if timm_cfg else _input_of(processor, name)
-    )
-    check_input(name, [getattr(config, "num_channels", 3), size, size], mean, std)
-    labels = [config.id2label.get(i, f"LABEL_{i}") for i in range(config.num_labels)]
-    generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
-    return Teacher(
-        name=name,
-        model=LogitsOnly(model),
-        mean=tuple(mean),
-        std=tuple(std),
-        size=int(size),
-        num_classes=int(config.num_labels),
-        architecture=str(getattr(config, "architecture", None) or config.model_type),
-        licence=str((timm_cfg or {}).get("license") or (hub and hub.licence) or "unknown"),
-        revision=hub.commit if hub else None,
-        weights_sha256=state_sha256(model),
-        label_names=None if generic else tuple(labels),
-    )
+    return model, processor
 
 
-def _check_transformers_folder(folder: Path, name: str) -> None:
+def _check_folder(folder: Path, name: str) -> _Config:
+    """Read the config of a model, and refuse a folder that would open more than its own safetensors."""
     check_links(folder, name)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = _Config.read(folder / CONFIG)
+        if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+            shard_names(folder / INDEX)
+    except ValueError as error:
         raise cannot_load(name, error) from error
     # What is called model_args reaches timm's own loader of checkpoints, pickles among them.
-    if isinstance(config, dict) and "checkpoint_path" in (config.get("model_args") or {}):
+    if "checkpoint_path" in (config.model_args or {}):
         raise TeacherError(
             f"teacher {name!r}: its config.json names a checkpoint of its own; only model.safetensors is opened"
         )
     if (folder / ADAPTER).is_file():
         raise TeacherError(f"teacher {name!r} adapts another model ({ADAPTER}); merge the two and save the whole model")
-    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
-        try:
-            shard_names(folder / INDEX)
-        except (OSError, ValueError) as error:
-            raise cannot_load(name, error) from error
+    return config
 
 
-def _input_of(processor: object, name: str) -> tuple[int, Sequence[float], Sequence[float]]:
-    """Side, mean and std that a transformers image processor prepares, in [0, 1] pixel units.
+def _input_of(processor: object, channels: int, name: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Return side, mean and std that an image processor prepares, in [0, 1] pixel units.
 
     Raises:
-        TeacherError: It does something else to pixels (another channel order or scale), or states no size.
+        TeacherError: It does something else to pixels (another channel order or scale), or does not state the three.
     """
     scale = getattr(processor, "rescale_factor", None)
     if getattr(processor, "do_flip_channel_order", False) or (scale is not None and abs(scale * 255 - 1) > 1e-6):
@@ -112,11 +121,18 @@ def _input_of(processor: object, name: str) -> tuple[int, Sequence[float], Seque
             f"teacher {name!r} wants its channels or pixel values in another order or scale than RGB in [0, 1]; "
             "use the model through timm, or another teacher"
         )
-    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
-    stated = crop or getattr(processor, "size", None) or {}
-    sides = [stated[key] for key in ("height", "shortest_edge") if key in stated and stated[key]]
-    if not sides:
+    values = getattr(processor, "data_config", None)  # of a timm model in its wrapper
+    if values is None:
+        crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+        size = crop or getattr(processor, "size", None) or {}
+        side = next((size[key] for key in ("height", "shortest_edge") if key in size and size[key]), None)
+        plain = not getattr(processor, "do_normalize", True)
+        mean, std = ([0.0] * channels, [1.0] * channels) if plain else (processor.image_mean, processor.image_std)  # type: ignore[attr-defined]
+        values = {"input_size": side and [channels, side, side], "mean": mean, "std": std}
+    try:
+        stated = StatedInput.parse(json.dumps(values).encode(), "its image processor")
+    except ValueError as error:
+        raise TeacherError(f"teacher {name!r}: {error}") from error
+    if stated.input_size is None or stated.mean is None or stated.std is None:
         raise TeacherError(f"teacher {name!r}: its image processor states no input size; use the model through timm")
-    if not getattr(processor, "do_normalize", True):
-        return sides[0], (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return sides[0], processor.image_mean, processor.image_std  # type: ignore[attr-defined]
+    return stated.input_size[-1], tuple(stated.mean), tuple(stated.std)

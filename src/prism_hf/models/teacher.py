@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import TeacherError
 from ..images.pixels import reference_mean_std
+from ..runtime.facts import Facts
 from ..runtime.untrusted import stray_link
 
 
@@ -24,7 +26,7 @@ class Teacher:
 
     Attributes:
         name: As in the recipe.
-        model: (B, 3 or 1, H, W) in its own normalisation -> logits (B, K); eval mode, no parameter gradients.
+        model: (B, 3 or 1, H, W) in its own normalization -> logits (B, K); eval mode, no parameter gradients.
         mean: Per channel, in [0, 1] pixel units.
         std: Per channel, in [0, 1] pixel units.
         size: Side of its input in pixels.
@@ -50,11 +52,11 @@ class Teacher:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return next(self.model.parameters()).device
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Reference normalisation, (B, C, H, W) -> this teacher's own normalisation, channels and size.
+        """Convert images, (B, C, H, W), from the reference normalization to this teacher's own, its channels and size.
 
         Grey images are copied to the channels the teacher has; the gradient of the copies adds up.
         """
@@ -66,12 +68,12 @@ class Teacher:
         return x.contiguous(memory_format=torch.channels_last)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Images in the reference normalisation, (B, C, H, W) -> raw logits, (B, K)."""
+        """Return raw logits, (B, K), of images in the reference normalization, (B, C, H, W)."""
         return self.model(self.prepare(images))
 
 
 def check_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int) -> None:
-    """Compare a teacher with the data it is to teach.
+    """Refuse a teacher that does not fit the data it is to teach.
 
     Raises:
         TeacherError: Another class count, the same labels in another order, or too few input channels.
@@ -79,7 +81,7 @@ def check_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int
     if teacher.num_classes != len(class_names):
         raise TeacherError(
             f"teacher {teacher.name!r} has {teacher.num_classes} classes, the data have {len(class_names)}; "
-            "use a teacher of this data set, or squeeze one"
+            "use a teacher of this dataset, or squeeze one"
         )
     if len(teacher.mean) < channels:
         raise TeacherError(
@@ -95,12 +97,12 @@ def check_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int
 
 
 def state_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of all parameters and buffers."""
+    """Return the SHA-256 over names, shapes, dtypes and bytes of all parameters and buffers."""
     return digest_of_tensors(model.state_dict())
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes."""
+    """Return the SHA-256 over names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
     for key, value in sorted(tensors.items()):
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
@@ -113,35 +115,23 @@ LOAD_ERRORS = (
     RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError, OSError, SafetensorError,
 )  # fmt: skip
 
-
-def check_input(name: str, size: object, mean: object, std: object) -> None:
-    """What a config says of the input; the libraries take it as it is, and fail at it late or calculate with it.
-
-    Args:
-        name: The teacher.
-        size: Channels, height and width, or `None` if the architecture knows.
-        mean: One number per channel, or `None`.
-        std: One number per channel, or `None`.
-
-    Raises:
-        TeacherError: Names the value that cannot be meant.
-    """
-    if size is not None and not (_are_numbers(size, 3) and all(isinstance(n, int) and n > 0 for n in size)):  # type: ignore[attr-defined]
-        raise TeacherError(f"teacher {name!r}: its config says input_size {str(size)[:80]}; expected [C, height, width]")
-    channels = 3 if size is None else int(size[0])  # type: ignore[index]
-    for key, value in (("mean", mean), ("std", std)):
-        if value is not None and not _are_numbers(value, channels):
-            raise TeacherError(f"teacher {name!r}: its config says {key} {str(value)[:80]}; expected {channels} numbers")
-    if std is not None and min(std) <= 0:  # type: ignore[call-overload]
-        raise TeacherError(f"teacher {name!r}: its config says std {str(std)[:80]}; expected numbers above 0")
+Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-def _are_numbers(value: object, count: int) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == count
-        and all(isinstance(number, int | float) and math.isfinite(number) for number in value)
-    )
+class StatedInput(Facts):
+    """The input of a network as a config states it; the libraries take it unread, and fail late or calculate with it."""
+
+    input_size: list[Annotated[int, Field(gt=0)]] | None = Field(None, min_length=3, max_length=3)
+    mean: list[Number] | None = None
+    std: list[Annotated[Number, Field(gt=0)]] | None = None
+
+    @model_validator(mode="after")
+    def _is_per_channel(self) -> Self:
+        channels = self.input_size[0] if self.input_size else 3
+        for key, value in (("mean", self.mean), ("std", self.std)):
+            if value is not None and len(value) != channels:
+                raise ValueError(f"{key} is {value}; expected {channels} numbers")
+        return self
 
 
 def check_links(folder: Path, name: str) -> None:
@@ -152,8 +142,8 @@ def check_links(folder: Path, name: str) -> None:
 
 
 def cannot_load(name: str, error: Exception) -> TeacherError:
-    """The error for what timm or transformers could not load."""
-    reason = " ".join(str(error).split())[:200]
+    """Make the error for what timm or transformers could not load."""
+    reason = " ".join(str(error).split())[:300]
     return TeacherError(
         f"teacher {name!r} cannot be loaded ({type(error).__name__}: {reason}); expected config.json and safetensors that "
         "fit each other, as timm or transformers saves them"

@@ -1,4 +1,4 @@
-"""How a network is trained and scored: one loop for squeezed teachers, students and the full-data ceiling.
+"""Train and score a network: one loop for squeezed teachers, students and the full-data ceiling.
 
 Legend: B images, C channels, H W pixels, K classes.
 """
@@ -36,16 +36,16 @@ Schedule = Literal["cosine", "one_cycle"]
 
 
 class Batches(Protocol):
-    """What `fit` trains on: tuples of tensors, and where in them it stands."""
+    """Tuples of tensors to train on, which can be continued after any of them."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """The batches that are left."""
+        """Draw the remaining batches."""
 
     def state(self) -> dict[str, Tensor]:
-        """Where the last batch left the draws."""
+        """Return what the next batch depends on."""
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from there."""
+        """Go on from `state`."""
 
 
 class ShuffledBatches:
@@ -53,9 +53,10 @@ class ShuffledBatches:
 
     Args:
         parts: Positions of each batch in an epoch's order.
-        epochs: How many.
+        epochs: Number of epochs.
         generator: Draws the orders, and whatever `make` draws.
         make: Row numbers (B,) int64 and the generator -> a batch.
+        count: Rows of the table.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class ShuffledBatches:
             yield self._make(self._order[part.start : part.stop], self._generator)
 
     def state(self) -> dict[str, Tensor]:
-        """Order of the running epoch, number of batches drawn, generator."""
+        """Return the order of the running epoch, the number of batches drawn and the generator."""
         return {"order": self._order, "drawn": torch.tensor(self._drawn), "generator": self._generator.get_state()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -90,15 +91,15 @@ class ShuffledBatches:
 
 
 class _Fitting:
-    """A network between two steps of its training."""
+    """A network between two steps of its training; see `fit` for the arguments."""
 
     def __init__(
-        self, network: nn.Module, *, steps: int, lr: float, weight_decay: float, schedule: Schedule, ema: float
+        self, network: nn.Module, what: str, *, steps: int, lr: float, weight_decay: float, schedule: Schedule, ema: float
     ) -> None:
         matrices = [p for p in network.parameters() if p.ndim > 1]
         vectors = [p for p in network.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.network, self.ema, self.step = network, ema, 0
+        self.network, self.what, self.ema, self.step = network, what, ema, 0
         self.optimizer = torch.optim.AdamW(groups, lr=lr)
         self.scheduler: torch.optim.lr_scheduler.LRScheduler
         if schedule == "one_cycle":
@@ -112,11 +113,16 @@ class _Fitting:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def advance(self, value: Tensor) -> None:
-        """One step down the gradient of a loss."""
-        self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        self.optimizer.step()
+    def advance(self, loss: Callable[..., Tensor], images: Tensor, targets: Sequence[Tensor]) -> None:
+        """Take one step down the gradient of a loss."""
+        with told_in_one_line(
+            f"{self.what}: a batch of {len(images)} images",
+            "Lower its batch_size in the recipe, or use a device with more memory",
+        ):
+            value = loss(self.network(images.contiguous(memory_format=torch.channels_last)), *targets)
+            self.optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            self.optimizer.step()
         self.scheduler.step()
         if self.average is not None:
             # A short warm-up: the first steps would otherwise keep the random init in the average.
@@ -124,23 +130,23 @@ class _Fitting:
         self.losses.append(value.detach())
         self.step += 1
 
-    def check(self, what: str) -> None:
-        """Look at the last losses, which waits for the device."""
-        values = torch.stack(self.losses).cpu()
+    def check(self) -> None:
+        """Refuse a loss that is not finite; reading the losses waits for the device."""
+        values = torch.stack(self.losses).cpu() if self.losses else torch.empty(0)
         bad = (~values.isfinite()).nonzero().flatten().tolist()
         if bad:
             step = self.step - len(values) + bad[0] + 1
             raise NotFiniteError(
-                f"{what}, step {step}: the loss is {values[bad[0]]:g}; lower the learning rate of the recipe"
+                f"{self.what}, step {step}: the loss is {values[bad[0]]:g}; lower the learning rate of the recipe"
             )
         self.losses = []
 
     def state(self, batches: Batches) -> State:
+        self.check()
         optimizer = optimizer_state(self.optimizer)
         tensors = prefixed("network", self.network.state_dict()) | prefixed("optimizer", optimizer.tensors)
         tensors |= prefixed("random", random_state(self.device)) | prefixed("batches", batches.state())
         tensors |= prefixed("average", self.average.state_dict() if self.average is not None else {})
-        tensors["losses"] = torch.stack(self.losses) if self.losses else torch.empty(0)
         notes = {"step": self.step, "optimizer": optimizer.notes, "scheduler": self.scheduler.state_dict()}
         return State(tensors, notes)
 
@@ -153,7 +159,7 @@ class _Fitting:
         self.scheduler.load_state_dict(state.notes["scheduler"])
         restore_random_state(part("random", tensors), self.device)
         batches.restore(part("batches", tensors))
-        self.losses, self.step = list(tensors["losses"].to(self.device)), state.notes["step"]
+        self.step = state.notes["step"]
 
 
 def fit(
@@ -174,7 +180,7 @@ def fit(
     Args:
         network: Trained in place.
         batches: Tuples on the network's device; the first tensor is the input (B, C, H, W) in the network's own
-            normalisation, the others go to `loss`.
+            normalization, the others go to `loss`.
         loss: `loss(logits, *rest)` -> scalar.
         steps: Number of batches, for the schedule.
         lr: Peak learning rate.
@@ -193,22 +199,18 @@ def fit(
         StoppedError: Somebody asked the program to stop.
     """
     network.train()
-    now = _Fitting(network, steps=steps, lr=lr, weight_decay=weight_decay, schedule=schedule, ema=ema)
+    fitting = _Fitting(network, what, steps=steps, lr=lr, weight_decay=weight_decay, schedule=schedule, ema=ema)
     if checkpoint is not None and (saved := checkpoint.load()) is not None:
-        now.restore(saved, batches)
+        fitting.restore(saved, batches)
     for images, *targets in batches:
-        with told_in_one_line(
-            f"{what}: a batch of {len(images)} images",
-            "Lower its batch_size in the recipe, or use a device with more memory",
-        ):
-            now.advance(loss(network(images.contiguous(memory_format=torch.channels_last)), *targets))
-        if now.step % CHECK_EVERY == 0 or now.step == steps:
-            now.check(what)
+        fitting.advance(loss, images, targets)
+        if fitting.step % CHECK_EVERY == 0 or fitting.step == steps:
+            fitting.check()
         if checkpoint is not None:
-            checkpoint.tick(lambda: now.state(batches))
+            checkpoint.tick(lambda: fitting.state(batches))
         else:
             raise_if_stopped()
-    return (now.average if now.average is not None else network).eval()
+    return (fitting.average if fitting.average is not None else network).eval()
 
 
 @torch.no_grad()
@@ -236,10 +238,10 @@ class Top1(evaluate.Metric):
 
 @torch.no_grad()
 def score(logits: Callable[[Tensor], Tensor], split: ImageSplit, *, device: torch.device, batch_size: int = 256) -> float:
-    """Top-1 in [0, 1] on a split of real images.
+    """Return top-1 in [0, 1] on a split of real images.
 
     Args:
-        logits: Images in the reference normalisation (B, C, H, W) -> (B, K).
+        logits: Images in the reference normalization (B, C, H, W) -> (B, K).
         split: The images.
         device: Where `logits` computes.
         batch_size: Images per call.

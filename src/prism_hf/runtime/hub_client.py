@@ -1,4 +1,4 @@
-"""Which failures of the Hub pass by themselves, how long to wait for them, and what the others mean, in one line."""
+"""Call the Hub: which failures pass by themselves, how long to wait for them, and what the others mean, in one line."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import get_token, set_client_factory
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub import constants, get_token, set_client_factory
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import _http
 
 from ..errors import HubError
+from .untrusted import without_password
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -25,31 +32,73 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0)
 SHORT = (1.0, 2.0, 4.0, 8.0)
 """For a check that somebody is waiting for."""
 
+BRIEF = (0.5, 1.0, 2.0)
+"""For a question that the cache may answer instead."""
+
 HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, ValueError)
 """All that the Hub's clients raise: LFS wraps into RuntimeError, Xet into ConnectionError, and an HTML page where JSON was
 expected makes a JSONDecodeError, which is a ValueError."""
 
+UNREACHABLE = (httpx2.ConnectError, httpx2.TimeoutException, httpx2.ProxyError, httpx2.UnsupportedProtocol)
+"""No answer at all, as without a network."""
+
 _TIMEOUT = httpx2.Timeout(30.0, read=300.0, write=120.0)  # the library's own is none at all; a big commit may take minutes
 _LONGEST_PAUSE = 300.0
 _TEMPORARY = frozenset({408, 409, 412, 425, 429})
-_MEANINGS = {
-    401: "the Hub does not accept the token; set HF_TOKEN to a valid one, or run `hf auth login`",
-    402: "the Hub wants payment for this (private storage?); see the billing page of the account",
-    403: "the token has no right to do this; use one that may write there",
-    404: "not found on the Hub, or not visible with this token",
-}
+_LONGEST_TEXT = 240
+_BAD_TOKEN = (httpx2.LocalProtocolError, UnicodeEncodeError)
+"""What a token that cannot stand in an HTTP header leads to; the text of these errors quotes it."""
+_TELLING = (HubError, OfflineModeIsEnabled, httpx2.HTTPError, json.JSONDecodeError, UnicodeEncodeError)
+"""What tells more than an error that wraps it ("Error while uploading") or one that it wraps (of a socket)."""
+
+_SENTENCES: tuple[tuple[int | type | tuple[type, ...], str], ...] = (
+    (OfflineModeIsEnabled, "HF_HUB_OFFLINE=1 is set, and the cache does not have it; unset it, or run once with a network"),
+    (
+        GatedRepoError,
+        "{repo} is gated ({status}); ask for access at {page}, then set HF_TOKEN or run `hf auth login` with the account "
+        "that has it",
+    ),
+    (
+        RepositoryNotFoundError,
+        "{repo} is not on the Hub, or it is private ({status}); check the spelling, or set HF_TOKEN or run "
+        "`hf auth login` with an account that may read it",
+    ),
+    (RevisionNotFoundError, "{repo} has no such revision ({status}); expected one of its branches, tags or commits"),
+    (json.JSONDecodeError, "{hub} does not answer as a Hub does; check HF_ENDPOINT and the proxy"),
+    (_BAD_TOKEN, "the token holds characters that no token has; set HF_TOKEN anew or run `hf auth login`"),
+    ((httpx2.ReadError, httpx2.RemoteProtocolError), "{hub} broke off ({error})"),
+    (httpx2.TransportError, "{hub} is not reachable ({error})"),
+    (
+        401,
+        "the Hub does not accept the token ({status}: {text}); set HF_TOKEN to a valid one or run `hf auth login`, or "
+        "unset it for what is public",
+    ),
+    (402, "the Hub wants payment for this ({status}: {text}); private storage? see the billing page of the account"),
+    (403, "the token has no right to do this ({status}: {text}); use one that may read, or write, there"),
+    (404, "not found on the Hub, or not visible with this token ({status}: {text})"),
+    ((HfHubHTTPError, httpx2.HTTPStatusError), "{hub} answers {status}: {text}"),
+    (Exception, "{error}: {text}"),
+)
+"""Error or HTTP status -> what it means and what to do; the first that fits."""
 
 
-def again(attempt: Callable[[], T], doing: str, pauses: Sequence[float] = PAUSES) -> T:
+def again(
+    attempt: Callable[[], T],
+    doing: str,
+    pauses: Sequence[float] = PAUSES,
+    *,
+    at_once: tuple[type[Exception], ...] = (),
+) -> T:
     """Run `attempt` until it succeeds, fails for good, or has been tried once more than there are pauses.
 
     Args:
         attempt: Reads afresh what it builds upon, so that running it again is safe.
         doing: Says in errors and logs what failed.
         pauses: Seconds between tries; a longer Retry-After is obeyed, up to five minutes.
+        at_once: Errors that are not waited for although they may pass: the caller can do without the Hub.
 
     Raises:
-        HubError: One line: what failed, why, and what to do.
+        HubError: One line: what failed, why, and what to do. `away` if it was tried in vain, and may work later.
     """
     for pause in (*pauses, None):
         try:
@@ -61,11 +110,11 @@ def again(attempt: Callable[[], T], doing: str, pauses: Sequence[float] = PAUSES
             reason = explain(error)
             if not passes(error):
                 raise HubError(f"{doing} failed: {reason}") from error
-            if pause is None:
-                raise HubError(
-                    f"{doing} failed {len(pauses) + 1} times: {reason}; run the same command again later"
-                ) from error
-            wait = max(pause, _asked_to_wait(error))
+            if pause is None or isinstance(error, at_once):
+                times = "" if pause is not None else f" {len(pauses) + 1} times"
+                advice = "run the same command again later"
+                raise HubError(f"{doing} failed{times}: {reason}; {advice}", away=True) from error
+            wait = max(pause, _requested_pause(error))
             log.info("%s: %s; trying again in %g s", doing, reason, wait)
             time.sleep(wait)
     raise AssertionError("the loop returns or raises")
@@ -85,8 +134,8 @@ def _client() -> httpx2.Client:
 
 
 def passes(error: BaseException) -> bool:
-    """Whether an error of the Hub's clients may be gone at the next try."""
-    if isinstance(error, OfflineModeIsEnabled | GatedRepoError):
+    """Tell whether an error of the Hub's clients may be gone at the next try."""
+    if any(isinstance(link, OfflineModeIsEnabled | GatedRepoError | httpx2.LocalProtocolError) for link in _chain(error)):
         return False
     status = status_of(error)
     if status is not None:
@@ -98,32 +147,47 @@ def passes(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error, through what wrapped it; Xet tells it in words alone."""
+    """Return the HTTP status behind an error, through what wrapped it; Xet tells it in words alone."""
     for link in _chain(error):
         if isinstance(link, HfHubHTTPError | httpx2.HTTPStatusError):
             return int(link.response.status_code)
         if isinstance(link, ConnectionError):
-            found = re.search(
+            stated = re.search(
                 r"\b(?:HTTP status|status(?: code)?)\W{0,3}(?:client error|server error)?\W{0,3}(\d{3})\b", str(link), re.I
             )
-            if found:
-                return int(found[1])
+            if stated:
+                return int(stated[1])
     return None
 
 
 def explain(error: BaseException) -> str:
-    """One line on an error, without the token."""
-    status, cause = status_of(error), list(_chain(error))[-1]
-    # What wrapped it says little: "Error while uploading".
-    told = next((link for link in _chain(error) if isinstance(link, HfHubHTTPError)), cause)
-    text = " ".join((getattr(told, "server_message", None) or str(told) or type(told).__name__).split())[:240]
-    token = get_token()
-    if token:
-        text = text.replace(token, "***")
-    if isinstance(told, json.JSONDecodeError):
-        return "it does not answer as a Hub does; check HF_ENDPOINT and the proxy (JSONDecodeError)"
-    meaning = f"{_MEANINGS[status]} ({status})" if status in _MEANINGS else type(told).__name__
-    return f"{meaning}: {text}"
+    """Say in one line, without the token, what an error means and what to do."""
+    links = list(_chain(error))
+    cause = next((link for link in links if isinstance(link, _TELLING)), links[-1])
+    if isinstance(cause, HubError):
+        return str(cause)
+    status = status_of(error)
+    sentence = next(
+        text for case, text in _SENTENCES if case == status or (not isinstance(case, int) and isinstance(cause, case))
+    )
+    repo, kind = getattr(cause, "repo_id", None), getattr(cause, "repo_type", None)
+    page = f"{without_password(constants.ENDPOINT)}/{'datasets/' if kind == 'dataset' else ''}{repo or ''}"
+    text = str(cause) or "no reason given"
+    if isinstance(cause, HfHubHTTPError):  # whose own text is long and advises what is not meant here
+        text = cause.server_message or f"{cause.response.reason_phrase} at {cause.response.url.path}"
+    return sentence.format(
+        hub=hub_name(),
+        repo=f"{kind} {repo}" if repo else "it",
+        page=page,
+        status=status,
+        error=type(cause).__name__,
+        text=without_password(" ".join(text.split()).replace(get_token() or "\0", "***"))[:_LONGEST_TEXT],
+    )
+
+
+def hub_name() -> str:
+    """Name the Hub in messages, without a password that its address may hold."""
+    return f"the Hub at {without_password(constants.ENDPOINT)}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -132,9 +196,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def _asked_to_wait(error: BaseException) -> float:
+def _requested_pause(error: BaseException) -> float:
     for link in _chain(error):
         if isinstance(link, HfHubHTTPError | httpx2.HTTPStatusError):
-            asked = link.response.headers.get("Retry-After", "")
-            return min(float(asked), _LONGEST_PAUSE) if asked.isdecimal() else 0.0
+            seconds = link.response.headers.get("Retry-After", "")
+            return min(float(seconds), _LONGEST_PAUSE) if seconds.isdecimal() else 0.0
     return 0.0
