@@ -40,18 +40,11 @@ from prism_hf.hub.merge import merge_readme
 from prism_hf.hub.repository import Repository, Target
 from prism_hf.images.source import load_source
 from prism_hf.models.load import load_teacher
-from prism_hf.recipe.schema import DataRecipe
+from prism_hf.recipe.sections import DataRecipe
 from prism_hf.recipe.yaml_file import load_recipe, parse_recipe
 from prism_hf.run.context import Run, make_accelerator, start_trackers
-from prism_hf.runtime.untrusted import (
-    homes_of,
-    is_inside,
-    is_plain_path,
-    read_header,
-    read_yaml,
-    stray_link,
-    without_password,
-)
+from prism_hf.runtime.plain_yaml import read_header, read_yaml
+from prism_hf.runtime.untrusted import homes_of, is_inside, is_plain_path, stray_link, without_password
 
 CPU = torch.device("cpu")
 lfs_only = pytest.mark.parametrize("transport", ["lfs"], indirect=True)

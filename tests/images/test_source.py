@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from prism_hf.errors import DataError
 from prism_hf.images.source import load_source, load_test_split, real_rows
-from prism_hf.recipe.schema import DataRecipe
+from prism_hf.recipe.sections import DataRecipe
 
 
 def recipe(source, **values):

@@ -288,7 +288,7 @@ def test_wrong_value_is_an_error_that_names_the_key(tiny_recipe, key, value):
         (CYCLE | {"teachers.extras": 2}, "nothing reads extras"),
         (CYCLE | {"teachers.include_logit": False}, "nothing reads include_logit"),
         (CYCLE | {"teachers.draw_probability": 0.4}, "nothing reads draw_probability"),
-        (RANDOM | {"teachers.bn_pool": ["a"]}, "method random optimises nothing, so nothing reads bn_pool"),
+        (RANDOM | {"teachers.bn_pool": ["a"]}, "method random optimizes nothing, so nothing reads bn_pool"),
         (RANDOM | CYCLE, "nothing reads selection"),
         *((RANDOM | {f"synthesis.{key}": value}, f"nothing reads {key}") for key, value in UNREAD.items()),
         ({"synthesis.init": "mosaic"}, "mosaic belongs to init mosaic"),

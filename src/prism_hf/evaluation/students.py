@@ -28,7 +28,7 @@ from ..models.build import build_network, seeded
 from ..models.folder import store_network
 from ..models.training import Batches, ShuffledBatches, fit
 from ..recipe.plan import batch_ranges
-from ..recipe.schema import EvaluationRecipe, RelabelView
+from ..recipe.sections import EvaluationRecipe, RelabelView
 from ..runtime.checkpoint import Checkpoint
 from ..runtime.seeds import derived_seed
 

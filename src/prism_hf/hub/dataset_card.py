@@ -24,7 +24,8 @@ from jinja2 import Environment, StrictUndefined
 from ..dataset.writer import VIEWS, image_features, view_features
 from ..evaluation.report import markdown_table, table_rows
 from ..recipe.schema import Recipe, to_dict
-from ..recipe.yaml_file import dump_recipe, dump_yaml
+from ..recipe.yaml_file import dump_recipe
+from ..runtime.plain_yaml import dump_yaml
 from ..runtime.untrusted import visible
 from .merge import block_of
 

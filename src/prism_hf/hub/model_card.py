@@ -11,7 +11,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -19,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ..errors import HubError
 from ..models.folder import KINDS
+from ..runtime.plain_yaml import dump_yaml
 from .dataset_card import escape, escape_all, licence_keys, slug
 
 MODEL_METADATA_KEYS = (
@@ -63,7 +63,7 @@ def render_model_card(folder: Path, *, repo_id: str, dataset_id: str | None = No
     facts_file, facts = _read_facts(folder, config)
     if facts["kind"] == "student":
         facts["dataset"] = {**facts["dataset"], "hub_id": dataset_id or facts["dataset"]["hub_id"]}
-    header = yaml.safe_dump(_metadata(facts, repo_id), sort_keys=False, allow_unicode=True)
+    header = dump_yaml(_metadata(facts, repo_id))
     return f"---\n{header}---\n\n{_body(facts, config, repo_id, facts_file, revision)}"
 
 

@@ -1,9 +1,9 @@
-"""What a pixel is: the reference normalisation, its valid range, and the way to uint8 and to bytes.
+"""What a pixel is: the reference normalization, its valid range, and the way to uint8 and to bytes.
 
 Legend: B images, C channels (1 or 3), H W pixels.
 
-Pixels are optimised in one *reference normalisation* (that of the ImageNet models for RGB, its grey mean for one
-channel), so that published learning rates keep their meaning whatever the teachers' own normalisation is.
+Pixels are optimized in one *reference normalization* (that of the ImageNet models for RGB, its grey mean for one
+channel), so that published learning rates keep their meaning whatever the teachers' own normalization is.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ ImageFormat = Literal["png", "webp", "jpeg"]
 
 
 def reference_mean_std(channels: int, *, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the reference normalisation, each (1, C, 1, 1), in [0, 1] pixel units."""
+    """Mean and standard deviation of the reference normalization, each (1, C, 1, 1), in [0, 1] pixel units."""
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in REFERENCE[channels])
     return (mean, std) if like is None else (mean.to(like), std.to(like))
 
 
 def to_reference(images_uint8: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 -> float32 in the reference normalisation."""
+    """(B, C, H, W) uint8 -> float32 in the reference normalization."""
     mean, std = reference_mean_std(images_uint8.shape[1])
     mean, std = mean.to(images_uint8.device), std.to(images_uint8.device)
     return (images_uint8.float() / 255 - mean) / std
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Reference normalisation -> (B, C, H, W) uint8, rounded to nearest (the published code truncates), clamped."""
+    """Reference normalization -> (B, C, H, W) uint8, rounded to nearest (the published code truncates), clamped."""
     mean, std = reference_mean_std(images.shape[1], like=images)
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
@@ -54,7 +54,7 @@ def clamp_(images: Tensor) -> Tensor:
 
 
 def noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """N(0, 1) in the reference normalisation: the init of SRe2L and G-VBSM. Drawn on the CPU: the same on any device."""
+    """N(0, 1) in the reference normalization: the init of SRe2L and G-VBSM. Drawn on the CPU: the same on any device."""
     return torch.randn(tuple(shape), generator=generator)
 
 
@@ -71,7 +71,7 @@ def encode(image_uint8: Tensor, image_format: ImageFormat, *, jpeg_quality: int 
     elif image_format == "webp":
         picture.convert("RGB").save(buffer, "WEBP", lossless=True)
     else:
-        # 4:4:4: chroma subsampling would blur colours that were optimised pixel by pixel.
+        # 4:4:4: chroma subsampling would blur colors that were optimized pixel by pixel.
         picture.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
     return buffer.getvalue()
 

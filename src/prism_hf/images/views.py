@@ -119,7 +119,7 @@ def axis_matrix(start: Tensor, length: Tensor, in_size: int, out_size: int) -> T
 
     Returns:
         (B, out_size, in_size) float32 on the device of `start`; rows sum to 1. Triangle filter, widened when it shrinks
-        (antialiasing), border pixels renormalised: PyTorch's `interpolate(..., mode="bilinear", antialias=True)`.
+        (antialiasing), border pixels renormalized: PyTorch's `interpolate(..., mode="bilinear", antialias=True)`.
     """
     start, length = start.double().view(-1, 1, 1), length.double().view(-1, 1, 1)
     scale = length / out_size
@@ -159,7 +159,7 @@ def apply_views(images: Tensor, view: View, partners: Tensor | None = None, part
     """The views of a batch: (B, C, H, W) float -> (B, C, H, W).
 
     Args:
-        images: The images, in any normalisation (the map is linear and its rows sum to 1).
+        images: The images, in any normalization (the map is linear and its rows sum to 1).
         view: One row per image.
         partners: Images of the mix partners, (B, C, H, W), with their own `partner_view`; by default partners are found
             in the batch itself, at `view.mix_with`.

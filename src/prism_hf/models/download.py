@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
-import yaml
 from huggingface_hub import HfApi, ModelInfo, constants, is_offline_mode, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -28,8 +27,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import TeacherError
+from ..runtime.plain_yaml import read_header
 from ..runtime.store import sha256_of, write_bytes
-from ..runtime.untrusted import read_header, without_password
+from ..runtime.untrusted import without_password
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -226,7 +226,7 @@ def _check_content(want: _Want, path: Path) -> None:
 def _licence(folder: Path) -> str | None:
     try:
         card = read_header((folder / CARD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError):
         return None
     if not isinstance(card, dict):
         return None

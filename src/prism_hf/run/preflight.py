@@ -10,7 +10,8 @@ from pathlib import Path
 import timm
 
 from ..errors import OutputError, RecipeError, TeacherError
-from ..images.source import SourceData, local_folder
+from ..images.open_source import local_folder
+from ..images.source import SourceData
 from ..method.alignment import BNAlignment
 from ..models.build import check_network
 from ..models.features import classifier_of
