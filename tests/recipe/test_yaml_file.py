@@ -1,7 +1,12 @@
+import copy
+import dataclasses
+from typing import get_args, get_type_hints
+
 import pytest
 import yaml
 
 from prism_hf.errors import RecipeError
+from prism_hf.recipe.schema import Recipe
 from prism_hf.recipe.yaml_file import differing_keys, dump_recipe, load_recipe, parse_recipe, public_recipe
 from prism_hf.runtime.plain_yaml import read_yaml
 
@@ -22,6 +27,30 @@ def test_unknown_key_gets_a_suggestion(tiny_recipe, key, value, message):
         parse_recipe(tiny_recipe({key: value}, values=True))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def sections(kind, path=()):
+    """(path, dataclass) of a recipe and of every section below it."""
+    yield path, kind
+    for field in dataclasses.fields(kind):
+        hint = get_type_hints(kind)[field.name]
+        for part in (hint, *get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                yield from sections(part, (*path, field.name))
+
+
+def test_an_unknown_key_of_any_section_gets_the_keys_of_that_section(tiny_recipe):
+    every = dict(sections(Recipe))
+    assert len(every) == 14
+    for path, kind in every.items():
+        values = section = copy.deepcopy(tiny_recipe(values=True))
+        for key in path:
+            section = section.setdefault(key, {})
+        section["@"] = 1
+        with pytest.raises(RecipeError) as error:
+            parse_recipe(values)
+        known = ", ".join(field.name for field in dataclasses.fields(kind))[:60]
+        assert f"unknown key '{'.'.join((*path, '@'))}', known here: {known}" in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "0.001"])

@@ -155,7 +155,7 @@ def _check_card(path: Path, template: str) -> None:
         return
     try:
         foreign = foreign_files(read_card(template.format(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: a list that is a part of itself
         raise DataError(f"{str(path)!r} has no readable header ({' '.join(str(error).split())[:200]})") from error
     if foreign:
         raise DataError(f"{str(path)!r} takes data from {foreign[0]!r}, which is not below the folder; correct it there")

@@ -1,8 +1,8 @@
-"""What a pixel is: the reference normalization, its valid range, and the way to uint8 and to bytes.
+"""Pixels: the reference normalization, its valid range, and their way to uint8 and to bytes.
 
 Legend: B images, C channels (1 or 3), H W pixels.
 
-Pixels are optimized in one *reference normalization* (that of the ImageNet models for RGB, its grey mean for one
+Pixels are optimized in one *reference normalization* (that of the ImageNet models for RGB, its gray mean for one
 channel), so that published learning rates keep their meaning whatever the teachers' own normalization is.
 """
 
@@ -24,7 +24,7 @@ REFERENCE = {
     1: ((0.449,), (0.226,)),
 }
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for bytes that are no sane picture."""
+"""What Pillow raises for bytes that are not a sane picture."""
 ImageFormat = Literal["png", "webp", "jpeg"]
 
 
@@ -61,7 +61,7 @@ def noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 def encode(image_uint8: Tensor, image_format: ImageFormat, *, jpeg_quality: int = 95) -> bytes:
     """One (C, H, W) uint8 image as file bytes; `png` and `webp` are lossless.
 
-    A recipe refuses `webp` for one channel: the format has no grey mode, and would come back as RGB.
+    A recipe refuses `webp` for one channel: the format has no gray mode, and would come back as RGB.
     """
     array = image_uint8.cpu().numpy()
     picture = Image.fromarray(array[0], "L") if len(array) == 1 else Image.fromarray(array.transpose(1, 2, 0), "RGB")
@@ -77,7 +77,7 @@ def encode(image_uint8: Tensor, image_format: ImageFormat, *, jpeg_quality: int 
 
 
 def decode(data: bytes, channels: int) -> Tensor:
-    """File bytes -> (C, H, W) uint8, converted to grey or RGB.
+    """File bytes -> (C, H, W) uint8, converted to gray or RGB.
 
     Raises:
         DataError: The bytes are not a picture.
@@ -92,11 +92,11 @@ def decode(data: bytes, channels: int) -> Tensor:
 def from_pil(picture: Image.Image, channels: int, *, size: int | None = None) -> Tensor:
     """PIL -> (C, H, W) uint8, upright as EXIF says.
 
-    With `size`: the shorter side is resized to it (bilinear, antialiased), then the centre square is cut out.
+    With `size`: the shorter side is resized to it (bilinear, antialiased), then the center square is cut out.
     """
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16"):
-        # Pillow saturates 16-bit grey when it converts; scale it instead.
+        # Pillow saturates 16-bit gray when it converts; scale it instead.
         picture = Image.fromarray((np.asarray(picture, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     picture = picture.convert("L" if channels == 1 else "RGB")
     if size is not None and picture.size != (size, size):

@@ -30,7 +30,7 @@ class Recipe:
 
     Attributes:
         name: Names the run and its default output folder.
-        method: `synthesize`, or `random`: real images drawn at random, not optimized; relabelled and packaged like others.
+        method: `synthesize`, or `random`: real images drawn at random, not optimized; relabeled and packaged like others.
         seed: Seed of every draw that is not a student's.
         data: The real data.
         teachers: Who supervises what.
@@ -75,7 +75,7 @@ class Recipe:
 
     @property
     def all_teachers(self) -> tuple[str, ...]:
-        """Every network of the recipe, each once: logit teacher, pool, labellers, verifier."""
+        """Every network of the recipe, each once: logit teacher, pool, labelers, verifier."""
         verifier = (self.teachers.verifier,) if self.teachers.verifier else ()
         return tuple(dict.fromkeys((*self.teachers.synthesis_names, *self.relabel.teachers, *verifier)))
 

@@ -32,7 +32,7 @@ class DataRecipe:
         source: `digits` (inside scikit-learn), a Hub id, or a local folder (Parquet, ImageFolder, save_to_disk).
         num_classes: K. Stated, not guessed, so that a plan needs no data; checked against the data.
         size: Side of the square working image in pixels.
-        channels: 1 (grey) or 3 (RGB) for the synthetic images.
+        channels: 1 (gray) or 3 (RGB) for the synthetic images.
         config: Hub config of the source.
         revision: Hub revision of the source; `null` takes the newest and records which one that was.
         train_split: Split used for init, squeeze, the random-real control and the diversity reference.
@@ -41,7 +41,7 @@ class DataRecipe:
             of the test split, which is then never read. For tuning.
         image_column: Name of the image column; `null` finds the only column of type Image.
         label_column: Name of the label column; `null` finds the only column of type ClassLabel.
-        licence: Licence or terms of the source, for the card.
+        licence: License or terms of the source, for the card.
     """
 
     source: Name
@@ -225,7 +225,7 @@ class EvaluationRecipe:
         label_epochs: Only the first so many recorded epochs of views are used, in turn; `null`: as many as `epochs`. Fewer
             need fewer bytes of labels.
         loss: Soft-label loss: `mse_ce`: MSE(student logits, stored logits) + ce_weight * CE; `kl`: KL at `temperature`;
-            `dist`: correlations of classes and of images at `temperature`; `cosine`: 1 - cosine of centred logits, plus
+            `dist`: correlations of classes and of images at `temperature`; `cosine`: 1 - cosine of centered logits, plus
             ce_weight * CE. See `soft_label_loss`.
         ce_weight: Weight of the CE term of `mse_ce` and `cosine`.
         temperature: Temperature of `kl` and `dist`.

@@ -112,7 +112,7 @@ class SynthesisRecipe:
         ipc: Images per class.
         init: `noise` (N(0, 1) in the reference normalization), `real_index` (image number `slot` of the class),
             `real_random` (a seeded random image of the class), `real_median` (those whose loss at the logit teacher is
-            nearest to the median of the class: DELT), `real_kmeans` (the images nearest to the `ipc` centres of the class
+            nearest to the median of the class: DELT), `real_kmeans` (the images nearest to the `ipc` centers of the class
             in the features of the logit teacher), or `mosaic` (see there).
         batch_order: `cross_class`: a batch holds consecutive classes of the same slot(s); `within_class`: consecutive
             slots of the same class(es).

@@ -34,8 +34,8 @@ _CORE_SCHEMA = {
 }
 """YAML 1.2.2, section 10.3.2: what text without quotes means; all else is text."""
 _PLAIN_TAGS = tuple(_TAG + kind for kind in (*_CORE_SCHEMA, "str", "seq", "map"))
-# The same header as in huggingface_hub: what it and `datasets` read there has to be looked at here.
-_HEADER = re.compile(r"\A\s*---[ \t]*(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\r|\n|\Z)", re.DOTALL)
+# The header of huggingface_hub and `datasets`: what they read there has to be looked at here.
+_HEADER = re.compile(r"\A\s*---(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|\Z)", re.DOTALL)
 
 
 class YamlError(ValueError):
@@ -132,7 +132,7 @@ class _PlainConstructor(SafeConstructor):
         for key, _ in node.value:
             if not isinstance(key, ScalarNode):
                 raise ConstructorError(None, None, "a list or a mapping cannot be a key", key.start_mark)
-            if key.value == "<<" or key.tag == f"{_TAG}merge":
+            if (key.value == "<<" and not key.style) or key.tag == f"{_TAG}merge":
                 raise ConstructorError(None, None, "merge keys (<<) are not read", key.start_mark)
 
     def check_mapping_key(self, node: Node, key_node: Node, mapping: Any, key: Any, value: Any) -> bool:
