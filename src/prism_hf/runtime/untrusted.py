@@ -71,13 +71,13 @@ def is_plain_path(name: object) -> bool:
 def homes_of(folder: Path) -> tuple[Path, ...]:
     """Where the files of a folder may really lie: in it, or, if it is a snapshot in the Hub's cache, among its blobs."""
     real = Path(os.path.realpath(folder))
-    snapshots = (place for place in (real, *real.parents) if place.name == "snapshots")
+    snapshots = (path for path in (real, *real.parents) if path.name == "snapshots")
     # The blobs of its repo, and those that all repos share.
-    return (real, *(above / "blobs" for place in snapshots for above in place.parents[:2]))
+    return (real, *(above / "blobs" for path in snapshots for above in path.parents[:2]))
 
 
 def is_inside(path: Path, homes: tuple[Path, ...]) -> bool:
-    """Whether a path, all links followed, ends in one of these places."""
+    """Whether a path, all links followed, ends in one of these folders; see `homes_of`."""
     real = Path(os.path.realpath(path))
     return any(real.is_relative_to(home) for home in homes)
 
@@ -91,8 +91,8 @@ def stray_link(folder: Path) -> Path | None:
 
 def visible_entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
     """Files, folders and links below a folder, hidden ones and what links lead to left out."""
-    with os.scandir(folder) as found:
-        entries = [entry for entry in found if not entry.name.startswith(".")]
+    with os.scandir(folder) as scan:
+        entries = [entry for entry in scan if not entry.name.startswith(".")]
     for entry in entries:
         yield entry
         if entry.is_dir(follow_symlinks=False):
