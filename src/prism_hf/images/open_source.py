@@ -20,28 +20,14 @@ from ..runtime.store import folder_state
 from ..runtime.untrusted import ARCHIVES, foreign_files, homes_of, is_inside, is_plain_path, read_card, visible_entries
 
 
-def open_digits() -> tuple[datasets.Dataset, datasets.Dataset]:
-    """scikit-learn's digits, 8 x 8 gray: training part and test part, a fixed stratified quarter."""
-    source = load_digits()
-    images = np.rint(source.images * (255 / 16)).astype(np.uint8)
-    parts = train_test_split(np.arange(len(images)), test_size=0.25, stratify=source.target, random_state=0)
-    names = [str(digit) for digit in range(10)]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-
-    def build(rows: np.ndarray) -> datasets.Dataset:
-        rows = np.sort(rows)
-        columns = {"image": [Image.fromarray(images[row]) for row in rows], "label": source.target[rows].tolist()}
-        return datasets.Dataset.from_dict(columns, features=features)
-
-    return build(parts[0]), build(parts[1])
-
-
 def open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
-    """One split of a local folder or of a dataset on the Hub.
+    """One split of the digits, of a local folder, or of a dataset on the Hub.
 
     Raises:
         DataError: The source or the split is missing, unreadable, or leads out of its folder.
     """
+    if recipe.source == "digits":
+        return _open_digits(name)
     what = f"data.source {recipe.source!r}" + (f", config {recipe.config!r}" if recipe.config else "")
     folder = local_folder(recipe.source)
     looks_local = recipe.source.startswith((".", "/", "~")) or recipe.source.count("/") != 1
@@ -64,6 +50,21 @@ def open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
         raise
     except Exception as error:  # foreign bytes reach a dozen readers of `datasets` here, each with errors of its own
         raise DataError(f"{what}, split {name!r} cannot be loaded: {reason_of(error)}") from error
+
+
+def _open_digits(name: str) -> datasets.Dataset:
+    """scikit-learn's digits, 8 x 8 gray; the test split is a fixed stratified quarter."""
+    source = load_digits()
+    images = np.rint(source.images * (255 / 16)).astype(np.uint8)
+    parts = train_test_split(np.arange(len(images)), test_size=0.25, stratify=source.target, random_state=0)
+    splits = dict(zip(("train", "test"), parts, strict=True))
+    if name not in splits:
+        raise DataError(f"data.source 'digits' has no split {name!r}, but 'train', 'test'")
+    rows = np.sort(splits[name])
+    names = [str(digit) for digit in range(10)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    columns = {"image": [Image.fromarray(images[row]) for row in rows], "label": source.target[rows].tolist()}
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
 def _open_saved(folder: Path, name: str, what: str) -> datasets.Dataset:

@@ -24,15 +24,7 @@ from ..errors import DataError
 from ..recipe.sections import DataRecipe
 from ..runtime.seeds import derived_seed
 from ..runtime.untrusted import is_inside
-from .open_source import (
-    find_column,
-    hold_out,
-    image_homes,
-    local_folder,
-    open_digits,
-    open_split,
-    source_revision,
-)
+from .open_source import find_column, hold_out, image_homes, local_folder, open_split, source_revision
 from .pixels import UNREADABLE, from_pil
 
 _CACHE_BYTES = 2**31
@@ -153,12 +145,9 @@ def load_source(recipe: DataRecipe) -> SourceData:
     Raises:
         DataError: Not found, no image or label column, or another number of classes.
     """
-    if recipe.source == "digits":
-        train, test = open_digits()
-    else:
-        # A held-out part of the training split takes the place of the test split, which is then never opened.
-        test = None if recipe.validation_fraction else open_split(recipe, recipe.test_split)
-        train = open_split(recipe, recipe.train_split)
+    # A held-out part of the training split takes the place of the test split, which is then never opened.
+    test = None if recipe.validation_fraction else open_split(recipe, recipe.test_split)
+    train = open_split(recipe, recipe.train_split)
     image_column, label_column = (find_column(train, recipe, key) for key in ("image_column", "label_column"))
     names = _class_names(train, label_column, recipe)
     if recipe.validation_fraction:
@@ -179,7 +168,7 @@ def count_classes(recipe: DataRecipe) -> int:
     Raises:
         DataError: Not found, or labels that do not say how many classes there are.
     """
-    rows = open_digits()[0] if recipe.source == "digits" else open_split(recipe, recipe.train_split)
+    rows = open_split(recipe, recipe.train_split)
     column = find_column(rows, recipe, "label_column")
     feature = rows.features[column]
     if not isinstance(feature, datasets.ClassLabel):
@@ -228,7 +217,7 @@ def load_test_split(recipe: DataRecipe, source: str, split: str, class_names: Se
         DataError: Not found, no image or label column, or other classes.
     """
     other = replace(recipe, source=source, config=None, revision=None, test_split=split, validation_fraction=0.0)
-    rows = open_digits()[1] if (source, split) == ("digits", "test") else open_split(other, split)
+    rows = open_split(other, split)
     image_column, label_column = (find_column(rows, other, key) for key in ("image_column", "label_column"))
     return _checked_split(rows, image_column, label_column, class_names, other, split)
 
