@@ -17,6 +17,7 @@ from prism_hf.hub.dataset_card import METADATA_KEYS, address_card, card_facts, m
 from prism_hf.hub.merge import BEGIN, END, merge_readme
 from prism_hf.recipe.schema import Recipe, to_dict
 from prism_hf.recipe.yaml_file import dump_recipe, load_recipe, override_recipe, parse_recipe, public_recipe
+from prism_hf.runtime.plain_yaml import dump_yaml, read_yaml
 from prism_hf.runtime.untrusted import _UNSEEN as UNSEEN
 
 MORE = int(os.environ.get("FUZZ_TIMES", "1"))  # a longer look: FUZZ_TIMES=20 pytest tests/test_fuzz.py
@@ -96,7 +97,8 @@ def loads_or_explains(load):
     except RecipeError as error:
         return fits_a_screen(str(error))
     assert isinstance(recipe, Recipe)
-    again = parse_recipe(yaml.safe_load(dump_recipe(recipe)))
+    again = parse_recipe(read_yaml(dump_recipe(recipe)))
+    assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe  # readers of YAML 1.1
     assert again == recipe
     assert again.fingerprint() == recipe.fingerprint()
     return recipe
@@ -198,6 +200,22 @@ def test_any_values_are_no_recipe(values):
     assert loads_or_explains(lambda: parse_recipe(values)) is None
 
 
+json_like = st.recursive(
+    st.one_of(
+        words, st.text("-+.:0123456789eExoyYnN_~ T"), st.integers(), st.floats(allow_nan=False), st.booleans(), st.none()
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.one_of(words, st.text(max_size=5)), inner)),
+    max_leaves=8,
+)
+
+
+@fuzz(400)
+@given(values=st.dictionaries(words, json_like, max_size=4))
+def test_values_that_are_written_are_read_by_readers_of_both_versions_of_yaml(values):
+    written = dump_yaml(values)
+    assert yaml.safe_load(written) == read_yaml(written) == values
+
+
 def places(values, path=()):
     """Every key of nested sections."""
     for key, value in values.items():
@@ -247,7 +265,7 @@ def test_a_changed_recipe_is_a_recipe_or_one_line(file, values):
     recipe = loads_or_explains(lambda: parse_recipe(values))
     if recipe is not None:
         assert public_recipe(public_recipe(recipe)) == public_recipe(recipe)
-    with_tags = yaml.dump(values, allow_unicode=True)  # what is no plain value becomes a tag
+    with_tags = yaml.dump(values, allow_unicode=True)  # what is not a plain value becomes a tag
     load_text(file, with_tags)
 
 

@@ -40,19 +40,11 @@ from prism_hf.hub.merge import merge_readme
 from prism_hf.hub.repository import Repository, Target
 from prism_hf.images.source import load_source
 from prism_hf.models.load import load_teacher
-from prism_hf.recipe.schema import DataRecipe
+from prism_hf.recipe.sections import DataRecipe
 from prism_hf.recipe.yaml_file import load_recipe, parse_recipe
 from prism_hf.run.context import Run, make_accelerator
 from prism_hf.run.trackers import start_trackers
-from prism_hf.runtime.untrusted import (
-    homes_of,
-    is_inside,
-    is_plain_path,
-    read_header,
-    read_yaml,
-    stray_link,
-    without_password,
-)
+from prism_hf.runtime.untrusted import homes_of, is_inside, is_plain_path, stray_link, without_password
 
 CPU = torch.device("cpu")
 lfs_only = pytest.mark.parametrize("transport", ["lfs"], indirect=True)
@@ -394,6 +386,33 @@ def test_a_card_that_takes_data_from_elsewhere_is_refused(tmp_path, secret, how,
         load_distilled(folder)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "configs: [{config_name: default, data_files: %s}]",
+        "---\nconfigs: [{config_name: default, data_files: %s}]",
+        "configs: [{config_name: default, data_files: !!set {%s}}]",
+        "configs: &a [{config_name: default, data_files: [%s, *a]}]",
+    ],
+    ids=["plain", "a document", "a set", "itself"],
+)
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+def test_a_card_in_any_words_and_file_is_read_as_datasets_reads_it(tmp_path, secret, name, text):
+    folder = class_folders(tmp_path / "data")
+    header = text % secret
+    (folder / name).write_text(f"---\n{header}\n---\n" if name == "README.md" else header)
+    bad_data(folder, name)
+    with pytest.raises(DataError, match="not below the folder|no readable header"):
+        load_distilled(folder)
+
+
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+def test_an_endless_card_of_a_second_document_is_one_line_at_once(tmp_path, name):
+    folder = class_folders(tmp_path / "data")
+    (folder / name).write_text(f"---\n---\n{alias_bomb()}---\n" if name == "README.md" else f"---\n{alias_bomb()}")
+    bad_data(folder, name, "more than 16 aliases")
+
+
 @pytest.mark.parametrize("how", ["absolute", "relative"])
 @pytest.mark.parametrize("kind", ["parquet", "saved", "metadata"])
 def test_a_table_that_names_a_picture_elsewhere_does_not_get_it(tmp_path, monkeypatch, secret, how, kind):
@@ -666,7 +685,7 @@ ENDLESS = {
     "mappings": "{a: " * 20_000,
     "itself": "a: &a [*a]",
     "number": "a: " + "1" * 100_000,
-    "date": "a: 2024-99-99",
+    "date": "a: !!timestamp 2024-99-99",
     "tag": "a: !!python/object/apply:os.system ['true']",
 }
 
@@ -698,12 +717,6 @@ def test_an_endless_header_is_one_line_at_once(distilled, kind):
         load_distilled(distilled)
     one_line(error)
     bad_data(distilled)
-
-
-def test_a_few_aliases_are_fine():
-    assert read_yaml("a: &x [1]\nb: [*x, *x]") == {"a": [1], "b": [[1], [1]]}
-    assert read_header("---\r\na: 1\r\n---\r\nwords") == {"a": 1}
-    assert read_header("words") is None
 
 
 @pytest.mark.parametrize(

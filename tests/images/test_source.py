@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from prism_hf.errors import DataError, StoppedError
 from prism_hf.images.source import load_source, load_test_split
 from prism_hf.method.start_images import real_rows
-from prism_hf.recipe.schema import DataRecipe
+from prism_hf.recipe.sections import DataRecipe
 from prism_hf.runtime import stop as interruption
 
 

@@ -1,8 +1,14 @@
+import copy
+import dataclasses
+from typing import get_args, get_type_hints
+
 import pytest
 import yaml
 
 from prism_hf.errors import RecipeError
+from prism_hf.recipe.schema import Recipe
 from prism_hf.recipe.yaml_file import differing_keys, dump_recipe, load_recipe, parse_recipe, public_recipe
+from prism_hf.runtime.plain_yaml import read_yaml
 
 
 @pytest.mark.parametrize(
@@ -23,9 +29,33 @@ def test_unknown_key_gets_a_suggestion(tiny_recipe, key, value, message):
     assert "\n" not in str(error.value)
 
 
+def sections(kind, path=()):
+    """(path, dataclass) of a recipe and of every section below it."""
+    yield path, kind
+    for field in dataclasses.fields(kind):
+        hint = get_type_hints(kind)[field.name]
+        for part in (hint, *get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                yield from sections(part, (*path, field.name))
+
+
+def test_an_unknown_key_of_any_section_gets_the_keys_of_that_section(tiny_recipe):
+    every = dict(sections(Recipe))
+    assert len(every) == 14
+    for path, kind in every.items():
+        values = section = copy.deepcopy(tiny_recipe(values=True))
+        for key in path:
+            section = section.setdefault(key, {})
+        section["@"] = 1
+        with pytest.raises(RecipeError) as error:
+            parse_recipe(values)
+        known = ", ".join(field.name for field in dataclasses.fields(kind))[:60]
+        assert f"unknown key '{'.'.join((*path, '@'))}', known here: {known}" in str(error.value)
+
+
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "0.001"])
 def test_floats_may_be_written_without_a_dot(tiny_recipe, text):
-    assert parse_recipe(tiny_recipe({"synthesis.lr": yaml.safe_load(text)}, values=True)).synthesis.lr == 1e-3
+    assert parse_recipe(tiny_recipe({"synthesis.lr": read_yaml(text)}, values=True)).synthesis.lr == 1e-3
 
 
 def test_integers_are_accepted_for_floats(tiny_recipe):
@@ -73,6 +103,11 @@ def tiny_yaml(tiny_recipe, tmp_path):
         ("data.source=a=b", ("data", "source"), "a=b"),
         ("seed=7", ("seed",), 7),
         ("packaging.image_format=webp", ("packaging", "image_format"), "webp"),
+        ("data.licence=2024-01-01", ("data", "licence"), "2024-01-01"),
+        ("data.licence=no", ("data", "licence"), "no"),
+        ("data.licence=12:30", ("data", "licence"), "12:30"),
+        ("data.licence=1_000", ("data", "licence"), "1_000"),
+        ("seed=0x10", ("seed",), 16),
     ],
 )
 def test_override(tiny_yaml, override, key, value):
@@ -100,7 +135,8 @@ def test_a_later_override_wins(tiny_yaml):
         ("synthesis.lr.x=3", "'synthesis.lr' is a value, not a section"),
         ("synthesis.itertions=3", "did you mean 'iterations'?"),
         ("sythesis.iterations=3", "unknown key 'sythesis'"),
-        ("data.licence=2024-01-01", "quote dates"),
+        ("data.licence=!!timestamp 2024-01-01", "tag 'timestamp' makes no plain value"),
+        ("synthesis.lr='1e-3'", "valid number"),
     ],
 )
 def test_bad_override_is_one_line(tiny_yaml, override, message):

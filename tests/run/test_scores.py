@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_teacher
 from pipeline import sha_tree
+from prism_hf.run.scores import Contest, collect, run_task, task_file, task_key
 
 from prism_hf.dataset.reader import DistilledDataset
 from prism_hf.evaluation.students import KEPT, ROWS, Keep, Row
@@ -17,7 +18,6 @@ from prism_hf.models.facts import ScoredOn, SourceFacts
 from prism_hf.models.load import load_teacher
 from prism_hf.recipe.yaml_file import load_recipe
 from prism_hf.run import scores as evaluation
-from prism_hf.run.scores import Contest, collect, run_task, task_file, task_key
 from prism_hf.runtime.store import digest, write_record
 
 DEVICE = torch.device("cpu")

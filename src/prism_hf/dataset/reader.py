@@ -40,8 +40,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ..errors import DataError
+from ..images.open_source import check_local, local_cache, local_folder, reason_of
 from ..images.pixels import UNREADABLE, decode
-from ..images.source import check_local, local_cache, local_folder, reason_of
 from ..images.views import ViewRows, from_columns
 from ..recipe.schema import Recipe
 from ..recipe.yaml_file import load_recipe

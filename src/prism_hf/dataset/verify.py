@@ -12,16 +12,15 @@ from pathlib import Path, PurePosixPath
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from datasets.info import DatasetInfosDict
-from huggingface_hub import DatasetCard, HfApi
+from huggingface_hub import DatasetCardData, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import HubError
 from ..runtime.hub_client import SHORT, again
 from ..runtime.store import sha256_of
-from ..runtime.untrusted import homes_of, is_inside, is_plain_path, read_header
+from ..runtime.untrusted import homes_of, is_inside, is_plain_path, read_card
 from .format import FORMAT_VERSION, TABLES, VIEWS
 from .provenance import FileEntry, Provenance
 
@@ -116,12 +115,11 @@ def _card_differences(folder: Path, tables: Mapping[str, pq.FileMetaData | None]
         return
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
-        read_header(text)  # the library below would follow aliases without end
-        card = DatasetCard(text)
-        infos = DatasetInfosDict.from_dataset_card_data(card.data)
+        header = read_card(text)
+        infos = DatasetInfosDict.from_dataset_card_data(DatasetCardData(**header))
         stated = {name: (infos[name].splits["train"].num_examples, infos[name].features) for name in TABLES}
-        paths = {config["config_name"]: config["data_files"] for config in card.data.to_dict()["configs"]}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        paths = {config["config_name"]: config["data_files"] for config in header["configs"]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         yield f"README.md: no readable `configs` and `dataset_info` ({type(error).__name__})"
         return
     kinds = {name: datasets.Features.from_arrow_schema(f.schema.to_arrow_schema()) for name, f in tables.items() if f}

@@ -16,7 +16,7 @@ from ..images.source import ImageSplit
 from ..models.features import penultimate_features
 from ..models.teacher import Teacher
 from ..models.training import score
-from ..recipe.schema import EvaluationRecipe, RelabelView
+from ..recipe.sections import EvaluationRecipe, RelabelView
 from ..runtime.checkpoint import Checkpoint
 from ..runtime.stop import EVERY_S
 from ..runtime.store import Artifact, digest

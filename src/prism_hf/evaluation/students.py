@@ -29,7 +29,7 @@ from ..models.facts import DistilledFacts, ScoredOn, SourceFacts, StudentFacts
 from ..models.folder import store_network
 from ..models.training import Batches, ShuffledBatches, fit
 from ..recipe.plan import batch_ranges
-from ..recipe.schema import EvaluationRecipe, RelabelView
+from ..recipe.sections import EvaluationRecipe, RelabelView
 from ..runtime.checkpoint import Checkpoint
 from ..runtime.seeds import derived_seed
 

@@ -6,10 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import yaml
-
-from ..recipe.yaml_file import dump_yaml
-from ..runtime.untrusted import read_yaml
+from ..runtime.plain_yaml import YamlError, dump_yaml, read_yaml
 
 BEGIN = "<!-- prism-hf: made by the program from here on; write above this line, or below the last one -->"
 END = "<!-- prism-hf: made by the program up to here -->"
@@ -81,7 +78,7 @@ def _parse(text: str) -> tuple[dict[str, Any], str]:
     found = _HEADER.match(text)
     try:
         header = read_yaml(found[1]) if found else None
-    except yaml.YAMLError:
+    except YamlError:
         return {}, text
     if found is None or not isinstance(header, dict | None):
         return {}, text

@@ -1,9 +1,9 @@
-"""What a pixel is: the reference normalisation, its valid range, and the way to uint8 and to bytes.
+"""Pixels: the reference normalization, its valid range, and their way to uint8 and to bytes.
 
 Legend: B images, C channels (1 or 3), H W pixels.
 
-Pixels are optimised in one *reference normalisation* (that of the ImageNet models for RGB, its grey mean for one
-channel), so that published learning rates keep their meaning whatever the teachers' own normalisation is.
+Pixels are optimized in one *reference normalization* (that of the ImageNet models for RGB, its gray mean for one
+channel), so that published learning rates keep their meaning whatever the teachers' own normalization is.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ REFERENCE = {
     1: ((0.449,), (0.226,)),
 }
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for bytes that are no sane picture."""
+"""What Pillow raises for bytes that are not a sane picture."""
 ImageFormat = Literal["png", "webp", "jpeg"]
 
 
 def reference_mean_std(channels: int, *, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the reference normalisation, each (1, C, 1, 1), in [0, 1] pixel units."""
+    """Mean and standard deviation of the reference normalization, each (1, C, 1, 1), in [0, 1] pixel units."""
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in REFERENCE[channels])
     return (mean, std) if like is None else (mean.to(like), std.to(like))
 
 
 def to_reference(images_uint8: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 -> float32 in the reference normalisation."""
+    """(B, C, H, W) uint8 -> float32 in the reference normalization."""
     mean, std = reference_mean_std(images_uint8.shape[1])
     mean, std = mean.to(images_uint8.device), std.to(images_uint8.device)
     return (images_uint8.float() / 255 - mean) / std
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Reference normalisation -> (B, C, H, W) uint8, rounded to nearest (the published code truncates), clamped."""
+    """Reference normalization -> (B, C, H, W) uint8, rounded to nearest (the published code truncates), clamped."""
     mean, std = reference_mean_std(images.shape[1], like=images)
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
@@ -54,14 +54,14 @@ def clamp_(images: Tensor) -> Tensor:
 
 
 def noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """N(0, 1) in the reference normalisation: the init of SRe2L and G-VBSM. Drawn on the CPU: the same on any device."""
+    """N(0, 1) in the reference normalization: the init of SRe2L and G-VBSM. Drawn on the CPU: the same on any device."""
     return torch.randn(tuple(shape), generator=generator)
 
 
 def encode(image_uint8: Tensor, image_format: ImageFormat, *, jpeg_quality: int = 95) -> bytes:
     """One (C, H, W) uint8 image as file bytes; `png` and `webp` are lossless.
 
-    A recipe refuses `webp` for one channel: the format has no grey mode, and would come back as RGB.
+    A recipe refuses `webp` for one channel: the format has no gray mode, and would come back as RGB.
     """
     array = image_uint8.cpu().numpy()
     picture = Image.fromarray(array[0], "L") if len(array) == 1 else Image.fromarray(array.transpose(1, 2, 0), "RGB")
@@ -71,13 +71,13 @@ def encode(image_uint8: Tensor, image_format: ImageFormat, *, jpeg_quality: int 
     elif image_format == "webp":
         picture.convert("RGB").save(buffer, "WEBP", lossless=True)
     else:
-        # 4:4:4: chroma subsampling would blur colours that were optimised pixel by pixel.
+        # 4:4:4: chroma subsampling would blur colors that were optimized pixel by pixel.
         picture.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
     return buffer.getvalue()
 
 
 def decode(data: bytes, channels: int) -> Tensor:
-    """File bytes -> (C, H, W) uint8, converted to grey or RGB.
+    """File bytes -> (C, H, W) uint8, converted to gray or RGB.
 
     Raises:
         DataError: The bytes are not a picture.
@@ -92,11 +92,11 @@ def decode(data: bytes, channels: int) -> Tensor:
 def from_pil(picture: Image.Image, channels: int, *, size: int | None = None) -> Tensor:
     """PIL -> (C, H, W) uint8, upright as EXIF says.
 
-    With `size`: the shorter side is resized to it (bilinear, antialiased), then the centre square is cut out.
+    With `size`: the shorter side is resized to it (bilinear, antialiased), then the center square is cut out.
     """
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16"):
-        # Pillow saturates 16-bit grey when it converts; scale it instead.
+        # Pillow saturates 16-bit gray when it converts; scale it instead.
         picture = Image.fromarray((np.asarray(picture, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     picture = picture.convert("L" if channels == 1 else "RGB")
     if size is not None and picture.size != (size, size):

@@ -1,4 +1,4 @@
-"""How a random view is drawn, applied to a whole batch at once, and written to or read from a table row.
+"""Random views: drawn, applied to a whole batch at once, and written to or read from the rows of a table.
 
 Legend: B images, C channels, H W pixels of the source, S side of the result.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ class View:
 
     def __len__(self) -> int:
         return len(self.crop)
+
+    def __getitem__(self, rows: slice) -> View:
+        return View(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def draw_crop(count: int, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
@@ -102,9 +105,9 @@ def draw_views(
 
 def _cutmix_box(size: int, share: float, generator: torch.Generator) -> Tensor:
     side = int(size * math.sqrt(1 - share))
-    centre = torch.randint(size, (2,), generator=generator)
-    low = (centre - side // 2).clamp(0, size)
-    high = (centre - side // 2 + side).clamp(0, size)
+    center = torch.randint(size, (2,), generator=generator)
+    low = (center - side // 2).clamp(0, size)
+    high = (center - side // 2 + side).clamp(0, size)
     return torch.cat([low, high - low])
 
 
@@ -119,14 +122,14 @@ def axis_matrix(start: Tensor, length: Tensor, in_size: int, out_size: int) -> T
 
     Returns:
         (B, out_size, in_size) float32 on the device of `start`; rows sum to 1. Triangle filter, widened when it shrinks
-        (antialiasing), border pixels renormalised: PyTorch's `interpolate(..., mode="bilinear", antialias=True)`.
+        (antialiasing), border pixels renormalized: PyTorch's `interpolate(..., mode="bilinear", antialias=True)`.
     """
     start, length = start.double().view(-1, 1, 1), length.double().view(-1, 1, 1)
     scale = length / out_size
     support = scale.clamp(min=1)
-    centre = (torch.arange(out_size, device=start.device, dtype=torch.float64).view(1, -1, 1) + 0.5) * scale
+    center = (torch.arange(out_size, device=start.device, dtype=torch.float64).view(1, -1, 1) + 0.5) * scale
     pixel = torch.arange(in_size, device=start.device, dtype=torch.float64).view(1, 1, -1) - start
-    weight = (1 - (pixel + 0.5 - centre).abs() / support).clamp(min=0)
+    weight = (1 - (pixel + 0.5 - center).abs() / support).clamp(min=0)
     weight = weight * ((pixel >= 0) & (pixel < length))
     return (weight / weight.sum(-1, keepdim=True)).float()
 
@@ -159,7 +162,7 @@ def apply_views(images: Tensor, view: View, partners: Tensor | None = None, part
     """The views of a batch: (B, C, H, W) float -> (B, C, H, W).
 
     Args:
-        images: The images, in any normalisation (the map is linear and its rows sum to 1).
+        images: The images, in any normalization (the map is linear and its rows sum to 1).
         view: One row per image.
         partners: Images of the mix partners, (B, C, H, W), with their own `partner_view`; by default partners are found
             in the batch itself, at `view.mix_with`.
@@ -219,7 +222,7 @@ class ViewRows:
     Attributes:
         image_index: Row of the image, (N,) int64.
         view: Its view; `mix_with` is the *image row* of the partner here, or -1.
-        partner: Crop and flip of the partner.
+        partner: The same with crop and flip of the partner.
     """
 
     image_index: Tensor
@@ -227,10 +230,7 @@ class ViewRows:
     partner: View
 
     def __getitem__(self, rows: slice) -> ViewRows:
-        def cut(view: View) -> View:
-            return View(**{f.name: getattr(view, f.name)[rows] for f in fields(View)})
-
-        return ViewRows(self.image_index[rows], cut(self.view), cut(self.partner))
+        return ViewRows(self.image_index[rows], self.view[rows], self.partner[rows])
 
     def replay(self, images: Tensor, prepare: Callable[[Tensor], Tensor] = lambda picked: picked) -> Tensor:
         """The recorded views of a table of images, (N, C, H, W); only the images of these rows are read.
@@ -261,6 +261,4 @@ def from_columns(columns: dict[str, np.ndarray]) -> ViewRows:
     # An unmixed row has an empty partner crop; give the replay a valid one, it has no weight in the result.
     crop = torch.where((view.mix_with >= 0)[:, None], integers("mix_crop"), view.crop)
     flip = torch.from_numpy(np.array(columns["mix_flip"], dtype=bool))
-    none = torch.full_like(view.mix_with, -1)
-    partner = View(crop, flip, none, torch.zeros_like(view.mix_box), torch.ones_like(view.mix_weight))
-    return ViewRows(integers("image_index"), view, partner)
+    return ViewRows(integers("image_index"), view, replace(view, crop=crop, flip=flip))

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.teacher import Teacher
-from ..recipe.schema import TeachersRecipe
+from ..recipe.sections import TeachersRecipe
 from ..recipe.synthesis import SynthesisRecipe
 from .alignment import Alignment
 from .densification import densification

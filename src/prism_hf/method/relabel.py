@@ -18,7 +18,7 @@ from ..images.pixels import to_reference
 from ..images.views import apply_views, draw_views, to_columns
 from ..models.teacher import Teacher
 from ..recipe.plan import batch_ranges
-from ..recipe.schema import RelabelRecipe
+from ..recipe.sections import RelabelRecipe
 from ..runtime.seeds import derived_seed
 
 

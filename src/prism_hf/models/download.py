@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from huggingface_hub import HfApi, ModelInfo, constants, is_offline_mode, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -23,8 +22,8 @@ from pydantic import Field
 from ..errors import HubError, TeacherError
 from ..runtime.facts import Facts
 from ..runtime.hub_client import BRIEF, UNREACHABLE, again, explain, hub_name
+from ..runtime.plain_yaml import read_header
 from ..runtime.store import sha256_of, write_bytes
-from ..runtime.untrusted import read_header
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -247,7 +246,7 @@ def _licence(folder: Path) -> str | None:
     """Return the license that the model's card states."""
     try:
         card = read_header((folder / CARD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError):
         return None
     if not isinstance(card, dict):
         return None

@@ -23,7 +23,8 @@ from ..errors import DamagedError, TeacherError
 from ..images.pixels import reference_mean_std, to_reference
 from ..images.source import ImageSplit, SourceData
 from ..images.views import draw_views, resample
-from ..recipe.schema import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
+from ..recipe.schema import SQUEEZE_PREFIX, Recipe
+from ..recipe.sections import SqueezeRecipe
 from ..recipe.yaml_file import public_recipe
 from ..runtime.checkpoint import Checkpoint
 from ..runtime.lock import holder_of, holder_text, is_held, locked

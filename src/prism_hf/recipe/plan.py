@@ -1,4 +1,4 @@
-"""Which images are optimised together, under which teachers, with which seed: decided by the recipe alone.
+"""Which images are optimized together, under which teachers, with which seed: decided by the recipe alone.
 
 A job is one batch of images, independent of every other job; its result depends on the recipe and never on rank, process
 count, order or resume.
@@ -10,7 +10,8 @@ import random
 from dataclasses import dataclass
 
 from ..runtime.seeds import derived_seed
-from .schema import Recipe, TeachersRecipe
+from .schema import Recipe
+from .sections import TeachersRecipe
 
 STAGES = ("squeeze", "synthesize", "relabel", "package", "evaluate")
 """What a run does, in order."""
@@ -20,7 +21,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 @dataclass(frozen=True)
 class SynthesisJob:
-    """One batch of images to optimise.
+    """One batch of images to optimize.
 
     Attributes:
         id: 0 to the number of jobs - 1.

@@ -1,8 +1,8 @@
-"""How pixels are optimised, as a section of a recipe: statistics, optimiser, views, start images."""
+"""How pixels are optimized, as a section of a recipe: statistics, optimizer, views, start images."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -12,13 +12,14 @@ from .fields import (
     AtLeastTwo,
     Count,
     CropScale,
-    Float,
     Fraction,
+    FractionBelowOne,
     Index,
     NonNegative,
     Positive,
+    PositiveFraction,
     check_order,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -65,7 +66,7 @@ class ConvStatistics:
     """
 
     patch: Count = 16
-    drop: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    drop: FractionBelowOne = 0.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -105,22 +106,22 @@ class Mosaic:
 
 @dataclass(frozen=True, config=STRICT)
 class SynthesisRecipe:
-    """How pixels are optimised (PRISM, arXiv 2511.09905; stage "recover" of SRe2L, arXiv 2306.13092).
+    """How pixels are optimized (PRISM, arXiv 2511.09905; stage "recover" of SRe2L, arXiv 2306.13092).
 
     Attributes:
         ipc: Images per class.
-        init: `noise` (N(0, 1) in the reference normalisation), `real_index` (image number `slot` of the class),
+        init: `noise` (N(0, 1) in the reference normalization), `real_index` (image number `slot` of the class),
             `real_random` (a seeded random image of the class), `real_median` (those whose loss at the logit teacher is
-            nearest to the median of the class: DELT), `real_kmeans` (the images nearest to the `ipc` centres of the class
+            nearest to the median of the class: DELT), `real_kmeans` (the images nearest to the `ipc` centers of the class
             in the features of the logit teacher), or `mosaic` (see there).
         batch_order: `cross_class`: a batch holds consecutive classes of the same slot(s); `within_class`: consecutive
             slots of the same class(es).
-        batch_size: Images optimised together; their statistics are the BN loss, so the batch is part of the method.
+        batch_size: Images optimized together; their statistics are the BN loss, so the batch is part of the method.
         slots_per_batch: With `cross_class`: how many consecutive slots share a batch, a teacher draw and an iteration
             count. The paper has 1; few classes need more, since statistics of a handful of images mean little.
         iterations: Adam steps per batch; 0 ships the start images as they are.
         ladder: Fewer iterations for later slots, or `null` for the same number everywhere.
-        lr: Adam learning rate in the reference normalisation.
+        lr: Adam learning rate in the reference normalization.
         betas: Adam's betas.
         lr_schedule: `cosine` (to zero) or `constant`.
         bn_weight: Weight of the BN alignment against the classification loss (r_bn).
@@ -154,11 +155,11 @@ class SynthesisRecipe:
     view: SynthesisView = Field(default_factory=SynthesisView)
     clamp: bool = True
     verify_every: Count = 100
-    momentum: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    momentum: FractionBelowOne = 0.0
     conv: ConvStatistics | None = None
     densification: Densification | None = None
     mosaic: Mosaic | None = None
-    easiest: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    easiest: PositiveFraction = 1.0
 
     def __post_init__(self) -> None:
         if max(self.betas) >= 1:

@@ -34,7 +34,8 @@ from ..method.objective import Precision
 from ..models.load import load_teacher
 from ..models.teacher import Teacher, check_teacher
 from ..recipe.plan import STAGES, TRACKERS
-from ..recipe.schema import DataRecipe, Recipe
+from ..recipe.schema import Recipe
+from ..recipe.sections import DataRecipe
 from ..runtime.share import share
 from ..runtime.stop import EVERY_S
 from ..runtime.store import write_json

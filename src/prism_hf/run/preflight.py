@@ -10,7 +10,7 @@ from pathlib import Path
 import timm
 
 from ..errors import OutputError, RecipeError, StageError, TeacherError
-from ..images.source import local_folder
+from ..images.open_source import local_folder
 from ..method.alignment import Alignment
 from ..method.start_images import check_candidates, real_rows
 from ..models.build import check_network

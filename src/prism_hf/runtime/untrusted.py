@@ -1,23 +1,23 @@
-"""How what comes from outside is looked at before anything follows it: endless text, links and paths that lead away."""
+"""Bounds and links of foreign files: names, paths and cards are checked here before anything follows them."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
-import yaml
+from huggingface_hub import DatasetCard
 
-MOST_ALIASES = 16
-"""Aliases in one YAML text; each level of an alias bomb needs two at least, so this many stand for some hundred values."""
+from .plain_yaml import read_header
+
 LONGEST_NAME = 200
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".tbz2", ".xz", ".txz", ".7z", ".rar", ".zst", ".lz4")
 
 _ELSEWHERE = re.compile(r"^[/\\~]|^\w[\w+.-]*:[/\\]|::")
 _UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Control characters, and those that turn the direction of what follows."""
-_HEADER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
 def visible(text: str) -> str:
@@ -25,43 +25,23 @@ def visible(text: str) -> str:
     return _UNSEEN.sub("\ufffd", text)
 
 
-class PlainLoader(yaml.SafeLoader):
-    """Plain values only, and few aliases."""
-
-    aliases = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Count the aliases."""
-        if self.check_event(yaml.AliasEvent):
-            self.aliases += 1
-            if self.aliases > MOST_ALIASES:
-                raise yaml.YAMLError(f"more than {MOST_ALIASES} aliases (*name); write the values out")
-        return super().compose_node(parent, index)
-
-
-def read_yaml(text: str) -> object:
-    """YAML -> plain values.
+def read_card(text: str) -> dict[str, Any]:
+    """A card's header as huggingface_hub and `datasets` read it; their YAML 1.1 may differ from ours.
 
     Raises:
-        yaml.YAMLError: It is none, or is nested or repeated beyond all use; one line.
+        ValueError: There is no readable mapping in it; one line.
     """
+    if read_header(text) is None:  # read by us first, since the library follows aliases without end
+        return {}
     try:
-        return yaml.load(text, Loader=PlainLoader)
-    except RecursionError as error:
-        raise yaml.YAMLError("nested too deeply") from error
-    except ValueError as error:  # a date that is none, a number of thousands of digits
-        raise yaml.YAMLError(" ".join(str(error).split())) from error
+        return DatasetCard(text).data.to_dict()
+    except Exception as error:  # what YAML readers and the classes of the library make of foreign text
+        raise ValueError(" ".join(str(error).split())) from error
 
 
-def read_header(text: str) -> object:
-    """The YAML header of a card, or `None`; see `read_yaml`."""
-    found = _HEADER.match(text)
-    return read_yaml(found[1]) if found else None
-
-
-def foreign_files(header: object) -> list[str]:
+def foreign_files(header: Mapping[str, Any]) -> list[str]:
     """What the `configs` in a card's header take from elsewhere: `datasets` follows any path and address there."""
-    configs = header.get("configs") if isinstance(header, dict) else None
+    configs = header.get("configs")
     named = [config.get(key) for config in (configs if isinstance(configs, list) else []) if isinstance(config, dict)
              for key in ("data_files", "data_dir")]  # fmt: skip
     return [text for text in _texts(named) if _ELSEWHERE.search(text) or ".." in re.split(r"[/\\]", text)]
@@ -91,13 +71,13 @@ def is_plain_path(name: object) -> bool:
 def homes_of(folder: Path) -> tuple[Path, ...]:
     """Where the files of a folder may really lie: in it, or, if it is a snapshot in the Hub's cache, among its blobs."""
     real = Path(os.path.realpath(folder))
-    snapshots = (place for place in (real, *real.parents) if place.name == "snapshots")
+    snapshots = (path for path in (real, *real.parents) if path.name == "snapshots")
     # The blobs of its repo, and those that all repos share.
-    return (real, *(above / "blobs" for place in snapshots for above in place.parents[:2]))
+    return (real, *(above / "blobs" for path in snapshots for above in path.parents[:2]))
 
 
 def is_inside(path: Path, homes: tuple[Path, ...]) -> bool:
-    """Whether a path, all links followed, ends in one of these places."""
+    """Whether a path, all links followed, ends in one of these folders; see `homes_of`."""
     real = Path(os.path.realpath(path))
     return any(real.is_relative_to(home) for home in homes)
 
@@ -111,8 +91,8 @@ def stray_link(folder: Path) -> Path | None:
 
 def visible_entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
     """Files, folders and links below a folder, hidden ones and what links lead to left out."""
-    with os.scandir(folder) as found:
-        entries = [entry for entry in found if not entry.name.startswith(".")]
+    with os.scandir(folder) as scan:
+        entries = [entry for entry in scan if not entry.name.startswith(".")]
     for entry in entries:
         yield entry
         if entry.is_dir(follow_symlinks=False):

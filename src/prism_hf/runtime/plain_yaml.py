@@ -1,0 +1,174 @@
+"""Plain YAML, as recipes and cards hold it: text, numbers, switches, lists and mappings, and nothing else.
+
+We read the core schema of YAML 1.2: `1e-3` is a number, `yes` and `2024-01-01` are text. What we write is read the same by
+the Hub's Python libraries, which go by YAML 1.1.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from io import StringIO
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.resolver import VersionedResolver
+from ruamel.yaml.tag import Tag
+
+MOST_ALIASES = 16
+"""Aliases in one text; each level of an alias bomb needs two at least, so this many stand for some hundred values."""
+
+_TAG = "tag:yaml.org,2002:"
+_CORE_SCHEMA = {
+    "null": re.compile(r"~|null|Null|NULL|"),
+    "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
+    "int": re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
+    "float": re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+}
+"""YAML 1.2.2, section 10.3.2: what text without quotes means; all else is text."""
+_PLAIN_TAGS = tuple(_TAG + kind for kind in (*_CORE_SCHEMA, "str", "seq", "map"))
+# The header of huggingface_hub and `datasets`: what they read there has to be looked at here.
+_HEADER = re.compile(r"\A\s*---(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|\Z)", re.DOTALL)
+
+
+class YamlError(ValueError):
+    """Text that is not plain YAML, or is nested or repeated beyond all use; one line, with the position."""
+
+
+def read_yaml(text: str) -> object:
+    """YAML -> plain values: each key stands once, nothing is merged into a mapping, and no tag makes anything else.
+
+    Raises:
+        YamlError: The text is not plain YAML.
+    """
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Resolver, yaml.Composer, yaml.Constructor = _CoreSchema, _FewAliases, _PlainConstructor
+    try:
+        return yaml.load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = " ".join(part for part in (error.context, error.problem) if part)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise YamlError(" ".join(f"{problem}{where}".split())) from error
+    except YAMLError as error:
+        raise YamlError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise YamlError("nested too deeply, expected sections and their values") from error
+
+
+def read_header(text: str) -> object:
+    """The YAML header of a card, or `None`; see `read_yaml`."""
+    header = _HEADER.match(text)
+    return read_yaml(header[1]) if header else None
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML 1.2 that gives the very same values back, to readers of YAML 1.1 too.
+
+    Keys keep their order, and every text stays on one line, whatever line ends it holds: on a line of its own, a part of it
+    could look like something of the card around it.
+    """
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Resolver, yaml.Representer = _CoreSchema, _PlainRepresenter
+    yaml.default_flow_style, yaml.width = False, sys.maxsize
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = StringIO()
+    yaml.dump(dict(values), stream)
+    return stream.getvalue()
+
+
+class _CoreSchema(VersionedResolver):
+    """Means the same under any `%YAML` directive."""
+
+    @property
+    def processing_version(self) -> tuple[int, int]:
+        return (1, 2)
+
+    def resolve(self, kind: type[Node], value: Any, implicit: Any) -> Tag:
+        if kind is ScalarNode and implicit[0]:
+            for name, pattern in _CORE_SCHEMA.items():
+                if pattern.fullmatch(value):
+                    return Tag(suffix=_TAG + name)
+            return self.DEFAULT_SCALAR_TAG
+        return super().resolve(kind, value, implicit)
+
+
+class _FewAliases(Composer):
+    """Refuses texts that repeat themselves without end."""
+
+    def __init__(self, loader: Any = None) -> None:
+        super().__init__(loader=loader)
+        self.warn_double_anchors = False
+        self.aliases = 0
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node:
+        if self.parser.check_event(AliasEvent):
+            self.aliases += 1
+            if self.aliases > MOST_ALIASES:
+                problem = f"more than {MOST_ALIASES} aliases (*name); write the values out"
+                raise ConstructorError(None, None, problem, self.parser.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
+class _PlainConstructor(SafeConstructor):
+    """Makes plain values only."""
+
+    def construct_object(self, node: Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+            # What the library lets out at wrong tags (`!!int x`), and at numbers of thousands of digits.
+            problem = f"a value that looks like {_short_tag(node)} is not one; quote it if it is meant as text"
+            raise ConstructorError(None, None, problem, node.start_mark) from error
+
+    def flatten_mapping(self, node: MappingNode) -> None:
+        for key, _ in node.value:
+            if not isinstance(key, ScalarNode):
+                raise ConstructorError(None, None, "a list or a mapping cannot be a key", key.start_mark)
+            if (key.value == "<<" and not key.style) or key.tag == f"{_TAG}merge":
+                raise ConstructorError(None, None, "merge keys (<<) are not read", key.start_mark)
+
+    def check_mapping_key(self, node: Node, key_node: Node, mapping: Any, key: Any, value: Any) -> bool:
+        if key in mapping:
+            raise ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+        return True
+
+    def refuse_tag(self, node: Node) -> None:
+        problem = f"tag {_short_tag(node)!r} makes no plain value; leave it out"
+        raise ConstructorError(None, None, problem, node.start_mark)
+
+    yaml_constructors = {tag: SafeConstructor.yaml_constructors[tag] for tag in _PLAIN_TAGS} | {None: refuse_tag}
+
+
+def _short_tag(node: Node) -> str:
+    return str(node.tag).removeprefix(_TAG)
+
+
+_YAML_1_1 = VersionedResolver(version=(1, 1))
+
+
+class _PlainRepresenter(SafeRepresenter):
+    """Writes what YAML 1.1 and 1.2 read alike."""
+
+    def represent_str(self, data: str) -> ScalarNode:
+        style = None
+        if len(f"{data}.".splitlines()) > 1:
+            style = '"'  # line ends are escaped there
+        elif _YAML_1_1.resolve(ScalarNode, data, (True, False)) != _YAML_1_1.DEFAULT_SCALAR_TAG:
+            style = "'"
+        return self.represent_scalar(f"{_TAG}str", data, style=style)
+
+    def represent_float(self, data: float) -> ScalarNode:
+        node = super().represent_float(data)
+        if "." not in node.value:
+            node.value = node.value.replace("e", ".0e")  # 1.1 reads 1e-05 as text
+        return node
+
+    yaml_representers = SafeRepresenter.yaml_representers | {str: represent_str, float: represent_float}
