@@ -8,15 +8,15 @@ import re
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -33,10 +33,6 @@ LONGEST_NAME = 80
 SPLIT_WORD = re.compile(
     r"(?:^|[-._0-9])(?:train|training|test|testing|eval|evaluation|validation|valid|val|dev)(?:$|[-._0-9])", re.IGNORECASE
 )
-ROWS_AT_ONCE = 1000
-BYTES_AT_ONCE = 2**21
-"""A row group that is written ends at this many rows or bytes of images."""
-_READ_AT_ONCE = 32
 
 RETHINKDC_CARD = """---
 configs:
@@ -132,46 +128,50 @@ def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 def _check_slots(table: Table, names: Sequence[str], source: str | Path) -> None:
     """Every class has images, and every image a slot of its own: both become names of files."""
-    slots = pa.concat_tables(table.batches(("label", "slot"))).group_by(["label", "slot"], use_threads=False)
-    counts = slots.aggregate([([], "count_all")])
-    labels, known = set(counts["label"].unique().to_pylist()), set(range(len(names)))
+    slots: Counter[tuple[int, int]] = Counter()
+    for rows in table.batches(("label", "slot")):
+        slots.update(zip(rows["label"].to_pylist(), rows["slot"].to_pylist(), strict=True))
+    labels, known = {label for label, _ in slots}, set(range(len(names)))
     if strays := labels - known:
         raise DataError(f"{str(source)!r} has an image of class {strays.pop()}; expected 0 to {len(names) - 1}")
     if bare := sorted(known - labels):
         raise DataError(
             f"{str(source)!r} has no image of class {names[bare[0]]!r}; its index would be given to the next class"
         )
-    if twice := counts.filter(pc.field("count_all") > 1).to_pylist():
-        label, slot = twice[0]["label"], twice[0]["slot"]
+    if twice := [place for place, count in slots.items() if count > 1]:
+        label, slot = twice[0]
         raise DataError(f"{str(source)!r} has several images of class {names[label]!r} in slot {slot}; expected one")
 
 
-def _pictures(table: Table, source: str | Path) -> Iterator[_Picture]:
-    starts = range(0, table.num_rows, _READ_AT_ONCE)
-    parts = (table.read(start, start + _READ_AT_ONCE, ("image", "label", "slot")).to_pylist() for start in starts)
-    for row, cells in enumerate(chain.from_iterable(parts)):
-        try:
-            data = cells["image"]["bytes"]
-            with Image.open(io.BytesIO(data)) as picture:
-                kind, mode = str(picture.format), picture.mode
-        except (*UNREADABLE, TypeError) as error:
-            raise DataError(
-                f"row {row} of {str(source)!r} holds no picture ({type(error).__name__}); package or download the dataset "
-                "again"
-            ) from error
-        if kind not in EXTENSIONS:
-            raise DataError(f"row {row} of {str(source)!r} is {kind}; expected {', '.join(EXTENSIONS)}")
-        yield _Picture(data, cells["label"], cells["slot"], EXTENSIONS[kind], mode)
+def _pictures(table: Table, source: str | Path) -> Iterator[list[_Picture]]:
+    """The images of each row group: as many as may be in memory together."""
+    for group in table.groups:
+        rows = table.read(group.start, group.start + group.rows, ("image", "label", "slot")).to_pylist()
+        yield [_picture(cells, f"row {group.start + number} of {str(source)!r}") for number, cells in enumerate(rows)]
+
+
+def _picture(cells: Mapping[str, Any], where: str) -> _Picture:
+    try:
+        data = cells["image"]["bytes"]
+        with Image.open(io.BytesIO(data)) as picture:
+            kind, mode = str(picture.format), picture.mode
+    except (*UNREADABLE, TypeError) as error:
+        raise DataError(
+            f"{where} holds no picture ({type(error).__name__}); package or download the dataset again"
+        ) from error
+    if kind not in EXTENSIONS:
+        raise DataError(f"{where} is {kind}; expected {', '.join(EXTENSIONS)}")
+    return _Picture(data, cells["label"], cells["slot"], EXTENSIONS[kind], mode)
 
 
 # -- layouts ----------------------------------------------------------------------------------------------------------
 
 
-def _write_imagefolder(folder: Path, pictures: Iterable[_Picture], names: Sequence[str]) -> None:
+def _write_imagefolder(folder: Path, groups: Iterable[list[_Picture]], names: Sequence[str]) -> None:
     homes = [folder / "train" / _folder_name(index, name, len(names)) for index, name in enumerate(names)]
     for home in homes:
         home.mkdir(parents=True)
-    for picture in pictures:
+    for picture in chain.from_iterable(groups):
         (homes[picture.label] / f"{picture.slot:05d}.{picture.extension}").write_bytes(picture.data)
     write_json(folder / "classes.json", {str(index): name for index, name in enumerate(names)})
 
@@ -184,13 +184,13 @@ def _folder_name(index: int, name: str, count: int) -> str:
     return number if not plain or SPLIT_WORD.search(plain) else f"{number}_{plain}"
 
 
-def _write_rethinkdc(folder: Path, pictures: Iterable[_Picture], names: Sequence[str]) -> None:
+def _write_rethinkdc(folder: Path, groups: Iterable[list[_Picture]], names: Sequence[str]) -> None:
     features = datasets.Features({"image": datasets.Image(), "class_id": datasets.Value("int64")})
     (folder / "data").mkdir()
     path = folder / "data" / "train-00000-of-00001.parquet"
     # Encoded images do not shrink any more.
     with pq.ParquetWriter(path, features.arrow_schema, compression="none") as writer:
-        for rows in _groups(pictures):
+        for rows in groups:
             cells = [{"bytes": _rgb(picture), "path": None} for picture in rows]
             columns = {"image": cells, "class_id": [picture.label for picture in rows]}
             writer.write_table(pa.table(columns, schema=features.arrow_schema))
@@ -198,25 +198,11 @@ def _write_rethinkdc(folder: Path, pictures: Iterable[_Picture], names: Sequence
     write_json(folder / "classes.json", {str(index): name for index, name in enumerate(names)})
 
 
-def _groups(pictures: Iterable[_Picture]) -> Iterator[list[_Picture]]:
-    """Pictures in their order, as many at once as may be in memory together."""
-    group: list[_Picture] = []
-    size = 0
-    for picture in pictures:
-        group.append(picture)
-        size += len(picture.data)
-        if len(group) == ROWS_AT_ONCE or size >= BYTES_AT_ONCE:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
 def _rgb(picture: _Picture) -> bytes:
     return picture.data if picture.mode == "RGB" else encode(decode(picture.data, 3), "png")
 
 
-_WRITERS: dict[str, Callable[[Path, Iterable[_Picture], Sequence[str]], None]] = {
+_WRITERS: dict[str, Callable[[Path, Iterable[list[_Picture]], Sequence[str]], None]] = {
     "imagefolder": _write_imagefolder,
     "rethinkdc": _write_rethinkdc,
 }

@@ -14,10 +14,10 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -32,7 +32,7 @@ from ..images.pixels import UNREADABLE, decode
 from ..images.views import ViewRows, from_columns
 from ..recipe.schema import Recipe
 from ..recipe.yaml_file import load_recipe
-from .tables import Table, dataset_folder, naming, open_images, to_arrays
+from .tables import RowGroup, Table, dataset_folder, naming, open_images, to_arrays
 from .writer import VIEWS, view_features
 
 _IN_MEMORY = 2**23
@@ -59,7 +59,7 @@ class DistilledDataset:
         content: Sixteen hex digits over images, labels and all views: whether this is the same dataset.
         teacher_weights: SHA-256 of the weights of each teacher, as provenance.json tells.
         image_label_bytes: Compressed bytes of `teacher_logits`; `None` for a dataset that is not in files.
-        view_groups: Rows and compressed bytes of each row group of the views, in order; `None` as above.
+        view_groups: The row groups of the views, in order; `None` for a dataset that is not in files.
     """
 
     images_uint8: Tensor
@@ -74,7 +74,7 @@ class DistilledDataset:
     content: str
     teacher_weights: Mapping[str, str] = field(default_factory=dict)
     image_label_bytes: int | None = None
-    view_groups: tuple[tuple[int, int], ...] | None = None
+    view_groups: Sequence[RowGroup] | None = None
 
     def epoch(self, number: int) -> tuple[ViewRows, Tensor]:
         """All views of an epoch, and their raw logits, (N, K) float16."""
@@ -92,8 +92,7 @@ class DistilledDataset:
         if self.view_groups is None:
             return None
         rows = len(self.labels) * (self.num_epochs if epochs is None else epochs)
-        starts = accumulate((count for count, _ in self.view_groups), initial=0)
-        return sum(size for (_, size), start in zip(self.view_groups, starts, strict=False) if start < rows)
+        return sum(group.size for group in self.view_groups if group.start < rows)
 
 
 def load_distilled(source: str | Path, *, revision: str | None = None, channels: int | None = None) -> DistilledDataset:
@@ -141,7 +140,7 @@ def _load(folder: Path, channels: int | None) -> DistilledDataset:
         content=content,
         teacher_weights=_teacher_weights(folder / "provenance.json"),
         image_label_bytes=images.column_bytes["teacher_logits"],
-        view_groups=tuple((group.rows, group.size) for group in views.groups),
+        view_groups=views.groups,
     )
 
 

@@ -12,15 +12,15 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import DataError
@@ -34,7 +34,7 @@ ROWS_AT_ONCE = 4096
 
 _FILES = [f"{IMAGES}/train-*.parquet", f"{VIEWS}/train-*.parquet", "recipe.yaml", "provenance.json"]
 """What is downloaded of a Hub dataset."""
-_SHARD = re.compile(r"train-(\d{5})-of-(\d{5})\.parquet")
+_SHARD = re.compile(r"train-\d{5}-of-(\d{5})\.parquet")
 _EXPECTED = f"give a folder with {IMAGES}/ and {VIEWS}/, or a Hub id (org/name)"
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, pa.ArrowException)
 """What damaged or hostile files make pyarrow and `datasets` raise."""
@@ -50,15 +50,11 @@ def naming(source: str | Path) -> Iterator[None]:
 
 
 def dataset_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a dataset; that of a Hub dataset lies in the Hub's cache, and its files are all of one commit.
-
-    Args:
-        source: Folder, or Hub id.
-        revision: Of a Hub dataset.
+    """The folder of a dataset; for a Hub id its snapshot in the Hub's cache, with all files of one commit.
 
     Raises:
-        DataError: Neither of the two, not in the cache while offline, or a link leads out of the folder.
-        HubError: The Hub does not answer, or has no such dataset for this token.
+        DataError: It is neither of the two, or a link leads out of it.
+        HubError: The Hub does not answer or has no such dataset for this token; offline, the cache lacks a file.
     """
     folder = local_folder(source) or _downloaded(str(source), revision)
     if link := stray_link(folder):
@@ -67,40 +63,27 @@ def dataset_folder(source: str | Path, revision: str | None = None) -> Path:
 
 
 def _downloaded(repo_id: str, revision: str | None) -> Path:
-    try:
-        validate_repo_id(repo_id)
-        is_hub_id = "/" in repo_id
-    except HFValidationError:
-        is_hub_id = False
-    if not is_hub_id:
+    if not _is_hub_id(repo_id):
         raise DataError(f"it is neither a folder here nor a Hub id; {_EXPECTED}")
 
-    def fetch() -> str:
+    def download() -> str:
         if not is_offline_mode():  # without an answer, the download would return an older copy in silence
             HfApi().dataset_info(repo_id, revision=revision)
         return snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=_FILES)
 
-    if not is_offline_mode():
-        return Path(again(fetch, f"asking the Hub for {repo_id!r}", SHORT))
+    return Path(again(download, f"asking the Hub for {repo_id!r}", () if is_offline_mode() else SHORT))
+
+
+def _is_hub_id(text: str) -> bool:
     try:
-        return Path(fetch())
-    except LocalEntryNotFoundError as error:
-        raise DataError(
-            "the Hub's cache does not hold all of it, and HF_HUB_OFFLINE is set, unset it to read from the Hub"
-        ) from error
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return "/" in text
 
 
-@dataclass(frozen=True)
-class RowGroup:
-    """Some rows of a table that are compressed together.
-
-    Attributes:
-        path: The file.
-        number: Number of the group in its file.
-        start: Row of the table that comes first in it.
-        rows: How many there are.
-        size: Bytes in the file.
-    """
+class RowGroup(NamedTuple):
+    """Rows of a table that are compressed together: group `number` of a file, which takes `size` bytes of it."""
 
     path: Path
     number: int
@@ -119,9 +102,9 @@ class Table:
     Attributes:
         features: Columns and their types.
         num_rows: Rows in all files.
-        groups: The row groups, in order.
+        groups: The row groups that hold rows, in order.
         file_bytes: Bytes of the files.
-        column_bytes: Bytes of each column in the files, as compressed.
+        column_bytes: Compressed bytes of each column.
 
     Raises:
         DataError: A shard is missing, strange, not readable, or has other columns than the first one.
@@ -132,24 +115,24 @@ class Table:
         self.features = datasets.Features()
         self.groups: list[RowGroup] = []
         self.column_bytes: Counter[str] = Counter()
-        self._stamps: dict[Path, tuple[int, int]] = {}
-        self._last: tuple[tuple[RowGroup, Sequence[str]], pa.Table] | None = None
+        self._last: tuple[object, pa.Table] = None, None
         for path in _shards(folder, name):
-            self._add(path)
+            with _opened(path) as file:
+                features = datasets.Features.from_arrow_schema(file.schema_arrow)
+                groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+            if self.features and features != self.features:
+                raise DataError(f"{str(path)!r} has other columns or types than the first file; package the dataset again")
+            self.features = features
+            self.file_bytes += path.stat().st_size
+            for number, group in enumerate(groups):
+                self._add(path, number, group)
 
-    def _add(self, path: Path) -> None:
-        with _opened(path) as file:
-            features = datasets.Features.from_arrow_schema(file.schema_arrow)
-            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-        if self._stamps and features != self.features:
-            raise DataError(f"{str(path)!r} has other columns or types than the first file; package the dataset again")
-        self.features, self._stamps[path] = features, _stamp(path)
-        self.file_bytes += path.stat().st_size
-        for number, group in enumerate(groups):
-            size = 0
-            for chunk in (group.column(i) for i in range(group.num_columns)):
-                size += chunk.total_compressed_size
-                self.column_bytes[chunk.path_in_schema.split(".")[0]] += chunk.total_compressed_size
+    def _add(self, path: Path, number: int, group: pq.RowGroupMetaData) -> None:
+        chunks = [group.column(index) for index in range(group.num_columns)]
+        for chunk in chunks:
+            self.column_bytes[chunk.path_in_schema.split(".")[0]] += chunk.total_compressed_size
+        if group.num_rows:
+            size = sum(chunk.total_compressed_size for chunk in chunks)
             self.groups.append(RowGroup(path, number, self.num_rows, group.num_rows, size))
             self.num_rows += group.num_rows
 
@@ -170,12 +153,11 @@ class Table:
         """Rows `start` to `stop`, or to the end of the table.
 
         Raises:
-            DataError: A file is damaged, or is not the one that was opened.
+            DataError: A file is damaged.
         """
-        parts = []
         first = bisect_right(self.groups, start, key=lambda group: group.start) - 1
-        for number in range(max(0, first), len(self.groups)):
-            group = self.groups[number]
+        parts = []
+        for group in self.groups[first:]:
             if group.start >= stop:
                 break
             begin = max(0, start - group.start)
@@ -184,14 +166,10 @@ class Table:
 
     def _read_group(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
         """A whole row group; the last one is kept, since the next rows are often in it too."""
-        if self._last is None or self._last[0] != (group, columns):
-            self._last = None
-            if _stamp(group.path) != self._stamps[group.path]:
-                raise DataError(f"{str(group.path)!r} has changed since the dataset was loaded; load it again")
+        if self._last[0] != (group, columns):
+            self._last = None, None  # one at a time in memory
             with _opened(group.path) as file:
                 rows = file.read_row_group(group.number, columns=list(columns)).select(list(columns))
-            if len(rows) != group.rows:
-                raise DataError(f"{str(group.path)!r} holds {len(rows)} rows in a group of {group.rows}; package it again")
             self._last = (group, columns), rows
         return self._last[1]
 
@@ -233,18 +211,16 @@ def to_arrays(rows: pa.Table) -> dict[str, np.ndarray]:
 
 
 def _shards(folder: Path, name: str) -> list[Path]:
-    """The files of a table in order, all of them. `datasets` would mix in whatever is named `train-*`."""
+    """The files of a table in order, all of them; `datasets` mixes in whatever is called `train-*`."""
     paths = sorted((folder / name).glob("train-*"))
     if not paths:
         raise DataError(f"table {name!r} has no file {name}/train-*.parquet; {_EXPECTED}")
-    for path in paths:
-        if not _SHARD.fullmatch(path.name) or not path.is_file():
-            raise DataError(f"{str(path)!r} is not a file train-NNNNN-of-NNNNN.parquet; move it out of the dataset")
-    total = paths[0].name[-len("NNNNN.parquet") :]
-    expected = [f"train-{number:05d}-of-{total}" for number in range(int(total[:5]))]
+    shard = _SHARD.fullmatch(paths[0].name)
+    count = int(shard[1]) if shard else len(paths)
+    expected = [f"train-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
     names = [path.name for path in paths]
     if strange := [each for each in names if each not in expected]:
-        raise DataError(f"{name}/ holds {strange[0]} beside {names[0]}; remove what is of another packaging")
+        raise DataError(f"{name}/ holds {strange[0]}, expected train-NNNNN-of-{count:05d}.parquet; move it elsewhere")
     if missing := [each for each in expected if each not in names]:
         others = f" and {len(missing) - 3} others" if len(missing) > 3 else ""
         raise DataError(f"{name}/ lacks {', '.join(missing[:3])}{others}; package or download the dataset again")
@@ -259,8 +235,3 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
             yield file
     except _DAMAGE as error:
         raise DataError(f"{str(path)!r} is no readable Parquet ({reason_of(error)})") from error
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    facts = path.stat()
-    return facts.st_size, facts.st_mtime_ns
