@@ -109,13 +109,11 @@ def test_a_foreign_folder_is_one_line(tmp_path, kind):
         load_distilled(source)
     assert str(source) in one_line(error)
     words = {
+        "missing": "neither a folder here nor a Hub id; give a folder with data/ and views/, or a Hub id (org/name)",
         "hub id": "HF_HUB_OFFLINE",
-        "missing": "neither a folder here nor a Hub id",
-        "other columns": "no column image",
+        "other columns": "no column image, label, slot",
     }
-    assert words.get(kind, "table 'data' has no file data/train-*.parquet; give a folder with data/ and views/") in str(
-        error.value
-    )
+    assert words.get(kind, "no file data/train-*.parquet; give a folder with data/ and views/") in str(error.value)
 
 
 def test_missing_views_are_one_line(tmp_path):

@@ -57,7 +57,7 @@ def dataset_folder(source: str | Path, revision: str | None = None) -> Path:
         HubError: The Hub does not answer or has no such dataset for this token; offline, the cache lacks a file.
     """
     folder = local_folder(source) or _downloaded(str(source), revision)
-    if link := stray_link(folder):
+    if folder.is_dir() and (link := stray_link(folder)):  # of a foreign repo no file may have been downloaded
         raise DataError(f"{str(link)!r} is a link that leads out of {str(folder)!r}; put the files themselves there")
     return folder
 
