@@ -82,7 +82,7 @@ def test_a_row_group_of_several_epochs_is_read_whole(tmp_path):
 def test_without_files_nothing_is_said_of_their_bytes(tmp_path):
     recipe, names, *_ = small_set(tmp_path)
     add_card(tmp_path, recipe, names)
-    data = dataclasses.replace(load_distilled(tmp_path), view_groups=None)
+    data = dataclasses.replace(load_distilled(tmp_path), view_bytes=None)
     assert data.label_bytes_of(1) is None
 
 
@@ -218,6 +218,28 @@ def test_damage_inside_a_file_is_one_line(tmp_path, start):
     with pytest.raises(DataError, match="is no readable Parquet") as error:
         load_distilled(tmp_path)
     one_line(error)
+
+
+@pytest.mark.parametrize("name", ["data", "views"])
+def test_damage_anywhere_is_one_line_or_makes_another_set_of_the_same_size(tmp_path, name):
+    small_set(tmp_path, size=8)
+    (path,) = (tmp_path / name).iterdir()
+    good, random = path.read_bytes(), np.random.default_rng(3)
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
+    refused = 0
+    for start in [footer] * 100 + [0] * 20:
+        data = bytearray(good)
+        data[random.integers(start, len(good))] = random.integers(256)
+        path.write_bytes(data)
+        try:
+            read = load_distilled(tmp_path)
+        except DataError as error:
+            one_line(error)
+            refused += 1
+        else:
+            assert len(read.labels) == len(read.images_uint8) == len(read.teacher_logits) == 12
+            assert [len(read.epoch(number)[1]) for number in range(3)] == [12] * 3
+    assert 40 < refused < 120
 
 
 def test_files_that_are_not_of_the_tables_do_not_matter(shards):

@@ -32,7 +32,7 @@ from ..images.pixels import UNREADABLE, decode
 from ..images.views import ViewRows, from_columns
 from ..recipe.schema import Recipe
 from ..recipe.yaml_file import load_recipe
-from .tables import RowGroup, Table, dataset_folder, naming, open_images, to_arrays
+from .tables import Table, dataset_folder, naming, open_images, to_arrays
 from .writer import VIEWS, view_features
 
 _IN_MEMORY = 2**23
@@ -59,7 +59,7 @@ class DistilledDataset:
         content: Sixteen hex digits over images, labels and all views: whether this is the same dataset.
         teacher_weights: SHA-256 of the weights of each teacher, as provenance.json tells.
         image_label_bytes: Compressed bytes of `teacher_logits`; `None` for a dataset that is not in files.
-        view_groups: The row groups of the views, in order; `None` for a dataset that is not in files.
+        view_bytes: First row and compressed bytes of each row group of the views; `None` as above.
     """
 
     images_uint8: Tensor
@@ -74,7 +74,7 @@ class DistilledDataset:
     content: str
     teacher_weights: Mapping[str, str] = field(default_factory=dict)
     image_label_bytes: int | None = None
-    view_groups: Sequence[RowGroup] | None = None
+    view_bytes: Sequence[tuple[int, int]] | None = None
 
     def epoch(self, number: int) -> tuple[ViewRows, Tensor]:
         """All views of an epoch, and their raw logits, (N, K) float16."""
@@ -89,10 +89,10 @@ class DistilledDataset:
         Args:
             epochs: How many; `None` for all.
         """
-        if self.view_groups is None:
+        if self.view_bytes is None:
             return None
         rows = len(self.labels) * (self.num_epochs if epochs is None else epochs)
-        return sum(group.size for group in self.view_groups if group.start < rows)
+        return sum(size for start, size in self.view_bytes if start < rows)
 
 
 def load_distilled(source: str | Path, *, revision: str | None = None, channels: int | None = None) -> DistilledDataset:
@@ -139,8 +139,10 @@ def _load(folder: Path, channels: int | None) -> DistilledDataset:
         recipe=recipe,
         content=content,
         teacher_weights=_teacher_weights(folder / "provenance.json"),
-        image_label_bytes=images.column_bytes["teacher_logits"],
-        view_groups=views.groups,
+        image_label_bytes=sum(images.compressed_bytes(("teacher_logits",))),
+        view_bytes=[
+            (group.start, size) for group, size in zip(views.groups, views.compressed_bytes(_VIEW_COLUMNS), strict=True)
+        ],
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,13 +82,12 @@ def _is_hub_id(text: str) -> bool:
 
 
 class RowGroup(NamedTuple):
-    """Rows of a table that are compressed together: group `number` of a file, which takes `size` bytes of it."""
+    """Rows of a table that are compressed together, and which group of which file they are."""
 
     path: Path
     number: int
     start: int
     rows: int
-    size: int
 
 
 class Table:
@@ -104,7 +102,6 @@ class Table:
         num_rows: Rows in all files.
         groups: The row groups that hold rows, in order.
         file_bytes: Bytes of the files.
-        column_bytes: Compressed bytes of each column.
 
     Raises:
         DataError: A shard is missing, strange, not readable, or has other columns than the first one.
@@ -114,27 +111,33 @@ class Table:
         self.name, self.num_rows, self.file_bytes = name, 0, 0
         self.features = datasets.Features()
         self.groups: list[RowGroup] = []
-        self.column_bytes: Counter[str] = Counter()
+        self._paths = _shards(folder, name)
         self._last: tuple[object, pa.Table] = None, None
-        for path in _shards(folder, name):
+        for path in self._paths:
             with _opened(path) as file:
                 features = datasets.Features.from_arrow_schema(file.schema_arrow)
-                groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+                sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
             if self.features and features != self.features:
                 raise DataError(f"{str(path)!r} has other columns or types than the first file; package the dataset again")
             self.features = features
             self.file_bytes += path.stat().st_size
-            for number, group in enumerate(groups):
-                self._add(path, number, group)
+            for number, rows in enumerate(sizes):
+                if rows:
+                    self.groups.append(RowGroup(path, number, self.num_rows, rows))
+                    self.num_rows += rows
 
-    def _add(self, path: Path, number: int, group: pq.RowGroupMetaData) -> None:
-        chunks = [group.column(index) for index in range(group.num_columns)]
-        for chunk in chunks:
-            self.column_bytes[chunk.path_in_schema.split(".")[0]] += chunk.total_compressed_size
-        if group.num_rows:
-            size = sum(chunk.total_compressed_size for chunk in chunks)
-            self.groups.append(RowGroup(path, number, self.num_rows, group.num_rows, size))
-            self.num_rows += group.num_rows
+    def compressed_bytes(self, columns: Sequence[str]) -> list[int]:
+        """Bytes that these columns take in each of the row groups; only for columns that have been read.
+
+        (pyarrow ends the process if these facts are damaged in a file, where reading the column raises an error.)
+        """
+        sizes = []
+        for path in self._paths:
+            with _opened(path) as file:
+                leaves = [i for i in range(len(file.schema)) if file.schema.column(i).path.split(".")[0] in columns]
+                groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+                sizes += [sum(group.column(i).total_compressed_size for i in leaves) for group in groups if group.num_rows]
+        return sizes
 
     def check_columns(self, expected: datasets.Features) -> None:
         """Compare the columns with what they should be; others may be there too.
@@ -170,6 +173,10 @@ class Table:
             self._last = None, None  # one at a time in memory
             with _opened(group.path) as file:
                 rows = file.read_row_group(group.number, columns=list(columns)).select(list(columns))
+            if len(rows) != group.rows:
+                raise DataError(
+                    f"{str(group.path)!r} holds {len(rows)} rows where it states {group.rows}; package it again"
+                )
             self._last = (group, columns), rows
         return self._last[1]
 
