@@ -79,6 +79,7 @@ def export(source: str | Path, target: str | Path, *, format: ExportFormat, revi
     Raises:
         OutputError: The target is not empty or cannot be written; nothing is left half-written.
         DataError: No such dataset or layout, a class without images, or bytes that are no picture.
+        HubError: The Hub does not answer, or has no such dataset for this token.
 
     Example:
         >>> export("outputs/digits-prism-ipc10/dataset", "digits-folders", format="imagefolder")
