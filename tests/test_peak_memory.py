@@ -1,4 +1,4 @@
-"""Peak memory: ten times the images, and it stays where it was.
+"""Peak memory: ten times the images or epochs, and it stays where it was.
 
 Counted is anonymous memory, which only the swap can take; pages of a mapped file the kernel drops when it wants. Another
 stage is another entry of `CASES`; naive code must fail it, so the images are large enough to show beside the libraries.
@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from pipeline import PYTHON, add_card, quiet_env, small_set
 
@@ -30,6 +31,15 @@ torch.set_num_threads(1)
 data = load_distilled(sys.argv[1])
 settings = dataclasses.replace(data.recipe.evaluation, student="test_byobnet", epochs=1, batch_size=20)
 train_student(data, settings, labels="soft", seed=0, device=torch.device("cpu"))
+""",
+    "read": """
+import sys
+from prism_hf.dataset.reader import load_distilled
+
+data = load_distilled(sys.argv[1])
+assert data.num_epochs in (20, 200)
+for epoch in range(data.num_epochs):
+    data.epoch(epoch)
 """,
     "package": """
 import sys
@@ -112,4 +122,19 @@ def test_ten_times_the_images_need_no_more_memory(sets, tmp_path, case):
         peak_anonymous(CASES[case], folder, tmp_path / f"{ipc}-", cache=tmp_path / f"cache-{ipc}")
         for folder, ipc in zip(sets, IPC, strict=True)
     )
+    assert large <= LIMIT * small, f"{small / 1e6:.0f} MB became {large / 1e6:.0f} MB"
+
+
+def test_ten_times_the_epochs_need_no_more_memory(tmp_path):
+    peaks = []
+    for epochs in (20, 200):
+        folder = tmp_path / f"{epochs}"
+        small_set(folder, size=8, classes=100, ipc=10, epochs=1)
+        (path,) = (folder / "views").iterdir()
+        epoch = pq.read_table(path)
+        with pq.ParquetWriter(path, epoch.schema) as writer:
+            for _ in range(epochs):
+                writer.write_table(epoch)
+        peaks.append(peak_anonymous(CASES["read"], folder, cache=tmp_path / "cache"))
+    small, large = peaks
     assert large <= LIMIT * small, f"{small / 1e6:.0f} MB became {large / 1e6:.0f} MB"

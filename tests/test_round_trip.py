@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,11 +17,11 @@ import torch
 from hub_fixtures import connected, hub, online, transport  # noqa: F401
 from hub_server import Rival, Status
 from huggingface_hub import ModelCard
-from pipeline import add_card, random_picture, small_set, tiny
+from pipeline import add_card, one_line, random_picture, small_set, tiny
 
 from prism_hf.cli.main import main
-from prism_hf.dataset.reader import _shipped, load_distilled
-from prism_hf.errors import DataError
+from prism_hf.dataset.reader import load_distilled
+from prism_hf.errors import HubError
 from prism_hf.images.source import load_source
 from prism_hf.models.squeeze import squeeze_teacher, teacher_folder
 
@@ -190,14 +191,17 @@ def test_a_teacher_comes_back_for_timm_and_transformers(connected, transport, re
     assert len(connected.history("models", TEACHER)) == 2, "nothing has changed"
 
 
+# -- read by ours -----------------------------------------------------------------------------------------------------
+
 DISTILLED = """
 import json, sys
 from prism_hf.dataset.reader import load_distilled
 print(json.dumps(load_distilled(sys.argv[1]).content))
 """
+lfs_only = pytest.mark.parametrize("transport", ["lfs"], indirect=True)
 
 
-@pytest.mark.parametrize("transport", ["lfs"], indirect=True)
+@lfs_only
 def test_a_push_between_two_tables_is_not_mixed_in(connected, transport, reader, tmp_path):
     folders = []
     for seed in (0, 1):
@@ -213,10 +217,87 @@ def test_a_push_between_two_tables_is_not_mixed_in(connected, transport, reader,
     assert found == load_distilled(folders[0]).content
 
 
-@pytest.mark.parametrize("transport", ["lfs"], indirect=True)
-def test_no_answer_is_not_taken_for_no_such_file(connected):
-    connected.create("datasets", SET, {"a.txt": b"1"})
-    assert _shipped(SET, "recipe.yaml", None) is None
-    connected.fault("resolve", Status(502), times=None)
-    with pytest.raises(DataError, match="cannot be fetched"):
-        _shipped(SET, "recipe.yaml", None)
+@pytest.fixture
+def cache(connected, tmp_path, monkeypatch):
+    """An empty cache of the Hub, and no time to wait."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pushed(connected, tmp_path):
+    """A dataset folder that was pushed, and other files in its repo."""
+    recipe, names, *_ = small_set(tmp_path / "set")
+    add_card(tmp_path / "set", recipe, names)
+    assert main(["push", str(tmp_path / "set"), SET]) == 0
+    connected.commit(
+        "datasets", SET, {"data/test-00000-of-00001.parquet": b"x", "data/train-more.pkl": b"x", "a.bin": b"x"}
+    )
+    return tmp_path / "set"
+
+
+def test_ours_reads_what_was_pushed_and_downloads_nothing_else(connected, transport, pushed, cache):
+    here, there = load_distilled(pushed), load_distilled(SET)
+    for name in ("content", "num_epochs", "class_names", "recipe", "teacher_weights", "image_bytes", "label_bytes"):
+        assert getattr(here, name) == getattr(there, name)
+    assert torch.equal(here.images_uint8, there.images_uint8)
+    assert torch.equal(here.epoch(2)[1], there.epoch(2)[1])
+    (snapshot,) = cache.glob("datasets--org--small-set/snapshots/*")
+    names = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.*")}
+    tables = {f"{name}/train-00000-of-00001.parquet" for name in ("data", "views")}
+    assert names == tables | {"recipe.yaml", "provenance.json"}
+
+
+@lfs_only
+def test_offline_the_hubs_cache_will_do(connected, pushed, cache, monkeypatch):
+    content = load_distilled(SET).content
+    commit = connected.history("datasets", SET)[0]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    before = len(connected.requests)
+    assert load_distilled(SET).content == content
+    assert load_distilled(SET, revision=commit).content == content
+    assert len(connected.requests) == before
+    for path in cache.rglob("views/*.parquet"):
+        path.unlink()
+    for source, revision in ((SET, None), (SET, "v9"), ("org/another", None)):
+        with pytest.raises(HubError, match="HF_HUB_OFFLINE") as error:
+            load_distilled(source, revision=revision)
+        assert source in one_line(error)
+
+
+@lfs_only
+def test_a_revision_is_what_it_names_and_a_newer_push_is_seen(connected, pushed, cache, tmp_path):
+    first, commit = load_distilled(SET).content, connected.history("datasets", SET)[0]
+    recipe, names, *_ = small_set(tmp_path / "newer", seed=1)
+    add_card(tmp_path / "newer", recipe, names)
+    assert main(["push", str(tmp_path / "newer"), SET]) == 0
+    assert load_distilled(SET).content == load_distilled(tmp_path / "newer").content != first
+    assert load_distilled(SET, revision=commit).content == first
+
+
+@lfs_only
+@pytest.mark.parametrize("kind", ["missing", "private", "gated", "revision"])
+def test_what_the_hub_does_not_give_is_one_line(connected, cache, kind):
+    connected.create("datasets", "other/private", {"a": b"1"}, private=True)
+    connected.create("datasets", "other/gated", {"data/train-00000-of-00001.parquet": b"1"}, gated=True)
+    connected.create("datasets", SET, {"a": b"1"})
+    source = SET if kind == "revision" else f"other/{kind}"
+    with pytest.raises(HubError) as error:
+        load_distilled(source, revision="v9" if kind == "revision" else None)
+    assert source in one_line(error)
+    assert ("403" if kind == "gated" else "404") in str(error.value)
+
+
+@lfs_only
+def test_no_answer_is_neither_an_older_copy_nor_no_such_file(connected, pushed, cache):
+    content = load_distilled(SET).content
+    fault = connected.fault("repo_info", Status(503), times=None)
+    with pytest.raises(HubError, match="5 times"):
+        load_distilled(SET)
+    fault.times = fault.fired
+    assert load_distilled(SET).content == content
+    connected.commit("datasets", SET, {"recipe.yaml": b"name: newer\n"})
+    connected.fault("resolve", Status(502), match="recipe.yaml", times=None)
+    with pytest.raises(HubError):
+        load_distilled(SET)

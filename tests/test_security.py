@@ -331,7 +331,7 @@ def test_a_folder_named_like_a_reader_does_not_open_what_lies_around(tmp_path, m
     assert load_source(source(name)).class_names == ("ant", "bee")
     shutil.rmtree(tmp_path / name)
     bad_data(name, "neither a folder here nor a Hub id")
-    with pytest.raises(DataError, match="neither a folder nor a Hub id"):
+    with pytest.raises(DataError, match="neither a folder here nor a Hub id"):
         load_distilled(name)
 
 
@@ -346,13 +346,24 @@ FEATURES = [
 
 @pytest.mark.parametrize("features", FEATURES, ids=lambda text: text[:50].decode())
 def test_strange_features_in_a_table_are_one_line(tmp_path, features):
-    (tmp_path / "data").mkdir()
+    (tmp_path / "set" / "data").mkdir(parents=True)
     table = pa.table({"x": [1, 2]}).replace_schema_metadata({b"huggingface": features})
-    pq.write_table(table, tmp_path / "data" / "train.parquet")
-    assert "root:" not in bad_data(tmp_path / "data")
+    pq.write_table(table, tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    assert "root:" not in bad_data(tmp_path / "set" / "data")
+    with pytest.raises(DataError, match="no readable Parquet|no column image, label") as error:
+        load_distilled(tmp_path / "set")
+    assert "root:" not in one_line(error)
+
+
+def test_class_names_do_not_come_from_another_file(distilled):
+    path = distilled / "data" / "train-00000-of-00001.parquet"
+    table = pq.read_table(path)
+    notes = json.loads(table.schema.metadata[b"huggingface"])
+    notes["info"]["features"]["label"] = {"_type": "ClassLabel", "names_file": "/etc/passwd"}
+    pq.write_table(table.replace_schema_metadata({b"huggingface": json.dumps(notes).encode()}), path)
     with pytest.raises(DataError) as error:
-        load_distilled(tmp_path / "data")
-    one_line(error)
+        load_distilled(distilled)
+    assert "root:" not in one_line(error)
 
 
 # -- data that leads out of its folder --------------------------------------------------------------------------------
@@ -382,8 +393,21 @@ def test_a_card_that_takes_data_from_elsewhere_is_refused(tmp_path, secret, how,
     header = yaml.safe_dump({"configs": [{"config_name": "default"} | config]})
     (folder / "README.md").write_text(f"---\n{header}---\n")
     bad_data(folder, "README.md", "not below the folder")
-    with pytest.raises(DataError, match="not below the folder"):
-        load_distilled(folder)
+
+
+@pytest.mark.parametrize("how", ["{}", "../private/*.parquet", "file://{}", "http://e/x.parquet"])
+@pytest.mark.parametrize("key", ["data_files", "data_dir"])
+def test_a_distilled_set_is_read_without_following_its_card(distilled, tmp_path, how, key):
+    (tmp_path / "private").mkdir()
+    small_set(tmp_path / "other", seed=1)
+    secret = tmp_path / "private" / "train-00000-of-00001.parquet"
+    shutil.copy(tmp_path / "other" / "data" / secret.name, secret)
+    content = load_distilled(distilled).content
+    files = sha_tree(export(distilled, tmp_path / "before", format="imagefolder"))
+    configs = [{"config_name": name, key: how.format(secret)} for name in ("default", "views")]
+    (distilled / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    assert load_distilled(distilled).content == content
+    assert sha_tree(export(distilled, tmp_path / "after", format="imagefolder")) == files
 
 
 @pytest.mark.parametrize(
@@ -495,8 +519,17 @@ def test_archives_are_not_opened(tmp_path, name):
     ARCHIVES[name](folder / "train" / name)
     before = sha_tree(tmp_path)
     bad_data(folder, name, "archive", "unpack it")
-    with pytest.raises(DataError, match="archive"):
+    with pytest.raises(DataError, match="no file data/train"):
         load_distilled(folder)
+    assert sha_tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_archives_beside_a_distilled_set_are_not_opened(distilled, tmp_path, name):
+    content = load_distilled(distilled).content
+    ARCHIVES[name](distilled / "data" / f"x-{name}")
+    before = sha_tree(tmp_path)
+    assert load_distilled(distilled).content == content
     assert sha_tree(tmp_path) == before
 
 
@@ -713,9 +746,7 @@ def test_an_endless_header_is_one_line_at_once(distilled, kind):
     assert b"words of somebody" in merged
     (distilled / "README.md").write_text(text)
     assert any("README.md" in line for line in check_folder(distilled).differences)
-    with pytest.raises(DataError) as error:
-        load_distilled(distilled)
-    one_line(error)
+    assert len(load_distilled(distilled).labels) == 12, "it is not read"
     bad_data(distilled)
 
 
@@ -745,10 +776,6 @@ def rewritten(folder, table, **columns):
             notes["info"]["features"][name] = datasets.Features.from_arrow_schema(pa.schema({name: kind})).to_dict()[name]
         old = old.set_column(old.schema.get_field_index(name), pa.field(name, kind), pa.array(values, type=kind))
     pq.write_table(old.replace_schema_metadata({b"huggingface": json.dumps(notes).encode()}), path)
-    (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files: [{split: train, path: data/train-*}]\n"
-        "- config_name: views\n  data_files: [{split: train, path: views/train-*}]\n---\n"
-    )
 
 
 FOREIGN = {

@@ -1,11 +1,14 @@
+# ruff: noqa: F811
 import io
 import json
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hub_fixtures import connected, hub, online, transport  # noqa: F401
 from PIL import Image
 from pipeline import add_card, mtimes, one_line, sha_tree, small_set
 from torchvision import transforms
@@ -174,23 +177,15 @@ def test_rethinkdc_reads_its_columns(tmp_path, channels, image_format):
             assert (picture.mode, picture.format) == ("RGB", "PNG")
 
 
-def test_a_long_table_comes_in_its_order(tmp_path, nasty, monkeypatch):
-    folder, _, table = nasty
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
-    target = export(folder, tmp_path / "table", format="rethinkdc")
-    read = pq.read_table(target / "data" / "train-00000-of-00001.parquet")
-    assert read["class_id"].to_pylist() == table.labels.tolist()
-    assert [cell["bytes"] for cell in read["image"].to_pylist()] == table.encoded
-
-
-@pytest.mark.parametrize(("room", "groups"), [(1, 22), (600, 11), (2**21, 1)])
-def test_few_bytes_are_in_memory_at_once(tmp_path, monkeypatch, room, groups):
+@pytest.mark.parametrize(("size", "groups"), [(1, 22), (7, 4), (22, 1)])
+def test_a_row_group_at_once_is_in_memory(tmp_path, size, groups):
     _, table = make(tmp_path / "set", channels=3, classes=2, ipc=11, epochs=1)
-    assert all(300 < len(data) < 600 for data in table.encoded)
-    monkeypatch.setattr(module, "BYTES_AT_ONCE", room)
+    (path,) = (tmp_path / "set" / "data").iterdir()
+    pq.write_table(pq.read_table(path), path, row_group_size=size)
     target = export(tmp_path / "set", tmp_path / "table", format="rethinkdc")
     file = pq.ParquetFile(target / "data" / "train-00000-of-00001.parquet")
     assert file.num_row_groups == groups
+    assert file.read()["class_id"].to_pylist() == table.labels.tolist()
     assert [cell["bytes"] for cell in file.read()["image"].to_pylist()] == table.encoded
 
 
@@ -244,19 +239,21 @@ def test_the_folder_where_one_stands_can_be_filled(plain, tmp_path, monkeypatch)
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt(), DataError("a reason")])
 @pytest.mark.parametrize("target_exists", [False, True])
 def test_a_failure_half_way_leaves_nothing(plain, tmp_path, monkeypatch, layout, failure, target_exists):
+    path = plain / "data" / "train-00000-of-00001.parquet"
+    pq.write_table(pq.read_table(path), path, row_group_size=1)
     target, seen = tmp_path / "new" / "target", []
     if target_exists:
         target.mkdir(parents=True)
     read = module._pictures
 
     def half(*args):
-        for number, picture in enumerate(read(*args)):
+        for number, pictures in enumerate(read(*args)):
             # Were the process killed here, the target would be as it was, and a hidden folder would stay beside it.
             seen.append(target.exists() and any(target.iterdir()))
             assert any(path.name.startswith(".target-") for path in target.parent.iterdir())
             if number == 5:
                 raise failure
-            yield picture
+            yield pictures
 
     monkeypatch.setattr(module, "_pictures", half)
     expected = OutputError if isinstance(failure, OSError) else type(failure)
@@ -285,22 +282,31 @@ def test_an_unknown_layout_is_one_line(plain, tmp_path):
     assert not (tmp_path / "target").exists()
 
 
-def test_a_hub_set_is_read_at_its_revision(plain, tmp_path, monkeypatch):
-    asked, read = [], module.open_table
-
-    def record(source, config, *, revision):
-        asked.append((source, config, revision))
-        return read(plain, config)
-
-    monkeypatch.setattr(module, "open_table", record)
-    export("org/set", tmp_path / "target", format="imagefolder", revision="v1")
-    assert asked == [("org/set", "default", "v1")]
+@pytest.mark.parametrize("transport", ["lfs"], indirect=True)
+def test_a_hub_set_is_read_at_its_revision(connected, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    trees = []
+    for seed in (0, 1):
+        folder = tmp_path / f"set-{seed}"
+        make(folder, size=8, ipc=2, epochs=1, seed=seed)
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
+        if seed:
+            connected.commit("datasets", "org/set", files)
+        else:
+            connected.create("datasets", "org/set", files)
+        trees.append(sha_tree(export(folder, tmp_path / f"here-{seed}", format="imagefolder")))
+    newest, older, *_ = connected.history("datasets", "org/set")
+    for number, revision in enumerate((older, newest)):
+        target = export("org/set", tmp_path / f"there-{number}", format="imagefolder", revision=revision)
+        assert sha_tree(target) == trees[number]
+    assert trees[0] != trees[1]
 
 
 @every_format
 def test_a_foreign_data_set_is_one_line(tmp_path, layout):
-    (tmp_path / "foreign").mkdir()
-    datasets.Dataset.from_dict({"x": [1, 2]}).to_parquet(tmp_path / "foreign" / "train.parquet")
+    (tmp_path / "foreign" / "data").mkdir(parents=True)
+    path = tmp_path / "foreign" / "data" / "train-00000-of-00001.parquet"
+    datasets.Dataset.from_dict({"x": [1, 2]}).to_parquet(path)
     with pytest.raises(DataError) as error:
         export(tmp_path / "foreign", tmp_path / "target", format=layout)
     assert all(word in one_line(error) for word in ("foreign", "image, label, slot"))
@@ -315,11 +321,7 @@ def change(folder, *, rows=None, **columns):
     for name, values in columns.items():
         column = pa.array(values, type=table.schema.field(name).type)
         table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
-    # The card counts rows; these tests are of a set without one.
-    (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files: [{split: train, path: data/train-*}]\n---\n"
-    )
-    pq.write_table(table if rows is None else table.take(rows), path)
+    pq.write_table(table if rows is None else table.take(pa.array(rows, pa.int64())), path)
 
 
 def cells(folder, data):
@@ -337,6 +339,7 @@ def bmp():
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
+        ({"rows": []}, ["no image of class 'class 0'"]),
         ({"rows": [0, 1, 4, 5, 6, 7]}, ["no image of class 'class 1'"]),
         ({"label": [0, 0, 1, 1, 2, 2, 3, -1]}, ["class -1", "0 to 3"]),
         ({"label": [0, 0, 1, 1, 2, 2, 3, None]}, ["class None", "0 to 3"]),

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -13,8 +14,9 @@ import torch
 from pipeline import add_card, one_line, small_set
 
 from prism_hf.dataset import reader as reading
-from prism_hf.dataset.reader import load_distilled, open_table
-from prism_hf.errors import DataError
+from prism_hf.dataset import tables
+from prism_hf.dataset.reader import load_distilled
+from prism_hf.errors import DataError, HubError
 from prism_hf.images.pixels import encode
 from prism_hf.images.views import from_columns
 
@@ -65,7 +67,7 @@ def test_bytes_of_labels_are_those_of_the_epochs_that_are_read(tmp_path, shard_m
     assert [data.label_bytes_of(epochs) for epochs in range(5)] == [sum(groups[:epochs]) for epochs in range(5)]
     assert data.label_bytes_of() == sum(groups) < data.label_bytes
     logits = sum(sizes(tmp_path, "data", "teacher_logits"))
-    assert 0 < data.image_label_bytes() == logits < 600 * 300 * 2 * 1.1
+    assert 0 < data.image_label_bytes == logits < 600 * 300 * 2 * 1.1
 
 
 def test_a_row_group_of_several_epochs_is_read_whole(tmp_path):
@@ -80,9 +82,8 @@ def test_a_row_group_of_several_epochs_is_read_whole(tmp_path):
 def test_without_files_nothing_is_said_of_their_bytes(tmp_path):
     recipe, names, *_ = small_set(tmp_path)
     add_card(tmp_path, recipe, names)
-    data = dataclasses.replace(load_distilled(tmp_path), footers=lambda _: None)
+    data = dataclasses.replace(load_distilled(tmp_path), view_bytes=None)
     assert data.label_bytes_of(1) is None
-    assert data.image_label_bytes() is None
 
 
 def foreign(folder, kind):
@@ -95,21 +96,24 @@ def foreign(folder, kind):
     elif kind == "parquet":
         datasets.Dataset.from_dict({"x": [1, 2]}).to_parquet(folder / "train.parquet")
     elif kind == "other columns":
-        header = "---\nconfigs:\n"
-        for config in ("default", "views"):
-            (folder / config).mkdir()
-            datasets.Dataset.from_dict({"x": [1, 2]}).to_parquet(folder / config / "train-0.parquet")
-            header += f"- {{config_name: {config}, data_files: [{{split: train, path: {config}/train-*}}]}}\n"
-        (folder / "README.md").write_text(header + "---\n")
+        for name in ("data", "views"):
+            (folder / name).mkdir()
+            datasets.Dataset.from_dict({"x": [1, 2]}).to_parquet(folder / name / "train-00000-of-00001.parquet")
     return folder
 
 
 @pytest.mark.parametrize("kind", ["missing", "hub id", "empty", "text", "parquet", "other columns"])
 def test_a_foreign_folder_is_one_line(tmp_path, kind):
     source = foreign(tmp_path, kind)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(HubError if kind == "hub id" else DataError) as error:
         load_distilled(source)
     assert str(source) in one_line(error)
+    words = {
+        "missing": "neither a folder here nor a Hub id; give a folder with data/ and views/, or a Hub id (org/name)",
+        "hub id": "HF_HUB_OFFLINE",
+        "other columns": "no column image, label, slot",
+    }
+    assert words.get(kind, "no file data/train-*.parquet; give a folder with data/ and views/") in str(error.value)
 
 
 def test_missing_views_are_one_line(tmp_path):
@@ -118,17 +122,192 @@ def test_missing_views_are_one_line(tmp_path):
     next((tmp_path / "views").iterdir()).unlink()
     with pytest.raises(DataError) as error:
         load_distilled(tmp_path)
-    assert "views" in one_line(error)
+    assert "table 'views' has no file views/train-*.parquet" in one_line(error)
 
 
-def test_half_an_epoch_is_one_line(tmp_path):
-    recipe, names, *_ = small_set(tmp_path)
+@pytest.mark.parametrize("rows", [0, 11, 30])
+def test_half_an_epoch_is_one_line(tmp_path, rows):
+    small_set(tmp_path)
     path = tmp_path / "views" / "train-00000-of-00001.parquet"
-    pq.write_table(pq.read_table(path).slice(0, 30), path)
-    add_card(tmp_path, recipe, names)
+    pq.write_table(pq.read_table(path).slice(0, rows), path)
     with pytest.raises(DataError) as error:
         load_distilled(tmp_path)
-    assert "whole epochs" in one_line(error)
+    assert f"table 'views' has {rows} rows for 12 images; expected whole epochs" in one_line(error)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def reshard(folder, name, files, group=4):
+    """Write a table anew as some files of row groups of some rows."""
+    (path,) = (folder / name).glob("*.parquet")
+    table = pq.read_table(path)
+    path.unlink()
+    bounds = np.linspace(0, len(table), files + 1).astype(int).tolist()
+    for number, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        shard = folder / name / f"train-{number:05d}-of-{files:05d}.parquet"
+        pq.write_table(table.slice(start, stop - start), shard, row_group_size=group)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Twelve images in two files and three epochs in four: no epoch ends with a file or a row group."""
+    small_set(tmp_path)
+    reshard(tmp_path, "data", 2, group=5)
+    reshard(tmp_path, "views", 4, group=5)
+    return tmp_path
+
+
+def test_a_set_is_the_same_in_one_file_and_in_some(tmp_path):
+    small_set(tmp_path / "one")
+    one = load_distilled(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "some")
+    reshard(tmp_path / "some", "data", 5)
+    reshard(tmp_path / "some", "views", 7)
+    some = load_distilled(tmp_path / "some")
+    assert (one.content, one.num_epochs, one.image_bytes) == (some.content, some.num_epochs, some.image_bytes)
+    assert torch.equal(one.images_uint8, some.images_uint8)
+    for epoch in range(3):
+        (rows, logits), (others, other_logits) = one.epoch(epoch), some.epoch(epoch)
+        same_rows(rows, others)
+        assert torch.equal(logits, other_logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: (f / "views" / "train-00001-of-00004.parquet").unlink(), "views/ lacks train-00001-of-00004.parquet;"),
+        (
+            lambda f: [path.unlink() for path in (f / "views").glob("*-0000[123]-*")],
+            "lacks train-00001-of-00004.parquet, train-00002-of-00004.parquet, train-00003-of-00004.parquet;",
+        ),
+        (
+            lambda f: (f / "data" / "train-00000-of-00002.parquet").rename(f / "data" / "train-00000-of-09999.parquet"),
+            "data/ holds train-00001-of-00002.parquet, expected train-NNNNN-of-09999.parquet",
+        ),
+        (lambda f: (f / "data" / "train-notes.txt").write_text("x"), "data/ holds train-notes.txt, expected"),
+        (lambda f: (f / "data" / "train-00002-of-00002.parquet").mkdir(), "data/ holds train-00002-of-00002.parquet"),
+        (
+            lambda f: [path.rename(path.with_name(f"train-{path.name[6:11]}.parquet")) for path in (f / "data").iterdir()],
+            "data/ holds train-00000.parquet, expected train-NNNNN-of-00002.parquet",
+        ),
+        (lambda f: (f / "data" / "train-00001-of-00002.parquet").write_bytes(b"PAR1"), "is no readable Parquet"),
+        (
+            lambda f: shutil.copy(
+                f / "data" / "train-00000-of-00002.parquet", f / "views" / "train-00001-of-00004.parquet"
+            ),
+            "train-00001-of-00004.parquet' has other columns or types than the first file",
+        ),
+    ],
+)
+def test_files_that_are_missing_strange_or_damaged_are_named_in_one_line(shards, change, words):
+    change(shards)
+    with pytest.raises(DataError) as error:
+        load_distilled(shards)
+    assert words in one_line(error)
+    assert str(shards) in str(error.value)
+
+
+@pytest.mark.parametrize("start", [4, 600])
+def test_damage_inside_a_file_is_one_line(tmp_path, start):
+    small_set(tmp_path)
+    (path,) = (tmp_path / "views").iterdir()
+    data = bytearray(path.read_bytes())
+    data[start : start + 100] = b"\xff" * 100
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="is no readable Parquet") as error:
+        load_distilled(tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["data", "views"])
+def test_damage_anywhere_is_one_line_or_makes_another_set_of_the_same_size(tmp_path, name):
+    small_set(tmp_path, size=8)
+    (path,) = (tmp_path / name).iterdir()
+    good, random = path.read_bytes(), np.random.default_rng(3)
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
+    refused = 0
+    for start in [footer] * 100 + [0] * 20:
+        data = bytearray(good)
+        data[random.integers(start, len(good))] = random.integers(256)
+        path.write_bytes(data)
+        try:
+            read = load_distilled(tmp_path)
+        except DataError as error:
+            one_line(error)
+            refused += 1
+        else:
+            assert len(read.labels) == len(read.images_uint8) == len(read.teacher_logits) == 12
+            assert [len(read.epoch(number)[1]) for number in range(3)] == [12] * 3
+    assert 40 < refused < 120
+
+
+def test_files_that_are_not_of_the_tables_do_not_matter(shards):
+    content = load_distilled(shards).content
+    for name in ("data/test-00000-of-00001.parquet", "train-00000-of-00001.parquet", "LICENSE", "data/.train-x"):
+        (shards / name).write_text("something else")
+    assert load_distilled(shards).content == content
+
+
+def without(table, name, row, part=None):
+    """The table with nothing in a cell, or in a part of its list."""
+    values = table[name].to_pylist()
+    if part is None:
+        values[row] = None
+    else:
+        values[row][part] = None
+    index, schema = table.schema.get_field_index(name), table.schema
+    return table.set_column(index, schema.field(name), pa.array(values, type=schema.field(name).type))
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "part"),
+    [
+        ("data", "label", None), ("data", "slot", None), ("data", "job", None), ("data", "teacher_logits", None),
+        ("data", "teacher_logits", 2), ("views", "epoch", None), ("views", "crop", None), ("views", "crop", 3),
+        ("views", "flip", None), ("views", "mix_weight", None), ("views", "teacher_logits", 0),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_missing_is_one_line(tmp_path, name, column, part):
+    small_set(tmp_path)
+    (path,) = (tmp_path / name).iterdir()
+    pq.write_table(without(pq.read_table(path), column, 7, part), path)
+    with pytest.raises(DataError) as error:
+        load_distilled(tmp_path)
+    assert f"column {column!r} has rows without a value" in one_line(error)
+
+
+def test_neither_card_nor_recipe_nor_provenance_is_needed(tmp_path):
+    recipe, names, *_ = small_set(tmp_path)
+    add_card(tmp_path, recipe, names)
+    content = load_distilled(tmp_path).content
+    for name in ("README.md", "provenance.json", "recipe.yaml"):
+        (tmp_path / name).unlink()
+    data = load_distilled(tmp_path)
+    assert (data.content, data.recipe, data.teacher_weights, data.class_names) == (content, None, {}, tuple(names))
+
+
+@pytest.mark.parametrize(("image_format", "channels"), [("png", 1), ("jpeg", 1), ("png", 3), ("webp", 3)])
+def test_without_a_recipe_the_first_image_says_how_many_channels(tmp_path, image_format, channels):
+    *_, shown = small_set(tmp_path, channels=channels, image_format=image_format)
+    (tmp_path / "recipe.yaml").unlink()
+    assert torch.equal(load_distilled(tmp_path).images_uint8, shown)
+    assert load_distilled(tmp_path, channels=4 - channels).images_uint8.shape[1] == 4 - channels
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "configs:\n- config_name: default\n  data_files: [{split: train, path: /etc/passwd}]\n",
+        "dataset_info:\n- config_name: default\n  splits: [{name: train, num_examples: 5}]\n",
+        "configs: [",
+        "&a [*a]",
+    ],
+)
+def test_the_card_is_not_followed(shards, card):
+    content = load_distilled(shards).content
+    (shards / "README.md").write_text(f"---\n{card}\n---\n")
+    assert load_distilled(shards).content == content
 
 
 # -- what is large lies in a file -------------------------------------------------------------------------------------
@@ -154,7 +333,7 @@ def folder(tmp_path):
 def no_room_in_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(reading, "_IN_MEMORY", 0)
     monkeypatch.setattr(reading, "_PICTURES_AT_ONCE", 3)
-    monkeypatch.setattr(reading, "_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(tables, "ROWS_AT_ONCE", 4)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "cache"
 
@@ -178,7 +357,7 @@ def test_the_file_has_no_name_and_lies_in_the_cache(folder, no_room_in_memory):
         lines = maps.read_text().splitlines()
         held = [line for line in lines if str(no_room_in_memory) in line and line.endswith("(deleted)")]
         assert len(held) == 3, "images, labels and logits"
-    assert not [path for path in no_room_in_memory.iterdir() if path.is_file() and path.suffix != ".lock"]
+    assert not list(no_room_in_memory.iterdir()), "neither is there a cache of the tables"
     assert data.images_uint8.sum() > 0
 
 
@@ -221,14 +400,16 @@ def test_images_of_two_sizes_are_one_line(folder):
 
 def digest_of_whole_tables(folder):
     """`content` as it was first written, with everything in memory."""
-    images, views = open_table(folder, "default"), open_table(folder, "views")
-    encoded = [cell["bytes"] for cell in images.cast_column("image", datasets.Image(decode=False))["image"]]
+    images, views = (
+        pa.concat_tables(pq.read_table(path) for path in sorted((folder / name).iterdir())) for name in ("data", "views")
+    )
+    encoded = [cell["bytes"] for cell in images["image"].to_pylist()]
     digest = hashlib.sha256()
     for blob in encoded:
         digest.update(hashlib.sha256(blob).digest())
-    for table in (images.select_columns(["label", "teacher_logits"]), views):
-        for batch in table.with_format("arrow").iter(batch_size=4096):
-            for column in batch.columns:
+    for table in (images.select(["label", "teacher_logits"]), views):
+        for start in range(0, len(table), 4096):
+            for column in table.slice(start, 4096).columns:
                 values = column.combine_chunks()
                 values = values.flatten() if pa.types.is_fixed_size_list(values.type) else values
                 digest.update(values.to_numpy(zero_copy_only=False).tobytes())
@@ -240,11 +421,11 @@ def test_the_digest_is_what_it_always_was(folder):
     assert (data.content, data.image_bytes) == digest_of_whole_tables(folder)
 
 
-def test_the_digest_of_more_rows_than_are_read_at_once_is_what_it_always_was(tmp_path):
-    recipe, names, *_ = small_set(tmp_path, classes=7, ipc=100, epochs=12, size=8)
-    for path in tmp_path.glob("*/*.parquet"):
-        pq.write_table(pq.read_table(path), path, row_group_size=333)
-    add_card(tmp_path, recipe, names)
+@pytest.mark.parametrize(("files", "group"), [(1, 333), (3, 333), (5, 4096), (2, 10_000)])
+def test_the_digest_of_more_rows_than_are_read_at_once_is_what_it_always_was(tmp_path, files, group):
+    small_set(tmp_path, classes=7, ipc=100, epochs=12, size=8)
+    for name in ("data", "views"):
+        reshard(tmp_path, name, files, group)
     data = load_distilled(tmp_path)
     assert data.num_epochs * len(data.labels) > 2 * 4096
     assert (data.content, data.image_bytes) == digest_of_whole_tables(tmp_path)
@@ -264,24 +445,28 @@ def test_a_range_of_views_is_that_part_of_the_epoch(folder, rows):
         assert not np.shares_memory(logits.numpy(), all_logits.numpy())
 
 
-# -- on the Hub, offline ----------------------------------------------------------------------------------------------
+@pytest.fixture
+def read_groups(monkeypatch):
+    """The row groups that pyarrow reads from now on."""
+    groups, read = [], pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda self, number, **more: groups.append(number) or read(self, number, **more)
+    )
+    return groups
 
 
-@pytest.mark.parametrize("offline", [True, False])
-def test_offline_a_table_that_another_program_cached_will_do(monkeypatch, offline):
-    asked = []
+def test_only_row_groups_that_hold_the_views_are_read(folder, read_groups):
+    data = load_distilled(folder)  # 30 views of 10 images in row groups of 4
+    for rows, expected in (((1, range(3)), [2, 3]), ((2, range(9, 10)), [7]), ((0, range(10)), [0, 1, 2])):
+        read_groups.clear()
+        data.views(*rows)
+        assert read_groups == expected
 
-    def load(source, config, **options):
-        asked.append(options)
-        if "fragment_scan_options" in options:
-            raise ValueError("Couldn't find cache")
-        return "table"
 
-    monkeypatch.setattr(reading.datasets, "load_dataset", load)
-    monkeypatch.setattr(reading, "is_offline_mode", lambda: offline)
-    if offline:
-        assert open_table("org/set", "views") == "table"
-    else:
-        with pytest.raises(DataError, match="Couldn't find cache"):
-            open_table("org/set", "views")
-    assert len(asked) == 1 + offline
+def test_views_that_follow_each_other_read_a_row_group_once(folder, read_groups):
+    data = load_distilled(folder)
+    read_groups.clear()
+    for epoch in range(3):
+        for start in range(10):
+            data.views(epoch, range(start, start + 1))
+    assert read_groups == list(range(8))

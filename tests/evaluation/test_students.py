@@ -38,16 +38,18 @@ def toy(tiny_recipe, tiny_teachers, tiny_images):
     settings = tiny_recipe().relabel
     teachers = [tiny_teachers[name] for name in settings.teachers]
     epochs = [relabel_epoch(number, tiny_images, teachers, settings, seed=0) for number in range(2)]
+
+    def views(epoch, rows):
+        part = slice(rows.start, rows.stop)
+        return from_columns(epochs[epoch])[part], torch.from_numpy(epochs[epoch]["teacher_logits"])[part]
+
     return DistilledDataset(
         images_uint8=tiny_images,
         labels=torch.tensor([0, 0, 1, 1, 2, 2, 2]),
         class_names=("a", "b", "c"),
         teacher_logits=torch.cat(list(label_images(tiny_images, teachers, settings))),
         num_epochs=2,
-        epoch=lambda number: (
-            from_columns(epochs[number]),
-            torch.from_numpy(epochs[number]["teacher_logits"]),
-        ),
+        views=views,
         image_bytes=1,
         label_bytes=1,
         recipe=None,
@@ -110,6 +112,11 @@ def packed(request, tmp_path, monkeypatch):
     return reading.load_distilled(tmp_path)
 
 
+def watched(source, read):
+    """The same dataset; the views that are asked for are noted."""
+    return dataclasses.replace(source, views=lambda epoch, rows: read.append((epoch, rows)) or source.views(epoch, rows))
+
+
 @pytest.fixture(scope="module")
 def packed_once(tmp_path_factory):
     """As `packed`, for tests that train on it."""
@@ -140,11 +147,9 @@ def test_nothing_is_read_of_batches_that_are_passed_over(packed, monkeypatch):
     prepared, read = [], []
     monkeypatch.setattr(students, "to_reference", lambda images: prepared.append(len(images)) or to_reference(images))
     monkeypatch.setattr(students, "_WINDOW", 1)
-    rows = packed.epoch.rows
-    monkeypatch.setattr(packed.epoch, "rows", lambda start, stop: read.append((start, stop)) or rows(start, stop))
-    next(students._view_batches(packed, 4, 6, CPU, start=9))
+    next(students._view_batches(watched(packed, read), 4, 6, CPU, start=9))
     assert prepared == [6, 6], "the images of one batch, and their partners"
-    assert read == [(2 * 21 + 6, 2 * 21 + 12)]
+    assert read == [(2, range(6, 12))]
 
 
 @pytest.mark.parametrize("recorded", [1, 3, 4])
@@ -156,11 +161,11 @@ def test_recorded_epochs_come_in_turn_from_anywhere(packed, monkeypatch, recorde
         same_batches(students._view_batches(packed, 4, 6, CPU, start, recorded=recorded), expected[start:])
 
 
-def test_views_of_other_epochs_are_not_read(packed, monkeypatch):
-    read, rows = [], packed.epoch.rows
-    monkeypatch.setattr(packed.epoch, "rows", lambda start, stop: read.append((start, stop)) or rows(start, stop))
-    list(students._view_batches(packed, 5, 6, CPU, recorded=2))
-    assert max(stop for _, stop in read) == 2 * 21
+def test_views_of_other_epochs_are_not_read(packed):
+    read = []
+    list(students._view_batches(watched(packed, read), 5, 6, CPU, recorded=2))
+    assert {epoch for epoch, _ in read} == {0, 1}
+    assert max(rows.stop for _, rows in read) == 21
 
 
 def test_image_labels_are_mixed_as_their_view_is(packed):
@@ -221,11 +226,11 @@ def test_training_leaves_global_randomness_alone_and_does_not_depend_on_it(stude
 
 
 def other_logits(toy):
-    def epoch(number):
-        rows, logits = toy.epoch(number)
-        return rows, logits.flip(1) * 3
+    def views(epoch, rows):
+        part, logits = toy.views(epoch, rows)
+        return part, logits.flip(1) * 3
 
-    return dataclasses.replace(toy, epoch=epoch)
+    return dataclasses.replace(toy, views=views)
 
 
 def test_hard_labels_ignore_the_teachers_logits_and_soft_ones_do_not(student, base, toy):
@@ -243,7 +248,7 @@ def test_hard_labels_use_the_classes(student, toy):
 
 def test_student_learns_the_images(tiny_recipe, toy):
     # Many passes over the same two epochs of views: the student must come to agree with the stored logits.
-    again = dataclasses.replace(toy, num_epochs=30, epoch=lambda number: toy.epoch(number % 2))
+    again = dataclasses.replace(toy, num_epochs=30, views=lambda epoch, rows: toy.views(epoch % 2, rows))
     settings = dataclasses.replace(settings_of(tiny_recipe), epochs=None)
     network = train_student(again, settings, labels="soft", seed=0, device=CPU)
     rows, logits = toy.epoch(0)
@@ -262,7 +267,7 @@ def test_more_epochs_than_the_folder_holds_are_an_error(tiny_recipe, toy):
 
 def test_fewer_label_epochs_are_used_again(student, base, toy):
     """Two epochs of training with one recorded epoch are those of a set that holds it twice."""
-    twice = dataclasses.replace(toy, epoch=lambda _: toy.epoch(0))
+    twice = dataclasses.replace(toy, views=lambda _, rows: toy.views(0, rows))
     assert same(student({"label_epochs": 1}), student(source=twice))
     assert same(base, student({"label_epochs": 2}))
     once = dataclasses.replace(toy, num_epochs=1)
@@ -314,7 +319,7 @@ def test_a_student_reads_the_bytes_of_its_labels(tiny_recipe, packed_once, toy):
     assert found("soft", epochs=2) == packed_once.label_bytes_of(2) < packed_once.label_bytes_of(3)
     assert found("soft", epochs=2, label_epochs=1) == packed_once.label_bytes_of(1)
     assert found("soft", epochs=1, label_epochs=2) == packed_once.label_bytes_of(1)
-    assert found("image", epochs=2) == packed_once.image_label_bytes() > 0
+    assert found("image", epochs=2) == packed_once.image_label_bytes > 0
     assert found("hard") == 0
     assert label_bytes(toy, settings_of(tiny_recipe), "soft") is None
 

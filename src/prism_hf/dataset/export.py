@@ -1,4 +1,4 @@
-"""How a distilled data set leaves for programs that read other layouts: class folders, or the columns of rethinkdc."""
+"""Export a distilled dataset in the layouts of other programs: class folders, or the columns of rethinkdc."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import re
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
 from ..errors import DataError, OutputError
 from ..images.pixels import UNREADABLE, decode, encode
 from ..runtime.store import write_bytes, write_json
-from .reader import open_table
+from .tables import Table, dataset_folder, naming, open_images
 
 ExportFormat = Literal["imagefolder", "rethinkdc"]
 
@@ -32,8 +33,6 @@ LONGEST_NAME = 80
 SPLIT_WORD = re.compile(
     r"(?:^|[-._0-9])(?:train|training|test|testing|eval|evaluation|validation|valid|val|dev)(?:$|[-._0-9])", re.IGNORECASE
 )
-ROWS_AT_ONCE = 1000
-BYTES_AT_ONCE = 2**21
 
 RETHINKDC_CARD = """---
 configs:
@@ -42,7 +41,7 @@ configs:
   - split: train
     path: data/train-*
 ---
-Images and class indices of a distilled data set, in the columns that rethinkdc reads. Soft labels stay in the original.
+Images and class indices of a distilled dataset, in the columns that rethinkdc reads. Soft labels stay in the original.
 """
 
 
@@ -56,30 +55,31 @@ class _Picture:
 
 
 def export(source: str | Path, target: str | Path, *, format: ExportFormat, revision: str | None = None) -> Path:
-    """Write a distilled data set in a layout that other programs read.
+    """Write a distilled dataset in a layout that other programs read.
 
     Only the images and their classes are carried: neither layout has a place for soft labels, so a student trained on an
     export learns from hard labels.
 
     - `imagefolder`: `train/<class>/<slot>.<ext>` for `torchvision.datasets.ImageFolder` and `load_dataset("imagefolder")`.
-      Folders are numbered, so that both give each class the index that it has in the data set; classes.json has the
-      true names. Files hold the very bytes of the data set.
+      Folders are numbered, so that both give each class the index that it has in the dataset; classes.json has the
+      true names. Files hold the very bytes of the dataset.
     - `rethinkdc`: one Parquet table with the columns `image` and `class_id`. Its transforms need three channels, so images
       of another mode become RGB PNGs; the others keep their bytes. (Its command line reads Parquet only from a path with
       "he-y" in it, and class folders, which `imagefolder` writes into `train`, from any other.)
 
     Args:
-        source: Data set folder, or Hub id.
+        source: Dataset folder, or Hub id.
         target: A folder that does not exist, or is empty.
         format: The layout.
-        revision: Of a Hub data set.
+        revision: Of a Hub dataset.
 
     Returns:
         The target.
 
     Raises:
         OutputError: The target is not empty or cannot be written; nothing is left half-written.
-        DataError: No such data set or layout, a class without images, or bytes that are no picture.
+        DataError: No such dataset or layout, a class without images, or bytes that are no picture.
+        HubError: The Hub does not answer, or has no such dataset for this token.
 
     Example:
         >>> export("outputs/digits-prism-ipc10/dataset", "digits-folders", format="imagefolder")
@@ -89,15 +89,16 @@ def export(source: str | Path, target: str | Path, *, format: ExportFormat, revi
         raise DataError(f"export format {format!r} is unknown; expected {' or '.join(_WRITERS)}")
     target = Path(target)
     _check_target(target, source)
-    table = _images(source, revision)
-    pictures, names = _pictures(table, source), table.features["label"].names
-    _write_folder(target, lambda draft: _WRITERS[format](draft, pictures, names))
+    with naming(source):
+        images, names = open_images(dataset_folder(source, revision))
+    _check_slots(images, names, source)
+    _write_folder(target, lambda draft: _WRITERS[format](draft, _pictures(images, source), names))
     return target
 
 
 def _check_target(target: Path, source: str | Path) -> None:
     if os.path.isdir(source) and target.resolve().is_relative_to(Path(source).resolve()):
-        raise OutputError(f"{target} lies inside the data set {source}; give a folder outside of it")
+        raise OutputError(f"{target} lies inside the dataset {source}; give a folder outside of it")
     if os.path.isdir(target) and not target.is_symlink():
         if any(target.iterdir()):
             raise OutputError(f"{target} is not empty; give a folder that does not exist, or an empty one")
@@ -126,52 +127,52 @@ def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
 # -- what is exported -------------------------------------------------------------------------------------------------
 
 
-def _images(source: str | Path, revision: str | None) -> datasets.Dataset:
-    table = open_table(source, "default", revision=revision)
-    missing = {"image", "label", "slot"} - set(table.column_names)
-    if missing or not isinstance(table.features["label"], datasets.ClassLabel):
-        what = f"no column {', '.join(sorted(missing))}" if missing else "label is no ClassLabel"
-        raise DataError(f"{str(source)!r} is no distilled data set of this format: {what}")
-    table = table.select_columns(["image", "label", "slot"]).cast_column("image", datasets.Image(decode=False))
-    places = table.select_columns(["label", "slot"]).with_format("arrow")[:].group_by(["label", "slot"], use_threads=False)
-    counts = places.aggregate([([], "count_all")])
-    names = table.features["label"].names
-    found, known = set(counts["label"].unique().to_pylist()), set(range(len(names)))
-    if strays := found - known:
+def _check_slots(table: Table, names: Sequence[str], source: str | Path) -> None:
+    """Every class has images, and every image a slot of its own: both become names of files."""
+    slots: Counter[tuple[int, int]] = Counter()
+    for rows in table.batches(("label", "slot")):
+        slots.update(zip(rows["label"].to_pylist(), rows["slot"].to_pylist(), strict=True))
+    labels, known = {label for label, _ in slots}, set(range(len(names)))
+    if strays := labels - known:
         raise DataError(f"{str(source)!r} has an image of class {strays.pop()}; expected 0 to {len(names) - 1}")
-    if bare := sorted(known - found):
+    if bare := sorted(known - labels):
         raise DataError(
             f"{str(source)!r} has no image of class {names[bare[0]]!r}; its index would be given to the next class"
         )
-    if twice := counts.filter(pc.field("count_all") > 1).to_pylist():
-        label, slot = twice[0]["label"], twice[0]["slot"]
+    if twice := [place for place, count in slots.items() if count > 1]:
+        label, slot = twice[0]
         raise DataError(f"{str(source)!r} has several images of class {names[label]!r} in slot {slot}; expected one")
-    return table
 
 
-def _pictures(table: datasets.Dataset, source: str | Path) -> Iterator[_Picture]:
-    for row, cells in enumerate(table):
-        try:
-            data = cells["image"]["bytes"]
-            with Image.open(io.BytesIO(data)) as picture:
-                kind, mode = str(picture.format), picture.mode
-        except (*UNREADABLE, TypeError) as error:
-            raise DataError(
-                f"row {row} of {str(source)!r} holds no picture ({type(error).__name__}); make the set anew"
-            ) from error
-        if kind not in EXTENSIONS:
-            raise DataError(f"row {row} of {str(source)!r} is {kind}; expected {', '.join(EXTENSIONS)}")
-        yield _Picture(data, cells["label"], cells["slot"], EXTENSIONS[kind], mode)
+def _pictures(table: Table, source: str | Path) -> Iterator[list[_Picture]]:
+    """The images of each row group: as many as may be in memory together."""
+    for group in table.groups:
+        rows = table.read(group.start, group.start + group.rows, ("image", "label", "slot")).to_pylist()
+        yield [_picture(cells, f"row {group.start + number} of {str(source)!r}") for number, cells in enumerate(rows)]
+
+
+def _picture(cells: Mapping[str, Any], where: str) -> _Picture:
+    try:
+        data = cells["image"]["bytes"]
+        with Image.open(io.BytesIO(data)) as picture:
+            kind, mode = str(picture.format), picture.mode
+    except (*UNREADABLE, TypeError) as error:
+        raise DataError(
+            f"{where} holds no picture ({type(error).__name__}); package or download the dataset again"
+        ) from error
+    if kind not in EXTENSIONS:
+        raise DataError(f"{where} is {kind}; expected {', '.join(EXTENSIONS)}")
+    return _Picture(data, cells["label"], cells["slot"], EXTENSIONS[kind], mode)
 
 
 # -- layouts ----------------------------------------------------------------------------------------------------------
 
 
-def _write_imagefolder(folder: Path, pictures: Iterable[_Picture], names: list[str]) -> None:
+def _write_imagefolder(folder: Path, groups: Iterable[list[_Picture]], names: Sequence[str]) -> None:
     homes = [folder / "train" / _folder_name(index, name, len(names)) for index, name in enumerate(names)]
     for home in homes:
         home.mkdir(parents=True)
-    for picture in pictures:
+    for picture in chain.from_iterable(groups):
         (homes[picture.label] / f"{picture.slot:05d}.{picture.extension}").write_bytes(picture.data)
     write_json(folder / "classes.json", {str(index): name for index, name in enumerate(names)})
 
@@ -184,13 +185,13 @@ def _folder_name(index: int, name: str, count: int) -> str:
     return number if not plain or SPLIT_WORD.search(plain) else f"{number}_{plain}"
 
 
-def _write_rethinkdc(folder: Path, pictures: Iterable[_Picture], names: list[str]) -> None:
+def _write_rethinkdc(folder: Path, groups: Iterable[list[_Picture]], names: Sequence[str]) -> None:
     features = datasets.Features({"image": datasets.Image(), "class_id": datasets.Value("int64")})
     (folder / "data").mkdir()
     path = folder / "data" / "train-00000-of-00001.parquet"
     # Encoded images do not shrink any more.
     with pq.ParquetWriter(path, features.arrow_schema, compression="none") as writer:
-        for rows in _groups(pictures):
+        for rows in groups:
             cells = [{"bytes": _rgb(picture), "path": None} for picture in rows]
             columns = {"image": cells, "class_id": [picture.label for picture in rows]}
             writer.write_table(pa.table(columns, schema=features.arrow_schema))
@@ -198,25 +199,11 @@ def _write_rethinkdc(folder: Path, pictures: Iterable[_Picture], names: list[str
     write_json(folder / "classes.json", {str(index): name for index, name in enumerate(names)})
 
 
-def _groups(pictures: Iterable[_Picture]) -> Iterator[list[_Picture]]:
-    """Pictures in their order, as many at once as may be in memory together."""
-    group: list[_Picture] = []
-    size = 0
-    for picture in pictures:
-        group.append(picture)
-        size += len(picture.data)
-        if len(group) == ROWS_AT_ONCE or size >= BYTES_AT_ONCE:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
 def _rgb(picture: _Picture) -> bytes:
     return picture.data if picture.mode == "RGB" else encode(decode(picture.data, 3), "png")
 
 
-_WRITERS: dict[str, Callable[[Path, Iterable[_Picture], list[str]], None]] = {
+_WRITERS: dict[str, Callable[[Path, Iterable[list[_Picture]], Sequence[str]], None]] = {
     "imagefolder": _write_imagefolder,
     "rethinkdc": _write_rethinkdc,
 }

@@ -1,6 +1,7 @@
-"""How a distilled data set is read back, from a folder or the Hub, for students to train on.
+"""Read a distilled dataset, from a folder or the Hub, for students to train on.
 
-Memory does not grow with the set: tables are mapped and walked in batches, decoded images and logits lie in a file.
+Memory does not grow with the dataset: its tables are read in place, a few rows at a time, and decoded images and logits
+lie in a file.
 
 Legend: N images, B rows, C channels, H W pixels, K classes.
 """
@@ -8,84 +9,41 @@ Legend: N images, B rows, C channels, H W pixels, K classes.
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, count
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import datasets
-import httpx2
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 import torch
-from huggingface_hub import HfApi, hf_hub_download, is_offline_mode
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError
-from ..images.open_source import check_local, local_cache, local_folder, reason_of
 from ..images.pixels import UNREADABLE, decode
 from ..images.views import ViewRows, from_columns
 from ..recipe.schema import Recipe
 from ..recipe.yaml_file import load_recipe
-from ..runtime.hub_client import SHORT, again
-from ..runtime.untrusted import is_plain_path
-from .format import VIEWS, image_features, view_features
+from .format import VIEWS, view_features
+from .provenance import Provenance, read_provenance
+from .tables import Table, dataset_folder, naming, open_images, to_arrays
 
 _IN_MEMORY = 2**23
 """Arrays of more bytes than this lie in a file, whose pages the kernel may drop when it needs the memory."""
 _PICTURES_AT_ONCE = 32
-_ROWS_AT_ONCE = 4096
-"""Of the digest `content`, whose value depends on it."""
-_SMALL_READS = ds.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
-"""The default of Arrow reads ahead, and holds what it has read until the file is closed."""
-
-
-class ViewTable:
-    """The views of a data set, read from their mapped table when asked for.
-
-    Args:
-        views: The table.
-        count: Images of the set, which is the rows of an epoch.
-    """
-
-    def __init__(self, views: datasets.Dataset, count: int) -> None:
-        self._arrow, self._count = views.with_format("arrow"), count
-
-    def __call__(self, epoch: int) -> tuple[ViewRows, Tensor]:
-        """All views of an epoch, and their raw logits, (N, K) float16."""
-        return self.rows(epoch * self._count, (epoch + 1) * self._count)
-
-    def rows(self, start: int, stop: int) -> tuple[ViewRows, Tensor]:
-        """The views in the rows from `start` up to `stop` of the table, and their raw logits, (B, K) float16."""
-        table: Any = self._arrow[start:stop]
-        columns = {
-            name: _matrix(table[name]) if pa.types.is_fixed_size_list(table[name].type) else table[name].to_numpy()
-            for name in table.column_names
-        }
-        return from_columns(columns), torch.from_numpy(columns["teacher_logits"])
+_VIEW_COLUMNS = tuple(view_features(2))
 
 
 @dataclass(frozen=True, eq=False)
 class DistilledDataset:
-    """A distilled data set; what is large in it is mapped from files and read when it is looked at.
+    """A distilled dataset; what is large in it lies in files and is read when it is looked at.
 
     Attributes:
         images_uint8: (N, C, H, W).
@@ -93,14 +51,15 @@ class DistilledDataset:
         class_names: K.
         teacher_logits: Raw logits of the images themselves, (N, K) float16.
         num_epochs: Epochs of views.
-        epoch: Number of an epoch -> its views and their raw logits, (N, K) float16.
+        views: Number of an epoch, and which of its N rows, a range with step 1 -> these views and their raw logits,
+            (B, K) float16; no other row group is read.
         image_bytes: Bytes of the encoded images.
-        label_bytes: Bytes of everything else in the two tables' files.
+        label_bytes: Bytes of everything else in the files of the two tables.
         recipe: The recipe in the folder, or `None`.
-        content: Sixteen hex digits over images, labels and all views: whether this is the same data set.
+        content: Sixteen hex digits over images, labels and all views: whether this is the same dataset.
         teacher_weights: SHA-256 of the weights of each teacher, as provenance.json tells.
-        footers: Folder of a table ("data", "views") -> the metadata of its Parquet files in order, `None` if they are not
-            at hand.
+        image_label_bytes: Compressed bytes of `teacher_logits`; `None` for a dataset that is not in files.
+        view_bytes: First row and compressed bytes of each row group of the views; `None` as above.
     """
 
     images_uint8: Tensor
@@ -108,29 +67,21 @@ class DistilledDataset:
     class_names: tuple[str, ...]
     teacher_logits: Tensor
     num_epochs: int
-    epoch: Callable[[int], tuple[ViewRows, Tensor]]
+    views: Callable[[int, range], tuple[ViewRows, Tensor]]
     image_bytes: int
     label_bytes: int
     recipe: Recipe | None
     content: str
     teacher_weights: Mapping[str, str] = field(default_factory=dict)
-    footers: Callable[[str], Sequence[pq.FileMetaData] | None] = lambda _: None
+    image_label_bytes: int | None = None
+    view_bytes: Sequence[tuple[int, int]] | None = None
 
-    def views(self, epoch: int, rows: range) -> tuple[ViewRows, Tensor]:
-        """Some views of an epoch and their raw logits, (B, K) float16; no other row is read.
-
-        Args:
-            epoch: Number of the epoch.
-            rows: Rows of the epoch that follow each other.
-        """
-        if isinstance(self.epoch, ViewTable):
-            first = epoch * len(self.labels)
-            return self.epoch.rows(first + rows.start, first + rows.stop)
-        views, logits = self.epoch(epoch)
-        return views[rows.start : rows.stop], logits[rows.start : rows.stop]
+    def epoch(self, number: int) -> tuple[ViewRows, Tensor]:
+        """All views of an epoch, and their raw logits, (N, K) float16."""
+        return self.views(number, range(len(self.labels)))
 
     def label_bytes_of(self, epochs: int | None = None) -> int | None:
-        """Bytes, as compressed, of views and logits of the first epochs; `None` if no Parquet files are at hand.
+        """Bytes, as compressed, of views and logits of the first epochs; `None` for a dataset that is not in files.
 
         A row group is read whole, so it counts whole if one of its rows is needed; those that we write end with an epoch.
         Footers and indices of the files are left out.
@@ -138,269 +89,113 @@ class DistilledDataset:
         Args:
             epochs: How many; `None` for all.
         """
-        files = self.footers(VIEWS)
-        if files is None:
+        if self.view_bytes is None:
             return None
         rows = len(self.labels) * (self.num_epochs if epochs is None else epochs)
-        groups = [file.row_group(number) for file in files for number in range(file.num_row_groups)]
-        starts = accumulate((group.num_rows for group in groups), initial=0)
-        return sum(_compressed(group) for group, first in zip(groups, starts, strict=False) if first < rows)
-
-    def image_label_bytes(self) -> int | None:
-        """Bytes, as compressed, of the column `teacher_logits` of the images; `None` if no files are at hand."""
-        files = self.footers("data")
-        if files is None:
-            return None
-        groups = [file.row_group(number) for file in files for number in range(file.num_row_groups)]
-        return sum(_compressed(group, "teacher_logits") for group in groups)
+        return sum(size for start, size in self.view_bytes if start < rows)
 
 
 def load_distilled(source: str | Path, *, revision: str | None = None, channels: int | None = None) -> DistilledDataset:
-    """Load a data set folder or a Hub data set of our format.
+    """Load a dataset folder or a Hub dataset of our format.
 
     Args:
-        source: Folder, or Hub id.
-        revision: Of a Hub data set.
+        source: Folder, or Hub id. Of a Hub dataset, tables, recipe and provenance are downloaded into the Hub's cache.
+        revision: Of a Hub dataset.
         channels: 1 or 3; by default what the recipe in the folder says, else what the first image has.
 
     Raises:
-        DataError: Not found, not of this format, or no room for the decoded images; one line.
+        DataError: Not of this format, not complete, or no room for the decoded images; one line.
+        HubError: The Hub does not answer, or has no such dataset for this token; one line.
 
     Example:
         >>> load_distilled("outputs/digits-prism-ipc10/dataset").images_uint8.shape
         torch.Size([100, 1, 32, 32])
     """
-    revision = one_commit(source, revision)
-    images = open_table(source, "default", revision=revision)
-    views = open_table(source, VIEWS, revision=revision)
-    _check_columns(source, images, views)
-    shipped = _shipped(source, "recipe.yaml", revision)
-    recipe = load_recipe(shipped) if shipped else None
-    count = len(images)
-    if not count or len(views) % count:
-        raise DataError(f"{str(source)!r}: {len(views)} views of {count} images; expected whole epochs")
-    _check_numbers(source, images, views)
-    try:
-        content, image_bytes = _content(images, views)
-        if channels is None:
-            channels = recipe.data.channels if recipe else _channels(images)
-        pixels = _kept(_decoded(images, channels), count)
-    except DataError as error:
-        raise DataError(f"{str(source)!r}: {error}") from error
-    except (*UNREADABLE, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{str(source)!r} holds no pictures of one size ({type(error).__name__}: {reason})") from error
-    sizes = [images.info.download_size or 0, views.info.download_size or 0]
+    with naming(source):
+        return _load(dataset_folder(source, revision), channels)
+
+
+def _load(folder: Path, channels: int | None) -> DistilledDataset:
+    images, class_names = open_images(folder)
+    views = Table(folder, VIEWS)
+    views.check_columns(view_features(len(class_names)))
+    count = images.num_rows
+    if not count or not views.num_rows or views.num_rows % count:
+        raise DataError(f"table {VIEWS!r} has {views.num_rows} rows for {count} images; expected whole epochs")
+    path = folder / "recipe.yaml"
+    recipe = load_recipe(path) if path.is_file() else None
+    content, image_bytes = _content(images, views, len(class_names))
+    if channels is None:
+        channels = recipe.data.channels if recipe else _channels(next(_encoded(images))[0])
     return DistilledDataset(
-        images_uint8=pixels,
+        images_uint8=_kept(_decoded(images, channels), count),
         labels=_kept(_column(images, "label"), count),
-        class_names=tuple(images.features["label"].names),
+        class_names=class_names,
         teacher_logits=_kept(_column(images, "teacher_logits"), count),
-        num_epochs=len(views) // count,
-        epoch=ViewTable(views, count),
+        num_epochs=views.num_rows // count,
+        views=_views_of(views, count),
         image_bytes=image_bytes,
-        label_bytes=max(0, sum(sizes) - image_bytes),
+        label_bytes=images.file_bytes + views.file_bytes - image_bytes,
         recipe=recipe,
         content=content,
-        teacher_weights=_teacher_weights(_shipped(source, "provenance.json", revision)),
-        footers=lambda table: _footers(source, table, revision),
+        teacher_weights=_teacher_weights(folder),
+        image_label_bytes=sum(images.compressed_bytes(("teacher_logits",))),
+        view_bytes=[
+            (group.start, size) for group, size in zip(views.groups, views.compressed_bytes(_VIEW_COLUMNS), strict=True)
+        ],
     )
 
 
-def _compressed(group: pq.RowGroupMetaData, column: str = "") -> int:
-    """Bytes of a row group in its file, or of one of its columns."""
-    chunks = [group.column(number) for number in range(group.num_columns)]
-    return sum(
-        chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column or not column
-    )
-
-
-def _footers(source: str | Path, table: str, revision: str | None) -> list[pq.FileMetaData] | None:
-    """Metadata of the Parquet files of a table; those of a Hub data set lie in the cache since it was loaded."""
-    folder = local_folder(source)
-    if folder is not None:
-        names = [f"{table}/{path.name}" for path in sorted((folder / table).glob("train-*.parquet"))]
-    else:
-        listed = _listed_files(_shipped(source, "provenance.json", revision))
-        names = [name for name in listed if name.startswith(f"{table}/train-") and is_plain_path(name)]
-    paths = [_shipped(source, name, revision) for name in names]
-    found = [path for path in paths if path is not None]
-    if not found or len(found) < len(paths):
-        return None
-    try:
-        return [pq.read_metadata(path) for path in found]
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{str(source)!r}, {table}: no readable Parquet ({reason_of(error)})") from error
-
-
-def _check_columns(source: str | Path, images: datasets.Dataset, views: datasets.Dataset) -> None:
-    what = f"{str(source)!r} is no distilled data set of this format"
-    missing = set(view_features(2)) - set(views.column_names) | (set(image_features(["a", "b"])) - set(images.column_names))
-    if missing:
-        raise DataError(f"{what}: no column {', '.join(sorted(missing))}")
-    label = images.features["label"]
-    if not isinstance(label, datasets.ClassLabel):
-        raise DataError(f"{what}: label is no ClassLabel")
-    for table, expected in ((images, image_features(label.names)), (views, view_features(len(label.names)))):
-        for column, feature in expected.items():
-            if table.features[column] != feature:
-                raise DataError(f"{what}: column {column!r} is {table.features[column]}, expected {feature}")
-            if column != "image" and table.data.column(column).null_count:
-                raise DataError(f"{what}: column {column!r} has rows without a value")
-
-
-def _check_numbers(source: str | Path, images: datasets.Dataset, views: datasets.Dataset) -> None:
-    """What is used as an index must be one."""
-    classes, count = len(images.features["label"].names), len(images)
-    bounds = {"label": (images, 0, classes), "image_index": (views, 0, count), "mix_image_index": (views, -1, count)}
-    for column, (table, least, end) in bounds.items():
-        values = table.with_format("arrow")[:][column]
-        found = pc.min_max(values).as_py()
-        if values.null_count or found["min"] < least or found["max"] >= end:
-            raise DataError(f"{str(source)!r}: column {column} holds other values than {least} to {end - 1}")
-
-
-def one_commit(source: str | Path, revision: str | None) -> str | None:
-    """The commit that a Hub revision is at now: somebody may push between the reading of two tables.
-
-    Folders have none, and offline the cache decides.
-
-    Raises:
-        HubError: The Hub does not say.
-    """
-    if local_folder(source) is not None or is_offline_mode() or str(source).count("/") > 1:
-        return revision
-
-    def ask() -> str | None:
-        try:
-            return HfApi().dataset_info(str(source), revision=revision).sha
-        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
-            return revision  # said in words of its own when the tables are opened
-
-    return again(ask, f"asking the Hub for {str(source)!r}", SHORT)
-
-
-def open_table(source: str | Path, config: str, *, revision: str | None = None) -> datasets.Dataset:
-    """One table of a data set folder or a Hub data set of our format, as plain `datasets` opens it.
-
-    Args:
-        source: Folder, or Hub id.
-        config: "default" (the images) or "views".
-        revision: Of a Hub data set.
-
-    Raises:
-        DataError: Not found, or no such table; one line.
-    """
-    folder = local_folder(source)
-    if folder is not None:
-        check_local(folder)
-    else:
-        try:
-            validate_repo_id(str(source))
-        except HFValidationError as error:
-            raise DataError(
-                f"distilled data set {str(source)!r} cannot be loaded: it is neither a folder here nor a Hub id; give a "
-                "folder with data/, views/ and README.md, or a Hub id"
-            ) from error
-    try:
-        return _load(source, folder, config, revision)
-    except datasets.exceptions.NonMatchingSplitsSizesError as error:
-        raise DataError(
-            f"distilled data set {str(source)!r}, config {config!r}, has another number of rows than its README.md says; "
-            "package or download it again"
-        ) from error
-    except Exception as error:  # as in data: foreign bytes reach readers with errors of their own
-        raise DataError(
-            f"distilled data set {str(source)!r}, config {config!r}, cannot be loaded ({reason_of(error)}); "
-            "give a folder with data/, views/ and README.md, or a Hub id"
-        ) from error
-
-
-def _load(source: str | Path, folder: Path | None, config: str, revision: str | None) -> datasets.Dataset:
-    small = {"fragment_scan_options": _SMALL_READS}
-    if folder is not None:
-        place = str(folder.absolute())
-        return datasets.load_dataset(place, config, split="train", cache_dir=local_cache(folder), **small)
-    if str(source).count("/") != 1:  # the library has readers of its own that are called by one word
-        raise DataError("neither a folder nor a Hub id")
-    try:
-        return datasets.load_dataset(str(source), config, split="train", revision=revision, **small)
-    except ValueError:
-        if not is_offline_mode():
-            raise
-        # Options are part of a table's name in the cache; another program has perhaps loaded it without.
-        return datasets.load_dataset(str(source), config, split="train", revision=revision)
-
-
-def _shipped(source: str | Path, name: str, revision: str | None) -> Path | None:
-    """A file beside the tables, fetched if the data set is on the Hub; `None` if it has no such file."""
-    folder = local_folder(source)
-    if folder is not None:
-        return folder / name if (folder / name).is_file() else None
-    try:
-        return Path(hf_hub_download(str(source), name, repo_type="dataset", revision=revision))
-    except LocalEntryNotFoundError as error:  # no answer is not the answer that there is no such file
-        raise DataError(f"{name} of {str(source)!r} cannot be fetched: {type(error).__name__}") from error
-    except EntryNotFoundError:
-        return None
-    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-        raise DataError(f"{name} of {str(source)!r} cannot be fetched: {type(error).__name__}") from error
-
-
-def _teacher_weights(provenance: Path | None) -> dict[str, str]:
-    if provenance is None:
+def _teacher_weights(folder: Path) -> dict[str, str]:
+    if not (folder / Provenance.FILE).is_file():
         return {}
-    try:
-        teachers = json.loads(provenance.read_text(encoding="utf-8"))["teachers"]
-        return {str(teacher["name"]): str(teacher["weights_sha256"]) for teacher in teachers}
-    except _NO_PROVENANCE as error:
-        raise _unreadable(provenance, error) from error
+    return {teacher.name: teacher.weights_sha256 for teacher in read_provenance(folder / Provenance.FILE).teachers}
 
 
-def _listed_files(provenance: Path | None) -> list[str]:
-    """Names of the files that provenance.json vouches for, sorted."""
-    if provenance is None:
-        return []
-    try:
-        return sorted(str(name) for name in json.loads(provenance.read_text(encoding="utf-8"))["files"])
-    except _NO_PROVENANCE as error:
-        raise _unreadable(provenance, error) from error
+def _views_of(table: Table, count: int) -> Callable[[int, range], tuple[ViewRows, Tensor]]:
+    def views(epoch: int, rows: range) -> tuple[ViewRows, Tensor]:
+        start = epoch * count
+        columns = to_arrays(table.read(start + rows.start, start + rows.stop, _VIEW_COLUMNS))
+        return from_columns(columns), torch.from_numpy(columns["teacher_logits"].copy())
+
+    return views
 
 
-_NO_PROVENANCE = (OSError, ValueError, LookupError, TypeError, RecursionError)
+def _content(images: Table, views: Table, classes: int) -> tuple[str, int]:
+    """Digest of a dataset, and the bytes of its encoded images; on the way every value is checked.
 
-
-def _unreadable(provenance: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{str(provenance)!r} cannot be read ({type(error).__name__}); expected what prism-hf packaged, package or "
-        "download the data set again"
-    )
-
-
-def _content(images: datasets.Dataset, views: datasets.Dataset) -> tuple[str, int]:
-    """Digest of the set, and the bytes of its encoded images."""
+    The digest is over the images in order, then, for each batch of rows of the two tables, over its columns in order.
+    """
     digest, size = hashlib.sha256(), 0
     for blob in chain.from_iterable(_encoded(images)):
         digest.update(hashlib.sha256(blob).digest())
         size += len(blob)
-    for table in (images.select_columns(["label", "teacher_logits"]), views):
-        for batch in table.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
-            for chunk in chain.from_iterable(column.chunks for column in batch.columns):
-                values = _values(chunk)
-                digest.update(values.tobytes() if values.dtype == object else values.data)
+    ranges = {
+        "label": range(classes),
+        "image_index": range(images.num_rows),
+        "mix_image_index": range(-1, images.num_rows),
+    }
+    for batch in chain(images.batches(("label", "slot", "teacher_logits", "job")), views.batches(_VIEW_COLUMNS)):
+        for name, values in to_arrays(batch).items():
+            expected = ranges.get(name)
+            if expected is not None and (values.min() < expected.start or values.max() >= expected.stop):
+                raise DataError(f"column {name} holds other values than {expected.start} to {expected.stop - 1}")
+            if name not in ("slot", "job"):  # they are names of the images, not what a student sees
+                digest.update(values.ravel().data)
     return digest.hexdigest()[:16], size
 
 
-def _encoded(images: datasets.Dataset) -> Iterator[list[bytes]]:
-    raw = images.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-    for first, batch in zip(count(0, _PICTURES_AT_ONCE), raw.iter(batch_size=_PICTURES_AT_ONCE), strict=False):
-        blobs = [(cell or {}).get("bytes") or b"" for cell in batch["image"]]
+def _encoded(images: Table) -> Iterator[list[bytes]]:
+    """The bytes of all image files, a few at once."""
+    for start in range(0, images.num_rows, _PICTURES_AT_ONCE):
+        cells = images.read(start, start + _PICTURES_AT_ONCE, ("image",))["image"]
+        blobs = [blob or b"" for blob in pc.struct_field(cells, "bytes").to_pylist()]
         if b"" in blobs:
-            raise DataError(f"row {first + blobs.index(b'')} holds no picture; package or download the data set again")
+            raise DataError(f"row {start + blobs.index(b'')} holds no picture; package or download the dataset again")
         yield blobs
 
 
-def _decoded(images: datasets.Dataset, channels: int) -> Iterator[np.ndarray]:
+def _decoded(images: Table, channels: int) -> Iterator[np.ndarray]:
     """All images, a few at once, each (B, C, H, W) uint8."""
     shape = None
     with ThreadPoolExecutor() as pool:
@@ -408,15 +203,22 @@ def _decoded(images: datasets.Dataset, channels: int) -> Iterator[np.ndarray]:
             pictures = list(pool.map(decode, blobs, [channels] * len(blobs)))
             shape = shape or pictures[0].shape
             if strange := [picture.shape for picture in pictures if picture.shape != shape]:
-                raise DataError(f"has images of {tuple(shape)} and of {tuple(strange[0])}; expected one size")
+                raise DataError(f"it has images of {tuple(shape)} and of {tuple(strange[0])}; expected one size")
             yield torch.stack(pictures).numpy()
 
 
-def _column(table: datasets.Dataset, name: str) -> Iterator[np.ndarray]:
-    """A column a few rows at once, each (B,) or (B, K)."""
-    for batch in table.select_columns([name]).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
-        for chunk in batch[name].chunks:
-            yield _values(chunk).reshape(len(chunk), -1) if pa.types.is_fixed_size_list(chunk.type) else _values(chunk)
+def _channels(blob: bytes) -> int:
+    try:
+        with Image.open(io.BytesIO(blob)) as picture:
+            return 1 if picture.mode in ("L", "1", "I;16") else 3
+    except UNREADABLE as error:
+        raise DataError(f"the first image cannot be decoded ({error}); package or download the dataset again") from error
+
+
+def _column(table: Table, name: str) -> Iterator[np.ndarray]:
+    """A column, some rows at once, each (B,) or (B, K)."""
+    for batch in table.batches((name,)):
+        yield to_arrays(batch)[name]
 
 
 def _kept(parts: Iterable[np.ndarray], count: int) -> Tensor:
@@ -442,20 +244,6 @@ def _kept(parts: Iterable[np.ndarray], count: int) -> Tensor:
     except OSError as error:
         reason = error.strerror or error
         raise DataError(
-            f"{folder} cannot hold the {size / 1e6:.0f} MB of the decoded data set ({reason}); "
+            f"{folder} cannot hold the {size / 1e6:.0f} MB of the decoded images and logits ({reason}); "
             "free some room, or set HF_DATASETS_CACHE to a folder on another disk"
         ) from error
-
-
-def _channels(images: datasets.Dataset) -> int:
-    return 1 if images[0]["image"].mode in ("L", "1", "I;16") else 3
-
-
-def _values(array: pa.Array) -> np.ndarray:
-    """The values of an array, those of a list column flat; not copied where Arrow can do without."""
-    flat = array.flatten() if pa.types.is_fixed_size_list(array.type) else array
-    return flat.to_numpy(zero_copy_only=False)
-
-
-def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    return np.concatenate([_values(chunk) for chunk in column.chunks]).reshape(-1, column.type.list_size)

@@ -135,14 +135,14 @@ def recorded_epochs(source: DistilledDataset, settings: EvaluationRecipe) -> int
 
 
 def label_bytes(source: DistilledDataset, settings: EvaluationRecipe, labels: Labels) -> int | None:
-    """Bytes of stored labels that a student reads; `None` if the files are not at hand.
+    """Bytes of stored labels that a student reads; `None` for a dataset that is not in files.
 
     `soft`: views and logits of the epochs that it reads; `image`: one row of logits per image; `hard`: none.
     """
     if labels == "hard":
         return 0
     if labels == "image":
-        return source.image_label_bytes()
+        return source.image_label_bytes
     return source.label_bytes_of(min(recorded_epochs(source, settings), settings.epochs or source.num_epochs))
 
 

@@ -1,0 +1,243 @@
+"""The tables of a distilled dataset, read in place from the Parquet files of a folder or of the Hub's cache.
+
+No Arrow cache is made of them. In memory is one row group, and the rows that were asked for.
+
+Legend: B rows, K classes.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from ..errors import DataError
+from ..images.open_source import local_folder, reason_of
+from ..runtime.hub_client import SHORT, again
+from ..runtime.untrusted import stray_link
+from .format import IMAGES, VIEWS, image_features
+
+ROWS_AT_ONCE = 4096
+
+_FILES = [f"{IMAGES}/train-*.parquet", f"{VIEWS}/train-*.parquet", "recipe.yaml", "provenance.json"]
+"""What is downloaded of a Hub dataset."""
+_SHARD = re.compile(r"train-\d{5}-of-(\d{5})\.parquet")
+_EXPECTED = f"give a folder with {IMAGES}/ and {VIEWS}/, or a Hub id (org/name)"
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, pa.ArrowException)
+"""What damaged or hostile files make pyarrow and `datasets` raise."""
+
+
+@contextmanager
+def naming(source: str | Path) -> Iterator[None]:
+    """Say in every `DataError` of a block which dataset it is about."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"distilled dataset {str(source)!r} cannot be loaded: {error}") from error
+
+
+def dataset_folder(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a dataset; for a Hub id its snapshot in the Hub's cache, with all files of one commit.
+
+    Raises:
+        DataError: It is neither of the two, or a link leads out of it.
+        HubError: The Hub does not answer or has no such dataset for this token; offline, the cache lacks a file.
+    """
+    folder = local_folder(source) or _downloaded(str(source), revision)
+    if folder.is_dir() and (link := stray_link(folder)):  # of a foreign repo no file may have been downloaded
+        raise DataError(f"{str(link)!r} is a link that leads out of {str(folder)!r}; put the files themselves there")
+    return folder
+
+
+def _downloaded(repo_id: str, revision: str | None) -> Path:
+    if not _is_hub_id(repo_id):
+        raise DataError(f"it is neither a folder here nor a Hub id; {_EXPECTED}")
+
+    def download() -> str:
+        if not is_offline_mode():  # without an answer, the download would return an older copy in silence
+            HfApi().dataset_info(repo_id, revision=revision)
+        return snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=_FILES)
+
+    return Path(again(download, f"asking the Hub for {repo_id!r}", () if is_offline_mode() else SHORT))
+
+
+def _is_hub_id(text: str) -> bool:
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return "/" in text
+
+
+class RowGroup(NamedTuple):
+    """Rows of a table that are compressed together, and which group of which file they are."""
+
+    path: Path
+    number: int
+    start: int
+    rows: int
+
+
+class Table:
+    """A table of a dataset folder. Only the row groups that hold the rows in question are read.
+
+    Args:
+        folder: The dataset folder.
+        name: "data" (the images) or "views".
+
+    Attributes:
+        features: Columns and their types.
+        num_rows: Rows in all files.
+        groups: The row groups that hold rows, in order.
+        file_bytes: Bytes of the files.
+
+    Raises:
+        DataError: A shard is missing, strange, not readable, or has other columns than the first one.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name, self.num_rows, self.file_bytes = name, 0, 0
+        self.features = datasets.Features()
+        self.groups: list[RowGroup] = []
+        self._paths = _shards(folder, name)
+        self._last: tuple[object, pa.Table] = None, None
+        for path in self._paths:
+            with _opened(path) as file:
+                features = datasets.Features.from_arrow_schema(file.schema_arrow)
+                sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+            if self.features and features != self.features:
+                raise DataError(f"{str(path)!r} has other columns or types than the first file; package the dataset again")
+            self.features = features
+            self.file_bytes += path.stat().st_size
+            for number, rows in enumerate(sizes):
+                if rows:
+                    self.groups.append(RowGroup(path, number, self.num_rows, rows))
+                    self.num_rows += rows
+
+    def compressed_bytes(self, columns: Sequence[str]) -> list[int]:
+        """Bytes that these columns take in each of the row groups; only for columns that have been read.
+
+        (pyarrow ends the process if these facts are damaged in a file, where reading the column raises an error.)
+        """
+        sizes = []
+        for path in self._paths:
+            with _opened(path) as file:
+                leaves = [i for i in range(len(file.schema)) if file.schema.column(i).path.split(".")[0] in columns]
+                groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+                sizes += [sum(group.column(i).total_compressed_size for i in leaves) for group in groups if group.num_rows]
+        return sizes
+
+    def check_columns(self, expected: datasets.Features) -> None:
+        """Compare the columns with what they should be; others may be there too.
+
+        Raises:
+            DataError: One is missing or has another type.
+        """
+        what = f"it is not of this format: table {self.name!r}"
+        if missing := [column for column in expected if column not in self.features]:
+            raise DataError(f"{what} has no column {', '.join(missing)}")
+        for column, feature in expected.items():
+            if self.features[column] != feature:
+                raise DataError(f"{what} has {self.features[column]} in column {column!r}, expected {feature}")
+
+    def read(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
+        """Rows `start` to `stop`, or to the end of the table.
+
+        Raises:
+            DataError: A file is damaged.
+        """
+        first = bisect_right(self.groups, start, key=lambda group: group.start) - 1
+        parts = []
+        for group in self.groups[first:]:
+            if group.start >= stop:
+                break
+            begin = max(0, start - group.start)
+            parts.append(self._read_group(group, columns).slice(begin, stop - group.start - begin))
+        return pa.concat_tables(parts)
+
+    def _read_group(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
+        """A whole row group; the last one is kept, since the next rows are often in it too."""
+        if self._last[0] != (group, columns):
+            self._last = None, None  # one at a time in memory
+            with _opened(group.path) as file:
+                rows = file.read_row_group(group.number, columns=list(columns)).select(list(columns))
+            if len(rows) != group.rows:
+                raise DataError(
+                    f"{str(group.path)!r} holds {len(rows)} rows where it states {group.rows}; package it again"
+                )
+            self._last = (group, columns), rows
+        return self._last[1]
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """All rows, `ROWS_AT_ONCE` of them at a time, whatever the row groups are."""
+        for start in range(0, self.num_rows, ROWS_AT_ONCE):
+            yield self.read(start, start + ROWS_AT_ONCE, columns)
+
+
+def open_images(folder: Path) -> tuple[Table, tuple[str, ...]]:
+    """The table of the images, with the names of the K classes.
+
+    Raises:
+        DataError: There is no such table, or it is not of this format.
+    """
+    table = Table(folder, IMAGES)
+    label = table.features.get("label")
+    names = label.names if isinstance(label, datasets.ClassLabel) else []
+    table.check_columns(image_features(names))
+    return table, tuple(names)
+
+
+def to_arrays(rows: pa.Table) -> dict[str, np.ndarray]:
+    """Columns of numbers as arrays, each (B,), or (B, length) if it holds lists.
+
+    Raises:
+        DataError: A row has no value.
+    """
+    arrays = {}
+    for name in rows.column_names:
+        column = rows[name].combine_chunks()
+        is_list = pa.types.is_fixed_size_list(column.type)
+        values = column.flatten() if is_list else column
+        if column.null_count or values.null_count:
+            raise DataError(f"column {name!r} has rows without a value")
+        array = values.to_numpy(zero_copy_only=False)
+        arrays[name] = array.reshape(len(column), -1) if is_list else array
+    return arrays
+
+
+def _shards(folder: Path, name: str) -> list[Path]:
+    """The files of a table in order, all of them; `datasets` mixes in whatever is called `train-*`."""
+    paths = sorted((folder / name).glob("train-*"))
+    if not paths:
+        raise DataError(f"table {name!r} has no file {name}/train-*.parquet; {_EXPECTED}")
+    shard = _SHARD.fullmatch(paths[0].name)
+    count = int(shard[1]) if shard else len(paths)
+    expected = [f"train-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
+    names = [path.name for path in paths]
+    if strange := [each for each in names if each not in expected]:
+        raise DataError(f"{name}/ holds {strange[0]}, expected train-NNNNN-of-{count:05d}.parquet; move it elsewhere")
+    if missing := [each for each in expected if each not in names]:
+        others = f" and {len(missing) - 3} others" if len(missing) > 3 else ""
+        raise DataError(f"{name}/ lacks {', '.join(missing[:3])}{others}; package or download the dataset again")
+    return paths
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        # Reading ahead, the default, would hold all that was read until the file is closed.
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            yield file
+    except _DAMAGE as error:
+        raise DataError(f"{str(path)!r} is no readable Parquet ({reason_of(error)})") from error
