@@ -10,8 +10,8 @@ import pytest
 import torch
 from pipeline import PYTHON, add_card, quiet_env, sha_tree, small_set
 
-from prism_hf.dataset.reader import load_distilled
 from prism_hf.dataset.format import image_features, view_features
+from prism_hf.dataset.reader import load_distilled
 from prism_hf.hub.dataset_card import REPLAY
 from prism_hf.images.pixels import decode
 

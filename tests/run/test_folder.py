@@ -23,7 +23,6 @@ def kept(folder):
     return {path: time for path, time in mtimes(folder).items() if not path.endswith(LOCK)}
 
 
-
 @pytest.mark.parametrize("prepare", ["missing", "empty", "deep"])
 def test_a_new_folder_is_claimed_with_the_resolved_recipe(tmp_path, prepare):
     folder = tmp_path / "a" / "b" if prepare == "deep" else tmp_path / "out"
@@ -70,7 +69,6 @@ def test_foreign_places_are_refused_and_left_alone(tmp_path, kind):
         claim(folder / "x" if kind == "below a file" else folder, tiny())
     assert str(folder) in one_line(error)
     assert mtimes(tmp_path) == before
-
 
 
 # -- what an earlier launch left --------------------------------------------------------------------------------------
