@@ -13,6 +13,7 @@ from prism_hf.errors import StageError
 from prism_hf.evaluation.scores import train_and_score
 from prism_hf.evaluation.students import KEPT, ROWS
 from prism_hf.images.pixels import to_reference
+from prism_hf.models.facts import SourceFacts
 from prism_hf.models.folder import scored_on
 from prism_hf.models.load import load_teacher
 from prism_hf.run.evaluate import collect, keep_in, left_out, train_students
@@ -34,7 +35,7 @@ def train(folder, finished_run, source, *, rows=(KEPT,), keep=True, settings=Non
     made = tasks(folder / "students", recipe, data, rows=rows, settings=settings)
     run = run_in(folder / "run", finished_run / "teachers")
     run = dataclasses.replace(run, recipe=dataclasses.replace(recipe, evaluation=settings))
-    facts = {"id": "digits", "on_hub": False, "revision": None, "licence": "CC BY 4.0"}
+    facts = SourceFacts(id="digits", on_hub=False, revision=None, licence="CC BY 4.0")
     keeper = keep_in(
         run, folder / "student", packed(data, 0), tested_on=scored_on(recipe), test_count=len(data.test), source=facts,
         dataset_id="org/set",

@@ -12,8 +12,8 @@ from pipeline import make, mtimes, one_line, run_in, save_timm, sha_tree
 from prism_hf.dataset import format as cutting
 from prism_hf.errors import DeviceMemoryError, StageError, StoppedError
 from prism_hf.images.pixels import decode, to_reference
-from prism_hf.images.source import real_rows
 from prism_hf.method.relabel import ask_teachers
+from prism_hf.method.start_images import real_rows
 from prism_hf.recipe.plan import plan_jobs
 from prism_hf.run.relabel import image_sets
 from prism_hf.run.stages import run_stages
