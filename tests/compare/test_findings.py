@@ -8,7 +8,6 @@ from comparisons import STUDENTS, comparison, named
 
 from prism_hf.compare.findings import findings, finished_records, first_datasets
 from prism_hf.dataset.reader import load_distilled
-from prism_hf.runtime.store import read_record
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 LABELS = ["random real", "prism", "sre2l"]
@@ -27,7 +26,7 @@ def found(made):
 
 def recorded(folder, label, seed, place):
     slug = label.replace(" ", "-")
-    return read_record(folder / "cells" / f"{slug}-ipc2-seed{seed}.json")["scores"][place]["top1"]
+    return json.loads((folder / "cells" / f"{slug}-ipc2-seed{seed}.json").read_text())["scores"][place]["top1"]
 
 
 def test_every_score_is_told_with_its_seeds(compared, found):

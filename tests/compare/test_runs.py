@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from comparisons import LIGHT, STUDENTS, comparison, named
-from pipeline import launch, mtimes, one_line, sha_tree, tiny
+from pipeline import copy_run, launch, mtimes, one_line, run_in, sha_tree, tiny
 
 from prism_hf.compare.findings import findings
 from prism_hf.compare.methods import StudentSetup, under_one_protocol
-from prism_hf.compare.runs import Comparison
+from prism_hf.compare.runs import Comparison, check_comparison, make
 from prism_hf.errors import OutputError
 from prism_hf.recipe.yaml_file import dump_recipe
 from prism_hf.run.preflight import check_space, missing_space
-from prism_hf.runtime.store import read_record, write_record
+from prism_hf.runtime.store import Artifact, read_proof
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NAMES = ("random-real-ipc2", "prism-ipc2", "sre2l-ipc2")
@@ -22,14 +22,14 @@ NAMES = ("random-real-ipc2", "prism-ipc2", "sre2l-ipc2")
 
 @pytest.fixture
 def copied(compared, tmp_path):
-    return Path(shutil.copytree(compared[0], tmp_path / "compare"))
+    return copy_run(compared[0], tmp_path / "compare")
 
 
 def again(folder, compared, names=("prism", "sre2l"), **more):
+    """Make it, as the command does after its checks; with the runs that failed."""
     made = comparison(folder, compared[1], named(*names), **more)
-    made.check()
-    made()
-    return made
+    check_comparison(made)
+    return made, make(made)
 
 
 def made_of(folder):
@@ -39,7 +39,11 @@ def made_of(folder):
 
 
 def scores(folder):
-    return {path.name: dict(read_record(path)) | {"wall_time_s": 0} for path in sorted((folder / "cells").glob("*.json"))}
+    """What was found of each run; every file is what was written."""
+    found = {}
+    for path in sorted((folder / "cells").glob("*.json")):
+        found[path.name] = Artifact(path, read_proof(path).key).read_json() | {"wall_time_s": 0}
+    return found
 
 
 def test_it_leaves_a_run_and_a_record_for_each_method_and_seed(compared):
@@ -81,6 +85,7 @@ def test_what_was_lost_is_made_again_and_nothing_else(compared, copied, kind):
     name, whole = "prism-ipc2-seed1", scores(copied)
     record, run = copied / "cells" / f"{name}.json", copied / "runs" / "prism-ipc2" / "seed-1"
     before = {path: time for path, time in made_of(copied).items() if name not in path and str(run) not in path}
+    assert len(before) > 50
     images = sha_tree(run / "dataset")
     if kind == "record damaged":
         record.write_text(record.read_text().replace("top1", "top2", 1))
@@ -91,7 +96,8 @@ def test_what_was_lost_is_made_again_and_nothing_else(compared, copied, kind):
         table.write_bytes(b"x" * table.stat().st_size)
     else:
         shutil.rmtree(run)
-    made = again(copied, compared)
+    made, failed = again(copied, compared)
+    assert failed == {}
     after = made_of(copied)
     assert {path: after[path] for path in before} == before
     assert sha_tree(run / "dataset") == images
@@ -105,15 +111,14 @@ def test_another_method_and_another_seed_go_on_from_what_is_there(compared, copi
     before = made_of(copied)
     recipes = [*named("prism", "sre2l"), ("longer", named("prism")[0][1])]
     students = {"students": STUDENTS[:1]}
-    made = comparison(copied, compared[1], recipes, seeds=(0,), **students)
-    made()
+    make(comparison(copied, compared[1], recipes, seeds=(0,), **students))
     written = ("/cells/", "/dataset/README.md", "/assets/diversity.png", "/report.json")
     kept = {path: time for path, time in before.items() if not any(part in path for part in written)}
     after = made_of(copied)
     assert {path: after[path] for path in kept} == kept, "fewer students: the same images and scores, another record"
     assert (copied / "runs" / "longer-ipc2" / "seed-0" / "dataset").is_dir()
     before = made_of(copied)
-    comparison(copied, compared[1], named("prism"), seeds=(0, 2), **students)()
+    make(comparison(copied, compared[1], named("prism"), seeds=(0, 2), **students))
     after = made_of(copied)
     assert {path: after[path] for path in before} == before
     new = {Path(path).relative_to(copied).parts[1:3] for path in after if path not in before and "/runs/" in path}
@@ -140,24 +145,25 @@ def test_a_run_is_the_one_that_the_other_command_makes(compared, tmp_path):
 
 def test_the_disk_must_hold_all_of_its_runs(tmp_path):
     """Each of the eight would fit, even with a control of its own; half of them do, where the others are finished."""
-    free, one = shutil.disk_usage(tmp_path).free, tiny("relabel.epochs=1000000000")
-    epochs = int(0.4 * free / missing_space(one, tmp_path, processes=1) * 1e9)
-    recipe = tiny(*LIGHT, f"relabel.epochs={epochs}")
-    check_space(missing_space(recipe, tmp_path, processes=1), tmp_path)
+    folder = tmp_path / "run"
+    free, one = shutil.disk_usage(tmp_path).free, missing_space(run_in(folder, folder, "relabel.epochs=1000000000"))
+    words = *LIGHT, f"relabel.epochs={int(0.4 * free / one * 1e9)}"
+    recipe = tiny(*words)
+    check_space(missing_space(run_in(folder, folder, *words)), tmp_path)
     made = comparison(tmp_path / "compare", tmp_path / "teachers", [("prism", recipe)], seeds=(0, 1, 2, 3))
     with pytest.raises(OutputError, match="needs about .* are free") as error:
-        made.check()
+        check_comparison(made)
     assert one_line(error)
     assert not (tmp_path / "compare").exists()
-    comparison(tmp_path / "compare", tmp_path / "teachers", [("prism", recipe)], seeds=(0,)).check()
+    check_comparison(comparison(tmp_path / "compare", tmp_path / "teachers", [("prism", recipe)], seeds=(0,)))
     for cell in made.cells[:4]:
-        write_record(made.record_file(cell), {})
-    made.check()
+        Artifact(tmp_path / "compare" / "cells" / f"{cell.name}.json", "key").write_json({})
+    check_comparison(made)
 
 
 def test_the_first_student_must_read_all_views():
     methods, _ = under_one_protocol(named("prism"))
-    with pytest.raises(ValueError, match="expected a reading of 'test_byobnet' with all views"):
+    with pytest.raises(ValueError, match="expected a setup of 'test_byobnet' with all views"):
         Comparison(
             methods, [StudentSetup("test_byobnet", "soft", 1)], [0], folder=Path(), teachers_root=Path(), accelerator=None
         )
@@ -165,10 +171,16 @@ def test_the_first_student_must_read_all_views():
 
 def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):
     AcceleratorState._reset_state(True)
-    made = again(tmp_path / "bad", compared, ("prism", "bad"), seeds=(0,), students=STUDENTS[:1])
-    assert list(made.failed) == ["bad-ipc2-seed0"]
+    with caplog.at_level(logging.INFO, "prism_hf"):
+        made, failed = again(tmp_path / "bad", compared, ("prism", "bad"), seeds=(0,), students=STUDENTS[:1])
+    assert list(failed) == ["bad-ipc2-seed0"]
     assert "the comparison goes on without it" in caplog.text
-    found = findings(made)
+    told = [line for line in caplog.messages if "runs done" in line]
+    assert [line.partition(", about")[0] for line in told] == [
+        f"{label}, seed 0: {number} of 3 runs done" for number, label in enumerate(("random real", "prism", "bad"), 1)
+    ]
+    assert [line.endswith(" left") for line in told] == [True, True, False], "an estimate of this launch"
+    found = findings(made, failed)
     assert [method["label"] for method in found["methods"]] == ["random real", "prism"]
     assert {row["method"] for row in found["scores"]} == {"random real", "prism"}
     assert "not finite" in found["left_out"]["bad-ipc2-seed0"]
@@ -176,11 +188,12 @@ def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):
     assert json.dumps(found, allow_nan=False)
 
 
-def test_the_first_method_says_who_measures_similarity_whatever_comes_after(compared):
+def test_the_first_method_says_who_measures_similarity_whatever_comes_after(compared, tmp_path):
     other = [("other", tiny(*LIGHT, "teachers.logit=squeeze:test_efficientnet", "teachers.bn_pool=[]", "name=other"))]
     found = {}
     for recipes in (named("prism") + other, other + named("prism")):
-        made = comparison(*compared, recipes)
+        folder = copy_run(compared[0], tmp_path / recipes[0][0])  # a record that does not fit is set aside
+        made = comparison(folder, compared[1], recipes)
         cell = next(cell for cell in made.cells if cell.method.label == "prism")
-        found[made.network().name] = made.is_found(cell)
+        found[made.network.name] = made.is_made(cell)
     assert found == {"squeeze:test_byobnet": True, "squeeze:test_efficientnet": False}

@@ -22,6 +22,7 @@ from torch import nn
 from prism_hf.errors import TeacherError
 from prism_hf.method.alignment import Alignment
 from prism_hf.method.statistics import STATISTICS, conv_statistics
+from prism_hf.runtime.store import Artifact
 from prism_hf.runtime.tensors import read_tensors, write_tensors
 
 every_net = pytest.mark.parametrize("name", NETS)
@@ -425,7 +426,7 @@ def test_going_on_from_a_state_gives_the_same_bits(tiny_teachers, tiny_images, t
     with Alignment(teacher.model, conv=conv, generator=generator, **settings) as align:
         assert align.state() == {}
         plain = [ask(align, seed) for seed in range(2)]
-        write_tensors(tmp_path / "state", align.state() | {"generator": generator.get_state()}, {})
+        write_tensors(Artifact(tmp_path / "state", "k"), align.state() | {"generator": generator.get_state()})
         plain += [ask(align, seed) for seed in range(2, 4)]
         last = align.state()
     kept = read_tensors(tmp_path / "state")

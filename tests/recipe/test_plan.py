@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 
 from prism_hf.recipe.describe import describe_plan
-from prism_hf.recipe.plan import batch_ranges, plan_jobs, share_of
+from prism_hf.recipe.plan import batch_ranges, plan_jobs
 from prism_hf.runtime.seeds import derived_seed
 
 WITHIN = {"synthesis.batch_order": "within_class"}
@@ -167,23 +167,6 @@ def test_a_short_outcome_does_not_shift_the_next_draw(tiny_recipe):
     changes = POOL | {"teachers.selection": "per_iteration"}
     one, three = (plan_jobs(tiny_recipe(changes | {"teachers.extras": extras}))[0] for extras in (1, 3))
     assert all(three.bn_teachers(i)[: len(one.bn_teachers(i))] == one.bn_teachers(i) for i in range(50))
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 50])
-def test_shares_partition_the_jobs_longest_first(tiny_recipe, world):
-    ladder = {"step": 1, "period": 4}
-    jobs = plan_jobs(big(tiny_recipe, ipc=8, synthesis__ladder=ladder))
-    shares = [share_of(jobs, rank, world) for rank in range(world)]
-    assert sorted(job.id for share in shares for job in share) == [job.id for job in jobs]
-    steps = [[job.iterations for job in share] for share in shares]
-    assert all(s == sorted(s, reverse=True) for s in steps)
-    longest = max(job.iterations for job in jobs)
-    assert max(map(sum, steps)) - min(map(sum, steps)) <= longest
-
-
-def test_share_does_not_depend_on_the_order_of_the_jobs(tiny_recipe):
-    jobs = plan_jobs(big(tiny_recipe))
-    assert share_of(jobs, 1, 2) == share_of(jobs[::-1], 1, 2)
 
 
 @pytest.mark.parametrize(

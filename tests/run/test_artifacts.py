@@ -1,30 +1,33 @@
+"""What the stages leave for each other in DIR/work: what is damaged or foreign is made again, and nothing else is."""
+
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from pipeline import make, mtimes, sha_tree, stages, tiny
+from pipeline import copy_run, make, mtimes, run_in, sha_tree, tiny
 from safetensors.torch import load_file, save_file
 
-from prism_hf.errors import DamagedError
+from prism_hf.dataset.format import DISTILLED, IMAGES, RANDOM_REAL, VIEWS, Shard
 from prism_hf.models.squeeze import teacher_folder
 from prism_hf.models.teacher import digest_of_tensors
 from prism_hf.recipe.plan import plan_jobs
-from prism_hf.run.artifacts import DISTILLED, RANDOM_REAL, StoredImages, Work, read_failed
-from prism_hf.runtime.store import SEAL, seal_of, write_json
+from prism_hf.run.artifacts import Artifacts, ImageSet, read_failed
+from prism_hf.runtime.store import SEAL, Artifact, digest, read_proof, seal_of, sha256_of, write_json
 from prism_hf.runtime.tensors import write_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SETS = (DISTILLED, RANDOM_REAL)
-SHARED = ("encoded.bin", "pixels.npy", "rows.npy", "teacher_logits.npy", "epoch-00000.parquet", "epoch-00001.parquet")
+TABLE = "train-00000-of-00001.parquet"
+SHARED = (f"{IMAGES}/{TABLE}", f"{VIEWS}/{TABLE}", "pixels.npy")
 FILES = [f"jobs/job-{job:05d}.safetensors" for job in range(2)] + [f"{name}/{file}" for name in SETS for file in SHARED]
 
 
 @pytest.fixture
 def copied(finished_run, tmp_path):
-    return Path(shutil.copytree(finished_run, tmp_path / "copy"))
+    return copy_run(finished_run, tmp_path / "copy")
 
 
 def flip(path):
@@ -69,7 +72,7 @@ def test_a_damaged_file_of_any_kind_is_named_set_aside_and_made_again(finished_r
     assert sha_tree(copied / "control") == sha_tree(finished_run / "control")
 
 
-@pytest.mark.parametrize("file", ["jobs/job-00001.safetensors", "distilled/rows.npy", "random_real/epoch-00001.parquet"])
+@pytest.mark.parametrize("file", ["jobs/job-00001.safetensors", f"distilled/data/{TABLE}", f"random_real/views/{TABLE}"])
 def test_a_file_without_its_seal_is_made_again_without_a_word(finished_run, copied, caplog, file):
     seal_of(copied / "work" / file).unlink()
     assert again(copied, finished_run, caplog) == []
@@ -79,12 +82,10 @@ def test_a_file_without_its_seal_is_made_again_without_a_word(finished_run, copi
 
 SWAPS = {
     "jobs": ("jobs/job-00000.safetensors", "jobs/job-00001.safetensors"),
-    "epochs": ("distilled/epoch-00000.parquet", "distilled/epoch-00001.parquet"),
-    "images of the sets": ("distilled/encoded.bin", "random_real/encoded.bin"),
+    "images of the sets": (f"distilled/data/{TABLE}", f"random_real/data/{TABLE}"),
+    "views of the sets": (f"distilled/views/{TABLE}", f"random_real/views/{TABLE}"),
+    "images and views": (f"distilled/data/{TABLE}", f"distilled/views/{TABLE}"),
     "pixels of the sets": ("distilled/pixels.npy", "random_real/pixels.npy"),
-    "rows of the sets": ("distilled/rows.npy", "random_real/rows.npy"),
-    "labels of the sets": ("distilled/teacher_logits.npy", "random_real/teacher_logits.npy"),
-    "epochs of the sets": ("distilled/epoch-00000.parquet", "random_real/epoch-00000.parquet"),
 }
 
 
@@ -92,8 +93,11 @@ SWAPS = {
 def test_files_in_the_place_of_each_other_are_noticed_with_their_seals(finished_run, copied, caplog, kind):
     one, two = (copied / "work" / file for file in SWAPS[kind])
     for path, from_ in ((one, SWAPS[kind][1]), (two, SWAPS[kind][0])):
+        path.unlink()
         shutil.copyfile(finished_run / "work" / from_, path)
         shutil.copyfile(seal_of(finished_run / "work" / from_), seal_of(path))
+        if kind == "pixels of the sets":  # only who labels views needs them
+            seal_of(path.with_name(VIEWS) / TABLE).unlink()
     lines = again(copied, finished_run, caplog)
     for path in (one, two):
         assert [line for line in lines if line.startswith(f"{path} was made from another recipe")], path
@@ -133,8 +137,8 @@ def test_nothing_is_made_again_without_a_change(finished_run, copied):
     assert mtimes(copied / "dataset") | mtimes(copied / "control") == before
 
 
-def test_image_files_that_decode_to_the_same_pixels_keep_their_labels(finished_run, copied):
-    assert remade(copied, finished_run, "packaging.shard_megabytes=1") == of("encoded", "pixels", "rows")
+def test_tables_that_are_cut_in_the_same_places_stay(finished_run, copied):
+    assert remade(copied, finished_run, "packaging.shard_megabytes=1") == set()
 
 
 def test_lossy_image_files_make_the_labels_again(finished_run, copied):
@@ -142,8 +146,8 @@ def test_lossy_image_files_make_the_labels_again(finished_run, copied):
 
 
 @pytest.mark.parametrize("override", ["relabel.batch_size=5", "relabel.ensemble=mean", "relabel.view.mix=none"])
-def test_other_labels_make_no_image_again(finished_run, copied, override):
-    assert remade(copied, finished_run, override) == of("teacher_logits", "epoch")
+def test_other_labels_make_both_tables_again_and_no_image(finished_run, copied, override):
+    assert remade(copied, finished_run, override) == of(IMAGES, VIEWS)
 
 
 def other_weights(finished_run, folder, name):
@@ -165,35 +169,94 @@ def test_other_weights_make_exactly_what_they_taught_again(finished_run, copied,
     root = other_weights(finished_run, tmp_path / "teachers", f"squeeze:{name}")
     taught = {file for file in FILES if file.startswith(("jobs", DISTILLED))}
     if name == "test_byobnet":
-        taught |= of("teacher_logits", "epoch")
-    # The rows of the table say which job made what: the same numbers again, but from other images.
+        taught |= of(IMAGES, VIEWS)
     assert remade(copied, finished_run, teachers=root) == taught
 
 
-# -- parts ----------------------------------------------------------------------------------------------------------------
+# -- keys -----------------------------------------------------------------------------------------------------------------
 
 
-def test_stored_images_are_read_in_any_cut(finished_run):
-    work = stages(finished_run, finished_run / "teachers").work
-    images = StoredImages(work, DISTILLED)
-    assert len(images) == 20
-    whole = images.read(0, 20)
-    assert images.encoded_bytes == whole.encoded_bytes == (finished_run / "work/distilled/encoded.bin").stat().st_size
-    for start, stop in ((0, 1), (3, 9), (19, 20)):
-        part = images.read(start, stop)
-        assert part.encoded == whole.encoded[start:stop]
-        assert torch.equal(part.labels, whole.labels[start:stop])
-        assert torch.equal(part.slots, whole.slots[start:stop])
-        assert torch.equal(part.jobs, whole.jobs[start:stop])
-        assert torch.equal(part.teacher_logits, whole.teacher_logits[start:stop])
-    assert list(work.places(DISTILLED)) == [(c, s) for c in range(10) for s in range(2)]
+def artifacts(folder=Path("work"), *overrides, **changes):
+    recipe = tiny(*overrides)
+    weights = dict.fromkeys(recipe.all_teachers, "0")
+    return replace(Artifacts(folder, recipe, "content", tuple("0123456789"), weights), **changes)
 
 
-def test_a_seal_that_cannot_be_read_is_named(finished_run, copied):
-    work = stages(copied, finished_run / "teachers").work
-    seal_of(copied / "work/distilled/pixels.npy").write_text("garbage")
-    with pytest.raises(DamagedError, match="pixels"):
-        work.labels_key(DISTILLED)
+def keys(files):
+    """The key of each kind of file."""
+    job, images = plan_jobs(tiny())[0], ImageSet(DISTILLED, ((0, 0, 0, 0),), "key of the images")
+    shard = Shard(0, 1, range(1))
+    return {
+        "start": files.start.key, "job": files.job(job).key, "control": files.control_key([1, 2]),
+        "images": files.image_shard(images, shard).key, "views": files.view_shard(images, shard).key,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "kinds"),
+    [
+        ("name=other", ()), ("evaluation.lr=0.5", ()), ("packaging.shard_megabytes=1", ()),
+        ("synthesis.lr=0.5", ("job",)), ("synthesis.ipc=3", ("start", "job")), ("relabel.epochs=9", ("images", "views")),
+        ("packaging.image_format=jpeg", ("control",)), ("packaging.jpeg_quality=50", ("control",)),
+        ("seed=1", ("start", "job", "control", "images", "views")),
+        ({"train_content": "other"}, ("start", "job", "control", "images", "views")),
+        ({"class_names": tuple("abcdefghij")}, ("images",)),
+        ({"weights": {"squeeze:test_byobnet": "0", "squeeze:test_efficientnet": "1"}}, ("job",)),
+        ({"weights": {"squeeze:test_byobnet": "1", "squeeze:test_efficientnet": "0"}}, ("start", "job", "images", "views")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_key_changes_with_what_the_file_is_made_from_and_with_nothing_else(change, kinds):
+    plain = keys(artifacts())
+    other = keys(artifacts(Path("work"), change) if isinstance(change, str) else artifacts(**change))
+    assert {kind for kind in plain if plain[kind] != other[kind]} == set(kinds)
+
+
+def test_the_key_of_a_shard_says_what_it_holds():
+    """Other epochs, or rows, in a file of the same name: another version of this package may cut elsewhere."""
+    files, images = artifacts(), ImageSet(DISTILLED, ((0, 0, 0, 0),), "key")
+    for shard_of in (files.image_shard, files.view_shard):
+        one, two = (shard_of(images, Shard(0, 2, range(end))) for end in (3, 4))
+        assert one.path == two.path
+        assert one.key != two.key
+        assert shard_of(replace(images, key="other"), Shard(0, 2, range(3))).key != one.key
+    assert files.image_shard(images, Shard(0, 1, range(1))).key != files.view_shard(images, Shard(0, 1, range(1))).key
+
+
+def test_each_job_and_precision_has_its_own_files(tmp_path):
+    files, jobs = artifacts(tmp_path), plan_jobs(tiny())
+    made = [files.job(job) for job in jobs] + [files.failed(job) for job in jobs]
+    made += [files.checkpoint(job, precision) for job in jobs for precision in ("float32", "bf16")]
+    assert len({file.path for file in made}) == 8
+    assert len({file.key for file in made}) == 6, "a failed job is made from what a finished one is"
+
+
+def test_jobs_that_an_earlier_version_finished_are_kept(finished_run, copied):
+    """Written out here as that version did: the key stood among the notes."""
+    run = run_in(copied, finished_run / "teachers")
+    recipe, weights = run.recipe, run.artifacts.weights
+    facts = recipe.fingerprint("method", "data", "teachers", "squeeze", "synthesis")
+    taught = {name: weights[name] for name in recipe.teachers.synthesis_names}
+    key = digest(["synthesis", facts, run.data.train.content, taught])[:16]
+    for job in plan_jobs(recipe):
+        path = copied / "work" / "jobs" / f"job-{job.id:05d}.safetensors"
+        notes = {"key": f"{key}/{job.id}", **read_proof(path).notes}
+        assert list(notes)[:2] == ["key", "job"]
+        value = {"file_sha256": sha256_of(path), "bytes": path.stat().st_size, "notes": notes}
+        write_json(seal_of(path), value | {"sha256": digest(value)})
+    for name in SETS:
+        shutil.rmtree(copied / "work" / name)
+    for file in ("encoded.bin", "epoch-00000.parquet"):
+        Artifact(copied / "work" / DISTILLED / file, "of an earlier version").write_bytes(b"x")
+    (copied / "work" / "students").mkdir()
+    (copied / "work" / "students" / "distilled-soft-seed0.json").write_text('{"top1": 0.5, "key": "k", "sha256": "0"}')
+    before = mtimes(copied / "work" / "jobs")
+    make(copied, finished_run / "teachers")
+    assert mtimes(copied / "work" / "jobs") == before
+    assert sha_tree(copied / "dataset") == sha_tree(finished_run / "dataset")
+
+
+# -- jobs that failed -----------------------------------------------------------------------------------------------------
 
 
 def test_no_job_has_failed_where_there_is_none(tmp_path):
@@ -203,7 +266,7 @@ def test_no_job_has_failed_where_there_is_none(tmp_path):
 def test_a_job_that_was_finished_after_all_has_not_failed(finished_run, copied):
     """Killed between writing the images and removing the mark."""
     failed = copied / "work/jobs/job-00001.failed.safetensors"
-    write_tensors(failed, {}, {"job": 1, "reason": "bad"})
+    write_tensors(Artifact(failed, "k"), {}, {"job": 1, "reason": "bad"})
     assert read_failed(copied / "work") == []
     seal = seal_of(copied / "work/jobs/job-00001.safetensors")
     data = seal.read_bytes()
@@ -212,11 +275,3 @@ def test_a_job_that_was_finished_after_all_has_not_failed(finished_run, copied):
     seal.write_bytes(data)
     make(copied, finished_run / "teachers")
     assert not failed.exists(), "it would be listed for ever"
-
-
-def test_each_job_and_precision_has_its_own_files(tmp_path):
-    work = Work(tmp_path, tiny(), {"train": "0", "teachers": {}})
-    jobs = plan_jobs(tiny())
-    paths = [work.job_file(job) for job in jobs] + [work.failed_file(job) for job in jobs]
-    paths += [work.checkpoint_file(job, precision) for job in jobs for precision in ("float32", "bf16")]
-    assert len(set(paths)) == 8

@@ -8,6 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from pipeline import one_line, run_in, tiny
 
+from prism_hf.compare.methods import random_recipe
 from prism_hf.errors import RecipeError
 from prism_hf.recipe.plan import STAGES, TRACKERS
 from prism_hf.run.context import Loaded, Run, make_accelerator
@@ -110,6 +111,7 @@ def test_the_judge_is_the_verifier_or_else_the_logit_teacher(finished_run, tmp_p
 def test_a_run_of_random_images_wants_no_control(tmp_path, accelerator):
     assert Run(tiny(), tmp_path, tmp_path, accelerator).wants_control
     assert not Run(tiny(), tmp_path, tmp_path, accelerator, with_control=False).wants_control
+    assert not Run(random_recipe(tiny(), 2), tmp_path, tmp_path, accelerator).wants_control
 
 
 def test_the_stages_are_named_in_order():

@@ -15,6 +15,7 @@ from prism_hf.method.objective import Objective
 from prism_hf.run.optimize import CHECK_EVERY, optimize
 from prism_hf.runtime import stop as interruption
 from prism_hf.runtime.checkpoint import Checkpoint
+from prism_hf.runtime.store import Artifact
 
 
 def run_one(recipe, teachers, initial=None, **more):
@@ -209,7 +210,7 @@ def test_a_job_killed_at_any_step_goes_on_to_the_same_bytes(
     plain = optimize(*work, tiny_teachers, **more)
     # With drawn teachers at every step; else around a look at the losses, and where each teacher has had its turn.
     for step in range(STEPS) if kind == "drawn teachers" else (1, 4, 9, 10):
-        kept, left = Checkpoint(tmp_path / str(step), "key", 0), [step]
+        kept, left = Checkpoint(Artifact(tmp_path / str(step), "key"), 0), [step]
 
         def backward(*args, left=left, **kwargs):
             left[0] -= 1
@@ -233,7 +234,7 @@ def test_a_job_killed_at_any_step_goes_on_to_the_same_bytes(
 def test_a_job_that_is_asked_to_stop_goes_on_to_the_same_bytes(tiny_recipe, tiny_teachers, tmp_path):
     work = job_of(tiny_recipe, {})
     plain = optimize(*work, tiny_teachers)
-    kept = Checkpoint(tmp_path / "c", "key")
+    kept = Checkpoint(Artifact(tmp_path / "c", "key"))
     handle = tiny_teachers["test_resnet"].model.register_forward_pre_hook(lambda *_: interruption._wanted.set())
     try:
         with pytest.raises(StoppedError):
@@ -246,7 +247,7 @@ def test_a_job_that_is_asked_to_stop_goes_on_to_the_same_bytes(tiny_recipe, tiny
 
 
 def test_a_finished_job_computes_no_step_again(tiny_recipe, tiny_teachers, tmp_path):
-    work, kept, calls = job_of(tiny_recipe, {}), Checkpoint(tmp_path / "c", "key", 0), []
+    work, kept, calls = job_of(tiny_recipe, {}), Checkpoint(Artifact(tmp_path / "c", "key"), 0), []
     plain = optimize(*work, tiny_teachers, checkpoint=kept)
     before = mtimes(tmp_path)
     handle = tiny_teachers["test_resnet"].model.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -267,7 +268,7 @@ def test_a_job_that_goes_bad_leaves_its_state(tiny_recipe, tmp_path):
 
     teacher.model.register_forward_hook(poison)
     job, settings, initial = job_of(tiny_recipe, {"teachers.bn_pool": []})
-    kept = Checkpoint(tmp_path / "c", "key")
+    kept = Checkpoint(Artifact(tmp_path / "c", "key"))
     with pytest.raises(NotFiniteError, match="iteration 3"):
         optimize(job, settings, initial, {"test_resnet": teacher}, checkpoint=kept)
     found = kept.load()

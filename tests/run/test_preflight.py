@@ -2,12 +2,21 @@ import dataclasses
 import json
 
 import pytest
+from accelerate.state import AcceleratorState
 from conftest import make_teacher
-from pipeline import one_line, tiny
+from pipeline import mtimes, one_line, run_in, save_timm, tiny
 
-from prism_hf.errors import OutputError, RecipeError, TeacherError
-from prism_hf.images.source import load_source
-from prism_hf.run.preflight import check_inputs, check_space, check_verifier, inputs_of, missing_space
+from prism_hf.errors import OutputError, RecipeError, StageError, TeacherError
+from prism_hf.run.context import Run, make_accelerator
+from prism_hf.run.preflight import (
+    check,
+    check_apart,
+    check_space,
+    check_stage,
+    check_verifier,
+    missing_space,
+    record_inputs,
+)
 
 
 def named(name, architecture="test_byobnet"):
@@ -34,44 +43,129 @@ def test_a_verifier_needs_a_linear_classifier():
         check_verifier(tiny("teachers.verifier=local-dir:x"), {"local-dir:x": judge})
 
 
-def test_changed_inputs_are_noticed(tmp_path):
-    recipe = tiny()
-    data = load_source(recipe.data)
-    other = named("local-dir:x")
-    before = inputs_of(recipe, data, {"local-dir:x": other, "squeeze:test_byobnet": other})
-    assert set(before["teachers"]) == {"local-dir:x"}
-    path = tmp_path / "inputs.json"
-    check_inputs(path, before)
-    path.write_text(json.dumps(before))
-    check_inputs(path, before)
-    for change in ({"train": "0"}, {"test": "0"}, {"teachers": {"local-dir:x": "0"}}):
-        with pytest.raises(OutputError, match="have changed"):
-            check_inputs(path, before | change)
+# -- the whole check --------------------------------------------------------------------------------------------------
+
+
+def test_the_check_writes_nothing_and_loads_no_squeezed_teacher(tmp_path):
+    run = run_in(tmp_path / "run", tmp_path / "teachers")
+    before = mtimes(tmp_path)
+    check(run)
+    assert mtimes(tmp_path) == before
+    assert not (tmp_path / "teachers").exists()
+    assert run.loaded.teachers == {}
+
+
+def test_a_batch_of_more_images_than_there_are_is_found_before_any_work(tmp_path):
+    with pytest.raises(TeacherError, match="1347"):
+        check(run_in(tmp_path / "run", tmp_path / "teachers", "squeeze.batch_size=2000"))
+
+
+def test_teachers_that_cannot_be_a_folder_are_found_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(OutputError) as error:
+        check(run_in(tmp_path / "run", tmp_path / "file"))
+    assert "--teachers" in one_line(error)
+
+
+def test_an_output_inside_the_data_is_refused(tmp_path):
+    """What is written there would be read as data by the next launch."""
+    (tmp_path / "data").mkdir()
+    for folder in (tmp_path / "data", tmp_path / "data" / "deep" / "run"):
+        with pytest.raises(OutputError) as error:
+            check_apart(folder, str(tmp_path / "data"))
+        assert "inside the data" in one_line(error)
+    check_apart(tmp_path / "data2", str(tmp_path / "data"))
+    check_apart(tmp_path / "run", "digits")
+
+
+@pytest.mark.parametrize(
+    ("stage", "folder", "word"),
+    [
+        ("squeeze", False, None), ("synthesize", False, "--stage squeeze"), ("relabel", False, "--stage synthesize"),
+        ("package", False, "--stage relabel"), ("evaluate", False, "--stage package"), ("relabel", True, "--stage squeeze"),
+    ],
+)  # fmt: skip
+def test_a_stage_needs_what_comes_before_it(tmp_path, stage, folder, word):
+    run = run_in(tmp_path / "run", tmp_path / "teachers")
+    if not folder:
+        (run.folder / "recipe.yaml").unlink()
+    if word is None:
+        check_stage(run, stage)
+        return
+    with pytest.raises(StageError) as error:
+        check_stage(run, stage)
+    assert word in one_line(error)
+
+
+def test_a_stage_after_a_fresh_start_has_nothing_before_it(tmp_path, finished_run):
+    run = run_in(tmp_path / "run", finished_run / "teachers")
+    check_stage(run, "relabel")
+    check_stage(run, "synthesize", fresh=True)
+    with pytest.raises(StageError, match="holds no run to relabel"):
+        check_stage(run, "relabel", fresh=True)
+
+
+# -- what the names stand for -----------------------------------------------------------------------------------------
+
+
+def test_inputs_that_changed_are_noticed_unless_the_run_is_moved_aside(finished_run, tmp_path):
+    teacher = save_timm(tmp_path / "teacher", classes=10, names="0123456789")
+    words = [f"teachers.logit=local-dir:{teacher}", f"relabel.teachers=['local-dir:{teacher}']"]
+    run = run_in(tmp_path / "run", finished_run / "teachers", *words)
+    check(run)
+    record_inputs(run)
+    check(run)
+    path = tmp_path / "run" / "work" / "inputs.json"
+    recorded = json.loads(path.read_text())
+    assert recorded == {
+        "train": run.data.train.content, "test": run.data.test.content,
+        "teachers": {f"local-dir:{teacher}": run.teachers([f"local-dir:{teacher}"])[f"local-dir:{teacher}"].weights_sha256},
+    }, "a squeezed teacher is looked after by its stage"  # fmt: skip
+    for change in ({"train": "0"}, {"test": "0"}, {"teachers": {f"local-dir:{teacher}": "0"}}):
+        path.write_text(json.dumps(recorded | change))
+        with pytest.raises(OutputError, match="have changed") as error:
+            check(run)
+        assert one_line(error)
+        check(run, fresh=True)
+
+
+# -- space ------------------------------------------------------------------------------------------------------------
+
+
+def needed(folder, *overrides, **more):
+    """Bytes that a run still needs."""
+    AcceleratorState._reset_state(True)
+    return missing_space(Run(tiny(*overrides), folder, folder / "teachers", make_accelerator(threads=1), **more))
 
 
 def test_too_little_space_is_one_line_with_both_numbers(tmp_path):
     folder = tmp_path / "not" / "there"
-    check_space(missing_space(tiny(), folder, processes=8), folder)
+    check_space(needed(folder), folder)
     with pytest.raises(OutputError) as error:
-        check_space(missing_space(tiny("relabel.epochs=2000000000"), folder, processes=1), folder)
+        check_space(needed(folder, "relabel.epochs=2000000000"), folder)
     text = one_line(error)
-    assert "needs about 8.32 TB and " in text
+    assert "needs about 4.16 TB and " in text
     assert "--output DIR" in text
     assert list(tmp_path.iterdir()) == []
+    run = Run(tiny("relabel.epochs=2000000000"), folder, folder / "teachers", make_accelerator(threads=1))
+    with pytest.raises(OutputError, match="needs about 4.16 TB"):
+        check(run)
+    check(run, space=False)
 
 
 def test_what_is_there_already_needs_no_space(tmp_path):
     """A sparse file stands for the labels of an earlier launch."""
-    recipe = tiny("relabel.epochs=1000000000")
     (tmp_path / "work").mkdir()
     with open(tmp_path / "work" / "labels", "wb") as file:
-        file.truncate(42 * 10**11)
-    assert missing_space(recipe, tmp_path, processes=1) == 0
-    more = missing_space(tiny("relabel.epochs=2000000000"), tmp_path, processes=1)
-    assert more == pytest.approx(8.32e12 - 4.2e12, rel=1e-3)
+        file.truncate(21 * 10**11)
+    assert needed(tmp_path, "relabel.epochs=1000000000") == 0
+    more = needed(tmp_path, "relabel.epochs=2000000000")
+    assert more == pytest.approx(4.16e12 - 2.1e12, rel=1e-3)
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "labels").hardlink_to(tmp_path / "work" / "labels")
+    assert needed(tmp_path, "relabel.epochs=2000000000") == more, "two names for the same bytes"
 
 
 def test_without_a_control_labels_take_half_the_space(tmp_path):
-    recipe = tiny("relabel.epochs=1000000000")
-    with_control, without = (missing_space(recipe, tmp_path, processes=1, control=control) for control in (True, False))
-    assert without == pytest.approx(with_control / 2, rel=1e-6)
+    words = "relabel.epochs=1000000000"
+    assert needed(tmp_path, words, with_control=False) == pytest.approx(needed(tmp_path, words) / 2, rel=1e-6)

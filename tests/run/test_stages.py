@@ -8,35 +8,22 @@ import numpy as np
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
-from pipeline import PYTHON, RECIPE, ROOT, TINY, launch, mtimes, quiet_env, random_picture, sha_tree, tiny
+from pipeline import PYTHON, RECIPE, ROOT, TINY, copy_run, launch, make, mtimes, quiet_env, random_picture, sha_tree, tiny
 
 from prism_hf.dataset.reader import load_distilled
 from prism_hf.images.source import load_source
 from prism_hf.method.start_images import real_rows
 from prism_hf.recipe.plan import STAGES
-from prism_hf.run.context import Run, make_accelerator
-from prism_hf.run.stages import Stages
 from prism_hf.runtime.store import SEAL
 from prism_hf.runtime.tensors import read_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 LIGHT = ("evaluation.full_data_epochs=0", "evaluation.seeds=[0,1]")
-MAKE = STAGES[:4]
 
 
 def go(folder, *words, teachers=None):
     words = [*TINY, *words, "--output", folder, "--threads", "1"]
     return launch(*words, *(["--teachers", teachers] if teachers else []))
-
-
-def make(folder, teachers, *overrides, stages=MAKE):
-    """The stages in process, without a command around them."""
-    AcceleratorState._reset_state(True)
-    recipe = tiny(*overrides)
-    run = Run(recipe, Path(folder), Path(teachers), make_accelerator(folder, threads=1))
-    Stages(run)(stages)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +43,7 @@ def light(done, tmp_path_factory):
 
 @pytest.fixture
 def copied(light, tmp_path):
-    return Path(shutil.copytree(light, tmp_path / "copy"))
+    return copy_run(light, tmp_path / "copy")
 
 
 # -- what a run leaves ------------------------------------------------------------------------------------------------
@@ -154,7 +141,7 @@ def test_the_card_is_the_evaluated_one_without_times(done):
 
 
 def test_a_second_launch_changes_no_byte_and_trains_nothing(done):
-    kept = ("teachers", "work/jobs", "work/distilled/epoch", "work/distilled/encoded", "work/students", "student")
+    kept = ("teachers", "work/jobs", "work/distilled", "work/random_real", "work/students", "student")
     dataset, control = sha_tree(done / "dataset"), sha_tree(done / "control")
     before = {path: time for path, time in mtimes(done).items() if any(f"done/{part}" in path for part in kept)}
     assert len(before) > 20
@@ -178,8 +165,8 @@ def test_stage_by_stage_gives_the_same_bytes_as_all_at_once(light, tmp_path):
 @pytest.mark.parametrize(
     "gone",
     [
-        "work/jobs/job-00001.safetensors", "work/distilled/epoch-00001.parquet",
-        "work/random_real/epoch-00000.parquet", "work/students/distilled-soft-seed1.json",
+        "work/jobs/job-00001.safetensors", "work/distilled/views/train-00000-of-00001.parquet",
+        "work/random_real/data/train-00000-of-00001.parquet", "work/students/distilled-soft-seed1.json",
         "work/students/distilled-soft-seed0.json", "dataset", "work",
     ],
 )  # fmt: skip
@@ -202,7 +189,7 @@ def test_jobs_of_another_recipe_are_not_taken(light, done, tmp_path):
     """A work folder moved under another recipe: its jobs carry another fingerprint."""
     shutil.copytree(light / "work" / "jobs", tmp_path / "out" / "work" / "jobs")
     overrides = ("synthesis.lr=0.5",)
-    make(tmp_path / "out", done / "teachers", *overrides, stages=("synthesize",))
+    make(tmp_path / "out", done / "teachers", *overrides, wanted=("synthesize",))
     ours, theirs = (sha_tree(folder / "work" / "jobs") for folder in (tmp_path / "out", light))
     assert len(theirs) == 4
     assert all(ours[name] != theirs[name] for name in theirs)
@@ -234,7 +221,7 @@ def test_each_init_starts_from_its_own_images(done, tmp_path):
     source, images = load_source(tiny().data), {}
     for init in ("noise", "real_index", "real_random"):
         still = (f"synthesis.init={init}", "synthesis.lr=1.0e-9", "synthesis.iterations=1")
-        make(tmp_path / init, done / "teachers", *still, stages=("synthesize",))
+        make(tmp_path / init, done / "teachers", *still, wanted=("synthesize",))
         kept = [
             read_tensors(path)["images_uint8"] for path in sorted((tmp_path / init / "work/jobs").glob("*.safetensors"))
         ]
@@ -348,20 +335,18 @@ def test_a_verifier_under_another_name_is_found_out(done, tmp_path, capsys):
     assert "has the architecture of teacher 'squeeze:test_byobnet'" in capsys.readouterr().err
 
 
-def test_times_of_an_interrupted_stage_are_kept(tmp_path):
-    AcceleratorState._reset_state(True)
-    run = Run(tiny(), tmp_path, tmp_path, make_accelerator(tmp_path, threads=1))
-    with pytest.raises(KeyboardInterrupt), run.timed("squeeze"):
-        raise KeyboardInterrupt
-    assert "squeeze" in run.times()
-
-
 def test_packaging_the_same_again_keeps_the_figures_in_the_card(copied, done):
     """`--stage package --push-to-hub` on an evaluated run must not publish a card that says *not yet run*."""
     card = (copied / "dataset" / "README.md").read_text()
     assert "Not yet run" not in card
     assert go(copied, *LIGHT, "--stage", "package", teachers=done / "teachers") == 0
     assert (copied / "dataset" / "README.md").read_text() == card
+
+
+def test_figures_go_with_what_vouched_for_the_tables(copied, done):
+    (copied / "dataset" / "provenance.json").unlink()
+    assert go(copied, *LIGHT, "--stage", "package", teachers=done / "teachers") == 0
+    assert "Not yet run" in (copied / "dataset" / "README.md").read_text()
 
 
 def test_packaging_other_tables_drops_the_figures(copied, done):

@@ -13,7 +13,7 @@ from prism_hf.errors import DeviceMemoryError, StoppedError
 from prism_hf.run import statistics as keeping
 from prism_hf.run.statistics import real_statistics
 from prism_hf.runtime import stop as interruption
-from prism_hf.runtime.store import is_sealed, seal_of
+from prism_hf.runtime.store import Artifact, is_finished, seal_of
 from prism_hf.runtime.tensors import read_tensors, write_tensors
 
 
@@ -57,7 +57,7 @@ def test_they_are_made_once(keep, small, tiny_images, tmp_path):
     assert same(first, again)
     assert same(first, gathered(small, tiny_images))
     (path,) = files(tmp_path)
-    assert is_sealed(path)
+    assert is_finished(path)
     assert path.parent.name.startswith("test-resnet-")
     assert json.loads(seal_of(path).read_text())["notes"]["weights_sha256"] == small.weights_sha256
 
@@ -95,7 +95,7 @@ def spoil(path, how):
     elif how == "seal":
         seal_of(path).write_text("{}")
     elif how == "foreign":
-        write_tensors(path, read_tensors(path), {"key": "of another"})
+        write_tensors(Artifact(path, "of another"), read_tensors(path))
 
 
 @pytest.mark.parametrize("how", ["bytes", "cut", "gone", "seal", "foreign"])

@@ -1,15 +1,13 @@
 import json
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-from pipeline import PYTHON, launch, mtimes, one_line, quiet_env, tiny
+from pipeline import PYTHON, copy_run, launch, mtimes, one_line, quiet_env, tiny
 
 from prism_hf.errors import OutputError
 from prism_hf.recipe.yaml_file import dump_recipe
 from prism_hf.run.status import status_text, survey
-from prism_hf.runtime.store import set_aside, write_json
+from prism_hf.runtime.store import Artifact, set_aside, write_json
 from prism_hf.runtime.tensors import write_tensors
 
 HOLD = """
@@ -28,7 +26,7 @@ PROGRESS = {
 
 @pytest.fixture
 def copied(finished_run, tmp_path):
-    return Path(shutil.copytree(finished_run, tmp_path / "copy"))
+    return copy_run(finished_run, tmp_path / "copy")
 
 
 def shown(folder):
@@ -48,7 +46,7 @@ def counts(state):
 def test_a_run_that_has_not_begun(tmp_path):
     (tmp_path / "recipe.yaml").write_text(dump_recipe(tiny()))
     state, lines = shown(tmp_path)
-    assert counts(state) == {"synthesize": (0, 2), "relabel": (0, 4), "package": (0, 2), "evaluate": (0, 15)}
+    assert counts(state) == {"synthesize": (0, 2), "relabel": (0, 2), "package": (0, 2), "evaluate": (0, 15)}
     assert (state["running"], state["failed"], state["checkpoints"], state["seconds_left"]) == (None, [], [], None)
     assert "not running" in lines[0]
     assert "squeeze     not yet run" in lines
@@ -57,19 +55,24 @@ def test_a_run_that_has_not_begun(tmp_path):
 
 def test_a_run_with_its_data_set(finished_run):
     state, lines = shown(finished_run)
-    assert counts(state) == {"synthesize": (2, 2), "relabel": (4, 4), "package": (2, 2), "evaluate": (0, 15)}
+    assert counts(state) == {"synthesize": (2, 2), "relabel": (2, 2), "package": (2, 2), "evaluate": (0, 15)}
     assert state["fingerprint"] == tiny().fingerprint()
-    assert state["bytes"] == sum(path.stat().st_size for path in finished_run.rglob("*") if path.is_file())
+    files = {path.stat().st_ino: path.stat().st_size for path in finished_run.rglob("*") if path.is_file()}
+    assert state["bytes"] == sum(files.values()), "a table with two names counts once"
+    assert "relabel     2 of 2 view shards done  " in " ".join(lines)
     assert any(line.startswith("evaluate    0 of 15 students done, 15 left") for line in lines)
 
 
 def test_a_run_that_was_killed_in_the_middle(copied):
     (copied / "work/jobs/job-00001.safetensors.seal").unlink()
-    write_tensors(copied / "work/jobs/job-00001.checkpoint.safetensors", {}, {"key": "k", "state": {}})
+    write_tensors(Artifact(copied / "work/jobs/job-00001.checkpoint.safetensors", "k"), {})
+    (copied / "work/distilled/views/train-00000-of-00001.parquet.seal").unlink()
+    Artifact(copied / "work/students/distilled-soft-seed0.json", "k").write_json({"top1": 0.5})
+    (copied / "work/students/distilled-soft-seed1.json").write_text("{}")  # its seal is not there yet
     write_json(copied / "work/progress-0.json", PROGRESS)
     write_json(copied / ".holder.json", {"host": "h", "pid": 1, "since": "then"})
     state, lines = shown(copied)
-    assert counts(state)["synthesize"] == (1, 2)
+    assert counts(state) == {"synthesize": (1, 2), "relabel": (1, 2), "package": (2, 2), "evaluate": (1, 15)}
     assert (state["running"], state["processes"], state["seconds_left"]) == (None, [], None)
     assert state["checkpoints"] == ["job-00001.checkpoint.safetensors"]
     assert "not running" in lines[0]
@@ -98,7 +101,7 @@ def test_a_run_that_is_at_work(copied):
 
 def test_failed_jobs_and_damaged_files(copied):
     path = copied / "work/jobs/job-00001.failed.safetensors"
-    write_tensors(path, {}, {"job": 1, "reason": "job 1, iteration 2: not finite"})
+    write_tensors(Artifact(path, "k"), {}, {"job": 1, "reason": "job 1, iteration 2: not finite"})
     (copied / "work/jobs/job-00001.safetensors.seal").unlink()
     set_aside(copied / "work/distilled/pixels.npy")
     state, lines = shown(copied)
@@ -110,7 +113,7 @@ def test_failed_jobs_and_damaged_files(copied):
 
 def test_a_seal_that_cannot_be_read_is_no_reason_to_say_nothing(copied):
     path = copied / "work/jobs/job-00001.failed.safetensors"
-    write_tensors(path, {}, {"job": 1, "reason": "bad"})
+    write_tensors(Artifact(path, "k"), {}, {"job": 1, "reason": "bad"})
     path.with_name(path.name + ".seal").write_text("garbage")
     (copied / "work/jobs/job-00001.safetensors.seal").unlink()
     state, _ = shown(copied)

@@ -66,7 +66,7 @@ def test_tasks_are_made_ready_once_and_only_when_some_are_missing(tmp_path, capl
         assert loop(tmp_path, [1, 2, 3], done=[1, 2, 3], prepare=calls.append) == []
     assert loop(tmp_path, [], prepare=calls.append) == []
     assert len(calls) == 1
-    assert caplog.messages[0] == "synthesize: 3 of 3 jobs found, 0 to do"
+    assert "synthesize: 3 of 3 jobs found, 0 to do" in caplog.messages
 
 
 def test_a_second_launch_does_what_the_first_one_did_not(tmp_path):
@@ -82,6 +82,22 @@ def test_a_second_launch_does_what_the_first_one_did_not(tmp_path):
     assert done == [1]
     assert list(tmp_path.iterdir()) == [], "no progress of a share that has ended"
     assert loop(tmp_path, [1, 2, 3], done=done) == [2, 3]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 50])
+def test_processes_finish_together(tmp_path, monkeypatch, world):
+    """A ladder of sizes: each process has its share of the large tasks, and no task is done twice."""
+    sizes = [4000 - 500 * (number % 8) for number in range(40)]
+    # What the others have found, of whom only one is here.
+    monkeypatch.setattr(module, "gather_object", lambda _: list(range(len(sizes))))
+    shares = [
+        loop(tmp_path, list(range(len(sizes))), size=sizes.__getitem__, accelerator=Alone(rank, world, rank == 0))
+        for rank in range(world)
+    ]
+    assert sorted(task for share in shares for task in share) == list(range(len(sizes)))
+    work = [[sizes[task] for task in share] for share in shares]
+    assert all(steps == sorted(steps, reverse=True) for steps in work)
+    assert max(map(sum, work)) - min(map(sum, work)) <= max(sizes)
 
 
 def test_the_unfinished_are_told_in_order():

@@ -62,13 +62,14 @@ def survey(folder: Path) -> dict[str, Any]:
 
 
 def _bytes_below(folder: Path) -> int:
-    """Size of all files; those of a run at work come and go."""
-    total = 0
-    for place, _, names in os.walk(folder):
+    """Size of all files, one with two names counted once; those of a run at work come and go."""
+    sizes = {}
+    for parent, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):
-                total += os.stat(os.path.join(place, name)).st_size
-    return total
+                stat = os.stat(os.path.join(parent, name))
+                sizes[stat.st_dev, stat.st_ino] = stat.st_size
+    return sum(sizes.values())
 
 
 def is_data(path: Path) -> bool:

@@ -1,0 +1,140 @@
+"""Students of the table as independent tasks, and what needs no training."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import make_teacher
+from digit_scores import digits, packed, sources, tasks
+from pipeline import sha_tree
+
+from prism_hf.errors import DamagedError
+from prism_hf.evaluation.scores import is_scored, read_scores, set_facts, train_and_score
+from prism_hf.evaluation.students import KEPT, ROWS, Row
+from prism_hf.runtime.checkpoint import Checkpoint, State
+
+DEVICE = torch.device("cpu")
+IMAGE_ROWS = (Row("distilled", "image"), Row("random_real", "image"))
+
+
+@pytest.fixture(scope="module")
+def source():
+    return digits()
+
+
+def one(folder, source, row=KEPT, seed=0, **more):
+    """One student."""
+    (task,) = [task for task in tasks(folder, *source, **more) if (task.row, task.seed) == (row, seed)]
+    return task
+
+
+# -- which students ---------------------------------------------------------------------------------------------------
+
+
+def test_all_rows_have_every_seed_and_the_long_ones_come_first(source, tmp_path):
+    made = [(task.row, task.seed) for task in tasks(tmp_path, *source)]
+    assert made == [(row, seed) for row in reversed(ROWS) for seed in (0, 1)]
+    assert made[0][0].images == "full"
+
+
+def test_rows_with_image_labels_can_be_asked_for(source, tmp_path):
+    assert not set(IMAGE_ROWS) & set(ROWS)
+    made = tasks(tmp_path, *source, rows=(*ROWS, *IMAGE_ROWS))
+    assert {task.row for task in made} == {*ROWS, *IMAGE_ROWS}
+    assert len({task.score.key for task in made}) == 7, "seeds share the key, and have files of their own"
+    assert len({task.score.path for task in made}) == 14
+    assert {task.row for task in tasks(tmp_path, *source, rows=IMAGE_ROWS, without=["random_real"])} == {IMAGE_ROWS[0]}
+    made = tasks(tmp_path, *source, rows=IMAGE_ROWS)
+    for task in made:
+        train_and_score(task, device=DEVICE)
+    scores = read_scores(made)
+    assert [(score.images, score.labels) for score in scores] == [("distilled", "image"), ("random_real", "image")]
+
+
+@pytest.mark.parametrize("missing", ["random_real", "full"])
+def test_a_row_that_cannot_be_had_is_left_out(source, tmp_path, missing):
+    assert missing not in {task.row.images for task in tasks(tmp_path, *source, without=[missing])}
+
+
+def test_no_ceiling_without_epochs_for_it(source, tmp_path):
+    settings = dataclasses.replace(source[0].evaluation, full_data_epochs=0)
+    assert "full" not in {task.row.images for task in tasks(tmp_path, *source, settings=settings)}
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_score_belongs_to_everything_that_it_is_made_from(source, tmp_path):
+    recipe, data = source
+    plain, full = one(tmp_path, source), one(tmp_path, source, Row("full", "hard"))
+    assert plain.score.key == one(tmp_path / "elsewhere", source, seed=1).score.key
+    settings = recipe.evaluation
+    changes = [
+        {"settings": dataclasses.replace(settings, lr=0.5)},
+        {"settings": dataclasses.replace(settings, label_epochs=1)},
+        {"source": packed(data, 7)},
+        {"test": data.train},
+        {"row": Row("distilled", "hard")},
+    ]
+    assert all(dataclasses.replace(plain, **change).score.key != plain.score.key for change in changes)
+    assert dataclasses.replace(plain, settings=dataclasses.replace(settings, seeds=(5, 6))).score.key == plain.score.key
+    view = dataclasses.replace(recipe.relabel.view, mix="none")
+    assert dataclasses.replace(full, view=view).score.key != full.score.key, "crops of real images"
+    assert dataclasses.replace(plain, view=view).score.key == plain.score.key, "the dataset has its own"
+    assert plain.checkpoint.key != one(tmp_path, source, seed=1).checkpoint.key
+
+
+def test_a_score_is_kept_and_its_checkpoint_is_not(source, tmp_path):
+    task = one(tmp_path, source, Row("distilled", "hard"))
+    assert not is_scored(task)
+    train_and_score(task, device=DEVICE, every_s=0)
+    assert 0 <= task.score.read_json()["top1"] <= 1
+    assert sorted(sha_tree(tmp_path)) == ["distilled-hard-seed0.json", "distilled-hard-seed0.json.seal"]
+    Checkpoint(task.checkpoint).save(State({"a": torch.zeros(1)}, {}))  # killed between the two
+    assert is_scored(task)
+    assert not task.checkpoint.path.exists()
+
+
+@pytest.mark.parametrize("kind", ["edited", "of another protocol"])
+def test_a_score_that_is_not_what_was_measured_is_set_aside(source, tmp_path, caplog, kind):
+    task = one(tmp_path, source)
+    task.score.write_json({"top1": 0.5})
+    if kind == "edited":
+        task.score.path.write_text('{"top1": 0.6}')
+    else:
+        task = dataclasses.replace(task, settings=dataclasses.replace(task.settings, lr=0.5))
+    with pytest.raises(DamagedError):
+        read_scores([task])
+    assert not is_scored(task)
+    assert "distilled-soft-seed0.json.aside-1" in caplog.text
+
+
+def test_every_score_is_read_into_its_own_row(source, tmp_path):
+    made = tasks(tmp_path, *source)
+    for number, task in enumerate(made):
+        task.score.write_json({"top1": number / 100})
+    expected = {(task.row, task.seed): number / 100 for number, task in enumerate(made)}
+    scores = read_scores(made)
+    assert [Row(score.images, score.labels) for score in scores] == list(ROWS), "in the order of the table"
+    for score in scores:
+        assert score.top1 == tuple(expected[Row(score.images, score.labels), seed] for seed in (0, 1))
+        assert score.seeds == (0, 1)
+    assert {s.images: s.count for s in scores} == {"distilled": 20, "random_real": 20, "full": len(source[1].train)}
+
+
+# -- what needs no training -------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_each_set_are_known_without_a_network(source):
+    facts = set_facts(sources(source[1]), verifier=None, network=None, num_classes=10, device=DEVICE)
+    assert (facts["distilled"].image_bytes, facts["random_real"].label_bytes) == (100, 201)
+    assert facts["distilled"].verifier_top1 is None
+    assert facts["full"].diversity.mean is None
+
+
+def test_the_verifier_judges_and_measures_similarity(source):
+    judge = make_teacher("test_byobnet", num_classes=10)
+    given = sources(source[1], without=["full"])
+    facts = set_facts(given, verifier=judge, network=judge, num_classes=10, device=DEVICE)["distilled"]
+    assert 0 <= facts.verifier_top1 <= 1
+    assert -1 <= facts.diversity.mean <= 1

@@ -1,0 +1,231 @@
+"""The stage relabel: both tables of every set, shard by shard; here with an epoch a shard."""
+
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from pipeline import make, mtimes, one_line, run_in, save_timm, sha_tree
+
+from prism_hf.dataset import format as cutting
+from prism_hf.errors import DeviceMemoryError, StageError, StoppedError
+from prism_hf.images.pixels import decode, to_reference
+from prism_hf.method.relabel import ask_teachers
+from prism_hf.method.start_images import real_rows
+from prism_hf.recipe.plan import plan_jobs
+from prism_hf.run.relabel import image_sets
+from prism_hf.run.stages import run_stages
+from prism_hf.runtime import stop
+from prism_hf.runtime.store import seal_of
+from prism_hf.runtime.tensors import open_rows, read_tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+FOUR = "relabel.epochs=4"
+SETS = ("distilled", "random_real")
+CALLS = 2 * (2 + 4 * 2)
+"""Questions to the teacher: two batches of images and two of each epoch, of two sets."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _an_epoch_a_shard():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cutting, "_SHARD_VIEWS", 20)
+        yield
+
+
+def begun(finished_run, folder, *overrides, **more):
+    """A run whose jobs are finished."""
+    run = run_in(folder, finished_run / "teachers", *overrides, **more)
+    shutil.copytree(finished_run / "work" / "jobs", folder / "work" / "jobs", dirs_exist_ok=True)
+    return run
+
+
+@pytest.fixture(scope="module")
+def labelled(finished_run, tmp_path_factory):
+    """A run up to its dataset that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("labelled") / "run"
+    run_stages(begun(finished_run, folder, FOUR), ("synthesize", "relabel", "package"))
+    return folder
+
+
+def counted(run, at=None, act=None):
+    """Counts the questions to the teacher of a run; acts at one of them."""
+    calls = []
+
+    def hook(*_):
+        calls.append(1)
+        if len(calls) == at:
+            act()
+
+    run.teachers(run.recipe.relabel.teachers)["squeeze:test_byobnet"].model.register_forward_pre_hook(hook)
+    return calls
+
+
+def tables(folder):
+    """The shards of DIR/work that are finished, with their times."""
+    files = mtimes(folder / "work")
+    return {path: time for path, time in files.items() if path.endswith(".parquet") and f"{path}.seal" in files}
+
+
+def kill():
+    raise KeyboardInterrupt
+
+
+def test_shards_are_written_in_both_folders_of_a_set(labelled):
+    for name in SETS:
+        shards = sorted(path.name for path in (labelled / "work" / name / "views").glob("*.parquet"))
+        assert shards == [f"train-{number:05d}-of-00004.parquet" for number in range(4)]
+        for number, shard in enumerate(shards):
+            rows = pq.read_table(labelled / "work" / name / "views" / shard)
+            assert rows["epoch"].to_pylist() == [number] * 20
+            assert rows["batch"].to_pylist() == [0] * 10 + [1] * 10
+
+
+def test_epochs_are_the_same_however_they_are_cut(finished_run, labelled, tmp_path, monkeypatch):
+    monkeypatch.setattr(cutting, "_SHARD_VIEWS", 8192)
+    folder = tmp_path / "run"
+    run_stages(begun(finished_run, folder, FOUR), ("relabel", "package"))
+    assert [path.name for path in (folder / "dataset" / "views").iterdir()] == ["train-00000-of-00001.parquet"]
+    for part in ("dataset", "control"):
+        assert pq.read_table(folder / part / "views").equals(pq.read_table(labelled / part / "views"))
+        assert sha_tree(folder / part / "data") == sha_tree(labelled / part / "data")
+
+
+# -- killed, stopped, damaged -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [1, 4, 5, 6, 12, CALLS])
+@pytest.mark.parametrize("how", ["killed", "asked to stop"])
+def test_a_run_that_ends_early_loses_at_most_a_shard(finished_run, labelled, tmp_path, at, how):
+    folder = tmp_path / "run"
+    run = begun(finished_run, folder, FOUR)
+    asked = counted(run, at, kill if how == "killed" else stop._wanted.set)
+    try:
+        with pytest.raises((KeyboardInterrupt, StoppedError)):
+            run_stages(run, ("relabel",))
+    finally:
+        stop._wanted.clear()
+    assert not list(folder.rglob(".draft-*"))
+    assert not list(folder.rglob("progress-*"))
+    kept = tables(folder)
+    assert (at - 1) // 2 <= len(kept) <= at // 2, "two questions a shard"
+    again = begun(finished_run, folder, FOUR)
+    more = counted(again)
+    run_stages(again, ("relabel", "package"))
+    assert len(more) == CALLS - 2 * len(kept), "finished shards are not made again"
+    assert len(asked) + len(more) <= CALLS + 2
+    assert tables(folder).items() >= kept.items()
+    for part in ("dataset", "control"):
+        assert sha_tree(folder / part) == sha_tree(labelled / part)
+
+
+def test_one_shard_that_is_damaged_is_made_again_alone(finished_run, labelled, tmp_path, caplog):
+    folder = tmp_path / "run"
+    run = begun(finished_run, folder, FOUR)
+    run_stages(run, ("relabel", "package"))
+    shard = folder / "work" / "random_real" / "views" / "train-00002-of-00004.parquet"
+    data = bytearray(shard.read_bytes())
+    data[-20] ^= 1
+    shard.write_bytes(data)
+    before = {path: time for path, time in tables(folder).items() if path != str(shard)}
+    again = begun(finished_run, folder, FOUR)
+    asked = counted(again)
+    with caplog.at_level("INFO", "prism_hf"):
+        run_stages(again, ("relabel", "package"))
+    assert len(asked) == 2
+    assert "relabel: 2 of 2 image shards found, 0 to do" in caplog.messages
+    assert "relabel: 7 of 8 view shards found, 1 to do" in caplog.messages
+    assert tables(folder).items() >= before.items()
+    assert sha_tree(folder / "control") == sha_tree(labelled / "control")
+
+
+def test_a_second_launch_asks_nobody(finished_run, tmp_path):
+    run_stages(begun(finished_run, tmp_path / "run"), ("relabel",))
+    before = mtimes(tmp_path / "run" / "work")
+    again = begun(finished_run, tmp_path / "run")
+    asked = counted(again)
+    run_stages(again, ("relabel",))
+    assert asked == []
+    after = mtimes(tmp_path / "run" / "work")
+    assert {path for path in before if before[path] != after[path] and "/jobs/" not in path} == {
+        str(tmp_path / "run" / "work" / "times.json")
+    }
+
+
+# -- what is labelled -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg"])
+def test_the_teachers_are_asked_about_the_bytes_that_ship(finished_run, tmp_path, image_format):
+    """A lossy format: what is decoded is not what was optimized."""
+    folder = tmp_path / "run"
+    run = begun(finished_run, folder, f"packaging.image_format={image_format}", "packaging.jpeg_quality=30")
+    run_stages(run, ("relabel", "package"))
+    table = pq.read_table(folder / "dataset" / "data")
+    shipped = torch.stack([decode(cell["bytes"], 1) for cell in table["image"].to_pylist()])
+    jobs = [read_tensors(run.artifacts.job_path(job))["images_uint8"] for job in range(2)]
+    optimized = torch.stack(jobs, dim=1).flatten(0, 1)
+    assert torch.equal(shipped, optimized) == (image_format == "png")
+    assert torch.equal(open_rows(folder / "work" / "distilled" / "pixels.npy"), shipped)
+    teachers = list(run.teachers(run.recipe.relabel.teachers).values())
+    labels = [ask_teachers(to_reference(batch), teachers, run.recipe.relabel) for batch in shipped.split(10)]
+    stored = np.stack(table["teacher_logits"].to_numpy(zero_copy_only=False))
+    assert np.array_equal(stored, torch.cat(labels).numpy())
+
+
+def test_sets_name_where_each_of_their_images_is(finished_run, tmp_path):
+    run = begun(finished_run, tmp_path / "run")
+    distilled, control = image_sets(run)
+    jobs = plan_jobs(run.recipe)
+    assert [origin[:2] for origin in distilled.origins] == [(c, s) for c in range(10) for s in range(2)], "class-major"
+    for label, slot, job, row in distilled.origins:
+        assert (jobs[job].classes[row], jobs[job].slots[row]) == (label, slot)
+    chosen = real_rows(run.data, 2, seed=0)
+    assert control.origins == tuple((c, s, -1, int(chosen[2 * c + s])) for c in range(10) for s in range(2))
+    assert (len(distilled), len(control)) == (20, 20)
+
+
+def test_images_in_several_shards_are_those_of_one(finished_run, tmp_path):
+    """Large images from two batches: the cut is between them, and changes no label."""
+    teacher = save_timm(tmp_path / "teacher", classes=10, names="0123456789")
+    words = (
+        "data.size=256", "synthesis.iterations=0", f"teachers.logit=local-dir:{teacher}", "teachers.bn_pool=[]",
+        f"relabel.teachers=['local-dir:{teacher}']", "relabel.epochs=1",
+    )  # fmt: skip
+    whole = make(tmp_path / "whole", finished_run / "teachers", *words, with_control=False)
+    cut = make(tmp_path / "cut", finished_run / "teachers", *words, "packaging.shard_megabytes=1", with_control=False)
+    one, two = (sorted((run.dataset / "data").iterdir()) for run in (whole, cut))
+    assert (len(one), [path.name for path in two]) == (1, [f"train-{n:05d}-of-00002.parquet" for n in (0, 1)])
+    assert [len(pq.read_table(path)) for path in two] == [10, 10]
+    assert pq.read_table(one[0]).equals(pa.concat_tables(pq.read_table(path) for path in two))
+    assert sha_tree(whole.dataset / "views") == sha_tree(cut.dataset / "views")
+
+
+# -- what it needs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left_out", [[0], [0, 1]])
+def test_unfinished_jobs_are_named_with_the_stage_that_makes_them(finished_run, tmp_path, left_out):
+    run = begun(finished_run, tmp_path / "run")
+    for job in left_out:
+        seal_of(run.artifacts.job_path(job)).unlink()
+    with pytest.raises(StageError) as error:
+        run_stages(run, ("relabel",))
+    assert f"{len(left_out)} of 2 synthesis jobs are not finished" in one_line(error)
+    assert "--stage synthesize" in one_line(error)
+
+
+def test_too_little_memory_names_batch_and_teachers(finished_run, tmp_path):
+    run = begun(finished_run, tmp_path / "run")
+
+    def full():
+        raise torch.OutOfMemoryError("no room")
+
+    for at in (1, 5):  # of images, of views
+        counted(run, at, full)
+        with pytest.raises(DeviceMemoryError) as error:
+            run_stages(run, ("relabel",))
+        assert "a batch of 10 images and teachers squeeze:test_byobnet" in one_line(error)
+        assert "relabel.batch_size" in one_line(error)
