@@ -15,6 +15,12 @@ MODULES = sorted(path for path in SRC.rglob("*.py") if path.name not in ("__init
 PACKAGES = "errors runtime recipe images models method dataset evaluation hub run compare cli".split()
 
 
+def file_of(module):
+    """src/prism_hf/runtime/store.py of `runtime.store`, and src/prism_hf/runtime/__init__.py of `runtime`."""
+    path = SRC / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 def name_of(path):
     """`runtime.store` of src/prism_hf/runtime/store.py."""
     return ".".join(path.relative_to(SRC).with_suffix("").parts)
@@ -60,6 +66,32 @@ def test_imports_point_down_the_packages(path):
     assert not back, f"{name_of(path)} imports {back}, which stand above it"
 
 
+def faces():
+    """Package -> names that its `__init__.py` offers to the packages above."""
+    found = {}
+    for package in PACKAGES[1:]:
+        nodes = tree(SRC / package / "__init__.py").body
+        found[package] = {name.name for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names}
+    return found
+
+
+@every_module
+def test_a_package_is_used_through_its_face(path):
+    """What a face offers is not imported from the module behind it, so that a reader sees what packages share."""
+    offered, own = faces(), name_of(path).split(".")[0]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            package, _, module = (node.module or "").partition(".")
+            if module and package != own and node.level == len(path.relative_to(SRC).parts):
+                behind = {name.name for name in node.names} & offered[package]
+                assert not behind, f"{path.name}:{node.lineno} import {sorted(behind)} from prism_hf.{package}"
+
+
+def test_no_name_of_a_face_hides_a_module():
+    for package, names in faces().items():
+        assert not names & {path.stem for path in (SRC / package).glob("*.py")}, package
+
+
 def test_no_modules_import_each_other_in_a_circle():
     found = graph()
     while leaves := [name for name, ours in found.items() if not ours & set(found)]:
@@ -76,7 +108,7 @@ def test_nothing_imports_recipes_tests_or_itself_by_name(path):
 def test_light_modules_import_nothing_heavy(name):
     seen = queue = [name]
     while queue:
-        found = [item for module in queue for item in imports(SRC / f"{module.replace('.', '/')}.py")]
+        found = [item for module in queue for item in imports(file_of(module))]
         heavy = {package for package, _ in found} & {"torch", "numpy", "timm", "datasets", "transformers", "accelerate"}
         assert not heavy, name
         queue = sorted({ours for _, ours in found if ours} - set(seen))

@@ -20,7 +20,6 @@ from prism_hf.method.start_images import (
     mosaics,
     nearest_to_centers,
     real_rows,
-    start_images,
 )
 from prism_hf.recipe.synthesis import Mosaic, SynthesisRecipe
 from prism_hf.runtime.seeds import derived_seed
@@ -354,7 +353,7 @@ def test_mosaics_follow_their_seed_and_settings(split, teacher):
 def test_start_images_are_what_the_recipe_says(tiny_recipe, split, teacher, init):
     changes = {"synthesis.init": init} | ({"synthesis.mosaic": {"crops": 2}} if init == "mosaic" else {})
     recipe = tiny_recipe(changes | {"seed": 4})
-    images = start_images(source_data(split), teacher, recipe.synthesis, seed=recipe.seed)
+    images = choose_start_images(source_data(split), teacher, recipe.synthesis, seed=recipe.seed)
     if init == "mosaic":
         expected = made(split, teacher, 2, Mosaic(crops=2), seed=4)
     else:

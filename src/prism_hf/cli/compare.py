@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import RecipeError
-from ..recipe.plan import plan_jobs
-from ..recipe.yaml_file import load_recipe, override_recipe
+from ..recipe import load_recipe, override_recipe, plan_jobs
 from .options import add_compute, quiet, split_overrides, teachers_folder
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     quiet()
     from ..compare.compare_recipes import compare_recipes
     from ..compare.page import table_of
-    from ..evaluation.report import plain_table
+    from ..evaluation import plain_table
 
     folder = args.output or Path("outputs") / f"compare-{recipes[0].name}"
     comparison = compare_recipes(

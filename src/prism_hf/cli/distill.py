@@ -19,9 +19,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..recipe.describe import describe_plan
-from ..recipe.plan import STAGES, TRACKERS
-from ..runtime.stop import is_first_process
+from ..recipe import STAGES, TRACKERS, describe_plan
+from ..runtime import is_first_process
 from .options import add_compute, add_target, quiet, read_recipe, target_of, teachers_folder
 from .status import print_status
 
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         print_status(folder)
         return
     quiet()
-    from ..evaluation.report import summary
+    from ..evaluation import summary
     from ..run.distill import distill
 
     result = distill(

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from ..errors import RecipeError
-from ..runtime.stop import is_first_process
+from ..runtime import is_first_process
 from .options import add_compute, quiet, split_overrides
 
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     if args.student is not None:
         overrides.append(f"evaluation.student={json.dumps(args.student)}")
     quiet()
-    from ..evaluation.report import summary
+    from ..evaluation import summary
     from ..run.evaluate_dataset import evaluate_dataset
 
     report, student = evaluate_dataset(

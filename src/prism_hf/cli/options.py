@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import PrismError, RecipeError, StoppedError
-from ..recipe.schema import Recipe
-from ..recipe.yaml_file import load_recipe
-from ..runtime.stop import EVERY_S, leave_at_once, stopping_cleanly
+from ..recipe import Recipe, load_recipe
+from ..runtime import EVERY_S, leave_at_once, stopping_cleanly
 
 if TYPE_CHECKING:
-    from ..hub.repository import Target
+    from ..hub import Target
 
 INTERRUPTED = 130
 
@@ -81,7 +80,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
 
 def target_of(repo: str, args: argparse.Namespace) -> Target:
     """A repo, with the options of `add_target`."""
-    from ..hub.repository import Target
+    from ..hub import Target
 
     return Target(repo, public=args.public, revision=args.revision, create_pr=args.create_pr, replace_other=args.replace)
 

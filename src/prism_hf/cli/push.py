@@ -24,6 +24,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Publish the folder, and print the address of the commit."""
     quiet()
-    from ..hub.push import push_folder
+    from ..hub import push_folder
 
     sys.stdout.write(f"{push_folder(args.folder, target_of(args.repo, args), dataset_id=args.dataset).url}\n")

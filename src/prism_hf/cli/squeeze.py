@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from ..errors import RecipeError
-from ..runtime.stop import is_first_process
+from ..runtime import is_first_process
 from .options import add_compute, quiet, read_recipe, split_overrides
 
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
         (path,), _ = split_overrides(args.words)
         raise RecipeError(f"{path} names no `squeeze:` teacher, so there is nothing to train")
     quiet()
-    from ..models.squeeze import teacher_folder
+    from ..models import teacher_folder
     from ..run.context import Run, make_accelerator
     from ..run.folder import check_place
     from ..run.preflight import check_architectures

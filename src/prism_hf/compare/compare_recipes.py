@@ -9,14 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..images.source import count_classes
-from ..recipe.schema import Recipe
-from ..recipe.yaml_file import override_recipe
+from ..images import count_classes
+from ..recipe import Recipe, override_recipe
 from ..run.context import make_accelerator
-from ..runtime.lock import check_free, locked
-from ..runtime.logs import log_file
-from ..runtime.stop import EVERY_S
-from ..runtime.store import clear_drafts
+from ..runtime import EVERY_S, check_free, clear_drafts, locked, log_file
 from .findings import write_page
 from .methods import Method, StudentSetup
 from .runs import Comparison, check_comparison, check_comparison_folder, make

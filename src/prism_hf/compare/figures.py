@@ -18,8 +18,8 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..hub.figures import MAX_CLASSES, MAX_SLOTS, STYLE, grid, plain_name, save_figure
-from ..runtime.untrusted import visible
+from ..hub import MAX_CLASSES, MAX_SLOTS, STYLE, grid, plain_name, save_figure
+from ..runtime import visible
 
 WIDTH = 10.0
 """Inches of every picture; 1200 pixels."""

@@ -13,17 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dataset.provenance import versions
-from ..dataset.reader import DistilledDataset, load_distilled
-from ..evaluation.diversity import intra_class_similarity
-from ..evaluation.feature_map import FeatureMap, pair_histogram
-from ..evaluation.report import Score, difference
-from ..evaluation.scores import read_scores
-from ..models.features import penultimate_features
-from ..recipe.schema import to_dict
-from ..recipe.yaml_file import dump_recipe, public_recipe
+from ..dataset import DistilledDataset, load_distilled, versions
+from ..evaluation import FeatureMap, Score, difference, intra_class_similarity, pair_histogram, read_scores
+from ..models import penultimate_features
+from ..recipe import dump_recipe, public_recipe, to_dict
 from ..run.teacher_folders import squeezed_top1
-from ..runtime.store import is_finished, write_bytes, write_json
+from ..runtime import is_finished, write_bytes, write_json
 from .figures import draw_comparison
 from .methods import Cell, Method
 from .page import render_html, render_markdown

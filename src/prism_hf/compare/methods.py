@@ -12,11 +12,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..errors import RecipeError
-from ..recipe.schema import Recipe, to_dict
-from ..recipe.yaml_file import differing_keys, parse_recipe
+from ..recipe import Recipe, differing_keys, parse_recipe, to_dict
 
 if TYPE_CHECKING:
-    from ..evaluation.students import Labels
+    from ..evaluation import Labels
 
 RANDOM = "random real"
 PROTOCOL = ("data", "squeeze", "relabel", "packaging", "evaluation")

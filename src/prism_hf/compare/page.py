@@ -17,11 +17,9 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 
-from ..evaluation.report import bytes_text, cosine_text, markdown_table, percent_text, top1_text, verdict
-from ..hub.card import escape, fence_for
-from ..hub.figures import MAX_CLASSES
-from ..runtime.units import duration_text
-from ..runtime.untrusted import visible
+from ..evaluation import bytes_text, cosine_text, markdown_table, percent_text, top1_text, verdict
+from ..hub import MAX_CLASSES, escape, fence_for
+from ..runtime import duration_text, visible
 from .figures import drawn, in_order
 
 HEADER = (

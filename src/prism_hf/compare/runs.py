@@ -19,27 +19,19 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 
-from ..dataset.reader import DistilledDataset, load_distilled
-from ..dataset.verify import check_folder
+from ..dataset import DistilledDataset, check_folder, load_distilled
 from ..errors import OutputError, SynthesisError
-from ..evaluation.report import SetFacts
-from ..evaluation.scores import StudentTask, student_tasks
-from ..evaluation.students import Row, label_bytes
-from ..models.build import check_network
-from ..models.teacher import Teacher
-from ..recipe.plan import plan_jobs
-from ..recipe.schema import Recipe
+from ..evaluation import Row, SetFacts, StudentTask, label_bytes, student_tasks
+from ..models import Teacher, check_network
+from ..recipe import Recipe, plan_jobs
 from ..run.context import Loaded, Run
 from ..run.evaluate import collect, conclude, train_students
 from ..run.folder import check_place, claimed_together, is_of_another
 from ..run.preflight import check, check_space, missing_space
 from ..run.squeeze import squeeze
 from ..run.stages import run_stages
-from ..runtime.lock import HOLDER, LOCK
+from ..runtime import DRAFT, EVERY_S, HOLDER, LOCK, Artifact, digest, duration_text, read_proof
 from ..runtime.share import unfinished
-from ..runtime.stop import EVERY_S
-from ..runtime.store import DRAFT, Artifact, digest, read_proof
-from ..runtime.units import duration_text
 from .methods import Cell, Method, StudentSetup
 
 FULL = Row("full", "hard")

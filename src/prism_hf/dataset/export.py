@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ..errors import DataError, OutputError
-from ..images.pixels import UNREADABLE, decode, encode
-from ..runtime.store import write_bytes, write_json
+from ..images import UNREADABLE, decode, encode
+from ..runtime import write_bytes, write_json
 from .tables import Table, dataset_folder, naming, open_images
 
 ExportFormat = Literal["imagefolder", "rethinkdc"]

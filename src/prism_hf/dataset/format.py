@@ -15,9 +15,7 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from ..recipe.describe import VIEW_ROW_BYTES
-from ..recipe.plan import batch_ranges
-from ..recipe.schema import Recipe
+from ..recipe import VIEW_ROW_BYTES, Recipe, batch_ranges
 
 FORMAT_VERSION = 1
 IMAGES, VIEWS = "data", "views"

@@ -11,11 +11,9 @@ from typing import ClassVar
 import pyarrow.parquet as pq
 
 from ..errors import DataError
-from ..models.facts import SourceFacts
-from ..models.teacher import Teacher
-from ..recipe.schema import Recipe
-from ..runtime.facts import Facts
-from ..runtime.store import sha256_of
+from ..models import SourceFacts, Teacher
+from ..recipe import Recipe
+from ..runtime import Facts, sha256_of
 from .format import DISTILLED, FORMAT_VERSION
 
 PACKAGES = ("prism-hf", "torch", "timm", "transformers", "datasets", "accelerate", "numpy", "pillow", "pyarrow")

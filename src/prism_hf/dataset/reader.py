@@ -27,10 +27,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError
-from ..images.pixels import UNREADABLE, decode
-from ..images.views import ViewRows, from_columns
-from ..recipe.schema import Recipe
-from ..recipe.yaml_file import load_recipe
+from ..images import UNREADABLE, ViewRows, decode, from_columns
+from ..recipe import Recipe, load_recipe
 from .format import VIEWS, view_features
 from .provenance import Provenance, read_provenance
 from .tables import Table, dataset_folder, naming, open_images, to_arrays

@@ -18,9 +18,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import HubError
+from ..runtime import homes_of, is_inside, is_plain_path, read_card, sha256_of
 from ..runtime.hub_client import SHORT, again
-from ..runtime.store import sha256_of
-from ..runtime.untrusted import homes_of, is_inside, is_plain_path, read_card
 from .format import FORMAT_VERSION, TABLES, VIEWS
 from .provenance import FileEntry, Provenance
 

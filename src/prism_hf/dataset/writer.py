@@ -12,9 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from ..recipe.schema import Recipe
-from ..recipe.yaml_file import dump_recipe
-from ..runtime.store import write_bytes, write_whole
+from ..recipe import Recipe, dump_recipe
+from ..runtime import write_bytes, write_whole
 from .format import (
     IMAGES,
     VIEWS,

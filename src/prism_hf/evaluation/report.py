@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..runtime.units import size_text
+from ..runtime import size_text
 from .diversity import Diversity
 
 CONTROL_ITSELF = "These are random real images: what a distilled set is to be compared with."

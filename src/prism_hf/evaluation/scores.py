@@ -10,16 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..dataset.reader import DistilledDataset
-from ..images.pixels import to_reference
-from ..images.source import ImageSplit
-from ..models.features import penultimate_features
-from ..models.teacher import Teacher
-from ..models.training import score
-from ..recipe.sections import EvaluationRecipe, RelabelView
+from ..dataset import DistilledDataset
+from ..images import ImageSplit, to_reference
+from ..models import Teacher, penultimate_features, score
+from ..recipe import EvaluationRecipe, RelabelView
+from ..runtime import EVERY_S, Artifact, digest
 from ..runtime.checkpoint import Checkpoint
-from ..runtime.stop import EVERY_S
-from ..runtime.store import Artifact, digest
 from .diversity import Diversity, UnitSums
 from .report import Score, SetFacts
 from .students import ROWS, Row, train_on_real, train_student

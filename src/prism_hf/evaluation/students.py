@@ -18,20 +18,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dataset.reader import DistilledDataset
+from ..dataset import DistilledDataset
 from ..errors import DataError, RecipeError
-from ..images.pixels import to_reference
-from ..images.source import ImageSplit
-from ..images.views import draw_views, resample
-from ..method.soft_labels import class_shares, soft_label_loss
-from ..models.build import build_network, seeded
-from ..models.facts import DistilledFacts, ScoredOn, SourceFacts, StudentFacts
-from ..models.folder import store_network
-from ..models.training import Batches, ShuffledBatches, fit
-from ..recipe.plan import batch_ranges
-from ..recipe.sections import EvaluationRecipe, RelabelView
+from ..images import ImageSplit, draw_views, resample, to_reference
+from ..method import class_shares, soft_label_loss
+from ..models import (
+    Batches,
+    DistilledFacts,
+    ScoredOn,
+    ShuffledBatches,
+    SourceFacts,
+    StudentFacts,
+    build_network,
+    fit,
+    seeded,
+    store_network,
+)
+from ..recipe import EvaluationRecipe, RelabelView, batch_ranges
+from ..runtime import derived_seed
 from ..runtime.checkpoint import Checkpoint
-from ..runtime.seeds import derived_seed
 
 log = logging.getLogger(__name__)
 Labels = Literal["soft", "hard", "image"]

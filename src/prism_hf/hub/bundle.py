@@ -12,12 +12,10 @@ from typing import Literal
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import sha
 
-from ..dataset.provenance import Provenance, read_provenance
-from ..dataset.verify import check_folder
+from ..dataset import Provenance, check_folder, read_provenance
 from ..errors import HubError
-from ..models.facts import StudentFacts, TeacherFacts, read_facts
-from ..runtime.store import sha256_of
-from ..runtime.untrusted import is_plain_path
+from ..models import StudentFacts, TeacherFacts, read_facts
+from ..runtime import is_plain_path, sha256_of
 from .dataset_card import METADATA_KEYS, address_card
 from .model_card import MODEL_METADATA_KEYS, render_model_card
 

@@ -15,8 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ..runtime.plain_yaml import dump_yaml
-from ..runtime.untrusted import visible
+from ..runtime import dump_yaml, visible
 
 _LICENSES = ("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0", "mit", "apache-2.0", "bsd-3-clause", "odc-by")
 """License ids of the Hub that a source may name; anything else becomes `other` with its name."""

@@ -14,11 +14,9 @@ from datasets.info import DatasetInfo, DatasetInfosDict
 from datasets.splits import SplitDict, SplitInfo
 from huggingface_hub import DatasetCardData
 
-from ..dataset.format import VIEWS, image_features, view_features
-from ..dataset.provenance import read_provenance
-from ..evaluation.report import markdown_table, table_rows
-from ..recipe.schema import Recipe, to_dict
-from ..recipe.yaml_file import dump_recipe
+from ..dataset import VIEWS, image_features, read_provenance, view_features
+from ..evaluation import markdown_table, table_rows
+from ..recipe import Recipe, dump_recipe, to_dict
 from .card import checked_header, escape, escape_all, fence_for, license_keys, render, with_header
 from .merge import block_of
 

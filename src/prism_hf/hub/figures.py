@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from torch import Tensor
 
-from ..evaluation.diversity import Diversity
-from ..runtime.store import write_whole
+from ..evaluation import Diversity
+from ..runtime import write_whole
 
 MAX_CLASSES, MAX_SLOTS = 20, 10
 STYLE: dict[Any, Any] = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120}

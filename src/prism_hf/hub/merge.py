@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ..runtime.plain_yaml import YamlError, dump_yaml, read_yaml
+from ..runtime import YamlError, dump_yaml, read_yaml
 
 BEGIN = "<!-- prism-hf: made by the program from here on; write above this line, or below the last one -->"
 END = "<!-- prism-hf: made by the program up to here -->"

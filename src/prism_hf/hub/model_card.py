@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import HubError
-from ..models.facts import NetworkConfig, StudentFacts, TeacherFacts, read_facts
+from ..models import NetworkConfig, StudentFacts, TeacherFacts, read_facts
 from .card import checked_header, escape, escape_all, license_keys, render, slug, with_header
 
 MODEL_METADATA_KEYS = (

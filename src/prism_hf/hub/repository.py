@@ -12,7 +12,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
 
 from ..errors import HubError
-from ..runtime.untrusted import without_password
+from ..runtime import without_password
 from .bundle import Entry, Kind
 
 MAIN = "main"

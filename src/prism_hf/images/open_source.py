@@ -15,9 +15,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from ..errors import DataError, PrismError
-from ..recipe.sections import DataRecipe
-from ..runtime.store import folder_state
-from ..runtime.untrusted import ARCHIVES, foreign_files, homes_of, is_inside, is_plain_path, read_card, visible_entries
+from ..recipe import DataRecipe
+from ..runtime import ARCHIVES, folder_state, foreign_files, homes_of, is_inside, is_plain_path, read_card, visible_entries
 
 
 def open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:

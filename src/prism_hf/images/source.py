@@ -21,9 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError
-from ..recipe.sections import DataRecipe
-from ..runtime.stop import raise_if_stopped
-from ..runtime.untrusted import is_inside
+from ..recipe import DataRecipe
+from ..runtime import is_inside, raise_if_stopped
 from .open_source import find_column, hold_out, image_homes, local_folder, open_split, source_revision
 from .pixels import UNREADABLE, from_pil
 

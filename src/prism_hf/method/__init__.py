@@ -11,3 +11,11 @@ soft_labels    the losses of a student on these labels
 
 Nothing here knows files, locks, checkpoints, progress, stop signals or the network.
 """
+
+from .alignment import Alignment
+from .objective import Precision
+from .relabel import ask_teachers, relabel_batches
+from .soft_labels import class_shares, soft_label_loss
+from .start_images import SCORED, check_candidates, choose_start_images, real_rows
+from .statistics import BATCH_SIZE, gather_statistics, shuffled_batches
+from .synthesis import Step, synthesize

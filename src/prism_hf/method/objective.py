@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.teacher import Teacher
-from ..recipe.sections import TeachersRecipe
-from ..recipe.synthesis import SynthesisRecipe
+from ..models import Teacher
+from ..recipe import SynthesisRecipe, TeachersRecipe
 from .alignment import Alignment
 from .densification import densification
 

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import TeacherError
-from ..images.pixels import to_reference
-from ..images.views import apply_views, draw_views, to_columns
-from ..models.teacher import Teacher
-from ..recipe.plan import batch_ranges
-from ..recipe.sections import RelabelRecipe
-from ..runtime.seeds import derived_seed
+from ..images import apply_views, draw_views, to_columns, to_reference
+from ..models import Teacher
+from ..recipe import RelabelRecipe, batch_ranges
+from ..runtime import derived_seed
 
 
 def combine_logits(logits: Tensor, rule: str, weights: Sequence[float] | None = None) -> Tensor:

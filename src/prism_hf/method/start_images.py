@@ -20,14 +20,10 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from ..errors import DataError
-from ..images.pixels import to_reference, to_uint8
-from ..images.source import ImageSplit, SourceData
-from ..images.views import axis_matrix, draw_crop, resample
-from ..models.features import penultimate_features
-from ..models.teacher import Teacher
-from ..recipe.plan import batch_ranges
-from ..recipe.synthesis import SynthesisRecipe
-from ..runtime.seeds import derived_seed
+from ..images import ImageSplit, SourceData, axis_matrix, draw_crop, resample, to_reference, to_uint8
+from ..models import Teacher, penultimate_features
+from ..recipe import SynthesisRecipe, batch_ranges
+from ..runtime import derived_seed
 
 SCORED = ("real_median", "real_kmeans", "mosaic")
 """Inits in which the logit teacher has a say."""
@@ -60,7 +56,7 @@ def real_rows(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) 
     return np.concatenate(chosen)
 
 
-def start_images(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, seed: int) -> Tensor:
+def choose_start_images(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, seed: int) -> Tensor:
     """Choose or make the start images of the inits in which the logit teacher has a say: those in `SCORED`.
 
     Args:

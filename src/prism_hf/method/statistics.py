@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..errors import TeacherError
-from ..images.pixels import to_reference
-from ..models.teacher import Teacher
+from ..images import to_reference
+from ..models import Teacher
 
 STATISTICS = ("channel_mean", "channel_var", "patch_mean", "patch_var")
 """What is matched of a convolution's input."""

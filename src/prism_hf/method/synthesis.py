@@ -15,11 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..images.pixels import clamp_
-from ..images.views import draw_crop, resample
-from ..models.teacher import Teacher
-from ..recipe.plan import SynthesisJob
-from ..recipe.synthesis import SynthesisRecipe, SynthesisView
+from ..images import clamp_, draw_crop, resample
+from ..models import Teacher
+from ..recipe import SynthesisJob, SynthesisRecipe, SynthesisView
 from .objective import Objective, Precision, Terms
 
 

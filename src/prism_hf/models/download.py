@@ -20,10 +20,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import Field
 
 from ..errors import HubError, TeacherError
-from ..runtime.facts import Facts
+from ..runtime import Facts, read_header, sha256_of, write_bytes
 from ..runtime.hub_client import BRIEF, UNREACHABLE, again, explain, hub_name
-from ..runtime.plain_yaml import read_header
-from ..runtime.store import sha256_of, write_bytes
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

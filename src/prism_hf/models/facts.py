@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ..runtime.facts import Facts
+from ..runtime import Facts
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Triple = Annotated[list[float], Field(min_length=3, max_length=3)]

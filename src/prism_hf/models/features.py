@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TeacherError
-from ..images.pixels import to_reference
+from ..images import to_reference
 from .teacher import Teacher
 
 

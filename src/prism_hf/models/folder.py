@@ -20,11 +20,9 @@ from timm.models import save_for_hf
 from torch import nn
 
 from ..errors import OutputError, RecipeError
-from ..images.pixels import REFERENCE
-from ..images.source import SourceData
-from ..recipe.schema import Recipe
-from ..recipe.yaml_file import public_recipe
-from ..runtime.store import draft_folder, swap_folder, writing
+from ..images import REFERENCE, SourceData
+from ..recipe import Recipe, public_recipe
+from ..runtime import draft_folder, swap_folder, writing
 from .build import build_network, seeded
 from .facts import ScoredOn, SourceFacts, StudentFacts, TeacherFacts
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import TeacherError
-from ..runtime.facts import Facts
+from ..runtime import Facts
 from .download import ADAPTER, CONFIG, INDEX, WEIGHTS, fetch, shard_names
 from .teacher import LOAD_ERRORS, StatedInput, Teacher, cannot_load, check_links, state_sha256
 

@@ -20,17 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import DamagedError, TeacherError
-from ..images.pixels import reference_mean_std, to_reference
-from ..images.source import ImageSplit, SourceData
-from ..images.views import draw_views, resample
-from ..recipe.schema import SQUEEZE_PREFIX, Recipe
-from ..recipe.sections import SqueezeRecipe
-from ..recipe.yaml_file import public_recipe
+from ..images import ImageSplit, SourceData, draw_views, reference_mean_std, resample, to_reference
+from ..recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe, public_recipe
+from ..runtime import EVERY_S, Artifact, clear_drafts, derived_seed, holder_of, holder_text, is_held, locked
 from ..runtime.checkpoint import Checkpoint
-from ..runtime.lock import holder_of, holder_text, is_held, locked
-from ..runtime.seeds import derived_seed
-from ..runtime.stop import EVERY_S
-from ..runtime.store import Artifact, clear_drafts
 from .build import build_network, seeded
 from .facts import SqueezeSettings, TeacherFacts
 from .folder import is_stored, scored_on, source_facts, store_network

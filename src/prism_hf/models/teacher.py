@@ -15,9 +15,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import TeacherError
-from ..images.pixels import reference_mean_std
-from ..runtime.facts import Facts
-from ..runtime.untrusted import stray_link
+from ..images import reference_mean_std
+from ..runtime import Facts, stray_link
 
 
 @dataclass(frozen=True, eq=False)

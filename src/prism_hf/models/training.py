@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NotFiniteError
-from ..images.pixels import to_reference
-from ..images.source import ImageSplit
+from ..images import ImageSplit, to_reference
+from ..runtime import raise_if_stopped
 from ..runtime.checkpoint import (
     Checkpoint,
     State,
@@ -28,7 +28,6 @@ from ..runtime.checkpoint import (
     restore_random_state,
 )
 from ..runtime.memory import told_in_one_line
-from ..runtime.stop import raise_if_stopped
 
 CHECK_EVERY = 20
 """Steps between looks at the losses; each look waits for the device."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ..runtime.units import size_text
+from ..runtime import size_text
 from .plan import plan_jobs
 from .schema import Recipe
 

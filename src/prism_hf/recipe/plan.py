@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from ..runtime.seeds import derived_seed
+from ..runtime import derived_seed
 from .schema import Recipe
 from .sections import TeachersRecipe
 

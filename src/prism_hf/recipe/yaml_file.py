@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import RecipeError
-from ..runtime.plain_yaml import YamlError, dump_yaml, read_yaml
+from ..runtime import YamlError, dump_yaml, read_yaml
 from .schema import Recipe, to_dict
 
 _MOST_VALUES = 10_000

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ..dataset.format import DISTILLED, IMAGES, RANDOM_REAL, VIEWS, Shard
+from ..dataset import DISTILLED, IMAGES, RANDOM_REAL, VIEWS, Shard
 from ..errors import DamagedError
-from ..method.objective import Precision
-from ..recipe.plan import SynthesisJob
-from ..recipe.schema import Recipe
-from ..runtime.store import Artifact, digest, is_finished, read_proof
+from ..method import Precision
+from ..recipe import Recipe, SynthesisJob
+from ..runtime import Artifact, digest, is_finished, read_proof
 
 SETS = (DISTILLED, RANDOM_REAL)
 STATE = 2

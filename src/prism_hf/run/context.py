@@ -29,16 +29,12 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import RecipeError
-from ..images.source import SourceData, load_source
-from ..method.objective import Precision
-from ..models.load import load_teacher
-from ..models.teacher import Teacher, check_teacher
-from ..recipe.plan import STAGES, TRACKERS
-from ..recipe.schema import Recipe
-from ..recipe.sections import DataRecipe
+from ..images import SourceData, load_source
+from ..method import Precision
+from ..models import Teacher, check_teacher, load_teacher
+from ..recipe import STAGES, TRACKERS, DataRecipe, Recipe
+from ..runtime import EVERY_S, write_json
 from ..runtime.share import share
-from ..runtime.stop import EVERY_S
-from ..runtime.store import write_json
 from .artifacts import TIMES, Artifacts
 from .teacher_folders import folder_of, squeezed_weights
 

@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HubError, RecipeError
-from ..evaluation.report import summary
-from ..hub.bundle import bundle_of
-from ..hub.push import check_here, check_target, publish, reserve
-from ..hub.repository import Target
-from ..recipe.plan import STAGES
-from ..recipe.schema import Recipe
-from ..recipe.yaml_file import load_recipe, override_recipe
-from ..runtime.lock import check_free
-from ..runtime.logs import log_file
-from ..runtime.stop import EVERY_S
+from ..evaluation import summary
+from ..hub import Target, bundle_of, check_here, check_target, publish, reserve
+from ..recipe import STAGES, Recipe, load_recipe, override_recipe
+from ..runtime import EVERY_S, check_free, log_file
 from .context import Run, make_accelerator
 from .folder import check_folder, claimed_together
 from .preflight import check, check_stage, record_inputs

@@ -7,20 +7,26 @@ from pathlib import Path
 
 from torch import nn
 
-from ..dataset.provenance import versions
-from ..dataset.reader import DistilledDataset, load_distilled
+from ..dataset import DistilledDataset, load_distilled, versions
 from ..errors import StageError
-from ..evaluation.report import NO_CONTROL, Evaluation
-from ..evaluation.scores import Source, StudentTask, is_scored, read_scores, set_facts, student_tasks, train_and_score
-from ..evaluation.students import KEPT, keep_student
-from ..hub.figures import draw_diversity
-from ..images.source import ImageSplit
-from ..models.facts import ScoredOn, SourceFacts
-from ..models.folder import scored_on, source_facts
-from ..models.teacher import Teacher
-from ..recipe.plan import plan_jobs
-from ..recipe.schema import to_dict
-from ..runtime.store import is_finished, read_proof, write_json
+from ..evaluation import (
+    KEPT,
+    NO_CONTROL,
+    Evaluation,
+    Source,
+    StudentTask,
+    is_scored,
+    keep_student,
+    read_scores,
+    set_facts,
+    student_tasks,
+    train_and_score,
+)
+from ..hub import draw_diversity
+from ..images import ImageSplit
+from ..models import ScoredOn, SourceFacts, Teacher, scored_on, source_facts
+from ..recipe import plan_jobs, to_dict
+from ..runtime import is_finished, read_proof, write_json
 from .artifacts import job_file, read_failed
 from .context import Run
 from .package import write_card

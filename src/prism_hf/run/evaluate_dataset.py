@@ -9,19 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from ..dataset.provenance import versions
-from ..dataset.reader import DistilledDataset, load_distilled
+from ..dataset import DistilledDataset, load_distilled, versions
 from ..errors import DataError, RecipeError, StageError, TeacherError
-from ..evaluation.report import NO_CONTROL, Evaluation
-from ..evaluation.scores import Source
-from ..images.source import ImageSplit, SourceData, load_source, load_test_split
-from ..models.build import check_network
-from ..models.folder import scored_on, source_facts
-from ..recipe.plan import plan_jobs
-from ..recipe.schema import Recipe, to_dict
-from ..recipe.yaml_file import load_recipe, override_recipe, public_recipe
-from ..runtime.stop import EVERY_S
-from ..runtime.store import write_json
+from ..evaluation import NO_CONTROL, Evaluation, Source
+from ..images import ImageSplit, SourceData, load_source, load_test_split
+from ..models import check_network, scored_on, source_facts
+from ..recipe import Recipe, load_recipe, override_recipe, plan_jobs, public_recipe, to_dict
+from ..runtime import EVERY_S, write_json
 from .context import Run, make_accelerator
 from .evaluate import collect, keep_in, tasks_of, train_students
 from .folder import check_place, held_together

@@ -7,10 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..errors import OutputError, RecipeError
-from ..recipe.schema import Recipe
-from ..recipe.yaml_file import differing_keys, dump_recipe, load_recipe
-from ..runtime.lock import HOLDER, LOCK, holder_text, locked
-from ..runtime.store import DRAFT, clear_drafts, restore_swapped, set_aside, write_bytes
+from ..recipe import Recipe, differing_keys, dump_recipe, load_recipe
+from ..runtime import DRAFT, HOLDER, LOCK, clear_drafts, holder_text, locked, restore_swapped, set_aside, write_bytes
 from .context import Run
 
 PARTS = ("dataset", "control", "student")

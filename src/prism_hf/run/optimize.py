@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import NotFiniteError
-from ..images.pixels import to_reference, to_uint8
-from ..method.objective import Precision
-from ..method.synthesis import Step, synthesize
-from ..models.teacher import Teacher
-from ..recipe.plan import SynthesisJob
-from ..recipe.synthesis import SynthesisRecipe
+from ..images import to_reference, to_uint8
+from ..method import Precision, Step, synthesize
+from ..models import Teacher
+from ..recipe import SynthesisJob, SynthesisRecipe
 from ..runtime.checkpoint import Checkpoint, State
 from ..runtime.memory import told_in_one_line
 

@@ -16,15 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dataset.format import IMAGES, RANDOM_REAL, VIEWS, image_shards, view_shards
-from ..dataset.provenance import FileEntry, Provenance, read_provenance, versions, write_provenance
-from ..dataset.verify import check_folder
+from ..dataset import (
+    IMAGES,
+    RANDOM_REAL,
+    VIEWS,
+    FileEntry,
+    Provenance,
+    check_folder,
+    image_shards,
+    read_provenance,
+    versions,
+    view_shards,
+    write_provenance,
+)
 from ..errors import DamagedError, DataError, StageError
-from ..hub.dataset_card import card_facts, render_card, render_control_card
-from ..hub.figures import MAX_CLASSES, MAX_SLOTS, draw_grid, grid
-from ..recipe.plan import plan_jobs
-from ..recipe.yaml_file import dump_recipe, public_recipe
-from ..runtime.store import (
+from ..hub import MAX_CLASSES, MAX_SLOTS, card_facts, draw_grid, grid, render_card, render_control_card
+from ..recipe import dump_recipe, plan_jobs, public_recipe
+from ..runtime import (
     Artifact,
     digest,
     draft_folder,

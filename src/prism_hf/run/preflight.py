@@ -10,18 +10,11 @@ from pathlib import Path
 import timm
 
 from ..errors import OutputError, RecipeError, StageError, TeacherError
-from ..images.open_source import local_folder
-from ..method.alignment import Alignment
-from ..method.start_images import check_candidates, real_rows
-from ..models.build import check_network
-from ..models.features import classifier_of
-from ..models.squeeze import check_batch
-from ..models.teacher import Teacher
-from ..recipe.describe import space_needed
-from ..recipe.plan import STAGES
-from ..recipe.schema import SQUEEZE_PREFIX, Recipe
-from ..runtime.store import files_below, write_json
-from ..runtime.units import size_text
+from ..images import local_folder
+from ..method import Alignment, check_candidates, real_rows
+from ..models import Teacher, check_batch, check_network, classifier_of
+from ..recipe import SQUEEZE_PREFIX, STAGES, Recipe, space_needed
+from ..runtime import files_below, size_text, write_json
 from .context import Run
 from .folder import check_place
 from .teacher_folders import trained_folder

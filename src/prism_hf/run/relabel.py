@@ -14,17 +14,25 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ..dataset.format import DISTILLED, RANDOM_REAL, Shard, image_shards, view_shards
-from ..dataset.writer import ImageRows, image_tables, view_tables, write_parquet
+from ..dataset import (
+    DISTILLED,
+    RANDOM_REAL,
+    ImageRows,
+    Shard,
+    image_shards,
+    image_tables,
+    view_shards,
+    view_tables,
+    write_parquet,
+)
 from ..errors import DataError, StageError
-from ..evaluation.report import LABELS
-from ..images.pixels import decode, encode, to_reference
-from ..method.relabel import ask_teachers, relabel_batches
-from ..method.start_images import real_rows
-from ..recipe.plan import SynthesisJob, batch_ranges, plan_jobs
+from ..evaluation import LABELS
+from ..images import decode, encode, to_reference
+from ..method import ask_teachers, real_rows, relabel_batches
+from ..recipe import SynthesisJob, batch_ranges, plan_jobs
+from ..runtime import raise_if_stopped
 from ..runtime.memory import told_in_one_line
 from ..runtime.share import Progress, unfinished
-from ..runtime.stop import raise_if_stopped
 from ..runtime.tensors import open_rows, read_row, write_rows
 from .artifacts import ImageSet, read_failed
 from .context import Run

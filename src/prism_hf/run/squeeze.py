@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..models.squeeze import check_squeezed, clear_scratch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
+from ..models import check_squeezed, clear_scratch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
+from ..runtime import sound_or_aside, write_json
 from ..runtime.share import Progress
-from ..runtime.store import sound_or_aside, write_json
 from .artifacts import SQUEEZED
 from .context import Run
 from .teacher_folders import squeezed_top1

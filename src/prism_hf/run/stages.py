@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from ..recipe.plan import STAGES
-from ..runtime.stop import raise_if_stopped
-from ..runtime.store import write_json
+from ..recipe import STAGES
+from ..runtime import raise_if_stopped, write_json
 from .context import Run
 from .evaluate import evaluate
 from .package import package

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..images.source import ImageSplit
-from ..method.statistics import BATCH_SIZE, gather_statistics, shuffled_batches
-from ..models.teacher import Teacher
-from ..runtime.lock import holder_of, holder_text, is_held, locked
+from ..images import ImageSplit
+from ..method import BATCH_SIZE, gather_statistics, shuffled_batches
+from ..models import Teacher
+from ..runtime import Artifact, clear_drafts, digest, holder_of, holder_text, is_held, locked
 from ..runtime.memory import told_in_one_line
-from ..runtime.store import Artifact, clear_drafts, digest
 from ..runtime.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)

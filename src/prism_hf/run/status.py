@@ -10,14 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..dataset.format import VIEWS, view_shards
+from ..dataset import VIEWS, view_shards
 from ..errors import OutputError, RecipeError
-from ..recipe.plan import STAGES, plan_jobs
-from ..recipe.schema import Recipe
-from ..recipe.yaml_file import load_recipe
-from ..runtime.lock import holder_of, is_held
-from ..runtime.store import is_finished
-from ..runtime.units import duration_text, size_text
+from ..recipe import STAGES, Recipe, load_recipe, plan_jobs
+from ..runtime import duration_text, holder_of, is_finished, is_held, size_text
 from .artifacts import SETS, SQUEEZED, TIMES, job_file, read_failed
 
 _QUIET_S = 600.0

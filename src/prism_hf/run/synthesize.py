@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import NotFiniteError, SynthesisError
-from ..hub.figures import grid
-from ..images.pixels import noise, to_reference
-from ..method.start_images import SCORED, real_rows, start_images
-from ..recipe.plan import SynthesisJob, plan_jobs
+from ..hub import grid
+from ..images import noise, to_reference
+from ..method import SCORED, choose_start_images, real_rows
+from ..recipe import SynthesisJob, plan_jobs
 from ..runtime.checkpoint import Checkpoint
 from ..runtime.share import Progress
 from ..runtime.tensors import open_rows, write_rows, write_tensors
@@ -92,7 +92,7 @@ def prepare_jobs(run: Run) -> Prepared:
     with run.accelerator.main_process_first():
         if synthesis.init in SCORED and not files.start.is_whole():
             name = run.recipe.teachers.logit
-            images = start_images(run.data, run.teachers([name])[name], synthesis, seed=run.recipe.seed)
+            images = choose_start_images(run.data, run.teachers([name])[name], synthesis, seed=run.recipe.seed)
             write_rows(files.start, [images.numpy()], tuple(images.shape), "uint8")
         elif synthesis.init in ("real_index", "real_random"):
             rows = real_rows(run.data, synthesis.ipc, seed=run.recipe.seed, by_index=synthesis.init == "real_index")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import DamagedError, StageError
-from ..images.source import SourceData
-from ..models.squeeze import is_squeezed, read_squeezed, teacher_folder
-from ..recipe.schema import Recipe
+from ..images import SourceData
+from ..models import is_squeezed, read_squeezed, teacher_folder
+from ..recipe import Recipe
 
 
 def folder_of(name: str, recipe: Recipe, root: Path, data: SourceData) -> Path | None:

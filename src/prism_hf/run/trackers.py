@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..recipe.schema import to_dict
-from ..recipe.yaml_file import public_recipe
+from ..recipe import public_recipe, to_dict
 from .context import Run
 
 
