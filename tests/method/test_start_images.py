@@ -17,6 +17,7 @@ from prism_hf.method import start_images as selection
 from prism_hf.method.start_images import (
     check_candidates,
     choose_rows,
+    choose_start_images,
     mosaics,
     nearest_to_centers,
     real_rows,
