@@ -80,6 +80,15 @@ def test_digits_are_stratified_disjoint_and_complete(digits):
         assert test / (train + test) == pytest.approx(0.25, abs=0.01)
 
 
+def test_digits_have_the_splits_train_and_test(digits):
+    values = {"source": "digits", "num_classes": 10, "size": 8, "channels": 1}
+    again = load_test_split(DataRecipe(**values), "digits", "test", digits.class_names)
+    assert torch.equal(again.images(range(450)), digits.test.images(range(450)))
+    with pytest.raises(DataError) as error:
+        load_source(DataRecipe(**values, train_split="nope"))
+    assert "no split 'nope', but 'train', 'test'" in one_line(error)
+
+
 # -- sources ----------------------------------------------------------------------------------------------------------
 
 
