@@ -301,3 +301,13 @@ def test_no_answer_is_neither_an_older_copy_nor_no_such_file(connected, pushed, 
     connected.fault("resolve", Status(502), match="recipe.yaml", times=None)
     with pytest.raises(HubError):
         load_distilled(SET)
+
+
+@lfs_only
+def test_offline_tables_that_plain_datasets_downloaded_will_do(connected, pushed, cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", connected.url)
+    for config in ("default", "views"):
+        datasets.load_dataset(SET, config, cache_dir=str(tmp_path / "tables"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert load_distilled(SET).content == load_distilled(pushed).content
