@@ -35,6 +35,8 @@ CASES = {
     "224 px, batch 16, resnet18 + mobilenetv2_100": (("resnet18", "mobilenetv2_100"), 224, 16),
 }
 ROUNDS = 9
+NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation that the networks expect."""
 
 
 def network(name: str, memory_format: torch.memory_format) -> nn.Module:
@@ -72,8 +74,7 @@ def measure(names: tuple[str, ...], size: int, batch: int) -> dict[str, object]:
     ours = {}
     for name in names:
         model = network(name, torch.channels_last)
-        norm = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        ours[name] = Teacher(name, model, *norm, size, 10, name, "none", None, "", None)
+        ours[name] = Teacher(name, model, *NORM, size, 10, name, "none", None, "", None)
     seconds: dict[str, list[float]] = {"plain": [], "ours": []}
     rule, settings = TeachersRecipe(logit=names[0], bn_pool=names[1:]), SynthesisRecipe(ipc=1, bn_weight=0.01)
     with Objective(rule, settings, ours) as objective:

@@ -163,7 +163,7 @@ def test_what_is_missing_on_the_hub_is_seen_by_verify(connected, tmp_path, capsy
     assert "recipe.yaml: missing" in told
     assert "'data/train-00001-of-00002.parquet': provenance.json does not list it" in told
     assert main(["verify", "org/nothing"]) == 2
-    assert "not found" in capsys.readouterr().err
+    assert "is not on the Hub" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -140,9 +140,10 @@ def test_half_an_epoch_is_one_line(tmp_path, rows):
 
 def reshard(folder, name, files, group=4):
     """Write a table anew as some files of row groups of some rows."""
-    (path,) = (folder / name).glob("*.parquet")
-    table = pq.read_table(path)
-    path.unlink()
+    paths = sorted((folder / name).glob("*.parquet"))
+    table = pa.concat_tables([pq.read_table(path) for path in paths])
+    for path in paths:
+        path.unlink()
     bounds = np.linspace(0, len(table), files + 1).astype(int).tolist()
     for number, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
         shard = folder / name / f"train-{number:05d}-of-{files:05d}.parquet"
