@@ -58,6 +58,10 @@ def section(what: str, found: dict[str, dict]) -> str:
         return f"{RELIABILITY[what](result)}\n\n`{result['command']}`\n"
     if what == "step_time":
         return step_times(result)
+    if what == "gpu_step":
+        return gpu_steps(result)
+    if what == "gpu_digits":
+        return gpu_digits(result)
     report = result["report"]
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["wall_time_s"].items())
     hardware = result["hardware"]
@@ -67,6 +71,32 @@ def section(what: str, found: dict[str, dict]) -> str:
         f"{report['evaluation']['in_words']}\n\n"
         f"Time: {times}; {sum(report['wall_time_s'].values()):.0f} s in all ({hardware['cpu']}, "
         f"{hardware['cores']} cores, {hardware['processes']} process).\n"
+    )
+
+
+def gpu_steps(result: dict) -> str:
+    """Speed and memory of one step on a GPU, plain and ours."""
+    rows = [
+        (
+            label,
+            variant,
+            f"{facts['image_iterations_per_second']:,.0f}",
+            f"{facts['times_plain']:.2f}",
+            f"{facts['peak_bytes'] / 1e9:.1f} GB",
+        )
+        for label, case in result["cases"].items()
+        for variant, facts in case.items()
+    ]
+    header = ("case", f"step ({result['device']})", "image-iterations / s", "plain / this", "peak memory")
+    return markdown_table([header, *rows]) + f"\n\n`{result['command']}`\n"
+
+
+def gpu_digits(result: dict) -> str:
+    """The default recipe on a GPU."""
+    times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in result["wall_time_s"].items())
+    return (
+        f"`{result['command']}`, {result['device']}\n\n{markdown_table(table_rows(result['evaluation']))}\n\n"
+        f"Time: {times}.\n"
     )
 
 
@@ -147,6 +177,7 @@ RELIABILITY = {
     "checkpoints": checkpoint_text,
     "precision": precision_table,
     "precision_real": precision_table,
+    "precision_gpu": precision_table,
     "refusals": refusals_table,
 }
 
