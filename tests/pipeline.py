@@ -56,7 +56,8 @@ def launch(*words, name="distill", recipe=RECIPE, **options):
 
 def run_in(folder, teachers, *overrides, **more):
     """A tiny run in process, without a command around it."""
-    from prism_hf.run.context import Run, make_accelerator
+    from prism_hf.run.context import Run
+    from prism_hf.run.processes import make_accelerator
 
     AcceleratorState._reset_state(True)
     run = Run(tiny(*overrides), Path(folder), Path(teachers), make_accelerator(folder, threads=1), **more)
@@ -66,7 +67,7 @@ def run_in(folder, teachers, *overrides, **more):
 
 def make(folder, teachers, *overrides, wanted=STAGES[:4], **more):
     """A tiny run up to its dataset."""
-    from prism_hf.run.stages import run_stages
+    from prism_hf.run.distill import run_stages
 
     run = run_in(folder, teachers, *overrides, **more)
     run_stages(run, wanted)

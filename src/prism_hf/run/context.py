@@ -13,30 +13,25 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
-from ..errors import RecipeError
+from ..errors import DamagedError, StageError
 from ..images import SourceData, load_source
 from ..method import Precision
-from ..models import Teacher, check_teacher, load_teacher
-from ..recipe import STAGES, TRACKERS, DataRecipe, Recipe
+from ..models import Teacher, check_teacher, is_squeezed, load_teacher, read_squeezed, teacher_folder
+from ..recipe import STAGES, DataRecipe, Recipe
 from ..runtime import EVERY_S, write_json
 from ..runtime.share import share
 from .artifacts import TIMES, Artifacts
-from .teacher_folders import folder_of, squeezed_weights
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,15 +50,12 @@ class Run:
     """One recipe in one output folder, on some processes.
 
     Attributes:
-        recipe: What to do.
-        folder: The output folder.
         teachers_root: Where squeezed teachers are kept; recipes may share it.
         accelerator: Processes, device, trackers.
         checkpoint_s: Seconds between two checkpoints of a long job.
         allow_partial: Go on without the jobs whose numbers went bad.
         with_control: Make random real images beside the distilled ones, as every recipe by itself does.
         title: What the run is called beside its stages, where it is one of many.
-        loaded: What is in memory already.
     """
 
     recipe: Recipe
@@ -124,35 +116,61 @@ class Run:
         return {name: self._teacher(name) for name in dict.fromkeys(names)}
 
     def _teacher(self, name: str) -> Teacher:
-        folder = folder_of(name, self.recipe, self.teachers_root, self.data)
+        folder = self._folder_of(name)
         if (name, folder) not in self.loaded.teachers:
             squeezed = None if folder is None else {name: folder}
             teacher = load_teacher(name, device=self.accelerator.device, squeezed=squeezed)
-            if folder is not None:
-                squeezed_weights(folder, teacher.weights_sha256)
+            # Teachers of earlier versions do not say what their weights were.
+            if folder is not None and read_squeezed(folder).weights_sha256 not in (None, teacher.weights_sha256):
+                raise DamagedError(
+                    f"the weights in {folder} were changed after they were written; --stage squeeze sets them aside "
+                    "and trains again"
+                )
             check_teacher(teacher, class_names=self.data.class_names, channels=self.recipe.data.channels)
             self.loaded.teachers[name, folder] = teacher
         return self.loaded.teachers[name, folder]
 
+    def _folder_of(self, name: str) -> Path | None:
+        """The folder of a `squeeze:` teacher that was trained on these very data; `None` for other teachers."""
+        if name not in self.recipe.squeezed_teachers:
+            return None
+        folder = self.trained_folder(name)
+        read_squeezed(folder, self.data)
+        return folder
+
+    def trained_folder(self, name: str) -> Path:
+        """The folder of a `squeeze:` teacher; a `StageError` if it is not trained yet."""
+        folder = teacher_folder(name, self.recipe, self.teachers_root)
+        if not is_squeezed(folder):
+            raise StageError(
+                f"teacher {name!r} is not trained yet in {folder.parent}; run recipes/squeeze.py (or --stage squeeze) "
+                "first, or name its folder with --teachers DIR"
+            )
+        return folder
+
+    @property
+    def squeezed_top1(self) -> dict[str, float]:
+        """Score of each squeezed teacher on the test part, in [0, 1]."""
+        folders = {name: teacher_folder(name, self.recipe, self.teachers_root) for name in self.recipe.squeezed_teachers}
+        return {name: read_squeezed(folder, self.data).test_top1 for name, folder in folders.items()}
+
     @property
     def verifier(self) -> Teacher | None:
         """The held-out judge, if the recipe names one."""
-        name = self.recipe.teachers.verifier
-        return self.teachers([name])[name] if name else None
+        return self.judge if self.recipe.teachers.verifier else None
 
     @property
     def judge(self) -> Teacher:
         """The network whose features measure similarity: the verifier, or else the logit teacher."""
-        name = self.recipe.teachers.verifier or self.recipe.teachers.logit
-        return self.teachers([name])[name]
+        return self._teacher(self.recipe.teachers.verifier or self.recipe.teachers.logit)
 
     @cached_property
     def artifacts(self) -> Artifacts:
         """What the stages leave for each other; its keys need the weights of every teacher."""
         weights = {}
         for name in self.recipe.all_teachers:
-            folder = folder_of(name, self.recipe, self.teachers_root, self.data)
-            known = None if folder is None else squeezed_weights(folder)
+            folder = self._folder_of(name)
+            known = None if folder is None else read_squeezed(folder).weights_sha256
             weights[name] = known or self._teacher(name).weights_sha256
         return Artifacts(self.work, self.recipe, self.data.train.content, self.data.class_names, weights)
 
@@ -197,41 +215,3 @@ class Run:
                 spent = self.times()
                 spent[stage] = round(spent.get(stage, 0.0) + time.perf_counter() - started, 2)
                 write_json(self.work / TIMES, {name: spent[name] for name in STAGES if name in spent})
-
-
-def make_accelerator(folder: Path | None = None, *, log_with: str | None = None, threads: int | None = None) -> Accelerator:
-    """The processes of this launch, as `accelerate launch` set them up.
-
-    Args:
-        folder: Output folder, for trackers that write files.
-        log_with: `tensorboard`, `wandb` or `trackio`.
-        threads: CPU threads per process; part of what makes CPU results the same byte for byte.
-
-    Raises:
-        RecipeError: The tracker is unknown or not installed, or the precision is neither float32 nor bf16.
-    """
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", "bf16"):
-        raise RecipeError(
-            f"--mixed_precision {precision} has too narrow a range for BN statistics and losses; use `bf16`, or `no` "
-            "for float32"
-        )
-    if log_with is not None:
-        _check_tracker(log_with)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return Accelerator(
-        # Without this flag, processes on a machine without GPU would not know of each other.
-        cpu=not torch.cuda.is_available(),
-        log_with=log_with,
-        project_dir=str(folder / "logs") if folder is not None else None,
-        # Processes meet only between stages, and one may have hours more to do than another.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
-    )
-
-
-def _check_tracker(name: str) -> None:
-    if name not in TRACKERS:
-        raise RecipeError(f"--log-with {name!r} is unknown; use one of {', '.join(TRACKERS)}")
-    if find_spec(name) is None:
-        raise RecipeError(f"--log-with {name}: the package is not installed; pip install {name}")

@@ -1,4 +1,8 @@
-"""A whole run by one call: check everything, claim the folder, take the stages in order, publish."""
+"""A whole run by one call: check everything, claim the folder, take the stages in order, publish.
+
+Every stage shares its independent tasks over the processes and skips what is finished, so a second launch resumes where
+the first one stopped, with any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,18 @@ from ..errors import HubError, RecipeError
 from ..evaluation import summary
 from ..hub import Target, bundle_of, check_here, check_target, publish, reserve
 from ..recipe import STAGES, Recipe, load_recipe, override_recipe
-from ..runtime import EVERY_S, check_free, log_file
-from .context import Run, make_accelerator
+from ..runtime import EVERY_S, check_free, log_file, raise_if_stopped, write_json
+from .context import Run
+from .evaluate import evaluate
 from .folder import check_folder, claimed_together
+from .package import package
 from .preflight import check, check_stage, record_inputs
-from .stages import run_stages
-from .trackers import start_trackers
+from .processes import make_accelerator, start_trackers
+from .relabel import relabel
+from .squeeze import squeeze
+from .synthesize import synthesize
+
+_FUNCTIONS = dict(zip(STAGES, (squeeze, synthesize, relabel, package, evaluate), strict=True))
 
 
 @dataclass(frozen=True)
@@ -95,9 +105,9 @@ def _check_at_once(recipe: Recipe, folder: Path, stage: str | None, target: Targ
 
 def _distill(run: Run, stage: str | None, target: Target | None, *, fresh: bool) -> Distilled:
     """Check what costs time to go wrong, claim the folder, take the stages, publish."""
-    is_main = run.accelerator.is_main_process
+    is_main, recipe, processes = run.accelerator.is_main_process, run.recipe, run.accelerator.num_processes
     if target is not None and is_main:
-        target = check_target(target, run.recipe.name)
+        target = check_target(target, recipe.name)
     if stage is not None:
         check_stage(run, stage, fresh=fresh)
     check(run, fresh=fresh)
@@ -105,7 +115,12 @@ def _distill(run: Run, stage: str | None, target: Target | None, *, fresh: bool)
     if target is not None and is_main:
         reserve(target)
     with claimed_together(run, fresh=fresh) as earlier, log_file(run.folder, run.accelerator.process_index):
-        _begin(run, earlier)
+        if is_main:
+            record_inputs(run)
+        run.say(f"{recipe.name} (fingerprint {recipe.fingerprint()}) in {run.folder}, {processes} process(es)")
+        if earlier is not None:
+            run.say(earlier)
+        start_trackers(run.accelerator, recipe)
         run_stages(run, STAGES if stage is None else [stage])
         path = run.folder / "report.json"
         report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -114,15 +129,19 @@ def _distill(run: Run, stage: str | None, target: Target | None, *, fresh: bool)
     return Distilled(run.folder, run.dataset if run.dataset.is_dir() else None, report, url)
 
 
-def _begin(run: Run, earlier: str | None) -> None:
-    """Record what the names in the recipe stand for, and say what begins where; `earlier` is what another launch left."""
-    if run.accelerator.is_main_process:
-        record_inputs(run)
-    processes = f"{run.accelerator.num_processes} process(es)"
-    run.say(f"{run.recipe.name} (fingerprint {run.recipe.fingerprint()}) in {run.folder}, {processes}")
-    if earlier is not None:
-        run.say(earlier)
-    start_trackers(run)
+def run_stages(run: Run, wanted: Sequence[str]) -> None:
+    """Run the wanted stages, in order, and record how long each took."""
+    for name in (stage for stage in STAGES if stage in wanted):
+        run.say(f"stage {name}")
+        with run.timed(name):
+            _FUNCTIONS[name](run)
+            run.accelerator.wait_for_everyone()
+        raise_if_stopped()
+    report = run.folder / "report.json"
+    if run.accelerator.is_main_process and report.is_file():
+        # Only now is the time of the last stage known.
+        values = json.loads(report.read_text(encoding="utf-8"))
+        write_json(report, values | {"wall_time_s": run.times()})
 
 
 def _publish(run: Run, target: Target, report: dict[str, Any] | None) -> str:

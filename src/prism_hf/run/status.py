@@ -51,26 +51,22 @@ def survey(folder: Path) -> dict[str, Any]:
         "processes": processes if running else [],
         "failed": [{"job": note["job"], "reason": note["reason"]} for note in read_failed(work)],
         "checkpoints": sorted(path.name for path in work.rglob("*.checkpoint*.safetensors")),
-        "aside": sorted(path.relative_to(folder).as_posix() for path in work.rglob("*.aside-*") if is_data(path)),
+        "aside": sorted(path.relative_to(folder).as_posix() for path in work.rglob("*.aside-*") if path.suffix != ".seal"),
         "seconds_left": max(left) if running and left else None,
-        "bytes": _bytes_below(folder),
+        "bytes": bytes_below(folder),
     }
 
 
-def _bytes_below(folder: Path) -> int:
+def bytes_below(*folders: Path) -> int:
     """Size of all files, one with two names counted once; those of a run at work come and go."""
     sizes = {}
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                stat = os.stat(os.path.join(parent, name))
-                sizes[stat.st_dev, stat.st_ino] = stat.st_size
+    for folder in folders:
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                with suppress(OSError):
+                    stat = os.stat(os.path.join(parent, name))
+                    sizes[stat.st_dev, stat.st_ino] = stat.st_size
     return sum(sizes.values())
-
-
-def is_data(path: Path) -> bool:
-    """Whether a path is a file that is not only the seal of another."""
-    return path.suffix != ".seal"
 
 
 def _read(path: Path) -> dict[str, Any]:
