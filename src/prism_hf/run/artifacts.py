@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ..dataset import DISTILLED, IMAGES, RANDOM_REAL, Shard
+from ..dataset import IMAGES, VIEWS, Shard, image_shards, view_shards
 from ..errors import DamagedError
 from ..method import Precision
 from ..recipe import Recipe, SynthesisJob
 from ..runtime import Artifact, digest, is_finished, read_proof
 
-SETS = (DISTILLED, RANDOM_REAL)
 STATE = 2
 """Format of a job's state in its checkpoint; one of another format is not used."""
 SQUEEZED, TIMES = "squeezed.json", "times.json"
@@ -51,6 +50,10 @@ class ImageSet:
         return len(self.origins)
 
 
+ShardTask = tuple[ImageSet, str, Shard]
+"""A set, its table (`data` or `views`), and a shard of that."""
+
+
 @dataclass(frozen=True, eq=False)
 class Artifacts:
     """Names and keys of the files of one run.
@@ -58,7 +61,6 @@ class Artifacts:
     Attributes:
         folder: DIR/work.
         train_content: Digest of the training data.
-        class_names: K names; the table of images shows them.
         weights: SHA-256 of the weights of every teacher.
     """
 
@@ -114,9 +116,19 @@ class Artifacts:
         """The decoded images."""
         return Artifact(self.folder / images.name / "pixels.npy", images.key)
 
+    def shard_tasks(self, sets: Sequence[ImageSet], table: str) -> list[ShardTask]:
+        """Every shard of one table of some sets."""
+        shards_of = image_shards if table == IMAGES else view_shards
+        return [(images, table, shard) for images in sets for shard in shards_of(self.recipe, len(images))]
+
+    def shards(self, sets: Sequence[ImageSet]) -> list[Artifact]:
+        """The files of both tables of some sets."""
+        return [self.shard(*task) for table in (IMAGES, VIEWS) for task in self.shard_tasks(sets, table)]
+
     def shard(self, images: ImageSet, table: str, shard: Shard) -> Artifact:
-        """A shard of the table of images, with their labels, or of the table of views."""
+        """The file of a shard."""
         parts = [table, shard.name, shard.rows.start, shard.rows.stop]
+        # The table of images shows the names of the classes.
         names = [list(self.class_names)] if table == IMAGES else []
         key = self._key("labels", ("relabel",), self.recipe.relabel.teachers, images.key, parts, *names)
         return Artifact(self.folder / images.name / table / shard.name, key)

@@ -95,24 +95,16 @@ class Run:
 
     @property
     def data(self) -> SourceData:
-        """The real data, loaded when first needed.
-
-        There is no barrier here: a process that needs no data in some stage must not keep the others waiting. Downloads are
-        safe, the libraries lock their caches.
-        """
+        """The real data, loaded when first needed."""
+        # No barrier: a process that needs no data in some stage must not keep the others waiting. Downloads are safe, the
+        # libraries lock their caches.
         wanted = self.recipe.data
         if wanted not in self.loaded.data:
             self.loaded.data[wanted] = load_source(wanted)
         return self.loaded.data[wanted]
 
     def teachers(self, names: Sequence[str]) -> dict[str, Teacher]:
-        """Networks by name, each loaded once and checked against the data.
-
-        Raises:
-            TeacherError: One cannot be loaded, or does not fit the data.
-            StageError: A `squeeze:` teacher is not trained yet.
-            DamagedError: The weights of a squeezed teacher were changed.
-        """
+        """Networks by name, each loaded once and checked against the data."""
         return {name: self._teacher(name) for name in dict.fromkeys(names)}
 
     def _teacher(self, name: str) -> Teacher:

@@ -106,13 +106,12 @@ def _check_at_once(recipe: Recipe, folder: Path, stage: str | None, target: Targ
 def _distill(run: Run, stage: str | None, target: Target | None, *, fresh: bool) -> Distilled:
     """Check what costs time to go wrong, claim the folder, take the stages, publish."""
     is_main, recipe, processes = run.accelerator.is_main_process, run.recipe, run.accelerator.num_processes
-    if target is not None and is_main:
-        target = check_target(target, recipe.name)
+    target = check_target(target, recipe.name) if target is not None and is_main else None
     if stage is not None:
         check_stage(run, stage, fresh=fresh)
     check(run, fresh=fresh)
     # From here on something is written.
-    if target is not None and is_main:
+    if target is not None:
         reserve(target)
     with claimed_together(run, fresh=fresh) as earlier, log_file(run.folder, run.accelerator.process_index):
         if is_main:
@@ -125,7 +124,7 @@ def _distill(run: Run, stage: str | None, target: Target | None, *, fresh: bool)
         path = run.folder / "report.json"
         report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         run.accelerator.end_training()
-        url = _publish(run, target, report) if target is not None and is_main else None
+        url = _publish(run, target, report) if target is not None else None
     return Distilled(run.folder, run.dataset if run.dataset.is_dir() else None, report, url)
 
 

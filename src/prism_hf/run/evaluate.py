@@ -37,11 +37,7 @@ Keep = Callable[[nn.Module, float], None]
 
 
 def evaluate(run: Run) -> None:
-    """Train all students of the table.
-
-    Raises:
-        StageError: There is no packaged dataset.
-    """
+    """Train all students of the table, and write what they score."""
     if not (run.dataset / "README.md").is_file():
         raise StageError(f"{run.dataset} is not packaged yet; run --stage package first")
     # Every process reads the tables. The first one decodes them alone, so that memory is asked for once at a time.
@@ -60,16 +56,7 @@ def evaluate(run: Run) -> None:
         tested_on=scored_on(run.recipe),
         test_count=len(run.data.test),
     )
-    evaluation = fill_table(
-        run,
-        sources,
-        run.data.test,
-        run.work / "students",
-        keep=keep,
-        left_out=left_out(run.recipe, sources),
-        verifier=run.verifier,
-        network=run.judge,
-    )
+    evaluation = fill_table(run, sources, run.data.test, run.work / "students", keep=keep, missing={}, judge=run.judge)
     if run.accelerator.is_main_process:
         conclude(run, evaluation)
 
@@ -93,24 +80,31 @@ def fill_table(
     folder: Path,
     *,
     keep: Keep,
-    left_out: Mapping[str, str],
-    verifier: Teacher | None,
-    network: Teacher | None,
+    missing: Mapping[str, str],
+    judge: Teacher | None,
 ) -> Evaluation:
-    """Train every student that can be had, score it on `test`, and `collect`; scores are kept in `folder`."""
+    """Train every student that can be had, score it on `test`, and `collect`.
+
+    Args:
+        run: Gives recipe and processes.
+        sources: What students learn from.
+        test: The test images.
+        folder: Where scores are kept.
+        keep: See `train_students`.
+        missing: Why something in `sources`, or the judge, is not there.
+        judge: The verifier, or else the logit teacher.
+    """
     recipe, classes = run.recipe, run.recipe.data.num_classes
     tasks = student_tasks(sources, test, recipe.evaluation, recipe.relabel.view, folder, num_classes=classes)
     train_students(run, tasks, keep=keep)
-    return collect(run, tasks, sources, left_out=left_out, verifier=verifier, network=network)
+    verifier, reasons = judge if recipe.teachers.verifier else None, left_out(recipe, sources) | dict(missing)
+    return collect(run, tasks, sources, left_out=reasons, verifier=verifier, network=judge)
 
 
 def train_students(run: Run, tasks: Sequence[StudentTask], *, keep: Keep | None = None) -> None:
     """Train and score every student that has no score yet, shared over the processes.
 
-    Args:
-        run: Gives the processes.
-        tasks: The students.
-        keep: Stores one of them for others to use: soft labels of the distilled images, first seed.
+    `keep` stores one of them for others to use: soft labels of the distilled images, first seed.
     """
 
     def do(task: StudentTask, _: object) -> None:

@@ -18,7 +18,7 @@ from ..models import check_network, scored_on, source_facts
 from ..recipe import Recipe, load_recipe, override_recipe, plan_jobs, public_recipe, to_dict
 from ..runtime import EVERY_S, write_json
 from .context import Run
-from .evaluate import fill_table, left_out
+from .evaluate import fill_table
 from .folder import check_place, held_together
 from .package import package_set
 from .processes import make_accelerator
@@ -94,9 +94,7 @@ def _evaluate(run: Run, source: str, distilled: DistilledDataset, test: str | No
     with held_together(run):
         sources = _sources(run, distilled, data, missing)
         judge = None if data is None else _unless_missing(lambda: run.judge, missing, "verifier and similarity")
-        reasons, verifier = left_out(recipe, sources) | missing, judge if recipe.teachers.verifier else None
-        students = run.folder / f"students-{key}"
-        table = fill_table(run, sources, split, students, keep=keep, left_out=reasons, verifier=verifier, network=judge)
+        table = fill_table(run, sources, split, run.folder / f"students-{key}", keep=keep, missing=missing, judge=judge)
         if run.accelerator.is_main_process:
             facts = {
                 "recipe": recipe.name,

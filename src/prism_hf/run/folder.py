@@ -18,13 +18,10 @@ PARTS = ("dataset", "control", "student")
 def check_folder(folder: Path, recipe: Recipe, *, fresh: bool = False) -> None:
     """Find out whether `folder` is, or can become, the output of `recipe`; writes nothing.
 
-    Args:
-        folder: The output folder.
-        recipe: The recipe.
-        fresh: The run in the folder is to be moved aside, whatever its recipe.
+    With `fresh`, a run that is there is to be moved aside, whatever its recipe.
 
     Raises:
-        OutputError: It is in use, belongs to another recipe (names the keys that differ), or holds other things.
+        OutputError: It belongs to another recipe (names the keys that differ), or holds other things.
     """
     check_place(folder, "--output")
     if (folder / "recipe.yaml").is_file():
@@ -38,11 +35,7 @@ def check_folder(folder: Path, recipe: Recipe, *, fresh: bool = False) -> None:
 
 
 def check_place(folder: Path, option: str) -> None:
-    """Find out whether `folder` is a folder, or could be one; writes nothing.
-
-    Raises:
-        OutputError: It is a file, or no name for a folder; names the option that changes it.
-    """
+    """Find out whether `folder` is a folder, or could be one; the `OutputError` names the option that changes it."""
     try:
         is_file = any(path.exists() and not path.is_dir() for path in (folder, *folder.parents))
     except OSError as error:  # a name that is too long
@@ -84,13 +77,8 @@ def is_of_another(folder: Path, recipe: Recipe) -> bool:
 def claimed(folder: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[str | None]:
     """Make `folder` the output of `recipe`, or find that it is already, and hold it for the length of the block.
 
-    With `fresh`, a run that is there is moved aside, whatever its recipe; nothing is deleted.
-
-    Yields:
-        A line about what an earlier launch left, or `None`.
-
-    Raises:
-        OutputError: As `check_folder`; or it cannot be written.
+    With `fresh`, a run that is there is moved aside, whatever its recipe; nothing is deleted. Yields a line about what an
+    earlier launch left, or `None`; raises as `check_folder`.
     """
     # Before the lock: a folder that is not ours stays as it is.
     check_folder(folder, recipe, fresh=fresh)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,7 @@ import torch
 
 from ..dataset import (
     DISTILLED,
-    IMAGES,
     RANDOM_REAL,
-    VIEWS,
     FileEntry,
     Provenance,
     check_folder,
@@ -44,7 +42,7 @@ from ..runtime.share import unfinished
 from .artifacts import ImageSet, job_file, read_failed
 from .context import Run
 from .processes import log_picture
-from .relabel import decoded_images, image_sets, shard_tasks
+from .relabel import decoded_images, image_sets
 
 
 def package(run: Run) -> None:
@@ -54,7 +52,7 @@ def package(run: Run) -> None:
         StageError: Some images or views are not labelled.
     """
     sets = image_sets(run)
-    if unfinished(run.accelerator, _shards(run, sets), Artifact.is_whole):
+    if unfinished(run.accelerator, run.artifacts.shards(sets), Artifact.is_whole):
         raise StageError("the images are not all labelled; run --stage relabel first")
     if run.accelerator.is_main_process:
         for images in sets:
@@ -101,14 +99,10 @@ def write_card(
     write_bytes(folder / "README.md", render(facts, public).encode())
 
 
-def _shards(run: Run, sets: Sequence[ImageSet]) -> list[Artifact]:
-    return [run.artifacts.shard(*task) for table in (IMAGES, VIEWS) for task in shard_tasks(run, sets, table)]
-
-
 def _fill(run: Run, images: ImageSet, draft: Path, partial: Mapping[str, object] | None) -> None:
     """Put tables, recipe and provenance into a draft."""
     public, teachers = public_recipe(run.recipe), run.teachers(run.recipe.all_teachers)
-    for shard in _shards(run, [images]):
+    for shard in run.artifacts.shards([images]):
         target = draft / shard.path.relative_to(run.work / images.name)
         with writing(target):
             target.parent.mkdir(exist_ok=True)
@@ -138,7 +132,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _record(run: Run, images: ImageSet, partial: Mapping[str, object] | None) -> Artifact:
     """A copy of provenance.json in DIR/work, with the key of everything that the folder is made from."""
-    paths = [shard.path for shard in _shards(run, [images])]
+    paths = [shard.path for shard in run.artifacts.shards([images])]
     public = public_recipe(run.recipe)
     facts = [
         {f"{path.parent.name}/{path.name}": read_proof(path).sha256 for path in paths},

@@ -29,9 +29,6 @@ def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
         run: The run.
         fresh: What an earlier run left in the folder does not count: it will be moved aside.
         space: Look at disk space too; a comparison adds up that of its runs.
-
-    Raises:
-        PrismError: One line about what cannot be used.
     """
     recipe, data = run.recipe, run.recipe.data
     check_place(run.teachers_root, "--teachers")
@@ -57,11 +54,7 @@ def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
 
 
 def check_stage(run: Run, stage: str, *, fresh: bool = False) -> None:
-    """Find out whether a stage can begin where the stages before it stopped; writes nothing.
-
-    Raises:
-        StageError: A teacher is not trained, or there is no run.
-    """
+    """Find out whether a stage can begin where the stages before it stopped, else raise a `StageError`; writes nothing."""
     if stage == "squeeze":
         return
     if stage != "synthesize" and (fresh or not (run.folder / "recipe.yaml").is_file()):
@@ -94,11 +87,7 @@ def missing_space(run: Run) -> int:
 
 
 def check_space(missing: int, folder: Path) -> None:
-    """Compare the bytes that are still needed with what is free, before anything is written.
-
-    Raises:
-        OutputError: Too little: says how much is needed and how much there is.
-    """
+    """Compare the bytes that are still needed with what is free, before anything is written."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     if missing > free:
@@ -109,15 +98,11 @@ def check_space(missing: int, folder: Path) -> None:
 
 
 def check_verifier(recipe: Recipe, loaded: Mapping[str, Teacher]) -> None:
-    """A verifier is another architecture than every network in the loss, whatever it is called.
+    """Refuse a verifier of the architecture of a network in the loss, whatever it is called, or one without features.
 
     Args:
         recipe: Names verifier and teachers.
         loaded: Those of them that are not squeezed.
-
-    Raises:
-        RecipeError: The same architecture teaches.
-        TeacherError: It has no features to measure similarity with.
     """
     name = recipe.teachers.verifier
     if name is None:
@@ -137,22 +122,14 @@ def check_verifier(recipe: Recipe, loaded: Mapping[str, Teacher]) -> None:
 
 
 def check_apart(folder: Path, source: str) -> None:
-    """Refuse an output folder inside the data: what is written there would be read as data by the next launch.
-
-    Raises:
-        OutputError: It is inside.
-    """
+    """Refuse an output folder inside the data: what is written there would be read as data by the next launch."""
     data = None if source == "digits" else local_folder(source)
     if data is not None and folder.resolve().is_relative_to(data.resolve()):
         raise OutputError(f"output {str(folder)!r} is inside the data {source!r}; use another folder (--output DIR)")
 
 
 def check_architectures(recipe: Recipe) -> None:
-    """Fail before any training if a `squeeze:` name is not a timm architecture, or could never align anything.
-
-    Raises:
-        TeacherError: Names the teacher.
-    """
+    """Fail before any training if a `squeeze:` name is not a timm architecture, or could never align anything."""
     for name in recipe.squeezed_teachers:
         architecture = name.removeprefix(SQUEEZE_PREFIX)
         if not timm.is_model(architecture):

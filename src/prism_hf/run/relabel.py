@@ -12,19 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ..dataset import (
-    DISTILLED,
-    IMAGES,
-    RANDOM_REAL,
-    VIEWS,
-    ImageRows,
-    Shard,
-    image_shards,
-    image_tables,
-    view_shards,
-    view_tables,
-    write_parquet,
-)
+from ..dataset import DISTILLED, IMAGES, RANDOM_REAL, VIEWS, ImageRows, Shard, image_tables, view_tables, write_parquet
 from ..errors import DataError, StageError
 from ..evaluation import LABELS
 from ..images import decode, encode, to_reference
@@ -34,20 +22,14 @@ from ..runtime import raise_if_stopped, read_proof
 from ..runtime.memory import told_in_one_line
 from ..runtime.share import Progress, unfinished
 from ..runtime.tensors import open_rows, read_row, write_rows
-from .artifacts import ImageSet, job_file, read_failed
+from .artifacts import ImageSet, ShardTask, job_file, read_failed
 from .context import Run
 
 T = TypeVar("T")
-ShardTask = tuple[ImageSet, str, Shard]
-"""A set, the table (`data` or `views`), and one of its shards."""
 
 
 def relabel(run: Run) -> None:
-    """Label the distilled images and their views, and those of random real images as their control.
-
-    Raises:
-        StageError: Some jobs are not finished.
-    """
+    """Label the distilled images and their views, and those of random real images as their control."""
     label(run, image_sets(run))
 
 
@@ -63,14 +45,9 @@ def label(run: Run, sets: Sequence[ImageSet]) -> None:
                 decoded_images(run, images)
         run.accelerator.wait_for_everyone()
 
-    _share(run, shard_tasks(run, sets, IMAGES), _image_rows, unit="image shard", steps="image")
-    _share(run, shard_tasks(run, sets, VIEWS), _view_rows, unit="view shard", steps="epoch", prepare=decode_once)
-
-
-def shard_tasks(run: Run, sets: Sequence[ImageSet], table: str) -> list[ShardTask]:
-    """The shards of one table of some sets."""
-    shards_of = image_shards if table == IMAGES else view_shards
-    return [(images, table, shard) for images in sets for shard in shards_of(run.recipe, len(images))]
+    files = run.artifacts
+    _share(run, files.shard_tasks(sets, IMAGES), _image_rows, unit="image shard", steps="image")
+    _share(run, files.shard_tasks(sets, VIEWS), _view_rows, unit="view shard", steps="epoch", prepare=decode_once)
 
 
 def _share(
@@ -98,7 +75,7 @@ def image_sets(run: Run) -> list[ImageSet]:
     """The distilled images, and random real ones where a control is wanted and can be had.
 
     Raises:
-        StageError: Some jobs are not finished.
+        StageError: Some jobs are not finished, and a partial dataset was not asked for.
     """
     jobs = _finished_jobs(run)
     origins = sorted((c, s, job.id, i) for job in jobs for i, (c, s) in enumerate(zip(job.classes, job.slots, strict=True)))
@@ -132,8 +109,7 @@ def _finished_jobs(run: Run) -> list[SynthesisJob]:
 
 
 def _image_rows(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> Iterator[pa.Table]:
-    batches = _labeled(run, images, shard, progress)
-    return image_tables(batches, shard.rows.start, run.recipe, run.data.class_names)
+    return image_tables(_labeled(run, images, shard, progress), shard.rows.start, run.recipe, run.data.class_names)
 
 
 def _labeled(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> Iterator[ImageRows]:
@@ -172,7 +148,7 @@ def decoded_images(run: Run, images: ImageSet) -> Tensor:
 
 def _decoded(run: Run, images: ImageSet) -> Iterator[Tensor]:
     with ThreadPoolExecutor() as pool:
-        for task in shard_tasks(run, [images], IMAGES):
+        for task in run.artifacts.shard_tasks([images], IMAGES):
             file = pq.ParquetFile(run.artifacts.shard(*task).path)
             for batch in file.iter_batches(batch_size=64, columns=["image.bytes"]):
                 raise_if_stopped()

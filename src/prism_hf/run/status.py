@@ -10,11 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..dataset import VIEWS, view_shards
+from ..dataset import DISTILLED, RANDOM_REAL, VIEWS, view_shards
 from ..errors import OutputError, RecipeError
 from ..recipe import STAGES, Recipe, load_recipe, plan_jobs
 from ..runtime import duration_text, holder_of, is_finished, is_held, size_text
-from .artifacts import SETS, SQUEEZED, TIMES, job_file, read_failed
+from .artifacts import SQUEEZED, TIMES, job_file, read_failed
 
 _QUIET_S = 600.0
 """A process that has said nothing for so long is worth a look."""
@@ -23,13 +23,9 @@ _QUIET_S = 600.0
 def survey(folder: Path) -> dict[str, Any]:
     """The state of a run, as plain JSON; reads names and small files, computes nothing, changes nothing.
 
-    Args:
-        folder: The output folder.
-
     Returns:
-        `recipe`, `running` (who holds the folder, or `None`), `stages` (for each: `done`, `of`, `unit`, `seconds`
-        spent; squeeze: `finished`),
-        `processes` (what each is doing, with `seconds_left`), `failed` jobs with reasons, `checkpoints` (unfinished jobs),
+        `recipe`, `running` (who holds the folder, or `None`), `stages` (for each: `done`, `of`, `unit`, `seconds` spent;
+        squeeze: `finished`), `processes` (what each is doing), `failed` jobs with reasons, `checkpoints` (unfinished jobs),
         `aside` (damaged files), `seconds_left` of the running stage, `bytes` on the disk.
 
     Raises:
@@ -80,7 +76,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _stages(recipe: Recipe, folder: Path) -> dict[str, dict[str, object]]:
     work, jobs = folder / "work", plan_jobs(recipe)
     finished = sum(is_finished(job_file(work, job.id)) for job in jobs)
-    sets = [name for name in SETS if (work / name).is_dir()] or list(SETS)
+    both = [DISTILLED, RANDOM_REAL]
+    sets = [name for name in both if (work / name).is_dir()] or both
     views = [work / name / VIEWS / shard.name for name in sets for shard in view_shards(recipe, recipe.num_images)]
     students = sum(map(is_finished, (work / "students").glob("*-seed*.json")))
     rows = 2 * len(sets) + bool(recipe.evaluation.full_data_epochs)

@@ -111,11 +111,6 @@ def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: i
 
     Another process that gathers the same is waited for, so all get the same bits. A file that is damaged, or was made from
     something else, is set aside with a log line and made again.
-
-    Raises:
-        TeacherError: The network runs no convolution.
-        DeviceMemoryError: A batch does not fit.
-        StoppedError: Somebody asked the program to stop.
     """
     facts = {
         "architecture": teacher.architecture,
