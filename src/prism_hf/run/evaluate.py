@@ -83,16 +83,9 @@ def fill_table(
     missing: Mapping[str, str],
     judge: Teacher | None,
 ) -> Evaluation:
-    """Train every student that can be had, score it on `test`, and `collect`.
+    """Train every student that can be had, and score it on `test`; scores are kept in `folder`.
 
-    Args:
-        run: Gives recipe and processes.
-        sources: What students learn from.
-        test: The test images.
-        folder: Where scores are kept.
-        keep: See `train_students`.
-        missing: Why something in `sources`, or the judge, is not there.
-        judge: The verifier, or else the logit teacher.
+    `judge` is the verifier, or else the logit teacher; `missing` says why it or one of the sources is not there.
     """
     recipe, classes = run.recipe, run.recipe.data.num_classes
     tasks = student_tasks(sources, test, recipe.evaluation, recipe.relabel.view, folder, num_classes=classes)
@@ -124,15 +117,10 @@ def collect(
     verifier: Teacher | None,
     network: Teacher | None,
 ) -> Evaluation:
-    """Read all scores, and measure what needs no training.
+    """Read the scores of trained students, and measure what needs no training.
 
-    Args:
-        run: Gives recipe and device.
-        tasks: The students that were trained.
-        sources: `distilled`, `random_real`, `full`: those that there are.
-        left_out: Rows that could not be had, with the reason.
-        verifier: Judges packaged images.
-        network: Its features measure similarity.
+    `sources` are those of `distilled`, `random_real` and `full` that there are; the others are in `left_out`, with the
+    reason. The features of `network` measure similarity.
     """
     distilled, settings = sources["distilled"], run.recipe.evaluation
     assert isinstance(distilled, DistilledDataset)

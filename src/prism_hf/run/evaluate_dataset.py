@@ -40,15 +40,9 @@ def evaluate_dataset(
 ) -> tuple[Path, Path | None]:
     """Train students on a distilled dataset, and write the honest table; the same call resumes an interrupted one.
 
-    Args:
-        source: A folder, or a Hub id.
-        overrides: Changes of the protocol, `evaluation.key=value`.
-        revision: Of a Hub dataset.
-        test: Test data in place of the recipe's, `DATA` or `DATA:SPLIT`; a Hub id or a folder.
-        teachers: Where squeezed teachers are; default: beside the dataset, or outputs/teachers.
-        folder: Output folder; default: outputs/evaluate/<recipe name>.
-        threads: CPU threads per process.
-        checkpoint_s: Seconds between two checkpoints of a student.
+    `source` is a folder or a Hub id; `overrides` change its protocol, `evaluation.key=value`. `test` is `DATA` or
+    `DATA:SPLIT` in place of the recipe's test data. Squeezed teachers are by default looked for beside the dataset, then in
+    outputs/teachers; the output folder is by default outputs/evaluate/<recipe name>.
 
     Returns:
         Path of report.json; folder of the student that was kept, `None` if none was.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +20,10 @@ from ..runtime.memory import told_in_one_line
 
 CHECK_EVERY = 10
 """Steps between looks at the losses; each look waits for the device, and finds the exact step that went wrong."""
+_NO_MEMORY = (
+    "The batch is part of the method and is not shrunk: lower synthesis.batch_size in the recipe, or use a device with "
+    "more memory"
+)
 History = list[dict[str, float]]
 
 
@@ -69,7 +73,8 @@ def optimize(
     losses = [] if state is None else list(state["losses"].to(initial.device))
     history: History = [] if saved is None else list(saved.notes["history"])
     steps = synthesize(job, settings, initial, teachers, precision=precision, statistics=statistics, state=state)
-    with _enough_memory(job), closing(steps):
+    batch = f"a batch of {len(job.classes)} images and teachers {', '.join(job.teachers.synthesis_names)}"
+    with told_in_one_line(f"job {job.id}: {batch}", _NO_MEMORY), closing(steps):
         for step in steps:
             pixels = step.pixels
             losses.append(torch.stack([term for term in step.terms if term is not None]))
@@ -125,11 +130,3 @@ def _top1(teacher: Teacher, images_uint8: Tensor, job: SynthesisJob) -> float:
 def _state(step: Step, losses: Sequence[Tensor], history: History) -> State:
     pending = torch.stack(list(losses)) if losses else torch.empty(0, 3)
     return State(step.state() | {"losses": pending}, {"step": step.number, "history": history})
-
-
-def _enough_memory(job: SynthesisJob) -> AbstractContextManager[None]:
-    return told_in_one_line(
-        f"job {job.id}: a batch of {len(job.classes)} images and teachers {', '.join(job.teachers.synthesis_names)}",
-        "The batch is part of the method and is not shrunk: lower synthesis.batch_size in the recipe, or use a device with "
-        "more memory",
-    )

@@ -14,16 +14,7 @@ from typing import Any
 
 import torch
 
-from ..dataset import (
-    DISTILLED,
-    RANDOM_REAL,
-    FileEntry,
-    Provenance,
-    check_folder,
-    read_provenance,
-    versions,
-    write_provenance,
-)
+from ..dataset import DISTILLED, RANDOM_REAL, Provenance, check_folder, read_provenance, versions, write_provenance
 from ..errors import DamagedError, DataError, StageError
 from ..hub import MAX_CLASSES, MAX_SLOTS, card_facts, draw_grid, grid, render_card, render_control_card
 from ..recipe import dump_recipe, plan_jobs, public_recipe
@@ -208,7 +199,7 @@ def _keep_foreign(old: Path, draft: Path) -> None:
             _copy(path, draft / name)
 
 
-def _listed(folder: Path) -> dict[str, FileEntry] | None:
+def _listed(folder: Path) -> Mapping[str, object] | None:
     """What provenance.json of a folder vouches for; `None` if it says nothing."""
     try:
         return read_provenance(folder / Provenance.FILE).files

@@ -111,9 +111,7 @@ def status_text(state: Mapping[str, Any]) -> str:
         else:
             begun = "begun" if stage["seconds"] else "not yet run"
             lines.append(f"{name:<11} {'done' if stage['finished'] else begun}{spent}")
-    for number, process in enumerate(state["processes"]):
-        if process:
-            lines.append(_process_text(number, process))
+    lines += [_process_text(number, process) for number, process in enumerate(state["processes"]) if process]
     if state["checkpoints"]:
         lines.append(f"unfinished  {len(state['checkpoints'])} with a checkpoint: {', '.join(state['checkpoints'][:5])}")
     lines += [f"failed      {failed['reason']}" for failed in state["failed"]]

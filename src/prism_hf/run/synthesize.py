@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,15 +15,7 @@ from torch import Tensor
 from ..errors import NotFiniteError, SynthesisError
 from ..hub import grid
 from ..images import ImageSplit, noise, to_reference
-from ..method import (
-    BATCH_SIZE,
-    SCORED,
-    Precision,
-    choose_start_images,
-    gather_statistics,
-    real_rows,
-    shuffled_batches,
-)
+from ..method import BATCH_SIZE, SCORED, choose_start_images, gather_statistics, real_rows, shuffled_batches
 from ..models import Teacher
 from ..recipe import SynthesisJob, plan_jobs
 from ..runtime import Artifact, clear_drafts, digest, holder_of, holder_text, is_held, locked
@@ -33,7 +25,7 @@ from ..runtime.share import Progress
 from ..runtime.tensors import open_rows, read_tensors, write_rows, write_tensors
 from .artifacts import read_failed
 from .context import Run
-from .optimize import CHECK_EVERY, JobResult, optimize
+from .optimize import CHECK_EVERY, optimize
 from .processes import log_picture
 
 log = logging.getLogger(__name__)
@@ -158,6 +150,7 @@ def _tell_failed(run: Run) -> None:
 def _one_job(run: Run, job: SynthesisJob, rows: np.ndarray | None, statistics: Statistics, progress: Progress) -> None:
     """Optimize one job and keep its images; once more in float32 if its numbers went bad in less."""
     initial = _initial_images(run, job, rows).to(run.accelerator.device)
+    teachers = run.teachers(run.recipe.teachers.synthesis_names)
     before = progress.count  # trackers want steps that rise from job to job
     done = 0
 
@@ -170,54 +163,37 @@ def _one_job(run: Run, job: SynthesisJob, rows: np.ndarray | None, statistics: S
         values = {f"synthesis/{key}": value for key, value in entry.items() if key != "step"}
         run.accelerator.log(values | {"synthesis/job": job.id}, step=before + done)
 
+    attempt = partial(optimize, job, run.recipe.synthesis, initial, teachers, statistics=statistics, on_check=on_check)
     for precision in dict.fromkeys((run.precision, "float32")):
-        result = _attempt(run, job, initial, statistics, precision, on_check)
-        if result is not None:
-            log_picture(run.accelerator, "synthesis/images", grid(result.images_uint8, 1), step=before + done)
-            notes = {
-                "job": job.id,
-                "logit_top1": result.logit_top1,
-                "verifier_top1": result.verifier_top1,
-                "precision": precision,
-                "history": result.history,
-            }
-            write_tensors(run.artifacts.job(job), {"images_uint8": result.images_uint8}, notes)
-            run.artifacts.forget_unfinished(job)
-            return
+        checkpoint = Checkpoint(run.artifacts.checkpoint(job, precision), run.checkpoint_s)
+        try:
+            result = attempt(verifier=run.verifier, checkpoint=checkpoint, precision=precision)
+        except NotFiniteError as error:
+            _give_up(run, job, checkpoint, precision, str(error))
+            continue
+        log_picture(run.accelerator, "synthesis/images", grid(result.images_uint8, 1), step=before + done)
+        notes = {
+            "job": job.id,
+            "logit_top1": result.logit_top1,
+            "verifier_top1": result.verifier_top1,
+            "precision": precision,
+            "history": result.history,
+        }
+        write_tensors(run.artifacts.job(job), {"images_uint8": result.images_uint8}, notes)
+        run.artifacts.forget_unfinished(job)
+        return
 
 
-def _attempt(
-    run: Run,
-    job: SynthesisJob,
-    initial: Tensor,
-    statistics: Statistics,
-    precision: Precision,
-    on_check: Callable[[dict[str, float]], None],
-) -> JobResult | None:
-    """Optimize one job; `None` if its numbers went bad, and in float32 the job is marked as failed."""
-    checkpoint = Checkpoint(run.artifacts.checkpoint(job, precision), run.checkpoint_s)
-    try:
-        return optimize(
-            job,
-            run.recipe.synthesis,
-            initial,
-            run.teachers(run.recipe.teachers.synthesis_names),
-            verifier=run.verifier,
-            on_check=on_check,
-            checkpoint=checkpoint,
-            precision=precision,
-            statistics=statistics,
-        )
-    except NotFiniteError as error:
-        again = "; once more in float32" if precision != "float32" else "; the job is marked as failed"
-        run.warn(f"{precision}: {error}{again}")
-        state = checkpoint.load()
-        assert state is not None
-        if precision == "float32":
-            notes = {"job": job.id, "reason": str(error), "precision": precision, "state": dict(state.notes)}
-            write_tensors(run.artifacts.failed(job), state.tensors, notes)
-        checkpoint.clear()
-        return None
+def _give_up(run: Run, job: SynthesisJob, checkpoint: Checkpoint, precision: str, reason: str) -> None:
+    """End an attempt whose numbers went bad; if it was made in float32, the job is marked as failed."""
+    is_last = precision == "float32"
+    run.warn(f"{precision}: {reason}; {'the job is marked as failed' if is_last else 'once more in float32'}")
+    state = checkpoint.load()
+    assert state is not None
+    if is_last:
+        notes = {"job": job.id, "reason": reason, "precision": precision, "state": dict(state.notes)}
+        write_tensors(run.artifacts.failed(job), state.tensors, notes)
+    checkpoint.clear()
 
 
 def _initial_images(run: Run, job: SynthesisJob, rows: np.ndarray | None) -> Tensor:
