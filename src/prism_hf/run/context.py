@@ -84,11 +84,6 @@ class Run:
         return self.folder / "control"
 
     @property
-    def student(self) -> Path:
-        """One student, for timm and transformers."""
-        return self.folder / "student"
-
-    @property
     def work(self) -> Path:
         """What the stages leave for each other."""
         return self.folder / "work"

@@ -124,7 +124,12 @@ def _distill(run: Run, stage: str | None, target: Target | None, *, fresh: bool)
         path = run.folder / "report.json"
         report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         run.accelerator.end_training()
-        url = _publish(run, target, report) if target is not None else None
+        try:
+            url = None if target is None else publish(bundle_of(run.dataset), target).url
+        except HubError:
+            if report is not None:
+                run.say(summary(report))  # the caller gets no result to show it from
+            raise
     return Distilled(run.folder, run.dataset if run.dataset.is_dir() else None, report, url)
 
 
@@ -141,12 +146,3 @@ def run_stages(run: Run, wanted: Sequence[str]) -> None:
         # Only now is the time of the last stage known.
         values = json.loads(report.read_text(encoding="utf-8"))
         write_json(report, values | {"wall_time_s": run.times()})
-
-
-def _publish(run: Run, target: Target, report: dict[str, Any] | None) -> str:
-    try:
-        return publish(bundle_of(run.dataset), target).url
-    except HubError:
-        if report is not None:
-            run.say(summary(report))  # the caller gets no result to show it from
-        raise

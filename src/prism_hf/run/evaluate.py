@@ -33,7 +33,6 @@ from .context import Run
 from .package import write_card
 
 Keep = Callable[[nn.Module, float], None]
-"""Stores a student, with its top-1 in [0, 1]."""
 
 
 def evaluate(run: Run) -> None:
@@ -49,7 +48,7 @@ def evaluate(run: Run) -> None:
     sources["full"] = run.data.train
     keep = partial(
         keep_student,
-        folder=run.student,
+        folder=run.folder / "student",
         distilled=distilled,
         settings=run.recipe.evaluation,
         source=source_facts(run.recipe, run.data),

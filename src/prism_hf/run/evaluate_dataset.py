@@ -110,20 +110,13 @@ def _protocol(source: str, distilled: DistilledDataset, overrides: Sequence[str]
     wrong = [override for override in overrides if not override.startswith("evaluation.")]
     if wrong:
         raise RecipeError(f"override {wrong[0]!r}: only evaluation.* can change for images that exist already")
-    recipe = override_recipe(_local_recipe(Path(source), distilled.recipe), overrides)
+    recipe, beside = distilled.recipe, Path(source).parent / "recipe.yaml"
+    if Path(source).is_dir() and beside.is_file() and public_recipe(load_recipe(beside)) == recipe:
+        recipe = load_recipe(beside)  # names local data by their full path
+    recipe = override_recipe(recipe, overrides)
     channels, size = distilled.images_uint8.shape[1], distilled.images_uint8.shape[-1]
     check_network(recipe.evaluation.student, num_classes=len(distilled.class_names), channels=channels, size=size)
     return recipe
-
-
-def _local_recipe(dataset: Path, shipped: Recipe) -> Recipe:
-    """The recipe beside a dataset's folder, which names local data by their full path; else the one in it."""
-    private = dataset.parent / "recipe.yaml"
-    if dataset.is_dir() and private.is_file():
-        recipe = load_recipe(private)
-        if public_recipe(recipe) == shipped:
-            return recipe
-    return shipped
 
 
 def _nearest_teachers(source: str) -> Path:

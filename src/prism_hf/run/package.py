@@ -18,17 +18,7 @@ from ..dataset import DISTILLED, RANDOM_REAL, Provenance, check_folder, read_pro
 from ..errors import DamagedError, DataError, StageError
 from ..hub import MAX_CLASSES, MAX_SLOTS, card_facts, draw_grid, grid, render_card, render_control_card
 from ..recipe import dump_recipe, plan_jobs, public_recipe
-from ..runtime import (
-    Artifact,
-    digest,
-    draft_folder,
-    files_below,
-    is_finished,
-    read_proof,
-    swap_folder,
-    write_bytes,
-    writing,
-)
+from ..runtime import Artifact, digest, draft_folder, files_below, read_proof, swap_folder, write_bytes, writing
 from ..runtime.share import unfinished
 from .artifacts import ImageSet, job_file, read_failed
 from .context import Run
@@ -37,11 +27,7 @@ from .relabel import decoded_images, image_sets
 
 
 def package(run: Run) -> None:
-    """Make the dataset folder and the control's, each with its provenance; the card says what is not yet run.
-
-    Raises:
-        StageError: Some images or views are not labelled.
-    """
+    """Make the dataset folder and the control's, each with its provenance; the card says what is not yet run."""
     sets = image_sets(run)
     if unfinished(run.accelerator, run.artifacts.shards(sets), Artifact.is_whole):
         raise StageError("the images are not all labelled; run --stage relabel first")
@@ -65,7 +51,7 @@ def package_set(run: Run, images: ImageSet) -> None:
             _draw_grid(run, images, draft)
             write_card(run, draft, _kept_report(run, draft))
         else:
-            write_card(run, draft, None, render=render_control_card)
+            write_card(run, draft, None, render_control_card)
         _keep_foreign(folder, draft)
         provenance = (draft / Provenance.FILE).read_bytes()
         swap_folder(draft, folder)
@@ -81,9 +67,7 @@ def partial_facts(run: Run, count: int) -> dict[str, object] | None:
     return {"images": count, "of": run.recipe.num_images, "failed_jobs": [note["job"] for note in read_failed(run.work)]}
 
 
-def write_card(
-    run: Run, folder: Path, report: Mapping[str, Any] | None, *, render: Callable[..., str] = render_card
-) -> None:
+def write_card(run: Run, folder: Path, report: Mapping[str, Any] | None, render: Callable[..., str] = render_card) -> None:
     """Write the card of a dataset folder, with or without the figures of an evaluation."""
     public = public_recipe(run.recipe)
     facts = card_facts(folder, public, run.data.class_names, report)
@@ -142,7 +126,7 @@ def _record(run: Run, images: ImageSet, partial: Mapping[str, object] | None) ->
 def _is_packaged(run: Run, record: Artifact, folder: Path) -> bool:
     """Whether a folder is what it would be if it were packaged now; the log says so."""
     provenance = folder / Provenance.FILE
-    if not is_finished(record.path) or not provenance.is_file():
+    if not provenance.is_file():
         return False
     try:
         record.check()

@@ -100,9 +100,7 @@ def check_space(missing: int, folder: Path) -> None:
 def check_verifier(recipe: Recipe, loaded: Mapping[str, Teacher]) -> None:
     """Refuse a verifier of the architecture of a network in the loss, whatever it is called, or one without features.
 
-    Args:
-        recipe: Names verifier and teachers.
-        loaded: Those of them that are not squeezed.
+    `loaded` are the teachers that are not squeezed.
     """
     name = recipe.teachers.verifier
     if name is None:

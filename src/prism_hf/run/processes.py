@@ -25,9 +25,6 @@ def make_accelerator(folder: Path | None = None, *, log_with: str | None = None,
         folder: Output folder, for trackers that write files.
         log_with: `tensorboard`, `wandb` or `trackio`.
         threads: CPU threads per process; part of what makes CPU results the same byte for byte.
-
-    Raises:
-        RecipeError: The tracker is unknown or not installed, or the precision is neither float32 nor bf16.
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):

@@ -122,7 +122,10 @@ def _labeled(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> It
                 continue
             raise_if_stopped()
             origins = images.origins[batch.start : batch.stop]
-            pixels = [_image(run, job, row) for _, _, job, row in origins]
+            pixels = [
+                read_row(job_file(run.work, job), "images_uint8", row) if job >= 0 else run.data.train.images([row])[0]
+                for _, _, job, row in origins
+            ]
             encoded = list(pool.map(lambda image: encode(image, rule.image_format, jpeg_quality=rule.jpeg_quality), pixels))
             decoded = torch.stack(list(pool.map(lambda data: decode(data, channels), encoded)))
             with _enough_memory(run, len(batch)):
@@ -130,11 +133,6 @@ def _labeled(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> It
             labels, slots, jobs = torch.tensor([origin[:3] for origin in origins]).unbind(1)
             yield ImageRows(encoded, labels, slots, jobs, logits)
             progress.advance(len(batch))
-
-
-def _image(run: Run, job: int, row: int) -> Tensor:
-    """One image, (C, S, S) uint8, from the file of a job or from the training data."""
-    return run.data.train.images([row])[0] if job < 0 else read_row(job_file(run.work, job), "images_uint8", row)
 
 
 def decoded_images(run: Run, images: ImageSet) -> Tensor:

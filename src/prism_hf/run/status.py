@@ -12,7 +12,7 @@ from typing import Any
 
 from ..dataset import DISTILLED, RANDOM_REAL, VIEWS, view_shards
 from ..errors import OutputError, RecipeError
-from ..recipe import STAGES, Recipe, load_recipe, plan_jobs
+from ..recipe import Recipe, load_recipe, plan_jobs
 from ..runtime import duration_text, holder_of, is_finished, is_held, size_text
 from .artifacts import SQUEEZED, TIMES, job_file, read_failed
 
@@ -88,12 +88,10 @@ def _stages(recipe: Recipe, folder: Path) -> dict[str, dict[str, object]]:
         "package": (packaged, len(sets), "folders"),
         "evaluate": (students, rows * len(recipe.evaluation.seeds), "students"),
     }
-    seconds = _read(work / TIMES)
-    spent = {name: seconds.get(name) for name in STAGES}
-    trained = (work / SQUEEZED).is_file()
-    stages: dict[str, dict[str, object]] = {"squeeze": {"finished": trained, "seconds": spent["squeeze"]}}
+    seconds, trained = _read(work / TIMES), (work / SQUEEZED).is_file()
+    stages: dict[str, dict[str, object]] = {"squeeze": {"finished": trained, "seconds": seconds.get("squeeze")}}
     for name, (done, total, unit) in count.items():
-        stages[name] = {"done": done, "of": total, "unit": unit, "seconds": spent[name]}
+        stages[name] = {"done": done, "of": total, "unit": unit, "seconds": seconds.get(name)}
     return stages
 
 
