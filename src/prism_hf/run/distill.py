@@ -35,8 +35,7 @@ class Distilled:
     """What a run has left.
 
     Attributes:
-        folder: The output folder.
-        dataset: The Hub-ready folder in it; `None` if it is not packaged yet.
+        dataset: The Hub-ready folder in the output folder; `None` if it is not packaged yet.
         report: Every figure of the table, as report.json has it; `None` if it is not evaluated yet.
         url: Address of the commit or of the pull request, in the first process, if the dataset was published.
     """

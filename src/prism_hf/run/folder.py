@@ -84,7 +84,12 @@ def claimed(folder: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[st
     check_folder(folder, recipe, fresh=fresh)
     line = None
     if fresh and (folder / "recipe.yaml").is_file():
-        line = f"the old run was moved to {_moved_aside(folder)}"
+        with locked(folder):
+            aside = set_aside(folder)
+        # The lock's own files went along; they mean nothing there.
+        (aside / LOCK).unlink(missing_ok=True)
+        (aside / HOLDER).unlink(missing_ok=True)
+        line = f"the old run was moved to {aside}"
     with locked(folder) as killed:
         check_folder(folder, recipe)
         for name in PARTS:
@@ -119,12 +124,3 @@ def held_together(run: Run) -> Iterator[None]:
             clear_drafts(run.folder)
         run.accelerator.wait_for_everyone()
         yield
-
-
-def _moved_aside(folder: Path) -> Path:
-    with locked(folder):
-        aside = set_aside(folder)
-        # The lock's own files went along; they mean nothing there.
-        (aside / HOLDER).unlink(missing_ok=True)
-    (aside / LOCK).unlink(missing_ok=True)
-    return aside

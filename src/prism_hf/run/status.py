@@ -109,7 +109,12 @@ def status_text(state: Mapping[str, Any]) -> str:
         else:
             begun = "begun" if stage["seconds"] else "not yet run"
             lines.append(f"{name:<11} {'done' if stage['finished'] else begun}{spent}")
-    lines += [_process_text(number, process) for number, process in enumerate(state["processes"]) if process]
+    for number, process in enumerate(state["processes"]):
+        if process:
+            silent = time.time() - process["updated"]
+            note = f", silent for {duration_text(silent)}" if silent > _QUIET_S else ""
+            steps = f"{process['done']} of {process['of']} {process['unit']}s"
+            lines.append(f"process {number:<3} {process['stage']}: {process['now']}, {steps}{note}")
     if state["checkpoints"]:
         lines.append(f"unfinished  {len(state['checkpoints'])} with a checkpoint: {', '.join(state['checkpoints'][:5])}")
     lines += [f"failed      {failed['reason']}" for failed in state["failed"]]
@@ -118,12 +123,3 @@ def status_text(state: Mapping[str, Any]) -> str:
     if state["seconds_left"] is not None:
         lines.append(f"this stage  about {duration_text(state['seconds_left'])} left")
     return "\n".join([*lines, json.dumps(state, allow_nan=False)])
-
-
-def _process_text(number: int, process: Mapping[str, Any]) -> str:
-    silent = time.time() - process["updated"]
-    note = f", silent for {duration_text(silent)}" if silent > _QUIET_S else ""
-    return (
-        f"process {number:<3} {process['stage']}: {process['now']}, {process['done']} of {process['of']} "
-        f"{process['unit']}s{note}"
-    )

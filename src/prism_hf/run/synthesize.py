@@ -78,9 +78,8 @@ def _is_finished(run: Run, job: SynthesisJob) -> bool:
 def _prepare(run: Run) -> tuple[np.ndarray | None, Statistics]:
     """Make what needs a pass over the real images; the first process makes it, the others find it.
 
-    Returns:
-        Row in the training split of each start image, (K * ipc,), class-major; `None` for other inits. Statistics of the
-        convolutions of every BN teacher, where the recipe matches them.
+    Returns the row in the training split of each start image, (K * ipc,), class-major, or `None` for other inits; and the
+    statistics of the convolutions of every BN teacher, where the recipe matches them.
     """
     synthesis, files = run.recipe.synthesis, run.artifacts
     rows, statistics = None, {}
