@@ -219,7 +219,7 @@ def main(args: argparse.Namespace) -> None:
     if unknown:
         raise RecipeError(f"no table is called {unknown[0]!r}; there are {', '.join(TABLES)}")
     quiet()
-    from prism_hf.run.processes import make_accelerator
+    from prism_hf.run.context import make_accelerator
 
     accelerator = make_accelerator(threads=args.threads)
     for name in args.names or (REDUCED if args.reduced else TABLES):

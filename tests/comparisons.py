@@ -5,7 +5,7 @@ from pipeline import tiny
 
 from prism_hf.compare.methods import StudentSetup, under_one_protocol
 from prism_hf.compare.runs import Comparison
-from prism_hf.run.processes import make_accelerator
+from prism_hf.run.context import make_accelerator
 
 STUDENTS = ("test_byobnet", "test_efficientnet")
 LIGHT = ("evaluation.seeds=[0,1]", "evaluation.full_data_epochs=0")

@@ -56,8 +56,7 @@ def launch(*words, name="distill", recipe=RECIPE, **options):
 
 def run_in(folder, teachers, *overrides, **more):
     """A tiny run in process, without a command around it."""
-    from prism_hf.run.context import Run
-    from prism_hf.run.processes import make_accelerator
+    from prism_hf.run.context import Run, make_accelerator
 
     AcceleratorState._reset_state(True)
     run = Run(tiny(*overrides), Path(folder), Path(teachers), make_accelerator(folder, threads=1), **more)

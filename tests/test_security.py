@@ -42,7 +42,8 @@ from prism_hf.images.source import load_source
 from prism_hf.models.load import load_teacher
 from prism_hf.recipe.sections import DataRecipe
 from prism_hf.recipe.yaml_file import load_recipe, parse_recipe
-from prism_hf.run.processes import make_accelerator, start_trackers
+from prism_hf.run.context import make_accelerator
+from prism_hf.run.distill import start_trackers
 from prism_hf.runtime.untrusted import homes_of, is_inside, is_plain_path, stray_link, without_password
 
 CPU = torch.device("cpu")

@@ -11,8 +11,7 @@ from pipeline import one_line, run_in, tiny
 from prism_hf.compare.methods import random_recipe
 from prism_hf.errors import RecipeError
 from prism_hf.recipe.plan import STAGES, TRACKERS
-from prism_hf.run.context import Loaded, Run
-from prism_hf.run.processes import make_accelerator
+from prism_hf.run.context import Loaded, Run, make_accelerator
 
 NAME = "squeeze:test_efficientnet"
 

@@ -7,7 +7,7 @@ from conftest import make_teacher
 from pipeline import mtimes, one_line, run_in, save_timm, tiny
 
 from prism_hf.errors import OutputError, RecipeError, StageError, TeacherError
-from prism_hf.run.context import Run
+from prism_hf.run.context import Run, make_accelerator
 from prism_hf.run.preflight import (
     check,
     check_apart,
@@ -17,7 +17,6 @@ from prism_hf.run.preflight import (
     missing_space,
     record_inputs,
 )
-from prism_hf.run.processes import make_accelerator
 
 
 def named(name, architecture="test_byobnet"):

@@ -5,7 +5,8 @@ import torch
 from accelerate.state import AcceleratorState
 from pipeline import tiny
 
-from prism_hf.run.processes import log_picture, make_accelerator, start_trackers
+from prism_hf.run.context import log_picture, make_accelerator
+from prism_hf.run.distill import start_trackers
 
 
 def test_tensorboard_takes_the_recipe_scalars_and_pictures(tmp_path):

@@ -33,10 +33,9 @@ def run(args: argparse.Namespace) -> None:
         raise RecipeError(f"{path} names no `squeeze:` teacher, so there is nothing to train")
     quiet()
     from ..models import teacher_folder
-    from ..run.context import Run
+    from ..run.context import Run, make_accelerator
     from ..run.folder import check_place
     from ..run.preflight import check_architectures
-    from ..run.processes import make_accelerator
     from ..run.squeeze import squeeze
 
     check_place(args.output, "--output")

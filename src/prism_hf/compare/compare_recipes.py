@@ -11,7 +11,7 @@ from typing import Any
 
 from ..images import count_classes
 from ..recipe import Recipe, override_recipe
-from ..run.processes import make_accelerator
+from ..run.context import make_accelerator
 from ..runtime import EVERY_S, check_free, clear_drafts, locked, log_file
 from .findings import write_page
 from .methods import Method, StudentSetup

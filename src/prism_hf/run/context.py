@@ -13,22 +13,27 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
 
-from ..errors import DamagedError, StageError
+from ..errors import DamagedError, RecipeError, StageError
 from ..images import SourceData, load_source
 from ..method import Precision
 from ..models import Teacher, check_teacher, is_squeezed, load_teacher, read_squeezed, teacher_folder
-from ..recipe import STAGES, DataRecipe, Recipe
+from ..recipe import STAGES, TRACKERS, DataRecipe, Recipe
 from ..runtime import EVERY_S, write_json
 from ..runtime.share import share
 from .artifacts import TIMES, Artifacts
@@ -202,3 +207,44 @@ class Run:
                 spent = self.times()
                 spent[stage] = round(spent.get(stage, 0.0) + time.perf_counter() - started, 2)
                 write_json(self.work / TIMES, {name: spent[name] for name in STAGES if name in spent})
+
+
+def make_accelerator(folder: Path | None = None, *, log_with: str | None = None, threads: int | None = None) -> Accelerator:
+    """The processes of this launch, as `accelerate launch` set them up, with their trackers in the output folder.
+
+    `threads` are CPU threads per process; they are part of what makes CPU results the same byte for byte.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16"):
+        raise RecipeError(
+            f"--mixed_precision {precision} has too narrow a range for BN statistics and losses; use `bf16`, or `no` "
+            "for float32"
+        )
+    if log_with is not None and log_with not in TRACKERS:
+        raise RecipeError(f"--log-with {log_with!r} is unknown; use one of {', '.join(TRACKERS)}")
+    if log_with is not None and find_spec(log_with) is None:
+        raise RecipeError(f"--log-with {log_with}: the package is not installed; pip install {log_with}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return Accelerator(
+        # Without this flag, processes on a machine without GPU would not know of each other.
+        cpu=not torch.cuda.is_available(),
+        log_with=log_with,
+        project_dir=str(folder / "logs") if folder is not None else None,
+        # Processes meet only between stages, and one may have hours more to do than another.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+
+
+def log_picture(accelerator: Accelerator, name: str, image_uint8: Tensor, step: int) -> None:
+    """Send one picture, (C, H, W) uint8, to every tracker that takes pictures."""
+    rgb = image_uint8.expand(3, -1, -1)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: rgb.unsqueeze(0).numpy()}, step=step)
+        elif tracker.name == "wandb":
+            tracker.log_images({name: [rgb.permute(1, 2, 0).numpy()]}, step=step)
+        elif tracker.name == "trackio":
+            import trackio
+
+            tracker.log({name: trackio.Image(rgb.permute(1, 2, 0).numpy())}, step=step)

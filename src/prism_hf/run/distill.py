@@ -7,22 +7,23 @@ the first one stopped, with any number of processes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from ..errors import HubError, RecipeError
 from ..evaluation import summary
 from ..hub import Target, bundle_of, check_here, check_target, publish, reserve
-from ..recipe import STAGES, Recipe, load_recipe, override_recipe
+from ..recipe import STAGES, Recipe, load_recipe, override_recipe, public_recipe, to_dict
 from ..runtime import EVERY_S, check_free, log_file, raise_if_stopped, write_json
-from .context import Run
+from .context import Run, make_accelerator
 from .evaluate import evaluate
 from .folder import check_folder, claimed_together
 from .package import package
 from .preflight import check, check_stage, record_inputs
-from .processes import make_accelerator, start_trackers
 from .relabel import relabel
 from .squeeze import squeeze
 from .synthesize import synthesize
@@ -145,3 +146,22 @@ def run_stages(run: Run, wanted: Sequence[str]) -> None:
         # Only now is the time of the last stage known.
         values = json.loads(report.read_text(encoding="utf-8"))
         write_json(report, values | {"wall_time_s": run.times()})
+
+
+def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Open the trackers, if any, with the recipe's values as their config; local paths stay here."""
+    if accelerator.log_with:
+        # TensorBoard's tracker takes nothing but scalars.
+        config = {
+            key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            for key, value in _flat(to_dict(public_recipe(recipe)), "")
+        }
+        accelerator.init_trackers("prism-hf", config=config)
+
+
+def _flat(values: object, prefix: str) -> Iterator[tuple[str, object]]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values

@@ -17,11 +17,10 @@ from ..images import SourceData, load_source, load_test_split
 from ..models import check_network, scored_on, source_facts
 from ..recipe import Recipe, load_recipe, override_recipe, plan_jobs, public_recipe, to_dict
 from ..runtime import EVERY_S, write_json
-from .context import Run
+from .context import Run, make_accelerator
 from .evaluate import fill_table
 from .folder import check_place, held_together
 from .package import package_set
-from .processes import make_accelerator
 from .relabel import control_set, label
 
 T = TypeVar("T")

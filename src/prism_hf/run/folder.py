@@ -18,10 +18,7 @@ PARTS = ("dataset", "control", "student")
 def check_folder(folder: Path, recipe: Recipe, *, fresh: bool = False) -> None:
     """Find out whether `folder` is, or can become, the output of `recipe`; writes nothing.
 
-    With `fresh`, a run that is there is to be moved aside, whatever its recipe.
-
-    Raises:
-        OutputError: It belongs to another recipe (names the keys that differ), or holds other things.
+    With `fresh`, a run that is there is to be moved aside, whatever its recipe. The `OutputError` names the keys that differ.
     """
     check_place(folder, "--output")
     if (folder / "recipe.yaml").is_file():

@@ -21,8 +21,7 @@ from ..recipe import dump_recipe, plan_jobs, public_recipe
 from ..runtime import Artifact, digest, draft_folder, files_below, read_proof, swap_folder, write_bytes, writing
 from ..runtime.share import unfinished
 from .artifacts import ImageSet, job_file, read_failed
-from .context import Run
-from .processes import log_picture
+from .context import Run, log_picture
 from .relabel import decoded_images, image_sets
 
 

@@ -25,10 +25,8 @@ INPUTS = "inputs.json"
 def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
     """Look at everything that can be wrong: disk space, Hub teachers, the data, images per class; writes nothing.
 
-    Args:
-        run: The run.
-        fresh: What an earlier run left in the folder does not count: it will be moved aside.
-        space: Look at disk space too; a comparison adds up that of its runs.
+    With `fresh`, what an earlier run left in the folder does not count: it will be moved aside. A comparison adds up the disk
+    space of its runs itself (`space`).
     """
     recipe, data = run.recipe, run.recipe.data
     check_place(run.teachers_root, "--teachers")

@@ -72,11 +72,7 @@ def _share(
 
 
 def image_sets(run: Run) -> list[ImageSet]:
-    """The distilled images, and random real ones where a control is wanted and can be had.
-
-    Raises:
-        StageError: Some jobs are not finished, and a partial dataset was not asked for.
-    """
+    """The distilled images, and random real ones where a control is wanted and can be had."""
     jobs = _finished_jobs(run)
     origins = sorted((c, s, job.id, i) for job in jobs for i, (c, s) in enumerate(zip(job.classes, job.slots, strict=True)))
     hashes = {job.id: read_proof(job_file(run.work, job.id)).sha256 for job in jobs}

@@ -27,9 +27,6 @@ def survey(folder: Path) -> dict[str, Any]:
         `recipe`, `running` (who holds the folder, or `None`), `stages` (for each: `done`, `of`, `unit`, `seconds` spent;
         squeeze: `finished`), `processes` (what each is doing), `failed` jobs with reasons, `checkpoints` (unfinished jobs),
         `aside` (damaged files), `seconds_left` of the running stage, `bytes` on the disk.
-
-    Raises:
-        OutputError: No run is there.
     """
     try:
         recipe = load_recipe(folder / "recipe.yaml")

@@ -24,9 +24,8 @@ from ..runtime.memory import told_in_one_line
 from ..runtime.share import Progress
 from ..runtime.tensors import open_rows, read_tensors, write_rows, write_tensors
 from .artifacts import read_failed
-from .context import Run
+from .context import Run, log_picture
 from .optimize import CHECK_EVERY, optimize
-from .processes import log_picture
 
 log = logging.getLogger(__name__)
 SEED = 0
@@ -37,11 +36,7 @@ Statistics = Mapping[str, Mapping[str, Tensor]]
 
 
 def synthesize(run: Run) -> None:
-    """Optimize every job that is not finished; those whose numbers go bad are listed at the end.
-
-    Raises:
-        SynthesisError: Some failed, and a partial dataset was not asked for.
-    """
+    """Optimize every job that is not finished; those whose numbers go bad are an error unless `run.allow_partial`."""
     rows: np.ndarray | None = None
     statistics: Statistics = {}
 
