@@ -12,8 +12,6 @@ squeezed.json, times.json          for `prism-hf status`
 SET is `distilled` or `random_real`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

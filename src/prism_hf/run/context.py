@@ -9,8 +9,6 @@ DIR/work/           what the stages leave for each other
 DIR/logs/           run.log, trackers
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

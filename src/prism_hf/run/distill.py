@@ -4,8 +4,6 @@ Every stage shares its independent tasks over the processes and skips what is fi
 the first one stopped, with any number of processes.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

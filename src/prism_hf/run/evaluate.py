@@ -1,7 +1,5 @@
 """The stage evaluate: train the students of the table, keep one of them, write report.json, and complete the card."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Students on a distilled dataset that was made elsewhere, beside random real images where they can be had."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The output folder of a run: whose it is, who holds it, and what an earlier launch left in it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,7 +16,7 @@ PARTS = ("dataset", "control", "student")
 def check_folder(folder: Path, recipe: Recipe, *, fresh: bool = False) -> None:
     """Find out whether `folder` is, or can become, the output of `recipe`; writes nothing.
 
-    With `fresh`, a run that is there is to be moved aside, whatever its recipe. The `OutputError` names the keys that differ.
+    With `fresh`, a run that is there will be moved aside, whatever its recipe. The error names the keys that differ.
     """
     check_place(folder, "--output")
     if (folder / "recipe.yaml").is_file():

@@ -1,7 +1,5 @@
 """One synthesis job: the steps of the method, with looks at the losses, a history, a verifier and checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass

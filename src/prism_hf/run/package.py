@@ -3,8 +3,6 @@
 The shards of the tables are written already; they get a second name in the folder, no second copy.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

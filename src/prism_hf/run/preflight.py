@@ -1,7 +1,5 @@
 """The checks before the work: what is wrong with a run is told before anything costs time or is written."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping
@@ -25,8 +23,8 @@ INPUTS = "inputs.json"
 def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
     """Look at everything that can be wrong: disk space, Hub teachers, the data, images per class; writes nothing.
 
-    With `fresh`, what an earlier run left in the folder does not count: it will be moved aside. A comparison adds up the disk
-    space of its runs itself (`space`).
+    With `fresh`, what an earlier run left in the folder does not count: it will be moved aside. Without `space`, the caller
+    looks at the disk, as a comparison does for all its runs.
     """
     recipe, data = run.recipe, run.recipe.data
     check_place(run.teachers_root, "--teachers")

@@ -1,7 +1,5 @@
 """The stage relabel: encode and label the images, then draw and label their views, straight into the shards that ship."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """The stage squeeze: train the `squeeze:` teachers that are not there yet."""
 
-from __future__ import annotations
-
 from ..models import check_squeezed, clear_scratch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
 from ..runtime import sound_or_aside, write_json
 from ..runtime.share import Progress

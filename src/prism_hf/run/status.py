@@ -1,7 +1,5 @@
 """How far a run is, from its folder alone: done, running, failed, left, and how long that should take."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

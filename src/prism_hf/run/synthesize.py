@@ -1,7 +1,5 @@
 """The stage synthesize: optimize each job that is not finished, from its checkpoint if it has one, or mark it as failed."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping
@@ -30,8 +28,6 @@ from .optimize import CHECK_EVERY, optimize
 log = logging.getLogger(__name__)
 SEED = 0
 """Of the order in which statistics are gathered from the real images."""
-
-
 Statistics = Mapping[str, Mapping[str, Tensor]]
 
 
