@@ -32,9 +32,11 @@ def packed(data, seed):
     labels = torch.from_numpy(data.train.labels[rows])
     logits = torch.nn.functional.one_hot(labels, 10).half() * 5
     images = data.train.images(rows)
-    return DistilledDataset(
-        images, labels, data.class_names, logits, 1, lambda _, rows: (views[rows.start : rows.stop], logits[rows.start : rows.stop]), 100 + seed, 200 + seed, None, str(seed)
-    )
+
+    def views_of(_epoch, wanted):
+        return views[wanted.start : wanted.stop], logits[wanted.start : wanted.stop]
+
+    return DistilledDataset(images, labels, data.class_names, logits, 1, views_of, 100 + seed, 200 + seed, None, str(seed))
 
 
 def sources(data, *, without=()):

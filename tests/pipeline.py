@@ -66,7 +66,7 @@ def run_in(folder, teachers, *overrides, **more):
 
 def make(folder, teachers, *overrides, wanted=STAGES[:4], **more):
     """A tiny run up to its dataset."""
-    from prism_hf.run.stages import run_stages
+    from prism_hf.run.distill import run_stages
 
     run = run_in(folder, teachers, *overrides, **more)
     run_stages(run, wanted)

@@ -53,7 +53,7 @@ from torch import nn
 from prism_hf.models.teacher import Teacher
 from prism_hf.run.artifacts import ImageSet
 from prism_hf.run.context import Loaded
-from prism_hf.run.package import package_control
+from prism_hf.run.package import package_set
 from prism_hf.run.relabel import label
 
 folder = Path(sys.argv[2])
@@ -66,7 +66,7 @@ run = run_in(folder, folder, *words, *scale, loaded=Loaded(teachers={("t", None)
 origins = tuple((c, s, -1, (c * ipc + s) % len(run.data.train)) for c in range(10) for s in range(ipc))
 images = ImageSet("random_real", origins, "key")
 label(run, [images])
-package_control(run, images)
+package_set(run, images)
 assert (run.control / "README.md").is_file()
 """,
     "verify and export": """

@@ -42,8 +42,8 @@ from prism_hf.images.source import load_source
 from prism_hf.models.load import load_teacher
 from prism_hf.recipe.sections import DataRecipe
 from prism_hf.recipe.yaml_file import load_recipe, parse_recipe
-from prism_hf.run.context import Run, make_accelerator
-from prism_hf.run.trackers import start_trackers
+from prism_hf.run.context import make_accelerator
+from prism_hf.run.distill import start_trackers
 from prism_hf.runtime.untrusted import homes_of, is_inside, is_plain_path, stray_link, without_password
 
 CPU = torch.device("cpu")
@@ -937,7 +937,7 @@ def test_any_text_reaches_a_tracker_as_text(tmp_path, text):
     recipe = replace(recipe, data=replace(recipe.data, licence=text))
     AcceleratorState._reset_state(True)
     accelerator = make_accelerator(tmp_path / "run", log_with="tensorboard")
-    start_trackers(Run(recipe, tmp_path / "run", tmp_path, accelerator))
+    start_trackers(accelerator, recipe)
     accelerator.end_training()
     AcceleratorState._reset_state(True)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -373,12 +373,12 @@ def test_full_data_epochs_and_seeds_decide_the_tasks(tiny_recipe, toy, split, tm
 
 
 def keep(tiny_recipe, toy, folder, changes=None):
-    settings = settings_of(tiny_recipe, changes)
+    settings = settings_of(tiny_recipe, {"seeds": [5, 0]} | (changes or {}))
     student = build_network(settings.student, num_classes=3, channels=3).eval()
     source = SourceFacts(id="org/real", on_hub=True, revision="abc", licence="mit")
     keep_student(
-        student, toy, settings, folder / "student", source=source, tested_on=ScoredOn(id="org/real", split="val"),
-        dataset_id="org/set", seed=5, top1=0.25, test_count=450,
+        student, 0.25, folder=folder / "student", distilled=toy, settings=settings, source=source,
+        tested_on=ScoredOn(id="org/real", split="val"), test_count=450, dataset_id="org/set",
     )  # fmt: skip
 
 

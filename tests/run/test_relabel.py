@@ -15,8 +15,9 @@ from prism_hf.images.pixels import decode, to_reference
 from prism_hf.method.relabel import ask_teachers
 from prism_hf.method.start_images import real_rows
 from prism_hf.recipe.plan import plan_jobs
+from prism_hf.run.artifacts import job_file
+from prism_hf.run.distill import run_stages
 from prism_hf.run.relabel import image_sets
-from prism_hf.run.stages import run_stages
 from prism_hf.runtime import stop
 from prism_hf.runtime.store import seal_of
 from prism_hf.runtime.tensors import open_rows, read_tensors
@@ -165,7 +166,7 @@ def test_the_teachers_are_asked_about_the_bytes_that_ship(finished_run, tmp_path
     run_stages(run, ("relabel", "package"))
     table = pq.read_table(folder / "dataset" / "data")
     shipped = torch.stack([decode(cell["bytes"], 1) for cell in table["image"].to_pylist()])
-    jobs = [read_tensors(run.artifacts.job_path(job))["images_uint8"] for job in range(2)]
+    jobs = [read_tensors(job_file(run.work, job))["images_uint8"] for job in range(2)]
     optimized = torch.stack(jobs, dim=1).flatten(0, 1)
     assert torch.equal(shipped, optimized) == (image_format == "png")
     assert torch.equal(open_rows(folder / "work" / "distilled" / "pixels.npy"), shipped)
@@ -210,7 +211,7 @@ def test_images_in_several_shards_are_those_of_one(finished_run, tmp_path):
 def test_unfinished_jobs_are_named_with_the_stage_that_makes_them(finished_run, tmp_path, left_out):
     run = begun(finished_run, tmp_path / "run")
     for job in left_out:
-        seal_of(run.artifacts.job_path(job)).unlink()
+        seal_of(job_file(run.work, job)).unlink()
     with pytest.raises(StageError) as error:
         run_stages(run, ("relabel",))
     assert f"{len(left_out)} of 2 synthesis jobs are not finished" in one_line(error)

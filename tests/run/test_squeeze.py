@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from prism_hf.errors import DamagedError, StageError
 from prism_hf.models.squeeze import teacher_folder
-from prism_hf.run.stages import run_stages
-from prism_hf.run.teacher_folders import squeezed_top1
+from prism_hf.run.distill import run_stages
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NAME = "squeeze:test_efficientnet"
@@ -55,7 +54,7 @@ def test_changed_weights_are_trained_again_by_their_stage(finished_run, teachers
 
 def test_the_score_of_each_squeezed_teacher_is_known(finished_run):
     run = run_in(finished_run, finished_run / "teachers")
-    scores = squeezed_top1(run.recipe, run.teachers_root, run.data)
+    scores = run.squeezed_top1
     assert set(scores) == {NAME, "squeeze:test_byobnet"}
     assert all(0 <= value <= 1 for value in scores.values())
     assert json.loads((finished_run / "work" / "squeezed.json").read_text()) == scores

@@ -10,8 +10,8 @@ from real_images import image_split
 from slow_statistics import gathered, same, small_teacher
 
 from prism_hf.errors import DeviceMemoryError, StoppedError
-from prism_hf.run import statistics as keeping
-from prism_hf.run.statistics import real_statistics
+from prism_hf.run import synthesize as keeping
+from prism_hf.run.synthesize import real_statistics
 from prism_hf.runtime import stop as interruption
 from prism_hf.runtime.store import Artifact, is_finished, seal_of
 from prism_hf.runtime.tensors import read_tensors, write_tensors

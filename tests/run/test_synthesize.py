@@ -11,9 +11,9 @@ from pipeline import RECIPE, TINY, launch, make, mtimes, run_in, sha_tree
 from prism_hf.dataset.reader import load_distilled
 from prism_hf.errors import StageError, StoppedError, SynthesisError
 from prism_hf.recipe.plan import plan_jobs
-from prism_hf.run.artifacts import read_failed
+from prism_hf.run.artifacts import job_file, read_failed
 from prism_hf.run.context import Loaded
-from prism_hf.run.stages import run_stages
+from prism_hf.run.distill import run_stages
 from prism_hf.runtime import stop
 from prism_hf.runtime.store import read_proof, sha256_of
 from prism_hf.runtime.tensors import read_tensors
@@ -152,7 +152,7 @@ def test_bf16_is_used_where_it_is_asked_for(finished_run, tmp_path, monkeypatch)
     broken(run, look)
     run_stages(run, ("synthesize", "relabel", "package"))
     assert seen == {True, False}, "the final score is not under autocast"
-    assert {read_proof(run.artifacts.job_path(job)).notes["precision"] for job in range(2)} == {"bf16"}
+    assert {read_proof(job_file(run.work, job)).notes["precision"] for job in range(2)} == {"bf16"}
     for name, precision in (("dataset", "bf16"), ("control", "float32")):
         provenance = json.loads((tmp_path / "run" / name / "provenance.json").read_text())
         assert provenance["hardware"]["precision"] == precision

@@ -5,8 +5,8 @@ import torch
 from accelerate.state import AcceleratorState
 from pipeline import tiny
 
-from prism_hf.run.context import Run, make_accelerator
-from prism_hf.run.trackers import log_pictures, start_trackers
+from prism_hf.run.context import log_picture, make_accelerator
+from prism_hf.run.distill import start_trackers
 
 
 def test_tensorboard_takes_the_recipe_scalars_and_pictures(tmp_path):
@@ -15,11 +15,10 @@ def test_tensorboard_takes_the_recipe_scalars_and_pictures(tmp_path):
 
     AcceleratorState._reset_state(True)
     accelerator = make_accelerator(tmp_path, log_with="tensorboard")
-    run = Run(tiny(), tmp_path, tmp_path, accelerator)
-    start_trackers(run)
+    start_trackers(accelerator, tiny())
     accelerator.log({"job0/ce": 0.5}, step=1)
     for channels in (1, 3):
-        log_pictures(accelerator, f"picture{channels}", torch.zeros(channels, 5, 4, dtype=torch.uint8), step=1)
+        log_picture(accelerator, f"picture{channels}", torch.zeros(channels, 5, 4, dtype=torch.uint8), step=1)
     accelerator.end_training()
     (file,) = (p for p in (tmp_path / "logs").rglob("events*") if p.parent.name == "prism-hf")
     events = EventAccumulator(str(file))
@@ -34,8 +33,8 @@ def test_tensorboard_takes_the_recipe_scalars_and_pictures(tmp_path):
 def test_without_a_tracker_nothing_is_written(tmp_path):
     AcceleratorState._reset_state(True)
     accelerator = make_accelerator(tmp_path / "out")
-    start_trackers(Run(tiny(), tmp_path / "out", tmp_path, accelerator))
-    log_pictures(accelerator, "x", torch.zeros(1, 2, 2, dtype=torch.uint8), step=0)
+    start_trackers(accelerator, tiny())
+    log_picture(accelerator, "x", torch.zeros(1, 2, 2, dtype=torch.uint8), step=0)
     accelerator.end_training()
     assert not (tmp_path / "out").exists()
     AcceleratorState._reset_state(True)

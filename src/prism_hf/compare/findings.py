@@ -17,7 +17,6 @@ from ..dataset import DistilledDataset, load_distilled, versions
 from ..evaluation import FeatureMap, Score, difference, intra_class_similarity, pair_histogram, read_scores
 from ..models import penultimate_features
 from ..recipe import dump_recipe, public_recipe, to_dict
-from ..run.teacher_folders import squeezed_top1
 from ..runtime import is_finished, write_bytes, write_json
 from .figures import draw_comparison
 from .methods import Cell, Method
@@ -143,7 +142,7 @@ def _protocol(comparison: Comparison) -> dict[str, Any]:
     names = dict.fromkeys(name for method in comparison.methods for name in method.recipe.all_teachers)
     squeezed: dict[str, float] = {}
     for cell in comparison.one_of_each:
-        squeezed |= squeezed_top1(cell.recipe, comparison.teachers_root, comparison.common_run().data)
+        squeezed |= comparison.common_run(cell).squeezed_top1
     return {
         "teachers": {name: squeezed.get(name) for name in names},
         "relabel": to_dict(recipe)["relabel"],

@@ -24,12 +24,13 @@ from ..errors import OutputError, SynthesisError
 from ..evaluation import Row, SetFacts, StudentTask, label_bytes, student_tasks
 from ..models import Teacher, check_network
 from ..recipe import Recipe, plan_jobs
+from ..run.artifacts import job_file
 from ..run.context import Loaded, Run
+from ..run.distill import run_stages
 from ..run.evaluate import collect, conclude, train_students
 from ..run.folder import check_place, claimed_together, is_of_another
 from ..run.preflight import check, check_space, missing_space
 from ..run.squeeze import squeeze
-from ..run.stages import run_stages
 from ..runtime import DRAFT, EVERY_S, HOLDER, LOCK, Artifact, digest, duration_text, read_proof
 from ..runtime.share import unfinished
 from .methods import Cell, Method, StudentSetup
@@ -302,7 +303,7 @@ def _score(comparison: Comparison, cell: Cell, distilled: DistilledDataset, setu
 
 def _facts(run: Run, images: int, measured: SetFacts) -> dict[str, object]:
     jobs = plan_jobs(run.recipe)
-    logit_top1 = [float(read_proof(run.artifacts.job_path(job.id)).notes["logit_top1"]) for job in jobs]
+    logit_top1 = [float(read_proof(job_file(run.work, job.id)).notes["logit_top1"]) for job in jobs]
     return {
         "images": images,
         "image_bytes": measured.image_bytes,

@@ -277,16 +277,15 @@ def _real_batches(
 
 def keep_student(
     student: nn.Module,
+    top1: float,
+    *,
+    folder: Path,
     distilled: DistilledDataset,
     settings: EvaluationRecipe,
-    folder: Path,
-    *,
     source: SourceFacts,
     tested_on: ScoredOn,
-    dataset_id: str | None,
-    seed: int,
-    top1: float,
     test_count: int,
+    dataset_id: str | None = None,
 ) -> None:
     """Store a student of row `KEPT` as a model folder; one that cannot be stored (not of timm) is left, with a log line.
 
@@ -298,11 +297,11 @@ def keep_student(
         source: The real data behind the distilled set, from `source_facts`.
         tested_on: The test part, from `scored_on`.
         dataset_id: Hub id of the distilled set, or `None` if it is a local folder.
-        seed: Of the student.
         top1: Its score, in [0, 1].
         test_count: On how many images.
     """
     _, channels, _, size = distilled.images_uint8.shape
+    seed = settings.seeds[0]
     facts = _student_facts(distilled, settings, source, tested_on, dataset_id, seed=seed, top1=top1, test_count=test_count)
     try:
         store_network(

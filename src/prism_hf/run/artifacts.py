@@ -12,21 +12,18 @@ squeezed.json, times.json          for `prism-hf status`
 SET is `distilled` or `random_real`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ..dataset import DISTILLED, IMAGES, RANDOM_REAL, VIEWS, Shard
+from ..dataset import IMAGES, VIEWS, Shard, image_shards, view_shards
 from ..errors import DamagedError
 from ..method import Precision
 from ..recipe import Recipe, SynthesisJob
 from ..runtime import Artifact, digest, is_finished, read_proof
 
-SETS = (DISTILLED, RANDOM_REAL)
 STATE = 2
 """Format of a job's state in its checkpoint; one of another format is not used."""
 SQUEEZED, TIMES = "squeezed.json", "times.json"
@@ -51,15 +48,17 @@ class ImageSet:
         return len(self.origins)
 
 
+ShardTask = tuple[ImageSet, str, Shard]
+"""A set, its table (`data` or `views`), and a shard of that."""
+
+
 @dataclass(frozen=True, eq=False)
 class Artifacts:
     """Names and keys of the files of one run.
 
     Attributes:
         folder: DIR/work.
-        recipe: What the run does.
         train_content: Digest of the training data.
-        class_names: K names; they stand in the table of images.
         weights: SHA-256 of the weights of every teacher.
     """
 
@@ -73,8 +72,6 @@ class Artifacts:
         weights = {name: self.weights[name] for name in teachers}
         return digest([what, self.recipe.fingerprint(*sections), self.train_content, weights, *parts])[:16]
 
-    # -- synthesis ----------------------------------------------------------------------------------------------------
-
     @property
     def start(self) -> Artifact:
         """Start images that the logit teacher has chosen."""
@@ -84,23 +81,23 @@ class Artifacts:
         key = self._key("start", ("data", "squeeze"), (self.recipe.teachers.logit,), *rule)
         return Artifact(self.folder / "start.npy", key)
 
+    @property
+    def _synthesis_key(self) -> str:
+        names = self.recipe.teachers.synthesis_names
+        return self._key("synthesis", ("method", "data", "teachers", "squeeze", "synthesis"), names)
+
     def job(self, job: SynthesisJob) -> Artifact:
         """The images of a finished job."""
-        return Artifact(self.job_path(job.id), f"{self._synthesis_key}/{job.id}")
+        return Artifact(job_file(self.folder, job.id), f"{self._synthesis_key}/{job.id}")
 
-    def job_path(self, job: int) -> Path:
-        """Where the images of a job are."""
-        return job_file(self.folder, job)
-
-    def checkpoint(self, job: SynthesisJob, precision: Precision = "float32") -> Artifact:
-        """The state of a job that is not finished; one of another precision is no start for it."""
-        suffix = "" if precision == "float32" else f".{precision}"
-        path = self.folder / "jobs" / f"job-{job.id:05d}.checkpoint{suffix}.safetensors"
-        return Artifact(path, f"{self._synthesis_key}/{job.id}/{precision}/{STATE}")
+    def checkpoint(self, job: SynthesisJob, precision: Precision) -> Artifact:
+        """The state of a job that is not finished; a job of another precision does not start from it."""
+        kind = "checkpoint" if precision == "float32" else f"checkpoint.{precision}"
+        return Artifact(job_file(self.folder, job.id, kind), f"{self._synthesis_key}/{job.id}/{precision}/{STATE}")
 
     def failed(self, job: SynthesisJob) -> Artifact:
         """The state of a job whose numbers went bad."""
-        return Artifact(self.folder / "jobs" / f"job-{job.id:05d}.failed.safetensors", f"{self._synthesis_key}/{job.id}")
+        return Artifact(job_file(self.folder, job.id, "failed"), f"{self._synthesis_key}/{job.id}")
 
     def forget_unfinished(self, job: SynthesisJob) -> None:
         """Remove what a job needed while it was not finished."""
@@ -108,48 +105,37 @@ class Artifacts:
             self.checkpoint(job, precision).remove()
         self.failed(job).remove()
 
-    @property
-    def _synthesis_key(self) -> str:
-        names = self.recipe.teachers.synthesis_names
-        return self._key("synthesis", ("method", "data", "teachers", "squeeze", "synthesis"), names)
-
-    # -- sets of images -----------------------------------------------------------------------------------------------
-
-    def distilled_key(self, jobs: Sequence[SynthesisJob]) -> str:
-        """What the images of these finished jobs are made from."""
-        hashes = {job.id: read_proof(self.job(job).path).sha256 for job in jobs}
-        return self._key("images", ("data",), (), self._encoding, hashes)
-
-    def control_key(self, rows: Sequence[int]) -> str:
-        """What the images of the control are made from."""
-        return self._key("images", ("data",), (), self._encoding, list(rows))
-
-    @property
-    def _encoding(self) -> list[object]:
+    def images_key(self, content: object) -> str:
+        """What the images of a set are made from; `content` is the hash of each job, or the rows of the training split."""
         rule = self.recipe.packaging
-        return [rule.image_format, rule.jpeg_quality]
-
-    def image_shard(self, images: ImageSet, shard: Shard) -> Artifact:
-        """A shard of the table of images, with their labels."""
-        return self._shard(images, IMAGES, shard, list(self.class_names))
-
-    def view_shard(self, images: ImageSet, shard: Shard) -> Artifact:
-        """A shard of the table of views."""
-        return self._shard(images, VIEWS, shard)
+        return self._key("images", ("data",), (), [rule.image_format, rule.jpeg_quality], content)
 
     def pixels(self, images: ImageSet) -> Artifact:
         """The decoded images."""
         return Artifact(self.folder / images.name / "pixels.npy", images.key)
 
-    def _shard(self, images: ImageSet, table: str, shard: Shard, *parts: object) -> Artifact:
-        cut = [table, shard.name, shard.rows.start, shard.rows.stop]
-        key = self._key("labels", ("relabel",), self.recipe.relabel.teachers, images.key, cut, *parts)
+    def shard_tasks(self, sets: Sequence[ImageSet], table: str) -> list[ShardTask]:
+        """Every shard of one table of some sets."""
+        shards_of = image_shards if table == IMAGES else view_shards
+        return [(images, table, shard) for images in sets for shard in shards_of(self.recipe, len(images))]
+
+    def shards(self, sets: Sequence[ImageSet]) -> list[Artifact]:
+        """The files of both tables of some sets."""
+        return [self.shard(*task) for table in (IMAGES, VIEWS) for task in self.shard_tasks(sets, table)]
+
+    def shard(self, images: ImageSet, table: str, shard: Shard) -> Artifact:
+        """The file of a shard."""
+        parts = [table, shard.name, shard.rows.start, shard.rows.stop]
+        # The table of images shows the names of the classes.
+        names = [list(self.class_names)] if table == IMAGES else []
+        key = self._key("labels", ("relabel",), self.recipe.relabel.teachers, images.key, parts, *names)
         return Artifact(self.folder / images.name / table / shard.name, key)
 
 
-def job_file(folder: Path, job: int) -> Path:
-    """Where in DIR/work the images of a job are."""
-    return folder / "jobs" / f"job-{job:05d}.safetensors"
+def job_file(folder: Path, job: int, kind: str = "") -> Path:
+    """Where in DIR/work the images of a job are; or its state, of the kind `checkpoint` or `failed`."""
+    suffix = f".{kind}" if kind else ""
+    return folder / "jobs" / f"job-{job:05d}{suffix}.safetensors"
 
 
 def read_failed(folder: Path) -> list[dict[str, Any]]:

@@ -9,8 +9,6 @@ DIR/work/           what the stages leave for each other
 DIR/logs/           run.log, trackers
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -27,16 +25,16 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
 
-from ..errors import RecipeError
+from ..errors import DamagedError, RecipeError, StageError
 from ..images import SourceData, load_source
 from ..method import Precision
-from ..models import Teacher, check_teacher, load_teacher
+from ..models import Teacher, check_teacher, is_squeezed, load_teacher, read_squeezed, teacher_folder
 from ..recipe import STAGES, TRACKERS, DataRecipe, Recipe
 from ..runtime import EVERY_S, write_json
 from ..runtime.share import share
 from .artifacts import TIMES, Artifacts
-from .teacher_folders import folder_of, squeezed_weights
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,15 +53,12 @@ class Run:
     """One recipe in one output folder, on some processes.
 
     Attributes:
-        recipe: What to do.
-        folder: The output folder.
         teachers_root: Where squeezed teachers are kept; recipes may share it.
         accelerator: Processes, device, trackers.
         checkpoint_s: Seconds between two checkpoints of a long job.
         allow_partial: Go on without the jobs whose numbers went bad.
         with_control: Make random real images beside the distilled ones, as every recipe by itself does.
         title: What the run is called beside its stages, where it is one of many.
-        loaded: What is in memory already.
     """
 
     recipe: Recipe
@@ -92,67 +87,80 @@ class Run:
         return self.folder / "control"
 
     @property
-    def student(self) -> Path:
-        """One student, for timm and transformers."""
-        return self.folder / "student"
-
-    @property
     def work(self) -> Path:
         """What the stages leave for each other."""
         return self.folder / "work"
 
     @property
     def data(self) -> SourceData:
-        """The real data, loaded when first needed.
-
-        There is no barrier here: a process that needs no data in some stage must not keep the others waiting. Downloads are
-        safe, the libraries lock their caches.
-        """
+        """The real data, loaded when first needed."""
+        # No barrier: a process that needs no data in some stage must not keep the others waiting. Downloads are safe, the
+        # libraries lock their caches.
         wanted = self.recipe.data
         if wanted not in self.loaded.data:
             self.loaded.data[wanted] = load_source(wanted)
         return self.loaded.data[wanted]
 
     def teachers(self, names: Sequence[str]) -> dict[str, Teacher]:
-        """Networks by name, each loaded once and checked against the data.
-
-        Raises:
-            TeacherError: One cannot be loaded, or does not fit the data.
-            StageError: A `squeeze:` teacher is not trained yet.
-            DamagedError: The weights of a squeezed teacher were changed.
-        """
+        """Networks by name, each loaded once and checked against the data."""
         return {name: self._teacher(name) for name in dict.fromkeys(names)}
 
     def _teacher(self, name: str) -> Teacher:
-        folder = folder_of(name, self.recipe, self.teachers_root, self.data)
+        folder = self._folder_of(name)
         if (name, folder) not in self.loaded.teachers:
             squeezed = None if folder is None else {name: folder}
             teacher = load_teacher(name, device=self.accelerator.device, squeezed=squeezed)
-            if folder is not None:
-                squeezed_weights(folder, teacher.weights_sha256)
+            # Teachers of earlier versions do not say what their weights were.
+            if folder is not None and read_squeezed(folder).weights_sha256 not in (None, teacher.weights_sha256):
+                raise DamagedError(
+                    f"the weights in {folder} were changed after they were written; --stage squeeze sets them aside "
+                    "and trains again"
+                )
             check_teacher(teacher, class_names=self.data.class_names, channels=self.recipe.data.channels)
             self.loaded.teachers[name, folder] = teacher
         return self.loaded.teachers[name, folder]
 
+    def _folder_of(self, name: str) -> Path | None:
+        """The folder of a `squeeze:` teacher that was trained on these very data; `None` for other teachers."""
+        if name not in self.recipe.squeezed_teachers:
+            return None
+        folder = self.trained_folder(name)
+        read_squeezed(folder, self.data)
+        return folder
+
+    def trained_folder(self, name: str) -> Path:
+        """The folder of a `squeeze:` teacher; a `StageError` if it is not trained yet."""
+        folder = teacher_folder(name, self.recipe, self.teachers_root)
+        if not is_squeezed(folder):
+            raise StageError(
+                f"teacher {name!r} is not trained yet in {folder.parent}; run recipes/squeeze.py (or --stage squeeze) "
+                "first, or name its folder with --teachers DIR"
+            )
+        return folder
+
+    @property
+    def squeezed_top1(self) -> dict[str, float]:
+        """Score of each squeezed teacher on the test part, in [0, 1]."""
+        folders = {name: teacher_folder(name, self.recipe, self.teachers_root) for name in self.recipe.squeezed_teachers}
+        return {name: read_squeezed(folder, self.data).test_top1 for name, folder in folders.items()}
+
     @property
     def verifier(self) -> Teacher | None:
         """The held-out judge, if the recipe names one."""
-        name = self.recipe.teachers.verifier
-        return self.teachers([name])[name] if name else None
+        return self.judge if self.recipe.teachers.verifier else None
 
     @property
     def judge(self) -> Teacher:
         """The network whose features measure similarity: the verifier, or else the logit teacher."""
-        name = self.recipe.teachers.verifier or self.recipe.teachers.logit
-        return self.teachers([name])[name]
+        return self._teacher(self.recipe.teachers.verifier or self.recipe.teachers.logit)
 
     @cached_property
     def artifacts(self) -> Artifacts:
         """What the stages leave for each other; its keys need the weights of every teacher."""
         weights = {}
         for name in self.recipe.all_teachers:
-            folder = folder_of(name, self.recipe, self.teachers_root, self.data)
-            known = None if folder is None else squeezed_weights(folder)
+            folder = self._folder_of(name)
+            known = None if folder is None else read_squeezed(folder).weights_sha256
             weights[name] = known or self._teacher(name).weights_sha256
         return Artifacts(self.work, self.recipe, self.data.train.content, self.data.class_names, weights)
 
@@ -200,15 +208,9 @@ class Run:
 
 
 def make_accelerator(folder: Path | None = None, *, log_with: str | None = None, threads: int | None = None) -> Accelerator:
-    """The processes of this launch, as `accelerate launch` set them up.
+    """The processes of this launch, as `accelerate launch` set them up, with their trackers in the output folder.
 
-    Args:
-        folder: Output folder, for trackers that write files.
-        log_with: `tensorboard`, `wandb` or `trackio`.
-        threads: CPU threads per process; part of what makes CPU results the same byte for byte.
-
-    Raises:
-        RecipeError: The tracker is unknown or not installed, or the precision is neither float32 nor bf16.
+    `threads` are CPU threads per process; they are part of what makes CPU results the same byte for byte.
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
@@ -216,8 +218,10 @@ def make_accelerator(folder: Path | None = None, *, log_with: str | None = None,
             f"--mixed_precision {precision} has too narrow a range for BN statistics and losses; use `bf16`, or `no` "
             "for float32"
         )
-    if log_with is not None:
-        _check_tracker(log_with)
+    if log_with is not None and log_with not in TRACKERS:
+        raise RecipeError(f"--log-with {log_with!r} is unknown; use one of {', '.join(TRACKERS)}")
+    if log_with is not None and find_spec(log_with) is None:
+        raise RecipeError(f"--log-with {log_with}: the package is not installed; pip install {log_with}")
     if threads is not None:
         torch.set_num_threads(threads)
     return Accelerator(
@@ -230,8 +234,15 @@ def make_accelerator(folder: Path | None = None, *, log_with: str | None = None,
     )
 
 
-def _check_tracker(name: str) -> None:
-    if name not in TRACKERS:
-        raise RecipeError(f"--log-with {name!r} is unknown; use one of {', '.join(TRACKERS)}")
-    if find_spec(name) is None:
-        raise RecipeError(f"--log-with {name}: the package is not installed; pip install {name}")
+def log_picture(accelerator: Accelerator, name: str, image_uint8: Tensor, step: int) -> None:
+    """Send one picture, (C, H, W) uint8, to every tracker that takes pictures."""
+    rgb = image_uint8.expand(3, -1, -1)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: rgb.unsqueeze(0).numpy()}, step=step)
+        elif tracker.name == "wandb":
+            tracker.log_images({name: [rgb.permute(1, 2, 0).numpy()]}, step=step)
+        elif tracker.name == "trackio":
+            import trackio
+
+            tracker.log({name: trackio.Image(rgb.permute(1, 2, 0).numpy())}, step=step)

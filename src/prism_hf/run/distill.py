@@ -1,23 +1,32 @@
-"""A whole run by one call: check everything, claim the folder, take the stages in order, publish."""
+"""A whole run by one call: check everything, claim the folder, take the stages in order, publish.
 
-from __future__ import annotations
+Every stage shares its independent tasks over the processes and skips what is finished, so a second launch resumes where
+the first one stopped, with any number of processes.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from ..errors import HubError, RecipeError
 from ..evaluation import summary
 from ..hub import Target, bundle_of, check_here, check_target, publish, reserve
-from ..recipe import STAGES, Recipe, load_recipe, override_recipe
-from ..runtime import EVERY_S, check_free, log_file
+from ..recipe import STAGES, Recipe, load_recipe, override_recipe, public_recipe, to_dict
+from ..runtime import EVERY_S, check_free, log_file, raise_if_stopped, write_json
 from .context import Run, make_accelerator
+from .evaluate import evaluate
 from .folder import check_folder, claimed_together
+from .package import package
 from .preflight import check, check_stage, record_inputs
-from .stages import run_stages
-from .trackers import start_trackers
+from .relabel import relabel
+from .squeeze import squeeze
+from .synthesize import synthesize
+
+_FUNCTIONS = dict(zip(STAGES, (squeeze, synthesize, relabel, package, evaluate), strict=True))
 
 
 @dataclass(frozen=True)
@@ -25,8 +34,7 @@ class Distilled:
     """What a run has left.
 
     Attributes:
-        folder: The output folder.
-        dataset: The Hub-ready folder in it; `None` if it is not packaged yet.
+        dataset: The Hub-ready folder in the output folder; `None` if it is not packaged yet.
         report: Every figure of the table, as report.json has it; `None` if it is not evaluated yet.
         url: Address of the commit or of the pull request, in the first process, if the dataset was published.
     """
@@ -95,40 +103,63 @@ def _check_at_once(recipe: Recipe, folder: Path, stage: str | None, target: Targ
 
 def _distill(run: Run, stage: str | None, target: Target | None, *, fresh: bool) -> Distilled:
     """Check what costs time to go wrong, claim the folder, take the stages, publish."""
-    is_main = run.accelerator.is_main_process
-    if target is not None and is_main:
-        target = check_target(target, run.recipe.name)
+    is_main, recipe, processes = run.accelerator.is_main_process, run.recipe, run.accelerator.num_processes
+    target = check_target(target, recipe.name) if target is not None and is_main else None
     if stage is not None:
         check_stage(run, stage, fresh=fresh)
     check(run, fresh=fresh)
     # From here on something is written.
-    if target is not None and is_main:
+    if target is not None:
         reserve(target)
     with claimed_together(run, fresh=fresh) as earlier, log_file(run.folder, run.accelerator.process_index):
-        _begin(run, earlier)
+        if is_main:
+            record_inputs(run)
+        run.say(f"{recipe.name} (fingerprint {recipe.fingerprint()}) in {run.folder}, {processes} process(es)")
+        if earlier is not None:
+            run.say(earlier)
+        start_trackers(run.accelerator, recipe)
         run_stages(run, STAGES if stage is None else [stage])
         path = run.folder / "report.json"
         report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         run.accelerator.end_training()
-        url = _publish(run, target, report) if target is not None and is_main else None
+        try:
+            url = None if target is None else publish(bundle_of(run.dataset), target).url
+        except HubError:
+            if report is not None:
+                run.say(summary(report))  # the caller gets no result to show it from
+            raise
     return Distilled(run.folder, run.dataset if run.dataset.is_dir() else None, report, url)
 
 
-def _begin(run: Run, earlier: str | None) -> None:
-    """Record what the names in the recipe stand for, and say what begins where; `earlier` is what another launch left."""
-    if run.accelerator.is_main_process:
-        record_inputs(run)
-    processes = f"{run.accelerator.num_processes} process(es)"
-    run.say(f"{run.recipe.name} (fingerprint {run.recipe.fingerprint()}) in {run.folder}, {processes}")
-    if earlier is not None:
-        run.say(earlier)
-    start_trackers(run)
+def run_stages(run: Run, wanted: Sequence[str]) -> None:
+    """Run the wanted stages, in order, and record how long each took."""
+    for name in (stage for stage in STAGES if stage in wanted):
+        run.say(f"stage {name}")
+        with run.timed(name):
+            _FUNCTIONS[name](run)
+            run.accelerator.wait_for_everyone()
+        raise_if_stopped()
+    report = run.folder / "report.json"
+    if run.accelerator.is_main_process and report.is_file():
+        # Only now is the time of the last stage known.
+        values = json.loads(report.read_text(encoding="utf-8"))
+        write_json(report, values | {"wall_time_s": run.times()})
 
 
-def _publish(run: Run, target: Target, report: dict[str, Any] | None) -> str:
-    try:
-        return publish(bundle_of(run.dataset), target).url
-    except HubError:
-        if report is not None:
-            run.say(summary(report))  # the caller gets no result to show it from
-        raise
+def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Open the trackers, if any, with the recipe's values as their config; local paths stay here."""
+    if accelerator.log_with:
+        # TensorBoard's tracker takes nothing but scalars.
+        config = {
+            key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            for key, value in _flat(to_dict(public_recipe(recipe)), "")
+        }
+        accelerator.init_trackers("prism-hf", config=config)
+
+
+def _flat(values: object, prefix: str) -> Iterator[tuple[str, object]]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values

@@ -1,8 +1,7 @@
 """The stage evaluate: train the students of the table, keep one of them, write report.json, and complete the card."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -24,65 +23,78 @@ from ..evaluation import (
 )
 from ..hub import draw_diversity
 from ..images import ImageSplit
-from ..models import ScoredOn, SourceFacts, Teacher, scored_on, source_facts
-from ..recipe import plan_jobs, to_dict
+from ..models import Teacher, scored_on, source_facts
+from ..recipe import Recipe, plan_jobs, to_dict
 from ..runtime import is_finished, read_proof, write_json
 from .artifacts import job_file, read_failed
 from .context import Run
 from .package import write_card
-from .teacher_folders import squeezed_top1
 
 Keep = Callable[[nn.Module, float], None]
 
 
 def evaluate(run: Run) -> None:
-    """Train all students of the table.
-
-    Raises:
-        StageError: There is no packaged dataset.
-    """
+    """Train all students of the table, and write what they score."""
     if not (run.dataset / "README.md").is_file():
         raise StageError(f"{run.dataset} is not packaged yet; run --stage package first")
     # Every process reads the tables. The first one decodes them alone, so that memory is asked for once at a time.
     with run.accelerator.main_process_first():
-        sources: dict[str, Source] = {"distilled": load_distilled(run.dataset)}
+        distilled = load_distilled(run.dataset)
+        sources: dict[str, Source] = {"distilled": distilled}
         if run.control.is_dir():
             sources["random_real"] = load_distilled(run.control)
     sources["full"] = run.data.train
-    tasks = tasks_of(run, sources, run.work / "students")
-    keep = keep_in(run, run.student, sources["distilled"], tested_on=scored_on(run.recipe), test_count=len(run.data.test))
-    train_students(run, tasks, keep=keep)
-    evaluation = collect(run, tasks, sources, left_out=left_out(run, sources), verifier=run.verifier, network=run.judge)
+    keep = partial(
+        keep_student,
+        folder=run.folder / "student",
+        distilled=distilled,
+        settings=run.recipe.evaluation,
+        source=source_facts(run.recipe, run.data),
+        tested_on=scored_on(run.recipe),
+        test_count=len(run.data.test),
+    )
+    evaluation = fill_table(run, sources, run.data.test, run.work / "students", keep=keep, missing={}, judge=run.judge)
     if run.accelerator.is_main_process:
         conclude(run, evaluation)
 
 
-def left_out(run: Run, sources: Mapping[str, Source]) -> dict[str, str]:
+def left_out(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, str]:
     """Rows that cannot be had, with the reason."""
     reasons = {}
-    if run.recipe.method == "random":
+    if recipe.method == "random":
         reasons["random real"] = NO_CONTROL
     elif "random_real" not in sources:
         reasons["random real"] = "a class has fewer real training images than ipc"
-    if not run.recipe.evaluation.full_data_epochs:
+    if not recipe.evaluation.full_data_epochs:
         reasons["all real"] = "not yet run: the recipe sets evaluation.full_data_epochs to 0"
     return reasons
 
 
-def tasks_of(run: Run, sources: Mapping[str, Source], folder: Path, *, test: ImageSplit | None = None) -> list[StudentTask]:
-    """The students of a run's table; their scores are kept in `folder`. They are scored on `test`, or on the run's own."""
+def fill_table(
+    run: Run,
+    sources: Mapping[str, Source],
+    test: ImageSplit,
+    folder: Path,
+    *,
+    keep: Keep,
+    missing: Mapping[str, str],
+    judge: Teacher | None,
+) -> Evaluation:
+    """Train every student that can be had, and score it on `test`; scores are kept in `folder`.
+
+    `judge` is the verifier, or else the logit teacher; `missing` says why it or one of the sources is not there.
+    """
     recipe, classes = run.recipe, run.recipe.data.num_classes
-    tested = run.data.test if test is None else test
-    return student_tasks(sources, tested, recipe.evaluation, recipe.relabel.view, folder, num_classes=classes)
+    tasks = student_tasks(sources, test, recipe.evaluation, recipe.relabel.view, folder, num_classes=classes)
+    train_students(run, tasks, keep=keep)
+    verifier, reasons = judge if recipe.teachers.verifier else None, left_out(recipe, sources) | dict(missing)
+    return collect(run, tasks, sources, left_out=reasons, verifier=verifier, network=judge)
 
 
 def train_students(run: Run, tasks: Sequence[StudentTask], *, keep: Keep | None = None) -> None:
     """Train and score every student that has no score yet, shared over the processes.
 
-    Args:
-        run: Gives the processes.
-        tasks: The students.
-        keep: Stores one of them for others to use: soft labels of the distilled images, first seed.
+    `keep` stores one of them for others to use: soft labels of the distilled images, first seed.
     """
 
     def do(task: StudentTask, _: object) -> None:
@@ -91,47 +103,6 @@ def train_students(run: Run, tasks: Sequence[StudentTask], *, keep: Keep | None 
         train_and_score(task, device=device, keep=keep if kept else None, every_s=every_s)
 
     run.share("evaluate", tasks, is_done=is_scored, do=do, unit="student", name=lambda task: task.name)
-
-
-def keep_in(
-    run: Run,
-    folder: Path,
-    distilled: Source,
-    *,
-    tested_on: ScoredOn,
-    test_count: int,
-    source: SourceFacts | None = None,
-    dataset_id: str | None = None,
-) -> Keep:
-    """What stores a student in a model folder.
-
-    Args:
-        run: Its recipe is how the student is trained.
-        folder: The model folder.
-        distilled: What the student learns from.
-        tested_on: The test part, from `scored_on`.
-        test_count: Its images.
-        source: The real data behind the distilled set, from `source_facts`; by default those of the run.
-        dataset_id: Hub id of the distilled set, or `None` if it is a local folder.
-    """
-    assert isinstance(distilled, DistilledDataset)
-    settings = run.recipe.evaluation
-
-    def keep(student: nn.Module, top1: float) -> None:
-        keep_student(
-            student,
-            distilled,
-            settings,
-            folder,
-            source=source or source_facts(run.recipe, run.data),
-            tested_on=tested_on,
-            dataset_id=dataset_id,
-            seed=settings.seeds[0],
-            top1=top1,
-            test_count=test_count,
-        )
-
-    return keep
 
 
 def collect(
@@ -143,15 +114,10 @@ def collect(
     verifier: Teacher | None,
     network: Teacher | None,
 ) -> Evaluation:
-    """Read all scores, and measure what needs no training.
+    """Read the scores of trained students, and measure what needs no training.
 
-    Args:
-        run: Gives recipe and device.
-        tasks: The students that were trained.
-        sources: `distilled`, `random_real`, `full`: those that there are.
-        left_out: Rows that could not be had, with the reason.
-        verifier: Judges packaged images.
-        network: Its features measure similarity.
+    `sources` are those of `distilled`, `random_real` and `full` that there are; the others are in `left_out`, with the
+    reason. The features of `network` measure similarity.
     """
     distilled, settings = sources["distilled"], run.recipe.evaluation
     assert isinstance(distilled, DistilledDataset)
@@ -171,28 +137,23 @@ def collect(
 
 
 def conclude(run: Run, evaluation: Evaluation) -> None:
-    """Write report.json, and the figures into the card."""
+    """Write report.json, every figure of the table with its seeds and settings, and the figures into the card."""
     sets = {evaluation.name_of(name): facts.diversity for name, facts in evaluation.sets.items()}
     draw_diversity(run.dataset / "assets" / "diversity.png", sets, run.data.class_names)
-    report = report_of(run, evaluation)
-    write_json(run.folder / "report.json", report)
-    write_card(run, run.dataset, report)
-
-
-def report_of(run: Run, evaluation: Evaluation) -> dict[str, object]:
-    """report.json: every figure of the table with its seeds and settings."""
     files = [job_file(run.work, job.id) for job in plan_jobs(run.recipe)]
     notes = [read_proof(path).notes for path in files if is_finished(path)]
-    return {
+    report = {
         "recipe": run.recipe.name,
         "recipe_fingerprint": run.recipe.fingerprint(),
         "seed": run.recipe.seed,
         "ipc": run.recipe.synthesis.ipc,
         "evaluation": evaluation.as_dict(),
-        "teachers_test_top1": squeezed_top1(run.recipe, run.teachers_root, run.data),
+        "teachers_test_top1": run.squeezed_top1,
         "jobs": [{k: note[k] for k in ("job", "logit_top1", "verifier_top1", "precision")} for note in notes],
         "failed_jobs": [note["job"] for note in read_failed(run.work)],
         "hardware": run.hardware | {"processes": run.accelerator.num_processes},
         "versions": versions(),
         "settings": to_dict(run.recipe),
     }
+    write_json(run.folder / "report.json", report)
+    write_card(run, run.dataset, report)

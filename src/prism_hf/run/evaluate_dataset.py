@@ -1,25 +1,24 @@
 """Students on a distilled dataset that was made elsewhere, beside random real images where they can be had."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from ..dataset import DistilledDataset, load_distilled, versions
 from ..errors import DataError, RecipeError, StageError, TeacherError
-from ..evaluation import NO_CONTROL, Evaluation, Source
-from ..images import ImageSplit, SourceData, load_source, load_test_split
+from ..evaluation import Source, keep_student
+from ..images import SourceData, load_source, load_test_split
 from ..models import check_network, scored_on, source_facts
 from ..recipe import Recipe, load_recipe, override_recipe, plan_jobs, public_recipe, to_dict
 from ..runtime import EVERY_S, write_json
 from .context import Run, make_accelerator
-from .evaluate import collect, keep_in, tasks_of, train_students
+from .evaluate import fill_table
 from .folder import check_place, held_together
-from .package import package_control
+from .package import package_set
 from .relabel import control_set, label
 
 T = TypeVar("T")
@@ -38,15 +37,9 @@ def evaluate_dataset(
 ) -> tuple[Path, Path | None]:
     """Train students on a distilled dataset, and write the honest table; the same call resumes an interrupted one.
 
-    Args:
-        source: A folder, or a Hub id.
-        overrides: Changes of the protocol, `evaluation.key=value`.
-        revision: Of a Hub dataset.
-        test: Test data in place of the recipe's, `DATA` or `DATA:SPLIT`; a Hub id or a folder.
-        teachers: Where squeezed teachers are; default: beside the dataset, or outputs/teachers.
-        folder: Output folder; default: outputs/evaluate/<recipe name>.
-        threads: CPU threads per process.
-        checkpoint_s: Seconds between two checkpoints of a student.
+    `source` is a folder or a Hub id; `overrides` change its protocol, `evaluation.key=value`. `test` is `DATA` or
+    `DATA:SPLIT` in place of the recipe's test data. Squeezed teachers are by default looked for beside the dataset, then in
+    outputs/teachers; the output folder is by default outputs/evaluate/<recipe name>.
 
     Returns:
         Path of report.json; folder of the student that was kept, `None` if none was.
@@ -57,20 +50,54 @@ def evaluate_dataset(
     with accelerator.main_process_first():
         distilled = load_distilled(source, revision=revision)
     recipe = _protocol(source, distilled, overrides)
-    tested = recipe if test is None else _with_test(recipe, test)
-    left_out: dict[str, str] = {}
-    data, test_split = _real_data(recipe, tested, distilled.class_names, left_out)
     folder = folder or Path("outputs") / "evaluate" / recipe.name
-    # One folder for all that control and scores depend on: another dataset of the same name must not find them.
-    work = folder / _digest(distilled.content, "" if data is None else data.train.content)
-    run = Run(recipe, work, teachers or _nearest_teachers(source), accelerator, checkpoint_s)
-    student = run.folder / f"student-{_protocol_key(recipe, test_split)}"
-    with held_together(run):
-        evaluation = _score(run, distilled, data, test_split, left_out, student, source, tested)
-        if accelerator.is_main_process:
-            report = {"recipe": recipe.name, "dataset": source, "test": test or recipe.data.source}
-            write_json(folder / "report.json", report | _results(run, evaluation))
+    run = Run(recipe, folder, teachers or _nearest_teachers(source), accelerator, checkpoint_s)
+    student = _evaluate(run, source, distilled, test)
     return folder / "report.json", student if student.is_dir() else None
+
+
+def _evaluate(run: Run, source: str, distilled: DistilledDataset, test: str | None) -> Path:
+    """Fill the rows of the table that can be had here, and write report.json; returns where a student is kept."""
+    recipe, report, missing = run.recipe, run.folder / "report.json", dict[str, str]()
+    tested = recipe if test is None else _with_test(recipe, test)
+    data: SourceData | None
+    if test is None:
+        data = load_source(recipe.data)
+        split = data.test
+    else:
+        data = _unless_missing(lambda: load_source(recipe.data), missing, "random real", "all real")
+        split = load_test_split(recipe.data, tested.data.source, tested.data.test_split, distilled.class_names)
+    # One folder for all that control and scores depend on: another dataset of the same name must not find them.
+    run = replace(run, folder=run.folder / _digest(distilled.content, "" if data is None else data.train.content))
+    # More seeds join the students that are trained already.
+    protocol = to_dict(replace(recipe, evaluation=replace(recipe.evaluation, seeds=(0,))))["evaluation"]
+    key = _digest(json.dumps(protocol), split.content)
+    keep = partial(
+        keep_student,
+        folder=run.folder / f"student-{key}",
+        distilled=distilled,
+        settings=recipe.evaluation,
+        source=source_facts(recipe, data),
+        tested_on=scored_on(tested),
+        test_count=len(split),
+        dataset_id=None if Path(source).is_dir() else source,
+    )
+    with held_together(run):
+        sources = _sources(run, distilled, data, missing)
+        judge = None if data is None else _unless_missing(lambda: run.judge, missing, "verifier and similarity")
+        table = fill_table(run, sources, split, run.folder / f"students-{key}", keep=keep, missing=missing, judge=judge)
+        if run.accelerator.is_main_process:
+            facts = {
+                "recipe": recipe.name,
+                "dataset": source,
+                "test": test or recipe.data.source,
+                "evaluation": table.as_dict(),
+                "settings": to_dict(recipe)["evaluation"],
+                "hardware": run.hardware,
+                "versions": versions(),
+            }
+            write_json(report, facts)
+    return run.folder / f"student-{key}"
 
 
 def _protocol(source: str, distilled: DistilledDataset, overrides: Sequence[str]) -> Recipe:
@@ -80,20 +107,13 @@ def _protocol(source: str, distilled: DistilledDataset, overrides: Sequence[str]
     wrong = [override for override in overrides if not override.startswith("evaluation.")]
     if wrong:
         raise RecipeError(f"override {wrong[0]!r}: only evaluation.* can change for images that exist already")
-    recipe = override_recipe(_local_recipe(Path(source), distilled.recipe), overrides)
+    recipe, beside = distilled.recipe, Path(source).parent / "recipe.yaml"
+    if Path(source).is_dir() and beside.is_file() and public_recipe(load_recipe(beside)) == recipe:
+        recipe = load_recipe(beside)  # names local data by their full path
+    recipe = override_recipe(recipe, overrides)
     channels, size = distilled.images_uint8.shape[1], distilled.images_uint8.shape[-1]
     check_network(recipe.evaluation.student, num_classes=len(distilled.class_names), channels=channels, size=size)
     return recipe
-
-
-def _local_recipe(dataset: Path, shipped: Recipe) -> Recipe:
-    """The recipe beside a dataset's folder, which names local data by their full path; else the one in it."""
-    private = dataset.parent / "recipe.yaml"
-    if dataset.is_dir() and private.is_file():
-        recipe = load_recipe(private)
-        if public_recipe(recipe) == shipped:
-            return recipe
-    return shipped
 
 
 def _nearest_teachers(source: str) -> Path:
@@ -110,66 +130,28 @@ def _with_test(recipe: Recipe, test: str) -> Recipe:
     return replace(recipe, data=replace(recipe.data, source=source, test_split=split, validation_fraction=0.0))
 
 
-def _real_data(
-    recipe: Recipe, tested: Recipe, class_names: Sequence[str], left_out: dict[str, str]
-) -> tuple[SourceData | None, ImageSplit]:
-    """The real data, which only other test data make dispensable, and the test images."""
-    if tested is recipe:
-        data = load_source(recipe.data)
-        return data, data.test
-    other = _unless_missing(lambda: load_source(recipe.data), left_out, "random real", "all real")
-    return other, load_test_split(recipe.data, tested.data.source, tested.data.test_split, class_names)
-
-
-def _unless_missing(load: Callable[[], T], left_out: dict[str, str], *rows: str) -> T | None:
+def _unless_missing(load: Callable[[], T], missing: dict[str, str], *rows: str) -> T | None:
     """What `load` returns; if it cannot be had here, these rows of the table are left out for that reason."""
     try:
         return load()
     except (DataError, StageError, TeacherError) as error:
-        left_out |= dict.fromkeys(rows, f"not yet run: {error}")
+        missing |= dict.fromkeys(rows, f"not yet run: {error}")
         return None
 
 
-def _score(
-    run: Run,
-    distilled: DistilledDataset,
-    data: SourceData | None,
-    test_split: ImageSplit,
-    left_out: dict[str, str],
-    student: Path,
-    source: str,
-    tested: Recipe,
-) -> Evaluation:
-    """Train the students of every row that can be had."""
-    recipe, judge = run.recipe, None
+def _sources(run: Run, distilled: DistilledDataset, data: SourceData | None, missing: dict[str, str]) -> dict[str, Source]:
+    """What students can learn from here."""
     sources: dict[str, Source] = {"distilled": distilled}
     if data is not None:
-        run.loaded.data[recipe.data] = data
+        run.loaded.data[run.recipe.data] = data
         sources["full"] = data.train
-        if not recipe.evaluation.full_data_epochs:
-            left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
-        if recipe.method == "random":
-            left_out["random real"] = NO_CONTROL
-        elif control := _unless_missing(lambda: _control(run, distilled), left_out, "random real"):
+        if run.wants_control and (control := _unless_missing(lambda: _control(run, distilled), missing, "random real")):
             sources["random_real"] = control
-        judge = _unless_missing(lambda: run.judge, left_out, "verifier and similarity")
-    tasks = tasks_of(run, sources, run.work / f"students-{_protocol_key(recipe, test_split)}", test=test_split)
-    keep = keep_in(
-        run,
-        student,
-        distilled,
-        source=source_facts(recipe, data),
-        tested_on=scored_on(tested),
-        test_count=len(test_split),
-        dataset_id=None if Path(source).is_dir() else source,
-    )
-    train_students(run, tasks, keep=keep)
-    verifier = judge if recipe.teachers.verifier else None
-    return collect(run, tasks, sources, left_out=left_out, verifier=verifier, network=judge)
+    return sources
 
 
-def _control(run: Run, distilled: DistilledDataset) -> DistilledDataset:
-    """Random real images, labeled by the very teachers that labeled the dataset."""
+def _control(run: Run, distilled: DistilledDataset) -> DistilledDataset | None:
+    """Random real images, labeled by the very teachers that labeled the dataset; `None` if a class has too few."""
     names = run.recipe.relabel.teachers
     loaded = run.teachers(names)
     for public, name in zip(public_recipe(run.recipe).relabel.teachers, names, strict=True):
@@ -177,26 +159,15 @@ def _control(run: Run, distilled: DistilledDataset) -> DistilledDataset:
             raise TeacherError(f"teacher {public!r} here has other weights than the one that labeled the dataset")
     sets = control_set(run, plan_jobs(run.recipe))
     if not sets:
-        raise DataError("a class has fewer real training images than ipc")
+        return None
     label(run, sets)
     if run.accelerator.is_main_process:
-        package_control(run, sets[0])
+        package_set(run, sets[0])
     run.accelerator.wait_for_everyone()
     with run.accelerator.main_process_first():
         return load_distilled(run.control)
 
 
-def _protocol_key(recipe: Recipe, test_split: ImageSplit) -> str:
-    """A name for the protocol and its test images; more seeds join the students that are trained already."""
-    settings = to_dict(replace(recipe, evaluation=replace(recipe.evaluation, seeds=(0,))))["evaluation"]
-    return _digest(json.dumps(settings), test_split.content)
-
-
 def _digest(*parts: str) -> str:
     """Sixteen hex digits that name a combination of parts."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _results(run: Run, evaluation: Evaluation) -> dict[str, object]:
-    settings = to_dict(run.recipe)["evaluation"]
-    return {"evaluation": evaluation.as_dict(), "settings": settings, "hardware": run.hardware, "versions": versions()}

@@ -1,7 +1,5 @@
 """The output folder of a run: whose it is, who holds it, and what an earlier launch left in it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,19 +16,12 @@ PARTS = ("dataset", "control", "student")
 def check_folder(folder: Path, recipe: Recipe, *, fresh: bool = False) -> None:
     """Find out whether `folder` is, or can become, the output of `recipe`; writes nothing.
 
-    Args:
-        folder: The output folder.
-        recipe: The recipe.
-        fresh: The run in the folder is to be moved aside, whatever its recipe.
-
-    Raises:
-        OutputError: It is in use, belongs to another recipe (names the keys that differ), or holds other things.
+    With `fresh`, a run that is there will be moved aside, whatever its recipe. The error names the keys that differ.
     """
     check_place(folder, "--output")
-    marker = folder / "recipe.yaml"
-    if marker.is_file():
+    if (folder / "recipe.yaml").is_file():
         if not fresh:
-            _check_recipe(folder, marker, recipe)
+            _check_recipe(folder, recipe)
         return
     # What a launch leaves that was killed before it had written its recipe.
     ours = (LOCK, HOLDER)
@@ -39,13 +30,9 @@ def check_folder(folder: Path, recipe: Recipe, *, fresh: bool = False) -> None:
 
 
 def check_place(folder: Path, option: str) -> None:
-    """Find out whether `folder` is a folder, or could be one; writes nothing.
-
-    Raises:
-        OutputError: It is a file, or no name for a folder; names the option that changes it.
-    """
+    """Find out whether `folder` is a folder, or could be one; the `OutputError` names the option that changes it."""
     try:
-        is_file = any(place.exists() and not place.is_dir() for place in (folder, *folder.parents))
+        is_file = any(path.exists() and not path.is_dir() for path in (folder, *folder.parents))
     except OSError as error:  # a name that is too long
         raise OutputError(
             f"{str(folder)!r} cannot be a folder ({error.strerror}); give another one with {option}"
@@ -54,9 +41,9 @@ def check_place(folder: Path, option: str) -> None:
         raise OutputError(f"{str(folder)!r} is a file, or below one; give a folder with {option}")
 
 
-def _check_recipe(folder: Path, marker: Path, recipe: Recipe) -> None:
+def _check_recipe(folder: Path, recipe: Recipe) -> None:
     try:
-        theirs = load_recipe(marker)
+        theirs = load_recipe(folder / "recipe.yaml")
     except RecipeError as error:
         raise OutputError(
             f"output {str(folder)!r} holds a recipe that cannot be read ({error}); use --output, or --fresh to move it "
@@ -72,33 +59,32 @@ def _check_recipe(folder: Path, marker: Path, recipe: Recipe) -> None:
 
 def is_of_another(folder: Path, recipe: Recipe) -> bool:
     """Whether a run of another recipe is in `folder`, or one whose recipe cannot be read."""
-    marker = folder / "recipe.yaml"
-    if not marker.is_file():
+    if not (folder / "recipe.yaml").is_file():
         return False
     try:
-        return load_recipe(marker).fingerprint() != recipe.fingerprint()
-    except RecipeError:
+        _check_recipe(folder, recipe)
+    except OutputError:
         return True
+    return False
 
 
 @contextmanager
 def claimed(folder: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[str | None]:
     """Make `folder` the output of `recipe`, or find that it is already, and hold it for the length of the block.
 
-    Args:
-        folder: The output folder.
-        recipe: The recipe.
-        fresh: Move a run that is there aside, whatever its recipe; nothing is deleted.
-
-    Yields:
-        A line about what an earlier launch left, or `None`.
-
-    Raises:
-        OutputError: As `check_folder`; or it cannot be written.
+    With `fresh`, a run that is there is moved aside, whatever its recipe; nothing is deleted. Yields a line about what an
+    earlier launch left, or `None`; raises as `check_folder`.
     """
     # Before the lock: a folder that is not ours stays as it is.
     check_folder(folder, recipe, fresh=fresh)
-    moved = _moved_aside(folder) if fresh and (folder / "recipe.yaml").is_file() else None
+    line = None
+    if fresh and (folder / "recipe.yaml").is_file():
+        with locked(folder):
+            aside = set_aside(folder)
+        # The lock's own files went along; they mean nothing there.
+        (aside / LOCK).unlink(missing_ok=True)
+        (aside / HOLDER).unlink(missing_ok=True)
+        line = f"the old run was moved to {aside}"
     with locked(folder) as killed:
         check_folder(folder, recipe)
         for name in PARTS:
@@ -107,21 +93,15 @@ def claimed(folder: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[st
         drafts = clear_drafts(folder, deep=False) + sum(clear_drafts(folder / name) for name in ("work", *PARTS))
         if not (folder / "recipe.yaml").is_file():
             write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
-        line = f"the old run was moved to {moved}" if moved else None
         if killed is not None:
-            line = f"{holder_text(killed)}, ended without a word; going on" + (
-                f" ({drafts} drafts removed)" if drafts else ""
-            )
+            removed = f" ({drafts} drafts removed)" if drafts else ""
+            line = f"{holder_text(killed)}, ended without a word; going on{removed}"
         yield line
 
 
 @contextmanager
 def claimed_together(run: Run, *, fresh: bool = False) -> Iterator[str | None]:
-    """Hold the folder of a run for all processes: the first one claims it, the others go on when it has its recipe.
-
-    Yields:
-        On the first process what `claimed` yields, else `None`.
-    """
+    """Hold the folder of a run for all processes: the first one claims it and gets the line, the others wait for it."""
     with ExitStack() as stack:
         line = None
         if run.accelerator.is_main_process:
@@ -132,23 +112,10 @@ def claimed_together(run: Run, *, fresh: bool = False) -> Iterator[str | None]:
 
 @contextmanager
 def held_together(run: Run) -> Iterator[None]:
-    """Hold a folder that has no recipe of its own, for all processes.
-
-    Raises:
-        OutputError: Another launch holds it.
-    """
+    """Hold a folder that has no recipe of its own, for all processes; an `OutputError` if another launch holds it."""
     with ExitStack() as stack:
         if run.accelerator.is_main_process:
             stack.enter_context(locked(run.folder))
             clear_drafts(run.folder)
         run.accelerator.wait_for_everyone()
         yield
-
-
-def _moved_aside(folder: Path) -> Path:
-    with locked(folder):
-        aside = set_aside(folder)
-        # The lock's own files went along; they mean nothing there.
-        (aside / HOLDER).unlink(missing_ok=True)
-    (aside / LOCK).unlink(missing_ok=True)
-    return aside

@@ -1,9 +1,7 @@
 """One synthesis job: the steps of the method, with looks at the losses, a history, a verifier and checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +18,10 @@ from ..runtime.memory import told_in_one_line
 
 CHECK_EVERY = 10
 """Steps between looks at the losses; each look waits for the device, and finds the exact step that went wrong."""
+_NO_MEMORY = (
+    "The batch is part of the method and is not shrunk: lower synthesis.batch_size in the recipe, or use a device with "
+    "more memory"
+)
 History = list[dict[str, float]]
 
 
@@ -33,14 +35,12 @@ class JobResult:
             `densification` where it is on, and `verifier_top1` where it was asked.
         logit_top1: Share of the final 8-bit images that the logit teacher puts in their class.
         verifier_top1: The same of the held-out verifier, or `None` without one.
-        precision: Of the passes that made it.
     """
 
     images_uint8: Tensor
     history: History
     logit_top1: float
     verifier_top1: float | None
-    precision: Precision
 
 
 def optimize(
@@ -50,18 +50,15 @@ def optimize(
     teachers: Mapping[str, Teacher],
     *,
     verifier: Teacher | None = None,
-    on_check: Callable[[dict[str, float]], None] | None = None,
+    on_check: Callable[[dict[str, float]], None] = lambda _: None,
     checkpoint: Checkpoint | None = None,
     precision: Precision = "float32",
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> JobResult:
-    """Run all steps of one job.
+    """Run all steps of one job, from its checkpoint if there is one; see `synthesize`.
 
-    Beyond the arguments of `synthesize`:
-
-    - `verifier` is asked each `verify_every` steps and at the end; it is never in the loss.
-    - `on_check` is called with each new entry of the history.
-    - `checkpoint` keeps the state of the job now and then; the job goes on from it if there is one.
+    `verifier` is asked each `verify_every` steps and at the end, and is never in the loss. `on_check` is called with each
+    new entry of the history.
 
     Raises:
         NotFiniteError: A loss, gradient or pixel is NaN or infinite (names job and step; its state is in the checkpoint).
@@ -74,49 +71,33 @@ def optimize(
     losses = [] if state is None else list(state["losses"].to(initial.device))
     history: History = [] if saved is None else list(saved.notes["history"])
     steps = synthesize(job, settings, initial, teachers, precision=precision, statistics=statistics, state=state)
-    with _enough_memory(job), closing(steps):
+    batch = f"a batch of {len(job.classes)} images and teachers {', '.join(job.teachers.synthesis_names)}"
+    with told_in_one_line(f"job {job.id}: {batch}", _NO_MEMORY), closing(steps):
         for step in steps:
             pixels = step.pixels
             losses.append(torch.stack([term for term in step.terms if term is not None]))
             if step.number % CHECK_EVERY == 0 or step.number == job.iterations:
-                history.append(_look(job, settings, step, losses, history, verifier, checkpoint))
+                try:
+                    history.append(_look(job, settings, step, losses, verifier))
+                except NotFiniteError:
+                    if checkpoint is not None:
+                        checkpoint.save(_state(step, losses, history))
+                    raise
                 losses = []
-                if on_check is not None:
-                    on_check(history[-1])
+                on_check(history[-1])
             if checkpoint is not None:
                 checkpoint.tick(partial(_state, step, losses, history))
         # In the layout that the steps have: in another one a teacher may round differently.
         images_uint8 = to_uint8(pixels.contiguous(memory_format=torch.channels_last))
         logit_top1 = _top1(teachers[job.teachers.logit], images_uint8, job)
         verifier_top1 = None if verifier is None else _top1(verifier, images_uint8, job)
-    return JobResult(images_uint8.cpu().contiguous(), history, logit_top1, verifier_top1, precision)
+    return JobResult(images_uint8.cpu().contiguous(), history, logit_top1, verifier_top1)
 
 
 def _look(
-    job: SynthesisJob,
-    settings: SynthesisRecipe,
-    step: Step,
-    losses: Sequence[Tensor],
-    history: History,
-    verifier: Teacher | None,
-    checkpoint: Checkpoint | None,
+    job: SynthesisJob, settings: SynthesisRecipe, step: Step, losses: Sequence[Tensor], verifier: Teacher | None
 ) -> dict[str, float]:
-    """A new entry of the history, after a look at the last steps: the one place that waits for the device."""
-    try:
-        entry = _last_terms(job, step, losses)
-    except NotFiniteError:
-        if checkpoint is not None:
-            checkpoint.save(_state(step, losses, history))
-        raise
-    last_look = int(history[-1]["step"]) if history else 0
-    due = step.number // settings.verify_every > last_look // settings.verify_every
-    if verifier is not None and (due or step.number == job.iterations):
-        entry["verifier_top1"] = _top1(verifier, to_uint8(step.pixels), job)
-    return entry
-
-
-def _last_terms(job: SynthesisJob, step: Step, losses: Sequence[Tensor]) -> dict[str, float]:
-    """Terms of the last step, after a check of all `losses`: a row of (ce, bn, grad, densification if on) per step."""
+    """A new entry of the history, from a row (ce, bn, grad, densification if on) of losses per step since the last one."""
     values = torch.stack(list(losses)).cpu().double()
     bad = (~values.isfinite()).any(1).nonzero().flatten().tolist()
     advice = "Lower synthesis.lr or synthesis.bn_weight, or keep synthesis.clamp on"
@@ -129,7 +110,12 @@ def _last_terms(job: SynthesisJob, step: Step, losses: Sequence[Tensor]) -> dict
     if not bool(step.pixels.isfinite().all()):
         raise NotFiniteError(f"job {job.id}, iteration {step.number}: a pixel is not finite. {advice}")
     terms = dict(zip(("ce", "bn", "grad", "densification"), values[-1].tolist(), strict=False))
-    return {"step": step.number, **terms, "lr": step.lr}
+    entry = {"step": step.number, **terms, "lr": step.lr}
+    last_look = (step.number - 1) // CHECK_EVERY * CHECK_EVERY
+    due = step.number // settings.verify_every > last_look // settings.verify_every
+    if verifier is not None and (due or step.number == job.iterations):
+        entry["verifier_top1"] = _top1(verifier, to_uint8(step.pixels), job)
+    return entry
 
 
 @torch.no_grad()
@@ -142,11 +128,3 @@ def _top1(teacher: Teacher, images_uint8: Tensor, job: SynthesisJob) -> float:
 def _state(step: Step, losses: Sequence[Tensor], history: History) -> State:
     pending = torch.stack(list(losses)) if losses else torch.empty(0, 3)
     return State(step.state() | {"losses": pending}, {"step": step.number, "history": history})
-
-
-def _enough_memory(job: SynthesisJob) -> AbstractContextManager[None]:
-    return told_in_one_line(
-        f"job {job.id}: a batch of {len(job.classes)} images and teachers {', '.join(job.teachers.synthesis_names)}",
-        "The batch is part of the method and is not shrunk: lower synthesis.batch_size in the recipe, or use a device with "
-        "more memory",
-    )

@@ -1,7 +1,5 @@
 """The checks before the work: what is wrong with a run is told before anything costs time or is written."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping
@@ -14,10 +12,10 @@ from ..images import local_folder
 from ..method import Alignment, check_candidates, real_rows
 from ..models import Teacher, check_batch, check_network, classifier_of
 from ..recipe import SQUEEZE_PREFIX, STAGES, Recipe, space_needed
-from ..runtime import files_below, size_text, write_json
+from ..runtime import size_text, write_json
 from .context import Run
 from .folder import check_place
-from .teacher_folders import trained_folder
+from .status import bytes_below
 
 INPUTS = "inputs.json"
 
@@ -25,13 +23,8 @@ INPUTS = "inputs.json"
 def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
     """Look at everything that can be wrong: disk space, Hub teachers, the data, images per class; writes nothing.
 
-    Args:
-        run: The run.
-        fresh: What an earlier run left in the folder does not count: it will be moved aside.
-        space: Look at disk space too; a comparison adds up that of its runs.
-
-    Raises:
-        PrismError: One line about what cannot be used.
+    With `fresh`, what an earlier run left in the folder does not count: it will be moved aside. Without `space`, the caller
+    looks at the disk, as a comparison does for all its runs.
     """
     recipe, data = run.recipe, run.recipe.data
     check_place(run.teachers_root, "--teachers")
@@ -48,23 +41,23 @@ def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
     if recipe.synthesis.init != "noise":
         real_rows(run.data, recipe.synthesis.ipc, seed=recipe.seed)
     check_candidates(run.data, recipe.synthesis)
-    if not fresh:
-        check_inputs(run.work / INPUTS, _inputs_of(run))
+    inputs = run.work / INPUTS
+    if not fresh and inputs.is_file() and json.loads(inputs.read_text(encoding="utf-8")) != _inputs_of(run):
+        raise OutputError(
+            f"the data or the teachers of this run have changed since it was started (see {inputs}); what is finished "
+            "there would not fit. Use another folder (--output DIR)"
+        )
 
 
 def check_stage(run: Run, stage: str, *, fresh: bool = False) -> None:
-    """Find out whether a stage can begin where the stages before it stopped; writes nothing.
-
-    Raises:
-        StageError: A teacher is not trained, or there is no run.
-    """
+    """Find out whether a stage can begin where the stages before it stopped, else raise a `StageError`; writes nothing."""
     if stage == "squeeze":
         return
     if stage != "synthesize" and (fresh or not (run.folder / "recipe.yaml").is_file()):
         before = STAGES[STAGES.index(stage) - 1]
         raise StageError(f"{run.folder} holds no run to {stage}; run --stage {before}, and what comes before it")
     for name in run.recipe.squeezed_teachers:
-        trained_folder(name, run.recipe, run.teachers_root)
+        run.trained_folder(name)
 
 
 def record_inputs(run: Run) -> None:
@@ -86,25 +79,24 @@ def missing_space(run: Run) -> int:
     """Bytes that a run still needs on the disk, at most; what is in its folder already counts as done."""
     processes = run.accelerator.num_processes
     needed = sum(space_needed(run.recipe, processes=processes, control=run.wants_control).values())
-    # A file of a dataset folder that has a second name in DIR/work counts once.
-    files = {
-        path.stat().st_ino: path.stat().st_size
-        for name in ("work", "dataset", "control")
-        for path in files_below(run.folder / name)
-    }
-    return max(0, needed - sum(files.values()))
+    return max(0, needed - bytes_below(run.work, run.dataset, run.control))
+
+
+def check_space(missing: int, folder: Path) -> None:
+    """Compare the bytes that are still needed with what is free, before anything is written."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if missing > free:
+        raise OutputError(
+            f"output {str(folder)!r} needs about {size_text(missing)} and {size_text(free)} are free; make space, "
+            "use another disk (--output DIR), or lower synthesis.ipc or relabel.epochs"
+        )
 
 
 def check_verifier(recipe: Recipe, loaded: Mapping[str, Teacher]) -> None:
-    """A verifier is another architecture than every network in the loss, whatever it is called.
+    """Refuse a verifier of the architecture of a network in the loss, whatever it is called, or one without features.
 
-    Args:
-        recipe: Names verifier and teachers.
-        loaded: Those of them that are not squeezed.
-
-    Raises:
-        RecipeError: The same architecture teaches.
-        TeacherError: It has no features to measure similarity with.
+    `loaded` are the teachers that are not squeezed.
     """
     name = recipe.teachers.verifier
     if name is None:
@@ -124,54 +116,14 @@ def check_verifier(recipe: Recipe, loaded: Mapping[str, Teacher]) -> None:
 
 
 def check_apart(folder: Path, source: str) -> None:
-    """Refuse an output folder inside the data: what is written there would be read as data by the next launch.
-
-    Raises:
-        OutputError: It is inside.
-    """
+    """Refuse an output folder inside the data: what is written there would be read as data by the next launch."""
     data = None if source == "digits" else local_folder(source)
     if data is not None and folder.resolve().is_relative_to(data.resolve()):
         raise OutputError(f"output {str(folder)!r} is inside the data {source!r}; use another folder (--output DIR)")
 
 
-def check_space(missing: int, folder: Path) -> None:
-    """Compare the space that is still needed with what is free, before anything is written.
-
-    Args:
-        missing: Bytes, from `missing_space`.
-        folder: The output folder.
-
-    Raises:
-        OutputError: Too little: says how much is needed and how much there is.
-    """
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free
-    if missing > free:
-        raise OutputError(
-            f"output {str(folder)!r} needs about {size_text(missing)} and {size_text(free)} are free; make space, "
-            "use another disk (--output DIR), or lower synthesis.ipc or relabel.epochs"
-        )
-
-
-def check_inputs(path: Path, inputs: Mapping[str, object]) -> None:
-    """Compare with what an earlier launch recorded at `path`, if there was one.
-
-    Raises:
-        OutputError: Data or teachers have changed behind their names.
-    """
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != inputs:
-        raise OutputError(
-            f"the data or the teachers of this run have changed since it was started (see {path}); what is finished there "
-            "would not fit. Use another folder (--output DIR)"
-        )
-
-
 def check_architectures(recipe: Recipe) -> None:
-    """Fail before any training if a `squeeze:` name is no timm architecture, or could never align anything.
-
-    Raises:
-        TeacherError: Names the teacher.
-    """
+    """Fail before any training if a `squeeze:` name is not a timm architecture, or could never align anything."""
     for name in recipe.squeezed_teachers:
         architecture = name.removeprefix(SQUEEZE_PREFIX)
         if not timm.is_model(architecture):

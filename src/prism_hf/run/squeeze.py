@@ -1,13 +1,10 @@
 """The stage squeeze: train the `squeeze:` teachers that are not there yet."""
 
-from __future__ import annotations
-
 from ..models import check_squeezed, clear_scratch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
 from ..runtime import sound_or_aside, write_json
 from ..runtime.share import Progress
 from .artifacts import SQUEEZED
 from .context import Run
-from .teacher_folders import squeezed_top1
 
 
 def squeeze(run: Run) -> None:
@@ -18,20 +15,15 @@ def squeeze(run: Run) -> None:
         squeeze_teacher(name, run.recipe, run.data, run.teachers_root, device=device, every_s=every_s)
 
     names = run.recipe.squeezed_teachers
-    run.share("squeeze", names, is_done=lambda name: is_trained(run, name), do=train, unit="teacher")
-    scores = squeezed_top1(run.recipe, run.teachers_root, run.data)
-    for name, top1 in scores.items():
+    run.share("squeeze", names, is_done=lambda name: _is_trained(run, name), do=train, unit="teacher")
+    for name, top1 in run.squeezed_top1.items():
         run.say(f"squeeze: {name} scores {100 * top1:.1f} % on the test part")
     if run.accelerator.is_main_process:
-        write_json(run.work / SQUEEZED, scores)  # for the status: teachers may lie anywhere
+        write_json(run.work / SQUEEZED, run.squeezed_top1)  # for the status: teachers may lie anywhere
 
 
-def is_trained(run: Run, name: str) -> bool:
-    """Whether a teacher is there and whole; a damaged one is set aside.
-
-    Raises:
-        TeacherError: It was trained on other images than the source holds now.
-    """
+def _is_trained(run: Run, name: str) -> bool:
+    """Whether a teacher is there, whole, and trained on the data that the source holds now; a damaged one is set aside."""
     folder = teacher_folder(name, run.recipe, run.teachers_root)
     if not is_squeezed(folder) or sound_or_aside(folder, lambda: check_squeezed(folder)) is None:
         return False

@@ -1,7 +1,5 @@
 """How far a run is, from its folder alone: done, running, failed, left, and how long that should take."""
 
-from __future__ import annotations
-
 import json
 import os
 import time
@@ -10,11 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..dataset import VIEWS, view_shards
+from ..dataset import DISTILLED, RANDOM_REAL, VIEWS, view_shards
 from ..errors import OutputError, RecipeError
-from ..recipe import STAGES, Recipe, load_recipe, plan_jobs
+from ..recipe import Recipe, load_recipe, plan_jobs
 from ..runtime import duration_text, holder_of, is_finished, is_held, size_text
-from .artifacts import SETS, SQUEEZED, TIMES, job_file, read_failed
+from .artifacts import SQUEEZED, TIMES, job_file, read_failed
 
 _QUIET_S = 600.0
 """A process that has said nothing for so long is worth a look."""
@@ -23,17 +21,10 @@ _QUIET_S = 600.0
 def survey(folder: Path) -> dict[str, Any]:
     """The state of a run, as plain JSON; reads names and small files, computes nothing, changes nothing.
 
-    Args:
-        folder: The output folder.
-
     Returns:
-        `recipe`, `running` (who holds the folder, or `None`), `stages` (for each: `done`, `of`, `unit`, `seconds`
-        spent; squeeze: `finished`),
-        `processes` (what each is doing, with `seconds_left`), `failed` jobs with reasons, `checkpoints` (unfinished jobs),
+        `recipe`, `running` (who holds the folder, or `None`), `stages` (for each: `done`, `of`, `unit`, `seconds` spent;
+        squeeze: `finished`), `processes` (what each is doing), `failed` jobs with reasons, `checkpoints` (unfinished jobs),
         `aside` (damaged files), `seconds_left` of the running stage, `bytes` on the disk.
-
-    Raises:
-        OutputError: No run is there.
     """
     try:
         recipe = load_recipe(folder / "recipe.yaml")
@@ -51,26 +42,22 @@ def survey(folder: Path) -> dict[str, Any]:
         "processes": processes if running else [],
         "failed": [{"job": note["job"], "reason": note["reason"]} for note in read_failed(work)],
         "checkpoints": sorted(path.name for path in work.rglob("*.checkpoint*.safetensors")),
-        "aside": sorted(path.relative_to(folder).as_posix() for path in work.rglob("*.aside-*") if is_data(path)),
+        "aside": sorted(path.relative_to(folder).as_posix() for path in work.rglob("*.aside-*") if path.suffix != ".seal"),
         "seconds_left": max(left) if running and left else None,
-        "bytes": _bytes_below(folder),
+        "bytes": bytes_below(folder),
     }
 
 
-def _bytes_below(folder: Path) -> int:
+def bytes_below(*folders: Path) -> int:
     """Size of all files, one with two names counted once; those of a run at work come and go."""
     sizes = {}
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                stat = os.stat(os.path.join(parent, name))
-                sizes[stat.st_dev, stat.st_ino] = stat.st_size
+    for folder in folders:
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                with suppress(OSError):
+                    stat = os.stat(os.path.join(parent, name))
+                    sizes[stat.st_dev, stat.st_ino] = stat.st_size
     return sum(sizes.values())
-
-
-def is_data(path: Path) -> bool:
-    """Whether a path is a file that is not only the seal of another."""
-    return path.suffix != ".seal"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -84,7 +71,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _stages(recipe: Recipe, folder: Path) -> dict[str, dict[str, object]]:
     work, jobs = folder / "work", plan_jobs(recipe)
     finished = sum(is_finished(job_file(work, job.id)) for job in jobs)
-    sets = [name for name in SETS if (work / name).is_dir()] or list(SETS)
+    both = [DISTILLED, RANDOM_REAL]
+    sets = [name for name in both if (work / name).is_dir()] or both
     views = [work / name / VIEWS / shard.name for name in sets for shard in view_shards(recipe, recipe.num_images)]
     students = sum(map(is_finished, (work / "students").glob("*-seed*.json")))
     rows = 2 * len(sets) + bool(recipe.evaluation.full_data_epochs)
@@ -95,12 +83,10 @@ def _stages(recipe: Recipe, folder: Path) -> dict[str, dict[str, object]]:
         "package": (packaged, len(sets), "folders"),
         "evaluate": (students, rows * len(recipe.evaluation.seeds), "students"),
     }
-    seconds = _read(work / TIMES)
-    spent = {name: seconds.get(name) for name in STAGES}
-    trained = (work / SQUEEZED).is_file()
-    stages: dict[str, dict[str, object]] = {"squeeze": {"finished": trained, "seconds": spent["squeeze"]}}
+    seconds, trained = _read(work / TIMES), (work / SQUEEZED).is_file()
+    stages: dict[str, dict[str, object]] = {"squeeze": {"finished": trained, "seconds": seconds.get("squeeze")}}
     for name, (done, total, unit) in count.items():
-        stages[name] = {"done": done, "of": total, "unit": unit, "seconds": spent[name]}
+        stages[name] = {"done": done, "of": total, "unit": unit, "seconds": seconds.get(name)}
     return stages
 
 
@@ -120,7 +106,10 @@ def status_text(state: Mapping[str, Any]) -> str:
             lines.append(f"{name:<11} {'done' if stage['finished'] else begun}{spent}")
     for number, process in enumerate(state["processes"]):
         if process:
-            lines.append(_process_text(number, process))
+            silent = time.time() - process["updated"]
+            note = f", silent for {duration_text(silent)}" if silent > _QUIET_S else ""
+            steps = f"{process['done']} of {process['of']} {process['unit']}s"
+            lines.append(f"process {number:<3} {process['stage']}: {process['now']}, {steps}{note}")
     if state["checkpoints"]:
         lines.append(f"unfinished  {len(state['checkpoints'])} with a checkpoint: {', '.join(state['checkpoints'][:5])}")
     lines += [f"failed      {failed['reason']}" for failed in state["failed"]]
@@ -129,12 +118,3 @@ def status_text(state: Mapping[str, Any]) -> str:
     if state["seconds_left"] is not None:
         lines.append(f"this stage  about {duration_text(state['seconds_left'])} left")
     return "\n".join([*lines, json.dumps(state, allow_nan=False)])
-
-
-def _process_text(number: int, process: Mapping[str, Any]) -> str:
-    silent = time.time() - process["updated"]
-    note = f", silent for {duration_text(silent)}" if silent > _QUIET_S else ""
-    return (
-        f"process {number:<3} {process['stage']}: {process['now']}, {process['done']} of {process['of']} "
-        f"{process['unit']}s{note}"
-    )

@@ -1,10 +1,10 @@
 """The stage synthesize: optimize each job that is not finished, from its checkpoint if it has one, or mark it as failed."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+import re
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,80 +12,65 @@ from torch import Tensor
 
 from ..errors import NotFiniteError, SynthesisError
 from ..hub import grid
-from ..images import noise, to_reference
-from ..method import SCORED, choose_start_images, real_rows
+from ..images import ImageSplit, noise, to_reference
+from ..method import BATCH_SIZE, SCORED, choose_start_images, gather_statistics, real_rows, shuffled_batches
+from ..models import Teacher
 from ..recipe import SynthesisJob, plan_jobs
+from ..runtime import Artifact, clear_drafts, digest, holder_of, holder_text, is_held, locked
 from ..runtime.checkpoint import Checkpoint
+from ..runtime.memory import told_in_one_line
 from ..runtime.share import Progress
-from ..runtime.tensors import open_rows, write_rows, write_tensors
+from ..runtime.tensors import open_rows, read_tensors, write_rows, write_tensors
 from .artifacts import read_failed
-from .context import Run
-from .optimize import CHECK_EVERY, JobResult, optimize
-from .statistics import real_statistics
-from .trackers import log_pictures
+from .context import Run, log_picture
+from .optimize import CHECK_EVERY, optimize
 
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """What all jobs need of the real images.
-
-    Attributes:
-        rows: Row in the training split of each start image, (K * ipc,), class-major; `None` for other inits.
-        statistics: Of the convolutions of every BN teacher, where the recipe matches them.
-    """
-
-    rows: np.ndarray | None
-    statistics: Mapping[str, Mapping[str, Tensor]]
+log = logging.getLogger(__name__)
+SEED = 0
+"""Of the order in which statistics are gathered from the real images."""
+Statistics = Mapping[str, Mapping[str, Tensor]]
 
 
 def synthesize(run: Run) -> None:
-    """Optimize every job that is not finished; those whose numbers go bad are listed at the end.
-
-    Raises:
-        SynthesisError: Some failed, and a partial dataset was not asked for.
-    """
-    prepared = Prepared(None, {})
+    """Optimize every job that is not finished; those whose numbers go bad are an error unless `run.allow_partial`."""
+    rows: np.ndarray | None = None
+    statistics: Statistics = {}
 
     def prepare(missing: list[SynthesisJob]) -> None:
-        nonlocal prepared
-        tell_what_is_left(run, missing)
-        prepared = prepare_jobs(run)
+        nonlocal rows, statistics
+        begun = sum(run.artifacts.checkpoint(job, run.precision).path.is_file() for job in missing)
+        run.say(
+            f"synthesize: {begun} jobs go on from a checkpoint, {len(missing) - begun} start; {run.precision}, "
+            f"a checkpoint every {run.checkpoint_s:g} s"
+        )
+        rows, statistics = _prepare(run)
 
     run.share(
         "synthesize",
         plan_jobs(run.recipe),
-        is_done=partial(is_finished, run),
-        do=lambda job, progress: one_job(run, job, prepared, progress),
+        is_done=partial(_is_finished, run),
+        do=lambda job, progress: _one_job(run, job, rows, statistics, progress),
         prepare=prepare,
         unit="job",
         name=lambda job: f"job {job.id}",
         size=lambda job: job.iterations,
         steps="step",
     )
-    tell_failed(run)
+    _tell_failed(run)
 
 
-def is_finished(run: Run, job: SynthesisJob) -> bool:
-    """Whether the images of a job are there and whole."""
+def _is_finished(run: Run, job: SynthesisJob) -> bool:
     if not run.artifacts.job(job).is_whole():
         return False
     run.artifacts.forget_unfinished(job)  # a process was killed right after it had finished the job
     return True
 
 
-def tell_what_is_left(run: Run, missing: Sequence[SynthesisJob]) -> None:
-    """Say how many jobs go on from a checkpoint."""
-    begun = sum(run.artifacts.checkpoint(job, run.precision).path.is_file() for job in missing)
-    run.say(
-        f"synthesize: {begun} jobs go on from a checkpoint, {len(missing) - begun} start; {run.precision}, "
-        f"a checkpoint every {run.checkpoint_s:g} s"
-    )
+def _prepare(run: Run) -> tuple[np.ndarray | None, Statistics]:
+    """Make what needs a pass over the real images; the first process makes it, the others find it.
 
-
-def prepare_jobs(run: Run) -> Prepared:
-    """Make what needs a pass over the real images: start images that a teacher chooses, statistics of convolutions.
-
-    The first process makes it, the others find it.
+    Returns the row in the training split of each start image, (K * ipc,), class-major, or `None` for other inits; and the
+    statistics of the convolutions of every BN teacher, where the recipe matches them.
     """
     synthesis, files = run.recipe.synthesis, run.artifacts
     rows, statistics = None, {}
@@ -100,15 +85,45 @@ def prepare_jobs(run: Run) -> Prepared:
             for name, teacher in run.teachers(run.recipe.teachers.bn_candidates).items():
                 root, patch = run.teachers_root, synthesis.conv.patch
                 statistics[name] = real_statistics(teacher, run.data.train, root=root, patch=patch)
-    return Prepared(rows, statistics)
+    return rows, statistics
 
 
-def tell_failed(run: Run) -> None:
-    """List the jobs that failed.
+def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: int) -> dict[str, Tensor]:
+    """What `gather_statistics` gives for all images of a split, kept below `root / "statistics"` for the next run.
 
-    Raises:
-        SynthesisError: There are some, and a partial dataset was not asked for.
+    Another process that gathers the same is waited for, so all get the same bits. A file that is damaged, or was made from
+    something else, is set aside with a log line and made again.
     """
+    facts = {
+        "architecture": teacher.architecture,
+        "weights_sha256": teacher.weights_sha256,
+        "prepared": [teacher.mean, teacher.std, teacher.size],
+        "content": f"{split.content}/{split.size}/{split.channels}",
+        "count": len(split),
+        "image_shape": [split.channels, split.size, split.size],
+        "patch": patch,
+        "seed": SEED,
+        "batch_size": BATCH_SIZE,
+    }
+    key = digest(facts)
+    slug = re.sub(r"[^a-z0-9.]+", "-", teacher.architecture.lower()).strip("-.")[:80] or "unknown"
+    folder = root / "statistics" / f"{slug}-{key[:12]}"
+    file = Artifact(folder / "conv.safetensors", key)
+    if is_held(folder):
+        log.info("%s is being gathered by %s; waiting for it", file.path, holder_text(holder_of(folder)))
+    with locked(folder, patience_s=-1):
+        clear_drafts(folder)
+        if not file.is_whole():
+            log.info("teacher %s: statistics of convolutions over %d real images", teacher.name, len(split))
+            batch = f"a batch of {min(BATCH_SIZE, len(split))} real images for statistics of convolutions"
+            with told_in_one_line(f"teacher {teacher.name!r}: {batch}", "Use a device with more memory"):
+                averages = gather_statistics(teacher, shuffled_batches(split.images, len(split), seed=SEED), patch=patch)
+            write_tensors(file, averages, facts)
+        # Copies: what was read is mapped from the file, and would change with it.
+        return {name: value.clone() for name, value in read_tensors(file.path).items()}
+
+
+def _tell_failed(run: Run) -> None:
     failed = read_failed(run.work)
     for note in failed:
         run.say(f"failed: {note['reason']}")
@@ -122,8 +137,10 @@ def tell_failed(run: Run) -> None:
         )
 
 
-def one_job(run: Run, job: SynthesisJob, prepared: Prepared, progress: Progress) -> None:
-    """Optimize one job and keep its images."""
+def _one_job(run: Run, job: SynthesisJob, rows: np.ndarray | None, statistics: Statistics, progress: Progress) -> None:
+    """Optimize one job and keep its images; once more in float32 if its numbers went bad in less."""
+    initial = _initial_images(run, job, rows).to(run.accelerator.device)
+    teachers = run.teachers(run.recipe.teachers.synthesis_names)
     before = progress.count  # trackers want steps that rise from job to job
     done = 0
 
@@ -136,59 +153,46 @@ def one_job(run: Run, job: SynthesisJob, prepared: Prepared, progress: Progress)
         values = {f"synthesis/{key}": value for key, value in entry.items() if key != "step"}
         run.accelerator.log(values | {"synthesis/job": job.id}, step=before + done)
 
-    result = result_of(run, job, prepared, on_check)
-    if result is None:
-        return
-    log_pictures(run.accelerator, "synthesis/images", grid(result.images_uint8, 1), step=before + done)
-    notes = {
-        "job": job.id,
-        "logit_top1": result.logit_top1,
-        "verifier_top1": result.verifier_top1,
-        "precision": result.precision,
-        "history": result.history,
-    }
-    write_tensors(run.artifacts.job(job), {"images_uint8": result.images_uint8}, notes)
-    run.artifacts.forget_unfinished(job)
-
-
-def result_of(
-    run: Run, job: SynthesisJob, prepared: Prepared, on_check: Callable[[dict[str, float]], None]
-) -> JobResult | None:
-    """Optimize one job; once more in float32 if its numbers went bad in less; `None` if they are bad in that too."""
-    initial = initial_images(run, job, prepared.rows).to(run.accelerator.device)
+    attempt = partial(optimize, job, run.recipe.synthesis, initial, teachers, statistics=statistics, on_check=on_check)
     for precision in dict.fromkeys((run.precision, "float32")):
         checkpoint = Checkpoint(run.artifacts.checkpoint(job, precision), run.checkpoint_s)
         try:
-            return optimize(
-                job,
-                run.recipe.synthesis,
-                initial,
-                run.teachers(run.recipe.teachers.synthesis_names),
-                verifier=run.verifier,
-                on_check=on_check,
-                checkpoint=checkpoint,
-                precision=precision,
-                statistics=prepared.statistics,
-            )
+            result = attempt(verifier=run.verifier, checkpoint=checkpoint, precision=precision)
         except NotFiniteError as error:
-            again = "; once more in float32" if precision != "float32" else "; the job is marked as failed"
-            run.warn(f"{precision}: {error}{again}")
-            state = checkpoint.load()
-            assert state is not None
-            if precision == "float32":
-                notes = {"job": job.id, "reason": str(error), "precision": precision, "state": dict(state.notes)}
-                write_tensors(run.artifacts.failed(job), state.tensors, notes)
-            checkpoint.clear()
-    return None
+            _give_up(run, job, checkpoint, precision, str(error))
+            continue
+        log_picture(run.accelerator, "synthesis/images", grid(result.images_uint8, 1), step=before + done)
+        notes = {
+            "job": job.id,
+            "logit_top1": result.logit_top1,
+            "verifier_top1": result.verifier_top1,
+            "precision": precision,
+            "history": result.history,
+        }
+        write_tensors(run.artifacts.job(job), {"images_uint8": result.images_uint8}, notes)
+        run.artifacts.forget_unfinished(job)
+        return
 
 
-def initial_images(run: Run, job: SynthesisJob, chosen: np.ndarray | None) -> Tensor:
-    """What a job starts from, (B, C, S, S) in the reference normalization; `chosen` are rows of the training split."""
+def _give_up(run: Run, job: SynthesisJob, checkpoint: Checkpoint, precision: str, reason: str) -> None:
+    """End an attempt whose numbers went bad; if it was made in float32, the job is marked as failed."""
+    is_last = precision == "float32"
+    run.warn(f"{precision}: {reason}; {'the job is marked as failed' if is_last else 'once more in float32'}")
+    state = checkpoint.load()
+    assert state is not None
+    if is_last:
+        notes = {"job": job.id, "reason": reason, "precision": precision, "state": dict(state.notes)}
+        write_tensors(run.artifacts.failed(job), state.tensors, notes)
+    checkpoint.clear()
+
+
+def _initial_images(run: Run, job: SynthesisJob, rows: np.ndarray | None) -> Tensor:
+    """What a job starts from, (B, C, S, S) in the reference normalization; `rows` are those of the start images."""
     data, synthesis = run.recipe.data, run.recipe.synthesis
     if synthesis.init == "noise":
         generator = torch.Generator().manual_seed(job.seed + 1)
         return noise((len(job.classes), data.channels, data.size, data.size), generator)
-    rows = [label * synthesis.ipc + slot for label, slot in zip(job.classes, job.slots, strict=True)]
-    if chosen is None:
-        return to_reference(open_rows(run.artifacts.start.path)[rows])
-    return to_reference(run.data.train.images(chosen[rows]))
+    places = [label * synthesis.ipc + slot for label, slot in zip(job.classes, job.slots, strict=True)]
+    if rows is None:
+        return to_reference(open_rows(run.artifacts.start.path)[places])
+    return to_reference(run.data.train.images(rows[places]))
