@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -11,7 +12,9 @@ from ..dataset import DistilledDataset, load_distilled, versions
 from ..errors import StageError
 from ..evaluation import (
     KEPT,
+    LABELS,
     NO_CONTROL,
+    Diversity,
     Evaluation,
     Source,
     StudentTask,
@@ -24,7 +27,7 @@ from ..evaluation import (
 )
 from ..hub import draw_diversity
 from ..images import ImageSplit
-from ..models import ScoredOn, SourceFacts, Teacher, scored_on, source_facts
+from ..models import Teacher, scored_on, source_facts
 from ..recipe import plan_jobs, to_dict
 from ..runtime import is_finished, read_proof, write_json
 from .artifacts import job_file, read_failed
@@ -45,12 +48,21 @@ def evaluate(run: Run) -> None:
         raise StageError(f"{run.dataset} is not packaged yet; run --stage package first")
     # Every process reads the tables. The first one decodes them alone, so that memory is asked for once at a time.
     with run.accelerator.main_process_first():
-        sources: dict[str, Source] = {"distilled": load_distilled(run.dataset)}
+        distilled = load_distilled(run.dataset)
+        sources: dict[str, Source] = {"distilled": distilled}
         if run.control.is_dir():
             sources["random_real"] = load_distilled(run.control)
     sources["full"] = run.data.train
     tasks = tasks_of(run, sources, run.work / "students")
-    keep = keep_in(run, run.student, sources["distilled"], tested_on=scored_on(run.recipe), test_count=len(run.data.test))
+    keep = partial(
+        keep_student,
+        folder=run.student,
+        distilled=distilled,
+        settings=run.recipe.evaluation,
+        source=source_facts(run.recipe, run.data),
+        tested_on=scored_on(run.recipe),
+        test_count=len(run.data.test),
+    )
     train_students(run, tasks, keep=keep)
     evaluation = collect(run, tasks, sources, left_out=left_out(run, sources), verifier=run.verifier, network=run.judge)
     if run.accelerator.is_main_process:
@@ -93,47 +105,6 @@ def train_students(run: Run, tasks: Sequence[StudentTask], *, keep: Keep | None 
     run.share("evaluate", tasks, is_done=is_scored, do=do, unit="student", name=lambda task: task.name)
 
 
-def keep_in(
-    run: Run,
-    folder: Path,
-    distilled: Source,
-    *,
-    tested_on: ScoredOn,
-    test_count: int,
-    source: SourceFacts | None = None,
-    dataset_id: str | None = None,
-) -> Keep:
-    """What stores a student in a model folder.
-
-    Args:
-        run: Its recipe is how the student is trained.
-        folder: The model folder.
-        distilled: What the student learns from.
-        tested_on: The test part, from `scored_on`.
-        test_count: Its images.
-        source: The real data behind the distilled set, from `source_facts`; by default those of the run.
-        dataset_id: Hub id of the distilled set, or `None` if it is a local folder.
-    """
-    assert isinstance(distilled, DistilledDataset)
-    settings = run.recipe.evaluation
-
-    def keep(student: nn.Module, top1: float) -> None:
-        keep_student(
-            student,
-            distilled,
-            settings,
-            folder,
-            source=source or source_facts(run.recipe, run.data),
-            tested_on=tested_on,
-            dataset_id=dataset_id,
-            seed=settings.seeds[0],
-            top1=top1,
-            test_count=test_count,
-        )
-
-    return keep
-
-
 def collect(
     run: Run,
     tasks: Sequence[StudentTask],
@@ -156,23 +127,28 @@ def collect(
     distilled, settings = sources["distilled"], run.recipe.evaluation
     assert isinstance(distilled, DistilledDataset)
     classes, device = len(distilled.class_names), run.accelerator.device
-    evaluation = Evaluation(
-        scores=read_scores(tasks),
-        sets=set_facts(sources, verifier=verifier, network=network, num_classes=classes, device=device),
+    return Evaluation(
+        rows=read_scores(tasks),
+        sets={
+            name: set_facts(source, verifier=verifier, network=network, num_classes=classes, device=device)
+            for name, source in sources.items()
+        },
         student=tasks[0].settings.student,
         epochs=settings.epochs or distilled.num_epochs,
         test_count=len(tasks[0].test),
         verifier=verifier.name if verifier else None,
         similarity_network=network.name if network else None,
         left_out=left_out,
+        # A data set of random real images is called so.
+        names={"distilled": LABELS["random_real"]} if run.recipe.method == "random" else {},
         tested_on=run.recipe.data.tested_on,
     )
-    return evaluation.of_random_images() if run.recipe.method == "random" else evaluation
 
 
 def conclude(run: Run, evaluation: Evaluation) -> None:
     """Write report.json, and the figures into the card."""
-    sets = {evaluation.name_of(name): facts.diversity for name, facts in evaluation.sets.items()}
+    names = LABELS | dict(evaluation.names)
+    sets = {names[name]: Diversity(**facts["intra_class_similarity"]) for name, facts in evaluation.sets.items()}
     draw_diversity(run.dataset / "assets" / "diversity.png", sets, run.data.class_names)
     report = report_of(run, evaluation)
     write_json(run.folder / "report.json", report)

@@ -6,18 +6,19 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from ..dataset import DistilledDataset, load_distilled, versions
 from ..errors import DataError, RecipeError, StageError, TeacherError
-from ..evaluation import NO_CONTROL, Evaluation, Source
+from ..evaluation import NO_CONTROL, Evaluation, Source, keep_student
 from ..images import ImageSplit, SourceData, load_source, load_test_split
 from ..models import check_network, scored_on, source_facts
 from ..recipe import Recipe, load_recipe, override_recipe, plan_jobs, public_recipe, to_dict
 from ..runtime import EVERY_S, write_json
 from .context import Run, make_accelerator
-from .evaluate import collect, keep_in, tasks_of, train_students
+from .evaluate import collect, tasks_of, train_students
 from .folder import check_place, held_together
 from .package import package_control
 from .relabel import control_set, label
@@ -154,10 +155,11 @@ def _score(
             sources["random_real"] = control
         judge = _unless_missing(lambda: run.judge, left_out, "verifier and similarity")
     tasks = tasks_of(run, sources, run.work / f"students-{_protocol_key(recipe, test_split)}", test=test_split)
-    keep = keep_in(
-        run,
-        student,
-        distilled,
+    keep = partial(
+        keep_student,
+        folder=student,
+        distilled=distilled,
+        settings=recipe.evaluation,
         source=source_facts(recipe, data),
         tested_on=scored_on(tested),
         test_count=len(test_split),
