@@ -32,9 +32,11 @@ def packed(data, seed):
     labels = torch.from_numpy(data.train.labels[rows])
     logits = torch.nn.functional.one_hot(labels, 10).half() * 5
     images = data.train.images(rows)
-    return DistilledDataset(
-        images, labels, data.class_names, logits, 1, lambda _: (views, logits), 100 + seed, 200 + seed, None, str(seed)
-    )
+
+    def of(_, part):
+        return views[part.start : part.stop], logits[part.start : part.stop]
+
+    return DistilledDataset(images, labels, data.class_names, logits, 1, of, 100 + seed, 200 + seed, None, str(seed))
 
 
 def sources(data, *, without=()):

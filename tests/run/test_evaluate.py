@@ -1,6 +1,7 @@
 """The stage evaluate: students are trained once, and one of them is kept."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -11,12 +12,12 @@ from pipeline import run_in, sha_tree
 
 from prism_hf.errors import StageError
 from prism_hf.evaluation.scores import train_and_score
-from prism_hf.evaluation.students import KEPT, ROWS
+from prism_hf.evaluation.students import KEPT, ROWS, keep_student
 from prism_hf.images.pixels import to_reference
 from prism_hf.models.facts import SourceFacts
 from prism_hf.models.folder import scored_on
 from prism_hf.models.load import load_teacher
-from prism_hf.run.evaluate import collect, keep_in, left_out, train_students
+from prism_hf.run.evaluate import collect, left_out, train_students
 from prism_hf.run.stages import run_stages
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -36,9 +37,9 @@ def train(folder, finished_run, source, *, rows=(KEPT,), keep=True, settings=Non
     run = run_in(folder / "run", finished_run / "teachers")
     run = dataclasses.replace(run, recipe=dataclasses.replace(recipe, evaluation=settings))
     facts = SourceFacts(id="digits", on_hub=False, revision=None, licence="CC BY 4.0")
-    keeper = keep_in(
-        run, folder / "student", packed(data, 0), tested_on=scored_on(recipe), test_count=len(data.test), source=facts,
-        dataset_id="org/set",
+    keeper = functools.partial(
+        keep_student, folder=folder / "student", distilled=packed(data, 0), settings=settings, source=facts,
+        tested_on=scored_on(recipe), test_count=len(data.test), dataset_id="org/set",
     )  # fmt: skip
     train_students(run, made, keep=keeper if keep else None)
     return made
@@ -130,11 +131,11 @@ def test_what_is_measured_comes_together_in_the_table(source, finished_run, tmp_
     reasons = left_out(run, {"distilled": sources["distilled"]})
     assert reasons == {"random real": "a class has fewer real training images than ipc"}
     evaluation = collect(run, made, sources, left_out=reasons, verifier=None, network=run.judge)
-    assert (evaluation.student, evaluation.epochs, evaluation.test_count) == ("test_byobnet", 1, 450)
-    assert (evaluation.verifier, evaluation.similarity_network) == (None, "squeeze:test_byobnet")
-    assert evaluation.left_out == reasons
-    assert -1 <= evaluation.sets["distilled"].diversity.mean <= 1
-    assert "With soft labels" in evaluation.as_dict()["in_words"]
+    assert [evaluation[key] for key in ("student", "epochs", "test_count")] == ["test_byobnet", 1, 450]
+    assert (evaluation["verifier"], evaluation["similarity_network"]) == (None, "squeeze:test_byobnet")
+    assert evaluation["left_out"] == reasons
+    assert -1 <= evaluation["sets"]["distilled"]["intra_class_similarity"]["mean"] <= 1
+    assert "With soft labels" in evaluation["in_words"]
 
 
 def test_a_run_that_is_not_packaged_says_which_stage_is_next(finished_run, tmp_path):

@@ -288,7 +288,7 @@ def _conclude(comparison: Comparison, cell: Cell, distilled: DistilledDataset) -
         network=comparison.network,
     )
     conclude(run, evaluation)
-    return evaluation.sets["distilled"]
+    return evaluation["sets"]["distilled"]
 
 
 def _score(comparison: Comparison, cell: Cell, distilled: DistilledDataset, setup: StudentSetup) -> dict[str, object]:

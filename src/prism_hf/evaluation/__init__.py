@@ -4,10 +4,10 @@ from .diversity import Diversity, FeatureMap, intra_class_similarity, pair_histo
 from .report import (
     LABELS,
     NO_CONTROL,
-    Evaluation,
     bytes_text,
     cosine_text,
     difference,
+    evaluation_facts,
     markdown_table,
     percent_text,
     plain_table,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from ..runtime import size_text
@@ -41,46 +40,36 @@ def score_row(images: str, labels: str, seeds: Sequence[int], top1: Sequence[flo
     }
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything that the evaluate stage found.
+def evaluation_facts(
+    rows: Sequence[Mapping[str, Any]],
+    sets: Mapping[str, Mapping[str, Any]],
+    *,
+    student: str,
+    epochs: int,
+    test_count: int,
+    tested_on: str = "test images",
+    left_out: Mapping[str, str] | None = None,
+    verifier: str | None = None,
+    similarity_network: str | None = None,
+    names: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """`evaluation` of report.json, of `score_row`s and the `set_facts` of `distilled`, `random_real` and `full`.
 
-    Attributes:
-        rows: The table, each a `score_row`.
-        sets: `set_facts` of `distilled`, `random_real`, `full`.
-        epochs: Epochs of views per student.
-        similarity_network: Whose features measured similarity, or `None`.
-        left_out: Rows that could not be had, with the reason.
-        names: What sets are called in tables, where not as in `LABELS`.
-        tested_on: What the test images are.
+    `left_out` tells why other rows could not be had, and `names` what sets are called in tables, where not as in `LABELS`.
     """
-
-    rows: Sequence[Mapping[str, Any]]
-    sets: Mapping[str, Mapping[str, Any]]
-    student: str
-    epochs: int
-    test_count: int
-    verifier: str | None = None
-    similarity_network: str | None = None
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    names: Mapping[str, str] = field(default_factory=dict)
-    tested_on: str = "test images"
-
-    def as_dict(self) -> dict[str, object]:
-        """For report.json."""
-        return {
-            "student": self.student,
-            "epochs": self.epochs,
-            "test_count": self.test_count,
-            "tested_on": self.tested_on,
-            "protocol": "last epoch; the same views, batches and steps for all distilled and random real rows",
-            "rows": list(self.rows),
-            "sets": dict(self.sets),
-            "left_out": dict(self.left_out),
-            "verifier": self.verifier,
-            "similarity_network": self.similarity_network,
-            "in_words": CONTROL_ITSELF if self.names else in_words(self.rows),
-        } | ({"names": dict(self.names)} if self.names else {})
+    return {
+        "student": student,
+        "epochs": epochs,
+        "test_count": test_count,
+        "tested_on": tested_on,
+        "protocol": "last epoch; the same views, batches and steps for all distilled and random real rows",
+        "rows": list(rows),
+        "sets": dict(sets),
+        "left_out": dict(left_out or {}),
+        "verifier": verifier,
+        "similarity_network": similarity_network,
+        "in_words": CONTROL_ITSELF if names else in_words(rows),
+    } | ({"names": dict(names)} if names else {})
 
 
 def in_words(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -15,9 +16,9 @@ from ..evaluation import (
     LABELS,
     NO_CONTROL,
     Diversity,
-    Evaluation,
     Source,
     StudentTask,
+    evaluation_facts,
     is_scored,
     keep_student,
     read_scores,
@@ -113,7 +114,7 @@ def collect(
     left_out: Mapping[str, str],
     verifier: Teacher | None,
     network: Teacher | None,
-) -> Evaluation:
+) -> dict[str, Any]:
     """Read all scores, and measure what needs no training.
 
     Args:
@@ -127,7 +128,7 @@ def collect(
     distilled, settings = sources["distilled"], run.recipe.evaluation
     assert isinstance(distilled, DistilledDataset)
     classes, device = len(distilled.class_names), run.accelerator.device
-    return Evaluation(
+    return evaluation_facts(
         rows=read_scores(tasks),
         sets={
             name: set_facts(source, verifier=verifier, network=network, num_classes=classes, device=device)
@@ -139,23 +140,22 @@ def collect(
         verifier=verifier.name if verifier else None,
         similarity_network=network.name if network else None,
         left_out=left_out,
-        # A data set of random real images is called so.
-        names={"distilled": LABELS["random_real"]} if run.recipe.method == "random" else {},
+        names={"distilled": LABELS["random_real"]} if run.recipe.method == "random" else None,
         tested_on=run.recipe.data.tested_on,
     )
 
 
-def conclude(run: Run, evaluation: Evaluation) -> None:
+def conclude(run: Run, evaluation: Mapping[str, Any]) -> None:
     """Write report.json, and the figures into the card."""
-    names = LABELS | dict(evaluation.names)
-    sets = {names[name]: Diversity(**facts["intra_class_similarity"]) for name, facts in evaluation.sets.items()}
+    names = LABELS | evaluation.get("names", {})
+    sets = {names[name]: Diversity(**facts["intra_class_similarity"]) for name, facts in evaluation["sets"].items()}
     draw_diversity(run.dataset / "assets" / "diversity.png", sets, run.data.class_names)
     report = report_of(run, evaluation)
     write_json(run.folder / "report.json", report)
     write_card(run, run.dataset, report)
 
 
-def report_of(run: Run, evaluation: Evaluation) -> dict[str, object]:
+def report_of(run: Run, evaluation: Mapping[str, Any]) -> dict[str, object]:
     """report.json: every figure of the table with its seeds and settings."""
     files = [job_file(run.work, job.id) for job in plan_jobs(run.recipe)]
     notes = [read_proof(path).notes for path in files if is_finished(path)]
@@ -164,7 +164,7 @@ def report_of(run: Run, evaluation: Evaluation) -> dict[str, object]:
         "recipe_fingerprint": run.recipe.fingerprint(),
         "seed": run.recipe.seed,
         "ipc": run.recipe.synthesis.ipc,
-        "evaluation": evaluation.as_dict(),
+        "evaluation": evaluation,
         "teachers_test_top1": squeezed_top1(run.recipe, run.teachers_root, run.data),
         "jobs": [{k: note[k] for k in ("job", "logit_top1", "verifier_top1", "precision")} for note in notes],
         "failed_jobs": [note["job"] for note in read_failed(run.work)],

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..dataset import DistilledDataset, load_distilled, versions
 from ..errors import DataError, RecipeError, StageError, TeacherError
-from ..evaluation import NO_CONTROL, Evaluation, Source, keep_student
+from ..evaluation import NO_CONTROL, Source, keep_student
 from ..images import ImageSplit, SourceData, load_source, load_test_split
 from ..models import check_network, scored_on, source_facts
 from ..recipe import Recipe, load_recipe, override_recipe, plan_jobs, public_recipe, to_dict
@@ -140,7 +140,7 @@ def _score(
     student: Path,
     source: str,
     tested: Recipe,
-) -> Evaluation:
+) -> dict[str, Any]:
     """Train the students of every row that can be had."""
     recipe, judge = run.recipe, None
     sources: dict[str, Source] = {"distilled": distilled}
@@ -199,6 +199,6 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _results(run: Run, evaluation: Evaluation) -> dict[str, object]:
+def _results(run: Run, evaluation: Mapping[str, Any]) -> dict[str, object]:
     settings = to_dict(run.recipe)["evaluation"]
-    return {"evaluation": evaluation.as_dict(), "settings": settings, "hardware": run.hardware, "versions": versions()}
+    return {"evaluation": evaluation, "settings": settings, "hardware": run.hardware, "versions": versions()}
