@@ -314,10 +314,10 @@ def test_a_student_reads_the_bytes_of_its_labels(tiny_recipe, packed_once, toy):
     def found(labels, **changes):
         return label_bytes(packed_once, settings_of(tiny_recipe, changes), labels)
 
-    assert found("soft") == packed_once.label_bytes_of(4)
-    assert found("soft", epochs=2) == packed_once.label_bytes_of(2) < packed_once.label_bytes_of(3)
-    assert found("soft", epochs=2, label_epochs=1) == packed_once.label_bytes_of(1)
-    assert found("soft", epochs=1, label_epochs=2) == packed_once.label_bytes_of(1)
+    assert found("soft") == packed_once.view_bytes[4]
+    assert found("soft", epochs=2) == packed_once.view_bytes[2] < packed_once.view_bytes[3]
+    assert found("soft", epochs=2, label_epochs=1) == packed_once.view_bytes[1]
+    assert found("soft", epochs=1, label_epochs=2) == packed_once.view_bytes[1]
     assert found("image", epochs=2) == packed_once.image_label_bytes > 0
     assert found("hard") == 0
     assert label_bytes(toy, settings_of(tiny_recipe), "soft") is None

@@ -185,7 +185,7 @@ def artifacts(folder=Path("work"), *overrides, **changes):
 def keys(files):
     """The key of each kind of file."""
     job, images = plan_jobs(tiny())[0], ImageSet(DISTILLED, ((0, 0, 0, 0),), "key of the images")
-    shard = Shard(0, 1, range(1))
+    shard = Shard("train-0.parquet", range(1))
     return {
         "start": files.start.key, "job": files.job(job).key, "control": files.control_key([1, 2]),
         "images": files.image_shard(images, shard).key, "views": files.view_shard(images, shard).key,
@@ -216,11 +216,12 @@ def test_the_key_of_a_shard_says_what_it_holds():
     """Other epochs, or rows, in a file of the same name: another version of this package may cut elsewhere."""
     files, images = artifacts(), ImageSet(DISTILLED, ((0, 0, 0, 0),), "key")
     for shard_of in (files.image_shard, files.view_shard):
-        one, two = (shard_of(images, Shard(0, 2, range(end))) for end in (3, 4))
+        one, two = (shard_of(images, Shard("train-0.parquet", range(end))) for end in (3, 4))
         assert one.path == two.path
         assert one.key != two.key
-        assert shard_of(replace(images, key="other"), Shard(0, 2, range(3))).key != one.key
-    assert files.image_shard(images, Shard(0, 1, range(1))).key != files.view_shard(images, Shard(0, 1, range(1))).key
+        assert shard_of(replace(images, key="other"), Shard("train-0.parquet", range(3))).key != one.key
+    shard = Shard("train-0.parquet", range(1))
+    assert files.image_shard(images, shard).key != files.view_shard(images, shard).key
 
 
 def test_each_job_and_precision_has_its_own_files(tmp_path):

@@ -21,7 +21,7 @@ from PIL import Image
 from ..errors import DataError, OutputError
 from ..images import UNREADABLE, decode, encode
 from ..runtime import draft_folder, write_bytes, write_json, writing
-from .tables import Table, dataset_folder, naming, open_images
+from .tables import Table, dataset_folder, open_images
 
 ExportFormat = Literal["imagefolder", "rethinkdc"]
 
@@ -76,8 +76,8 @@ def export(source: str | Path, target: str | Path, *, format: ExportFormat, revi
         raise DataError(f"export format {format!r} is unknown; expected {' or '.join(_WRITERS)}")
     target = Path(target)
     _check_target(target, source)
-    with naming(source):
-        images, names = open_images(dataset_folder(source, revision))
+    with dataset_folder(source, revision) as folder:
+        images, names = open_images(folder)
     _check_slots(images, names, source)
     home = target.absolute()  # "." has neither name nor parent
     draft = draft_folder(home)

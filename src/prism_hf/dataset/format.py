@@ -70,24 +70,17 @@ def view_features(num_classes: int) -> datasets.Features:
 class Shard:
     """One of the Parquet files of a table: it holds these rows of the table of images, or epochs of the table of views."""
 
-    number: int
-    of: int
+    name: str
     rows: range
-
-    @property
-    def name(self) -> str:
-        """Name of the file."""
-        return f"train-{self.number:05d}-of-{self.of:05d}.parquet"
 
 
 def image_shards(recipe: Recipe, count: int) -> list[Shard]:
     """The shards of a table of `count` images, cut between two batches of labels, by the size of the raw pixels."""
     batches = batch_ranges(count, recipe.relabel.batch_size)
     wanted = math.ceil(count * _image_row_bytes(recipe) / (recipe.packaging.shard_megabytes * 10**6))
-    shards = min(wanted, len(batches))
-    first = np.linspace(0, len(batches), shards + 1).astype(int).tolist()
+    first = np.linspace(0, len(batches), min(wanted, len(batches)) + 1).astype(int).tolist()
     ends = [batches[number].start for number in first[:-1]] + [count]
-    return [Shard(number, shards, range(*bounds)) for number, bounds in enumerate(pairwise(ends))]
+    return _shards([range(*bounds) for bounds in pairwise(ends)])
 
 
 def view_shards(recipe: Recipe, count: int) -> list[Shard]:
@@ -95,8 +88,11 @@ def view_shards(recipe: Recipe, count: int) -> list[Shard]:
     epochs = recipe.relabel.epochs
     fit = recipe.packaging.shard_megabytes * 10**6 // ((2 * recipe.data.num_classes + 2 * VIEW_ROW_BYTES) * count)
     each = max(1, min(fit, _SHARD_VIEWS // count))
-    parts = [range(start, min(start + each, epochs)) for start in range(0, epochs, each)]
-    return [Shard(number, len(parts), part) for number, part in enumerate(parts)]
+    return _shards([range(start, min(start + each, epochs)) for start in range(0, epochs, each)])
+
+
+def _shards(parts: Sequence[range]) -> list[Shard]:
+    return [Shard(f"train-{number:05d}-of-{len(parts):05d}.parquet", rows) for number, rows in enumerate(parts)]
 
 
 def image_group_rows(recipe: Recipe) -> int:

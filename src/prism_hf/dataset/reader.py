@@ -28,7 +28,7 @@ from ..images import UNREADABLE, ViewRows, decode, from_columns
 from ..recipe import Recipe, load_recipe
 from .format import VIEWS, view_features
 from .provenance import Provenance, read_provenance
-from .tables import Table, dataset_folder, naming, open_images, to_arrays
+from .tables import Table, dataset_folder, open_images, to_arrays
 
 _IN_MEMORY = 2**23
 """Arrays of more bytes than this lie in a file, whose pages the kernel may drop when it needs the memory."""
@@ -51,7 +51,8 @@ class DistilledDataset:
         content: Sixteen hex digits over images, labels and all views: whether this is the same dataset.
         teacher_weights: SHA-256 of the weights of each teacher, as provenance.json tells.
         image_label_bytes: Compressed bytes of `teacher_logits`; `None` for a dataset that is not in files.
-        view_bytes: First row and compressed bytes of each row group of the views; `None` as above.
+        view_bytes: Compressed bytes of the row groups that hold the first 0, 1, 2 ... epochs of views; `None` as above. A
+            group is read whole, so it counts whole if one of its rows is needed; those that we write end with an epoch.
     """
 
     images_uint8: Tensor
@@ -66,21 +67,11 @@ class DistilledDataset:
     content: str
     teacher_weights: Mapping[str, str] = field(default_factory=dict)
     image_label_bytes: int | None = None
-    view_bytes: Sequence[tuple[int, int]] | None = None
+    view_bytes: Sequence[int] | None = None
 
     def epoch(self, number: int) -> tuple[ViewRows, Tensor]:
         """All views of an epoch, and their raw logits, (N, K) float16."""
         return self.views(number, range(len(self.labels)))
-
-    def label_bytes_of(self, epochs: int) -> int | None:
-        """Bytes, as compressed, of views and logits of the first epochs; `None` for a dataset that is not in files.
-
-        A row group is read whole, so it counts whole if one of its rows is needed; those that we write end with an epoch.
-        Footers and indices of the files are left out.
-        """
-        if self.view_bytes is None:
-            return None
-        return sum(size for start, size in self.view_bytes if start < epochs * len(self.labels))
 
 
 def load_distilled(source: str | Path, *, revision: str | None = None, channels: int | None = None) -> DistilledDataset:
@@ -99,8 +90,8 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
         >>> load_distilled("outputs/digits-prism-ipc10/dataset").images_uint8.shape
         torch.Size([100, 1, 32, 32])
     """
-    with naming(source):
-        return _load(dataset_folder(source, revision), channels)
+    with dataset_folder(source, revision) as folder:
+        return _load(folder, channels)
 
 
 def _load(folder: Path, channels: int | None) -> DistilledDataset:
@@ -124,12 +115,14 @@ def _load(folder: Path, channels: int | None) -> DistilledDataset:
         arrays = to_arrays(views.read(epoch * count + rows.start, epoch * count + rows.stop, _VIEW_COLUMNS))
         return from_columns(arrays), torch.from_numpy(arrays["teacher_logits"].copy())
 
+    num_epochs = views.num_rows // count
+    sizes = list(zip((group.start for group in views.groups), views.compressed_bytes(_VIEW_COLUMNS), strict=True))
     return DistilledDataset(
         images_uint8=_kept(_decoded(images, channels), count),
         labels=_kept(column("label"), count),
         class_names=class_names,
         teacher_logits=_kept(column("teacher_logits"), count),
-        num_epochs=views.num_rows // count,
+        num_epochs=num_epochs,
         views=views_of,
         image_bytes=image_bytes,
         label_bytes=images.file_bytes + views.file_bytes - image_bytes,
@@ -137,7 +130,7 @@ def _load(folder: Path, channels: int | None) -> DistilledDataset:
         content=content,
         teacher_weights={teacher.name: teacher.weights_sha256 for teacher in teachers},
         image_label_bytes=sum(images.compressed_bytes(("teacher_logits",))),
-        view_bytes=list(zip((g.start for g in views.groups), views.compressed_bytes(_VIEW_COLUMNS), strict=True)),
+        view_bytes=[sum(size for start, size in sizes if start < epochs * count) for epochs in range(num_epochs + 1)],
     )
 
 

@@ -37,25 +37,20 @@ _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeE
 
 
 @contextmanager
-def naming(source: str | Path) -> Iterator[None]:
-    """Say in every `DataError` of a block which dataset it is about."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"distilled dataset {str(source)!r} cannot be loaded: {error}") from error
-
-
-def dataset_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a dataset; for a Hub id its snapshot in the Hub's cache, with all files of one commit.
+def dataset_folder(source: str | Path, revision: str | None) -> Iterator[Path]:
+    """The folder of a dataset; of a Hub id the snapshot in the Hub's cache, with all files of one commit.
 
     Raises:
-        DataError: It is neither of the two, or a link leads out of it.
+        DataError: It is neither of the two, a link leads out of it, or the block failed; says which dataset it is about.
         HubError: The Hub does not answer or has no such dataset for this token; offline, the cache lacks a file.
     """
-    folder = local_folder(source) or _downloaded(str(source), revision)
-    if folder.is_dir() and (link := stray_link(folder)):  # of a foreign repo no file may have been downloaded
-        raise DataError(f"{str(link)!r} is a link that leads out of {str(folder)!r}; put the files themselves there")
-    return folder
+    try:
+        folder = local_folder(source) or _downloaded(str(source), revision)
+        if folder.is_dir() and (link := stray_link(folder)):  # of a foreign repo no file may have been downloaded
+            raise DataError(f"{str(link)!r} is a link that leads out of {str(folder)!r}; put the files themselves there")
+        yield folder
+    except DataError as error:
+        raise DataError(f"distilled dataset {str(source)!r} cannot be loaded: {error}") from error
 
 
 def _downloaded(repo_id: str, revision: str | None) -> Path:

@@ -35,12 +35,9 @@ class Diversity:
 
 
 def intra_class_similarity(features: Tensor, labels: Tensor, num_classes: int) -> Diversity:
-    """Mean pairwise cosine similarity inside each class.
+    """Mean pairwise cosine similarity inside each class, of features (N, D) of any scale and labels (N,) int64.
 
-    Args:
-        features: (N, D), any scale.
-        labels: (N,) int64; labels outside of the classes are ignored.
-        num_classes: K.
+    Labels that are not those of the K classes are ignored.
     """
     return similarity_of_batches([(features, labels)], num_classes)
 

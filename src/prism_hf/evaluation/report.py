@@ -20,14 +20,9 @@ _VERDICTS = {
 
 
 def score_row(images: str, labels: str, seeds: Sequence[int], top1: Sequence[float], count: int) -> dict[str, Any]:
-    """A row of the table: top-1 on the test part after the last epoch.
+    """A row of the table: top-1, in [0, 1], on the test part after the last epoch of one student per seed.
 
-    Args:
-        images: `distilled`, `random_real` or `full`.
-        labels: `soft`, `hard` or `image`.
-        seeds: One student each.
-        top1: In [0, 1], one per seed.
-        count: Training images.
+    `images` and `labels` are as in `Row`, and `count` is the number of training images.
     """
     return {
         "images": images,

@@ -87,13 +87,8 @@ def train_student(
 ) -> nn.Module:
     """Train one student on what a data set folder contains: images, labels, views; nothing else.
 
-    Args:
-        source: The distilled (or control) data set.
-        settings: Architecture, loss, optimizer.
-        labels: As in `Row`; views, batches and steps are the same for all, and the loss on `hard` ones is cross-entropy.
-        seed: Of the weights; the order of images comes from the views.
-        device: Where to train.
-        checkpoint: Where its state is kept now and then, and where its training goes on if there is one.
+    The seed is that of the weights; the order of images comes from the views. Batches and steps are the same for all kinds
+    of labels (see `Row`), and the loss on `hard` ones is cross-entropy. A training goes on from its checkpoint.
 
     Returns:
         The student in eval mode, on `device`, taking the reference normalization.
@@ -142,7 +137,9 @@ def label_bytes(source: DistilledDataset, settings: EvaluationRecipe, labels: La
     """
     if labels == "hard":
         return 0
-    return source.image_label_bytes if labels == "image" else source.label_bytes_of(min(epochs_of(source, settings)))
+    if labels == "image":
+        return source.image_label_bytes
+    return None if source.view_bytes is None else source.view_bytes[min(epochs_of(source, settings))]
 
 
 def train_on_real(
