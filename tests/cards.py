@@ -4,8 +4,7 @@ import re
 
 import yaml
 
-from prism_hf.evaluation.diversity import Diversity
-from prism_hf.evaluation.report import Evaluation, Score, SetFacts
+from prism_hf.evaluation.report import evaluation_facts, score_row
 from prism_hf.hub.dataset_card import render_card
 
 # markdown-it-py is there wherever huggingface-hub is (through typer and rich).
@@ -41,12 +40,15 @@ HOSTILE = [
 
 
 def evaluation(similarity=0.5, verifier="squeeze:judge"):
-    facts = SetFacts(100, 200, 0.25, Diversity((similarity,) * 4, similarity))
-    return Evaluation(
-        scores=(
-            Score("distilled", "soft", (0, 1), (0.5, 0.75), 12),
-            Score("random_real", "soft", (0, 1), (0.25, 0.5), 12),
-        ),
+    facts = {
+        "image_bytes": 100, "label_bytes": 200, "verifier_top1": 0.25,
+        "intra_class_similarity": {"mean": similarity, "per_class": [similarity] * 4},
+    }  # fmt: skip
+    return evaluation_facts(
+        rows=[
+            score_row("distilled", "soft", (0, 1), (0.5, 0.75), 12),
+            score_row("random_real", "soft", (0, 1), (0.25, 0.5), 12),
+        ],
         sets={"distilled": facts, "random_real": facts},
         student="test_resnet",
         epochs=3,
@@ -54,7 +56,7 @@ def evaluation(similarity=0.5, verifier="squeeze:judge"):
         verifier=verifier,
         similarity_network=verifier,
         left_out={"all real": "not yet run: the recipe sets evaluation.full_data_epochs to 0"},
-    ).as_dict()
+    )
 
 
 TEACHER = {

@@ -18,6 +18,7 @@ from prism_hf.dataset import export as module
 from prism_hf.dataset.export import export
 from prism_hf.errors import DataError, OutputError
 from prism_hf.images.pixels import decode
+from prism_hf.runtime.store import DRAFT
 
 NASTY = [
     "../x",
@@ -250,7 +251,7 @@ def test_a_failure_half_way_leaves_nothing(plain, tmp_path, monkeypatch, layout,
         for number, pictures in enumerate(read(*args)):
             # Were the process killed here, the target would be as it was, and a hidden folder would stay beside it.
             seen.append(target.exists() and any(target.iterdir()))
-            assert any(path.name.startswith(".target-") for path in target.parent.iterdir())
+            assert any(path.name.startswith(f"{DRAFT}target-") for path in target.parent.iterdir())
             if number == 5:
                 raise failure
             yield pictures

@@ -1,4 +1,3 @@
-import dataclasses
 import errno
 import hashlib
 import os
@@ -64,8 +63,8 @@ def test_bytes_of_labels_are_those_of_the_epochs_that_are_read(tmp_path, shard_m
     assert len(list((tmp_path / "views").iterdir())) == (1 if shard_mb == 500 else 2)
     data, groups = load_distilled(tmp_path), list(sizes(tmp_path, "views"))
     assert len(groups) == 4
-    assert [data.label_bytes_of(epochs) for epochs in range(5)] == [sum(groups[:epochs]) for epochs in range(5)]
-    assert data.label_bytes_of() == sum(groups) < data.label_bytes
+    assert data.view_bytes == [sum(groups[:epochs]) for epochs in range(5)]
+    assert sum(groups) < data.label_bytes
     logits = sum(sizes(tmp_path, "data", "teacher_logits"))
     assert 0 < data.image_label_bytes == logits < 600 * 300 * 2 * 1.1
 
@@ -76,14 +75,7 @@ def test_a_row_group_of_several_epochs_is_read_whole(tmp_path):
     pq.write_table(pq.read_table(path), path, row_group_size=30)  # 12 images: epochs 0, 1 and half of 2, and the rest
     add_card(tmp_path, recipe, names)
     data, (first, second) = load_distilled(tmp_path), sizes(tmp_path, "views")
-    assert [data.label_bytes_of(epochs) for epochs in range(5)] == [0, first, first, first + second, first + second]
-
-
-def test_without_files_nothing_is_said_of_their_bytes(tmp_path):
-    recipe, names, *_ = small_set(tmp_path)
-    add_card(tmp_path, recipe, names)
-    data = dataclasses.replace(load_distilled(tmp_path), view_bytes=None)
-    assert data.label_bytes_of(1) is None
+    assert data.view_bytes == [0, first, first, first + second, first + second]
 
 
 def foreign(folder, kind):

@@ -1,12 +1,14 @@
 import dataclasses
+import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from prism_hf.errors import TeacherError
-from prism_hf.evaluation.diversity import UnitSums, intra_class_similarity
+from prism_hf.evaluation.diversity import FeatureMap, intra_class_similarity, pair_histogram, similarity_of_batches
 from prism_hf.images.pixels import to_reference
 from prism_hf.models.features import penultimate_features
 
@@ -34,16 +36,14 @@ def similarity_of_kept_features(features, labels, num_classes):
 @pytest.mark.parametrize("batch", [1, 7, 64, 500])
 def test_features_that_come_in_batches_are_as_alike_as_all_together(batch):
     features, labels = torch.randn(500, 32) + 0.3, torch.randint(10, (500,))
-    sums = UnitSums(10)
-    for part, own in zip(features.split(batch), labels.split(batch), strict=True):
-        sums.add(part, own)
+    batches = zip(features.split(batch), labels.split(batch), strict=True)
     kept = list(similarity_of_kept_features(features, labels, 10))
-    assert sums.similarity().per_class == pytest.approx(kept, abs=1e-14)
+    assert similarity_of_batches(batches, 10).per_class == pytest.approx(kept, abs=1e-14)
     assert intra_class_similarity(features, labels, 10).per_class == pytest.approx(kept, abs=1e-14)
 
 
 def test_no_batch_at_all_is_no_similarity():
-    assert UnitSums(2).similarity().per_class == (None, None)
+    assert similarity_of_batches([], 2).per_class == (None, None)
 
 
 def test_an_image_of_no_class_counts_nowhere():
@@ -96,3 +96,47 @@ def test_a_network_without_a_linear_layer_is_an_error(tiny_teachers, tiny_images
     teacher = dataclasses.replace(tiny_teachers["test_resnet"], name="conv", model=convolutional)
     with pytest.raises(TeacherError, match="network 'conv' has no linear layer"):
         next(penultimate_features(teacher, lambda rows: tiny_images[list(rows)], 7, device=CPU))
+
+
+# -- pictures ------------------------------------------------------------------------------------------------------------
+
+
+def features(count=30, dim=8, seed=0):
+    return torch.randn((count, dim), generator=torch.Generator().manual_seed(seed)) * torch.arange(1, dim + 1)
+
+
+def test_the_plane_is_that_of_the_two_largest_directions():
+    real, other = features(), features(5, seed=1)
+    centred = (real - real.mean(0)).double()
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    expected = ((other - real.mean(0)).double() @ vectors[:, -2:].flip(1)).numpy()
+    ours = np.array(FeatureMap(real).project(other))
+    assert values[-1] > values[-2]
+    np.testing.assert_allclose(np.abs(ours), np.abs(expected), atol=1e-3)
+
+
+def test_the_same_features_give_the_same_plane_and_real_images_lie_around_its_middle():
+    one, two = FeatureMap(features()), FeatureMap(features())
+    points = one.project(features())
+    assert points == two.project(features())
+    assert np.abs(np.mean(points, axis=0)).max() < 1e-3
+
+
+def test_pairs_are_counted_inside_a_class():
+    labels = torch.tensor([0, 0, 1, 1, 1, 2])
+    x = torch.tensor([[1.0, 0], [0, 2], [1, 0], [3, 0], [-1, 0], [5, 5]])
+    found = pair_histogram(x, labels, bins=4)
+    assert found["edges"] == [-1, -0.5, 0, 0.5, 1]
+    # cosines: 0 | 1, -1, -1 | none
+    assert found["density"] == [2 / 4 / 0.5, 0, 1 / 4 / 0.5, 1 / 4 / 0.5]
+
+
+def test_the_area_is_one_and_lengths_do_not_matter():
+    x, labels = features(40), torch.arange(40) % 4
+    found = pair_histogram(x, labels)
+    assert math.isclose(sum(found["density"]) * (found["edges"][1] - found["edges"][0]), 1)
+    assert pair_histogram(x * torch.rand(40, 1).add(0.1), labels) == found
+
+
+def test_single_images_have_no_pairs():
+    assert pair_histogram(features(3), torch.arange(3)) is None

@@ -3,15 +3,13 @@ import statistics
 
 import pytest
 
-from prism_hf.evaluation.diversity import Diversity
 from prism_hf.evaluation.report import (
-    Evaluation,
-    Score,
-    SetFacts,
     bytes_text,
+    evaluation_facts,
     in_words,
     markdown_table,
     plain_table,
+    score_row,
     summary,
     table_rows,
     top1_text,
@@ -19,24 +17,27 @@ from prism_hf.evaluation.report import (
 
 
 def score(images, labels, *top1):
-    return Score(images, labels, tuple(range(len(top1))), top1, 30)
+    return score_row(images, labels, range(len(top1)), top1, 30)
 
 
-def rows(*scores):
-    return [s.as_dict() for s in scores]
+def facts(image_bytes, label_bytes, verifier_top1, mean, *per_class):
+    return {
+        "image_bytes": image_bytes, "label_bytes": label_bytes, "verifier_top1": verifier_top1,
+        "intra_class_similarity": {"mean": mean, "per_class": list(per_class)},
+    }  # fmt: skip
 
 
 @pytest.fixture
 def evaluation():
-    return Evaluation(
-        scores=(
+    return evaluation_facts(
+        rows=(
             score("distilled", "soft", 0.9, 0.92),
             score("random_real", "soft", 0.8, 0.82),
             score("full", "hard", 0.99),
         ),
         sets={
-            "distilled": SetFacts(12_345, 678, 0.5, Diversity((0.25, None), 0.25)),
-            "random_real": SetFacts(99, 1_000_000, None, Diversity((None, None), None)),
+            "distilled": facts(12_345, 678, 0.5, 0.25, 0.25, None),
+            "random_real": facts(99, 1_000_000, None, None, None, None),
         },
         student="test_resnet",
         epochs=4,
@@ -47,15 +48,15 @@ def evaluation():
 
 def test_score_has_mean_and_sample_deviation():
     made = score("distilled", "soft", 0.5, 0.6, 0.9)
-    assert made.mean == pytest.approx(2.0 / 3)
-    assert made.std == pytest.approx(statistics.stdev([0.5, 0.6, 0.9]))
+    assert made["mean"] == pytest.approx(2.0 / 3)
+    assert made["std"] == pytest.approx(statistics.stdev([0.5, 0.6, 0.9]))
 
 
 def test_one_seed_has_no_deviation():
     one = score("distilled", "soft", 0.5)
-    assert one.std is None
-    assert top1_text(one.as_dict()) == "50.0 (one seed)"
-    assert top1_text(score("distilled", "soft", 0.5, 0.5).as_dict()) == "50.0 ± 0.0"
+    assert one["std"] is None
+    assert top1_text(one) == "50.0 (one seed)"
+    assert top1_text(score("distilled", "soft", 0.5, 0.5)) == "50.0 ± 0.0"
 
 
 @pytest.mark.parametrize(
@@ -70,14 +71,14 @@ def test_one_seed_has_no_deviation():
 )
 @pytest.mark.parametrize("labels", ["soft", "hard"])
 def test_verdict_in_words(ours, control, verdict, points, labels):
-    text = in_words(rows(score("distilled", labels, *ours), score("random_real", labels, *control)))
+    text = in_words([score("distilled", labels, *ours), score("random_real", labels, *control)])
     assert text.startswith(f"With {labels} labels {verdict}: distilled minus random real is {points} points")
     assert text.count("With") == 1
 
 
 def test_level_means_within_two_standard_errors():
     def words(gap):
-        return in_words(rows(score("distilled", "soft", 0.5 + gap, 0.52 + gap), score("random_real", "soft", 0.5, 0.52)))
+        return in_words([score("distilled", "soft", 0.5 + gap, 0.52 + gap), score("random_real", "soft", 0.5, 0.52)])
 
     # Each row has a standard error of 0.01, the difference has 0.0141.
     assert "are level" in words(0.027)
@@ -86,19 +87,19 @@ def test_level_means_within_two_standard_errors():
 
 
 def test_missing_control_is_said():
-    text = in_words(rows(score("distilled", "soft", 0.5, 0.6), score("full", "hard", 0.9)))
+    text = in_words([score("distilled", "soft", 0.5, 0.6), score("full", "hard", 0.9)])
     assert text == "With soft labels there is no random-real control to compare with."
-    assert in_words(rows(score("random_real", "soft", 0.5))) == ""
+    assert in_words([score("random_real", "soft", 0.5)]) == ""
 
 
 def test_one_seed_gives_no_verdict():
-    text = in_words(rows(score("distilled", "soft", 0.9), score("random_real", "soft", 0.1)))
+    text = in_words([score("distilled", "soft", 0.9), score("random_real", "soft", 0.1)])
     assert "level" not in text
     assert "inf" not in text
 
 
 def test_words_survive_json():
-    made = rows(score("distilled", "soft", 0.9, 0.92), score("random_real", "soft", 0.8, 0.8))
+    made = [score("distilled", "soft", 0.9, 0.92), score("random_real", "soft", 0.8, 0.8)]
     assert in_words(json.loads(json.dumps(made))) == in_words(made)
 
 
@@ -121,7 +122,7 @@ def test_bytes_in_words(count, text):
 
 
 def test_table_says_what_is_known_and_a_dash_for_the_rest(evaluation):
-    assert table_rows(evaluation.as_dict())[1:] == [
+    assert table_rows(evaluation)[1:] == [
         ("distilled", "30", "soft", "91.0 ± 1.4", "12.3 kB", "678 B", "0.250", "50.0"),
         ("random real", "30", "soft", "81.0 ± 1.4", "99 B", "1 MB", "-", "-"),
         ("all real", "30", "hard", "99.0 (one seed)", "-", "-", "-", "-"),
@@ -129,8 +130,7 @@ def test_table_says_what_is_known_and_a_dash_for_the_rest(evaluation):
 
 
 def test_hard_labels_have_no_label_bytes(evaluation):
-    report = evaluation.as_dict()
-    report["rows"] = rows(score("distilled", "hard", 0.9))
+    report = evaluation | {"rows": [score("distilled", "hard", 0.9)]}
     assert table_rows(report)[1][5] == "-"
 
 
@@ -143,7 +143,7 @@ def test_plain_table_is_aligned():
 
 
 def test_report_is_plain_json(evaluation):
-    report = evaluation.as_dict()
+    report = evaluation
     assert json.loads(json.dumps(report)) == report
     assert report["sets"]["distilled"]["intra_class_similarity"] == {"mean": 0.25, "per_class": [0.25, None]}
     assert report["left_out"] == {"full-soft": "no teachers"}
@@ -151,7 +151,7 @@ def test_report_is_plain_json(evaluation):
 
 
 def test_summary_shows_table_words_gaps_and_times(evaluation):
-    report = {"recipe": "tiny", "evaluation": evaluation.as_dict(), "wall_time_s": {"relabel": 3.4}}
+    report = {"recipe": "tiny", "evaluation": evaluation, "wall_time_s": {"relabel": 3.4}}
     text = summary(report)
     assert text.startswith("tiny: student test_resnet, 2 seeds, 4 epochs (last), 50 test images\n")
     assert plain_table(table_rows(report["evaluation"])) in text
@@ -161,5 +161,5 @@ def test_summary_shows_table_words_gaps_and_times(evaluation):
 
 
 def test_summary_without_rows_or_times():
-    empty = Evaluation(scores=(), sets={}, student="s", epochs=1, test_count=2)
-    assert "s, 0 seeds" in summary({"recipe": "r", "evaluation": empty.as_dict()})
+    empty = evaluation_facts(rows=(), sets={}, student="s", epochs=1, test_count=2)
+    assert "s, 0 seeds" in summary({"recipe": "r", "evaluation": empty})

@@ -11,6 +11,7 @@ from pipeline import sha_tree
 from prism_hf.errors import DamagedError
 from prism_hf.evaluation.scores import is_scored, read_scores, set_facts, train_and_score
 from prism_hf.evaluation.students import KEPT, ROWS, Row
+from prism_hf.images.pixels import to_reference
 from prism_hf.runtime.checkpoint import Checkpoint, State
 
 DEVICE = torch.device("cpu")
@@ -48,7 +49,7 @@ def test_rows_with_image_labels_can_be_asked_for(source, tmp_path):
     for task in made:
         train_and_score(task, device=DEVICE)
     scores = read_scores(made)
-    assert [(score.images, score.labels) for score in scores] == [("distilled", "image"), ("random_real", "image")]
+    assert [(score["images"], score["labels"]) for score in scores] == [("distilled", "image"), ("random_real", "image")]
 
 
 @pytest.mark.parametrize("missing", ["random_real", "full"])
@@ -115,26 +116,39 @@ def test_every_score_is_read_into_its_own_row(source, tmp_path):
         task.score.write_json({"top1": number / 100})
     expected = {(task.row, task.seed): number / 100 for number, task in enumerate(made)}
     scores = read_scores(made)
-    assert [Row(score.images, score.labels) for score in scores] == list(ROWS), "in the order of the table"
+    assert [Row(score["images"], score["labels"]) for score in scores] == list(ROWS), "in the order of the table"
     for score in scores:
-        assert score.top1 == tuple(expected[Row(score.images, score.labels), seed] for seed in (0, 1))
-        assert score.seeds == (0, 1)
-    assert {s.images: s.count for s in scores} == {"distilled": 20, "random_real": 20, "full": len(source[1].train)}
+        assert score["top1"] == [expected[Row(score["images"], score["labels"]), seed] for seed in (0, 1)]
+        assert score["seeds"] == [0, 1]
+    assert {score["images"]: score["count"] for score in scores} == {
+        "distilled": 20,
+        "random_real": 20,
+        "full": len(source[1].train),
+    }
 
 
 # -- what needs no training -------------------------------------------------------------------------------------------
 
 
 def test_bytes_of_each_set_are_known_without_a_network(source):
-    facts = set_facts(sources(source[1]), verifier=None, network=None, num_classes=10, device=DEVICE)
-    assert (facts["distilled"].image_bytes, facts["random_real"].label_bytes) == (100, 201)
-    assert facts["distilled"].verifier_top1 is None
-    assert facts["full"].diversity.mean is None
+    facts = {
+        name: set_facts(each, verifier=None, network=None, num_classes=10, device=DEVICE)
+        for name, each in sources(source[1]).items()
+    }
+    assert (facts["distilled"]["image_bytes"], facts["random_real"]["label_bytes"]) == (100, 201)
+    assert facts["distilled"]["verifier_top1"] is None
+    nothing = {"image_bytes": None, "label_bytes": None, "verifier_top1": None}
+    assert facts["full"] == nothing | {"intra_class_similarity": {"mean": None, "per_class": [None] * 10}}
 
 
 def test_the_verifier_judges_and_measures_similarity(source):
     judge = make_teacher("test_byobnet", num_classes=10)
-    given = sources(source[1], without=["full"])
-    facts = set_facts(given, verifier=judge, network=judge, num_classes=10, device=DEVICE)["distilled"]
-    assert 0 <= facts.verifier_top1 <= 1
-    assert -1 <= facts.diversity.mean <= 1
+    given = sources(source[1])
+    facts = set_facts(given["distilled"], verifier=judge, network=judge, num_classes=10, device=DEVICE)
+    with torch.no_grad():
+        answers = judge.logits(to_reference(given["distilled"].images_uint8)).argmax(1)
+    assert facts["verifier_top1"] == float((answers == given["distilled"].labels).double().mean())
+    assert -1 <= facts["intra_class_similarity"]["mean"] <= 1
+    full = set_facts(given["full"], verifier=judge, network=judge, num_classes=10, device=DEVICE)
+    assert full["verifier_top1"] is None, "only packaged images are judged"
+    assert -1 <= full["intra_class_similarity"]["mean"] <= 1

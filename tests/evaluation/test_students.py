@@ -126,50 +126,49 @@ def packed_once(tmp_path_factory):
     return reading.load_distilled(folder)
 
 
-@pytest.mark.parametrize("window", [1, 3000, 2**22], ids=["a batch", "some batches", "an epoch"])
+def view_batches(source, epochs, batch_size, *, start=0, recorded=None, per_image=False):
+    return students._view_batches(source, epochs, batch_size, CPU, start, recorded or epochs, per_image=per_image)
+
+
 @pytest.mark.parametrize("batch_size", [4, 5, 21, 100])  # 21 = 4 * 5 + 1: the last image joins the batch before it
-def test_batches_of_a_window_are_those_of_whole_epochs(packed, monkeypatch, batch_size, window):
-    monkeypatch.setattr(students, "_WINDOW", window)
-    same_batches(students._view_batches(packed, 3, batch_size, CPU), batches_of_whole_epochs(packed, 3, batch_size))
+def test_batches_are_parts_of_whole_epochs(packed, monkeypatch, batch_size):
+    same_batches(view_batches(packed, 3, batch_size), batches_of_whole_epochs(packed, 3, batch_size))
     monkeypatch.setattr(students, "_ON_DEVICE", 0)
-    same_batches(students._view_batches(packed, 3, batch_size, CPU), batches_of_whole_epochs(packed, 3, batch_size))
+    same_batches(view_batches(packed, 3, batch_size), batches_of_whole_epochs(packed, 3, batch_size))
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 5, 9, 12, 13])
-def test_batches_can_start_anywhere(packed, monkeypatch, start):
-    monkeypatch.setattr(students, "_WINDOW", 3000)
+def test_batches_can_start_anywhere(packed, start):
     expected = list(batches_of_whole_epochs(packed, 3, 6))
     assert len(expected) == 12
-    same_batches(students._view_batches(packed, 3, 6, CPU, start=start), expected[start:])
+    same_batches(view_batches(packed, 3, 6, start=start), expected[start:])
 
 
 def test_nothing_is_read_of_batches_that_are_passed_over(packed, monkeypatch):
     prepared, read = [], []
     monkeypatch.setattr(students, "to_reference", lambda images: prepared.append(len(images)) or to_reference(images))
-    monkeypatch.setattr(students, "_WINDOW", 1)
-    next(students._view_batches(watched(packed, read), 4, 6, CPU, start=9))
+    next(view_batches(watched(packed, read), 4, 6, start=9))
     assert prepared == [6, 6], "the images of one batch, and their partners"
     assert read == [(2, range(6, 12))]
 
 
 @pytest.mark.parametrize("recorded", [1, 3, 4])
-def test_recorded_epochs_come_in_turn_from_anywhere(packed, monkeypatch, recorded):
-    monkeypatch.setattr(students, "_WINDOW", 3000)
+def test_recorded_epochs_come_in_turn_from_anywhere(packed, recorded):
     expected = list(batches_of_whole_epochs(packed, 4, 6, recorded))
     assert len(expected) == 16
     for start in (0, 3, 4, 7, 8, 11, 15, 16):
-        same_batches(students._view_batches(packed, 4, 6, CPU, start, recorded=recorded), expected[start:])
+        same_batches(view_batches(packed, 4, 6, start=start, recorded=recorded), expected[start:])
 
 
 def test_views_of_other_epochs_are_not_read(packed):
     read = []
-    list(students._view_batches(watched(packed, read), 5, 6, CPU, recorded=2))
+    list(view_batches(watched(packed, read), 5, 6, recorded=2))
     assert {epoch for epoch, _ in read} == {0, 1}
     assert max(rows.stop for _, rows in read) == 21
 
 
 def test_image_labels_are_mixed_as_their_view_is(packed):
-    ours = students._view_batches(packed, 3, 5, CPU, recorded=2, per_image=True)
+    ours = view_batches(packed, 3, 5, recorded=2, per_image=True)
     theirs = list(batches_of_whole_epochs(packed, 3, 5, 2))
     for number, (batch, (shown, _, shares)) in enumerate(zip(ours, theirs, strict=True)):
         part = batch_ranges(21, 5)[number % 4]
@@ -315,10 +314,10 @@ def test_a_student_reads_the_bytes_of_its_labels(tiny_recipe, packed_once, toy):
     def found(labels, **changes):
         return label_bytes(packed_once, settings_of(tiny_recipe, changes), labels)
 
-    assert found("soft") == packed_once.label_bytes_of(4)
-    assert found("soft", epochs=2) == packed_once.label_bytes_of(2) < packed_once.label_bytes_of(3)
-    assert found("soft", epochs=2, label_epochs=1) == packed_once.label_bytes_of(1)
-    assert found("soft", epochs=1, label_epochs=2) == packed_once.label_bytes_of(1)
+    assert found("soft") == packed_once.view_bytes[4]
+    assert found("soft", epochs=2) == packed_once.view_bytes[2] < packed_once.view_bytes[3]
+    assert found("soft", epochs=2, label_epochs=1) == packed_once.view_bytes[1]
+    assert found("soft", epochs=1, label_epochs=2) == packed_once.view_bytes[1]
     assert found("image", epochs=2) == packed_once.image_label_bytes > 0
     assert found("hard") == 0
     assert label_bytes(toy, settings_of(tiny_recipe), "soft") is None

@@ -185,7 +185,7 @@ def artifacts(folder=Path("work"), *overrides, **changes):
 def keys(files):
     """The key of each kind of file."""
     job, images = plan_jobs(tiny())[0], ImageSet(DISTILLED, ((0, 0, 0, 0),), "key of the images")
-    shard = Shard(0, 1, range(1))
+    shard = Shard("train-0.parquet", range(1))
     return {
         "start": files.start.key, "job": files.job(job).key, "control": files.images_key([1, 2]),
         "images": files.shard(images, IMAGES, shard).key, "views": files.shard(images, VIEWS, shard).key,
@@ -216,11 +216,11 @@ def test_the_key_of_a_shard_says_what_it_holds():
     """Other epochs, or rows, in a file of the same name: another version of this package may cut elsewhere."""
     files, images = artifacts(), ImageSet(DISTILLED, ((0, 0, 0, 0),), "key")
     for table in (IMAGES, VIEWS):
-        one, two = (files.shard(images, table, Shard(0, 2, range(end))) for end in (3, 4))
+        one, two = (files.shard(images, table, Shard("train-0.parquet", range(end))) for end in (3, 4))
         assert one.path == two.path
         assert one.key != two.key
-        assert files.shard(replace(images, key="other"), table, Shard(0, 2, range(3))).key != one.key
-    one, two = (files.shard(images, table, Shard(0, 1, range(1))) for table in (IMAGES, VIEWS))
+        assert files.shard(replace(images, key="other"), table, Shard("train-0.parquet", range(3))).key != one.key
+    one, two = (files.shard(images, table, Shard("train-0.parquet", range(1))) for table in (IMAGES, VIEWS))
     assert one.key != two.key
 
 

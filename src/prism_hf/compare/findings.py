@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..dataset import DistilledDataset, load_distilled, versions
-from ..evaluation import FeatureMap, Score, difference, intra_class_similarity, pair_histogram, read_scores
+from ..evaluation import FeatureMap, difference, intra_class_similarity, pair_histogram, read_scores, score_row
 from ..models import penultimate_features
 from ..recipe import dump_recipe, public_recipe, to_dict
 from ..runtime import is_finished, write_bytes, write_json
@@ -158,7 +158,7 @@ def _full_scores(comparison: Comparison) -> list[dict[str, Any]]:
     rows = []
     for student in comparison.full_data_students:
         trained = [task for task in comparison.full_tasks(student) if is_finished(task.score.path)]
-        rows += [{"student": student, **score.as_dict()} for score in read_scores(trained)]
+        rows += [{"student": student, **score} for score in read_scores(trained)]
     return rows
 
 
@@ -212,10 +212,10 @@ def _scores(comparison: Comparison, records: Records) -> list[dict[str, Any]]:
     rows = []
     for method in comparison.methods:
         own = records[method.label]
-        seeds = tuple(record["seed"] for record in own)
+        seeds = [record["seed"] for record in own]
         for scores in zip(*(record["scores"] for record in own), strict=True):  # one per seed
-            top1 = tuple(float(score["top1"]) for score in scores)
-            score = Score(method.label, scores[0]["labels"], seeds, top1, int(own[0]["images"])).as_dict()
+            top1 = [float(score["top1"]) for score in scores]
+            score = score_row(method.label, scores[0]["labels"], seeds, top1, int(own[0]["images"]))
             rows.append(
                 {
                     "method": score.pop("images"),

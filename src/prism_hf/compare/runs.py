@@ -11,17 +11,18 @@ import dataclasses
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 
 from ..dataset import DistilledDataset, check_folder, load_distilled
 from ..errors import OutputError, SynthesisError
-from ..evaluation import Row, SetFacts, StudentTask, label_bytes, student_tasks
+from ..evaluation import Row, StudentTask, label_bytes, student_tasks
 from ..models import Teacher, check_network
 from ..recipe import Recipe, plan_jobs
 from ..run.artifacts import job_file
@@ -271,7 +272,7 @@ def _make_run(comparison: Comparison, cell: Cell) -> str | None:
     return None
 
 
-def _conclude(comparison: Comparison, cell: Cell, distilled: DistilledDataset) -> SetFacts:
+def _conclude(comparison: Comparison, cell: Cell, distilled: DistilledDataset) -> Mapping[str, Any]:
     """Write the run's own report and card, with the scores of the first student; the controls are other runs.
 
     Returns:
@@ -288,7 +289,7 @@ def _conclude(comparison: Comparison, cell: Cell, distilled: DistilledDataset) -
         network=comparison.network,
     )
     conclude(run, evaluation)
-    return evaluation.sets["distilled"]
+    return evaluation["sets"]["distilled"]
 
 
 def _score(comparison: Comparison, cell: Cell, distilled: DistilledDataset, setup: StudentSetup) -> dict[str, object]:
@@ -301,15 +302,15 @@ def _score(comparison: Comparison, cell: Cell, distilled: DistilledDataset, setu
     }
 
 
-def _facts(run: Run, images: int, measured: SetFacts) -> dict[str, object]:
+def _facts(run: Run, images: int, measured: Mapping[str, Any]) -> dict[str, object]:
     jobs = plan_jobs(run.recipe)
     logit_top1 = [float(read_proof(job_file(run.work, job.id)).notes["logit_top1"]) for job in jobs]
     return {
         "images": images,
-        "image_bytes": measured.image_bytes,
-        "label_bytes": measured.label_bytes,
-        "verifier_top1": measured.verifier_top1,
-        "similarity": {"mean": measured.diversity.mean, "per_class": list(measured.diversity.per_class)},
+        "image_bytes": measured["image_bytes"],
+        "label_bytes": measured["label_bytes"],
+        "verifier_top1": measured["verifier_top1"],
+        "similarity": measured["intra_class_similarity"],
         "seconds_per_image": run.times().get("synthesize", 0.0) / images,
         "steps": sum(job.iterations for job in jobs),
         "image_steps": sum(job.iterations * len(job.classes) for job in jobs),

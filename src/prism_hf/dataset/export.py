@@ -6,14 +6,12 @@ import io
 import os
 import re
 import shutil
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -22,8 +20,8 @@ from PIL import Image
 
 from ..errors import DataError, OutputError
 from ..images import UNREADABLE, decode, encode
-from ..runtime import write_bytes, write_json
-from .tables import Table, dataset_folder, naming, open_images
+from ..runtime import draft_folder, write_bytes, write_json, writing
+from .tables import Table, dataset_folder, open_images
 
 ExportFormat = Literal["imagefolder", "rethinkdc"]
 
@@ -45,8 +43,7 @@ Images and class indices of a distilled dataset, in the columns that rethinkdc r
 """
 
 
-@dataclass(frozen=True)
-class _Picture:
+class _Picture(NamedTuple):
     data: bytes
     label: int
     slot: int
@@ -67,32 +64,32 @@ def export(source: str | Path, target: str | Path, *, format: ExportFormat, revi
       of another mode become RGB PNGs; the others keep their bytes. (Its command line reads Parquet only from a path with
       "he-y" in it, and class folders, which `imagefolder` writes into `train`, from any other.)
 
-    Args:
-        source: Dataset folder, or Hub id.
-        target: A folder that does not exist, or is empty.
-        format: The layout.
-        revision: Of a Hub dataset.
-
     Returns:
         The target.
 
     Raises:
         OutputError: The target is not empty or cannot be written; nothing is left half-written.
-        DataError: No such dataset or layout, a class without images, or bytes that are no picture.
+        DataError: No such dataset or layout, a class without images, or bytes that are not a picture.
         HubError: The Hub does not answer, or has no such dataset for this token.
-
-    Example:
-        >>> export("outputs/digits-prism-ipc10/dataset", "digits-folders", format="imagefolder")
-        PosixPath('digits-folders')
     """
     if format not in _WRITERS:
         raise DataError(f"export format {format!r} is unknown; expected {' or '.join(_WRITERS)}")
     target = Path(target)
     _check_target(target, source)
-    with naming(source):
-        images, names = open_images(dataset_folder(source, revision))
+    with dataset_folder(source, revision) as folder:
+        images, names = open_images(folder)
     _check_slots(images, names, source)
-    _write_folder(target, lambda draft: _WRITERS[format](draft, _pictures(images, source), names))
+    home = target.absolute()  # "." has neither name nor parent
+    draft = draft_folder(home)
+    try:
+        with writing(target):
+            _WRITERS[format](draft, _pictures(images, source), names)
+            write_json(draft / "classes.json", {str(index): name for index, name in enumerate(names)})
+            if home.exists():
+                home.rmdir()  # empty; Windows renames onto no folder
+            draft.rename(home)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return target
 
 
@@ -103,28 +100,7 @@ def _check_target(target: Path, source: str | Path) -> None:
         if any(target.iterdir()):
             raise OutputError(f"{target} is not empty; give a folder that does not exist, or an empty one")
     elif os.path.lexists(target):
-        raise OutputError(f"{target} is no folder; give one that does not exist, or an empty one")
-
-
-def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `target`, then rename it: all of it is there, or nothing."""
-    draft, target = None, target.absolute()  # "." has neither name nor parent
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        write(draft)
-        draft.chmod(0o755)
-        if target.exists():
-            target.rmdir()  # empty; Windows renames onto no folder
-        draft.rename(target)
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written ({error.strerror or error}); nothing was left there") from error
-    finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-# -- what is exported -------------------------------------------------------------------------------------------------
+        raise OutputError(f"{target} is not a folder; give one that does not exist, or an empty one")
 
 
 def _check_slots(table: Table, names: Sequence[str], source: str | Path) -> None:
@@ -136,10 +112,9 @@ def _check_slots(table: Table, names: Sequence[str], source: str | Path) -> None
     if strays := labels - known:
         raise DataError(f"{str(source)!r} has an image of class {strays.pop()}; expected 0 to {len(names) - 1}")
     if bare := sorted(known - labels):
-        raise DataError(
-            f"{str(source)!r} has no image of class {names[bare[0]]!r}; its index would be given to the next class"
-        )
-    if twice := [place for place, count in slots.items() if count > 1]:
+        name = names[bare[0]]
+        raise DataError(f"{str(source)!r} has no image of class {name!r}; its index would be given to the next class")
+    if twice := [key for key, count in slots.items() if count > 1]:
         label, slot = twice[0]
         raise DataError(f"{str(source)!r} has several images of class {names[label]!r} in slot {slot}; expected one")
 
@@ -157,15 +132,11 @@ def _picture(cells: Mapping[str, Any], where: str) -> _Picture:
         with Image.open(io.BytesIO(data)) as picture:
             kind, mode = str(picture.format), picture.mode
     except (*UNREADABLE, TypeError) as error:
-        raise DataError(
-            f"{where} holds no picture ({type(error).__name__}); package or download the dataset again"
-        ) from error
+        reason = f"{where} holds no picture ({type(error).__name__}); package or download the dataset again"
+        raise DataError(reason) from error
     if kind not in EXTENSIONS:
         raise DataError(f"{where} is {kind}; expected {', '.join(EXTENSIONS)}")
     return _Picture(data, cells["label"], cells["slot"], EXTENSIONS[kind], mode)
-
-
-# -- layouts ----------------------------------------------------------------------------------------------------------
 
 
 def _write_imagefolder(folder: Path, groups: Iterable[list[_Picture]], names: Sequence[str]) -> None:
@@ -174,7 +145,6 @@ def _write_imagefolder(folder: Path, groups: Iterable[list[_Picture]], names: Se
         home.mkdir(parents=True)
     for picture in chain.from_iterable(groups):
         (homes[picture.label] / f"{picture.slot:05d}.{picture.extension}").write_bytes(picture.data)
-    write_json(folder / "classes.json", {str(index): name for index, name in enumerate(names)})
 
 
 def _folder_name(index: int, name: str, count: int) -> str:
@@ -192,15 +162,11 @@ def _write_rethinkdc(folder: Path, groups: Iterable[list[_Picture]], names: Sequ
     # Encoded images do not shrink any more.
     with pq.ParquetWriter(path, features.arrow_schema, compression="none") as writer:
         for rows in groups:
-            cells = [{"bytes": _rgb(picture), "path": None} for picture in rows]
+            rgb = [p.data if p.mode == "RGB" else encode(decode(p.data, 3), "png") for p in rows]
+            cells = [{"bytes": data, "path": None} for data in rgb]
             columns = {"image": cells, "class_id": [picture.label for picture in rows]}
             writer.write_table(pa.table(columns, schema=features.arrow_schema))
     write_bytes(folder / "README.md", RETHINKDC_CARD.encode())
-    write_json(folder / "classes.json", {str(index): name for index, name in enumerate(names)})
-
-
-def _rgb(picture: _Picture) -> bytes:
-    return picture.data if picture.mode == "RGB" else encode(decode(picture.data, 3), "png")
 
 
 _WRITERS: dict[str, Callable[[Path, Iterable[list[_Picture]], Sequence[str]], None]] = {

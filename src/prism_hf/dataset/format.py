@@ -9,8 +9,10 @@ docs/dataset_format.md is the contract. No pickles, no scripts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import datasets
 import numpy as np
@@ -66,41 +68,31 @@ def view_features(num_classes: int) -> datasets.Features:
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file of a table.
+    """One of the Parquet files of a table: it holds these rows of the table of images, or epochs of the table of views."""
 
-    Attributes:
-        number: 0 to `of` - 1.
-        of: Shards of the table.
-        rows: What it holds: rows of the table of images, epochs of the table of views.
-    """
-
-    number: int
-    of: int
+    name: str
     rows: range
-
-    @property
-    def name(self) -> str:
-        """Name of the file."""
-        return f"train-{self.number:05d}-of-{self.of:05d}.parquet"
 
 
 def image_shards(recipe: Recipe, count: int) -> list[Shard]:
     """The shards of a table of `count` images, cut between two batches of labels, by the size of the raw pixels."""
     batches = batch_ranges(count, recipe.relabel.batch_size)
-    wanted = max(1, -(-count * _image_row_bytes(recipe) // _shard_bytes(recipe)))
-    shards = min(wanted, len(batches))
-    first = np.linspace(0, len(batches), shards + 1).astype(int).tolist()
+    wanted = math.ceil(count * _image_row_bytes(recipe) / (recipe.packaging.shard_megabytes * 10**6))
+    first = np.linspace(0, len(batches), min(wanted, len(batches)) + 1).astype(int).tolist()
     ends = [batches[number].start for number in first[:-1]] + [count]
-    return [Shard(number, shards, range(ends[number], ends[number + 1])) for number in range(shards)]
+    return _shards([range(*bounds) for bounds in pairwise(ends)])
 
 
 def view_shards(recipe: Recipe, count: int) -> list[Shard]:
     """The shards of the views of `count` images, each of whole epochs."""
     epochs = recipe.relabel.epochs
-    fit = _shard_bytes(recipe) // ((2 * recipe.data.num_classes + 2 * VIEW_ROW_BYTES) * count)
+    fit = recipe.packaging.shard_megabytes * 10**6 // ((2 * recipe.data.num_classes + 2 * VIEW_ROW_BYTES) * count)
     each = max(1, min(fit, _SHARD_VIEWS // count))
-    shards = -(-epochs // each)
-    return [Shard(n, shards, range(n * each, min((n + 1) * each, epochs))) for n in range(shards)]
+    return _shards([range(start, min(start + each, epochs)) for start in range(0, epochs, each)])
+
+
+def _shards(parts: Sequence[range]) -> list[Shard]:
+    return [Shard(f"train-{number:05d}-of-{len(parts):05d}.parquet", rows) for number, rows in enumerate(parts)]
 
 
 def image_group_rows(recipe: Recipe) -> int:
@@ -115,7 +107,3 @@ def view_group_rows(num_classes: int) -> int:
 
 def _image_row_bytes(recipe: Recipe) -> int:
     return recipe.data.channels * recipe.data.size**2 + 2 * recipe.data.num_classes
-
-
-def _shard_bytes(recipe: Recipe) -> int:
-    return recipe.packaging.shard_megabytes * 10**6

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ..errors import DataError
 from ..models import SourceFacts, Teacher
 from ..recipe import Recipe
-from ..runtime import Facts, sha256_of
+from ..runtime import Facts, files_below, sha256_of
 from .format import DISTILLED, FORMAT_VERSION
 
 PACKAGES = ("prism-hf", "torch", "timm", "transformers", "datasets", "accelerate", "numpy", "pillow", "pyarrow")
@@ -56,13 +56,11 @@ class FileEntry(Facts):
 class Provenance(Facts):
     """provenance.json. What programs go by must be there; the rest is for people, and may be missing.
 
-    Holds no time, host name or path: the same recipe gives the same bytes.
+    Holds no time, host name or path: the same recipe gives the same bytes. A complete dataset has no `partial`.
 
     Attributes:
         recipe: Its name.
         images: `distilled`, or `random_real`.
-        partial: Not there in a complete dataset.
-        hardware: Device, threads and precision.
         files: Path in the folder -> what the file must be; all but this one, the card and its pictures.
     """
 
@@ -108,8 +106,8 @@ def write_provenance(
     partial: Mapping[str, object] | None = None,
 ) -> None:
     """Write provenance.json of a dataset folder whose tables and recipe are there; see `Provenance` and `Partial`."""
-    data = recipe.data
-    facts = Provenance(
+    data, incomplete = recipe.data, {"partial": Partial.model_validate(dict(partial))} if partial else {}
+    Provenance(
         format_version=FORMAT_VERSION,
         recipe=recipe.name,
         images=images,
@@ -121,10 +119,8 @@ def write_provenance(
         versions=versions(),
         hardware=dict(hardware),
         files={path.relative_to(folder).as_posix(): _file_entry(path) for path in data_files(folder)},
-    )
-    if partial:
-        facts = facts.model_copy(update={"partial": Partial.model_validate(dict(partial))})
-    facts.write(folder / Provenance.FILE)
+        **incomplete,
+    ).write(folder / Provenance.FILE)
 
 
 def _teacher_entry(recipe: Recipe, name: str, teacher: Teacher, top1: float | None) -> TeacherEntry:
@@ -146,16 +142,14 @@ def _teacher_entry(recipe: Recipe, name: str, teacher: Teacher, top1: float | No
 
 
 def _file_entry(path: Path) -> FileEntry:
-    sha256, size = sha256_of(path), path.stat().st_size
-    if path.suffix == ".parquet":
-        return FileEntry(sha256=sha256, bytes=size, rows=pq.read_metadata(path).num_rows)
-    return FileEntry(sha256=sha256, bytes=size)
+    rows = {"rows": pq.read_metadata(path).num_rows} if path.suffix == ".parquet" else {}
+    return FileEntry(sha256=sha256_of(path), bytes=path.stat().st_size, **rows)
 
 
 def data_files(folder: Path) -> list[Path]:
     """Files that provenance.json vouches for: all but itself, the card, its pictures and hidden files."""
     own = (Provenance.FILE, "README.md", "assets")
-    files = ((path, path.relative_to(folder).parts) for path in sorted(folder.rglob("*")) if path.is_file())
+    files = ((path, path.relative_to(folder).parts) for path in files_below(folder))
     return [path for path, parts in files if parts[0] not in own and not any(name.startswith(".") for name in parts)]
 
 

@@ -1,7 +1,4 @@
-"""Read a distilled dataset, from a folder or the Hub, for students to train on.
-
-Memory does not grow with the dataset: its tables are read in place, a few rows at a time, and decoded images and logits
-lie in a file.
+"""Read a distilled dataset, from a folder or the Hub, for students to train on, in memory that does not grow with it.
 
 Legend: N images, B rows, C channels, H W pixels, K classes.
 """
@@ -31,7 +28,7 @@ from ..images import UNREADABLE, ViewRows, decode, from_columns
 from ..recipe import Recipe, load_recipe
 from .format import VIEWS, view_features
 from .provenance import Provenance, read_provenance
-from .tables import Table, dataset_folder, naming, open_images, to_arrays
+from .tables import Table, dataset_folder, open_images, to_arrays
 
 _IN_MEMORY = 2**23
 """Arrays of more bytes than this lie in a file, whose pages the kernel may drop when it needs the memory."""
@@ -46,18 +43,16 @@ class DistilledDataset:
     Attributes:
         images_uint8: (N, C, H, W).
         labels: (N,) int64.
-        class_names: K.
         teacher_logits: Raw logits of the images themselves, (N, K) float16.
-        num_epochs: Epochs of views.
         views: Number of an epoch, and which of its N rows, a range with step 1 -> these views and their raw logits,
             (B, K) float16; no other row group is read.
         image_bytes: Bytes of the encoded images.
         label_bytes: Bytes of everything else in the files of the two tables.
-        recipe: The recipe in the folder, or `None`.
         content: Sixteen hex digits over images, labels and all views: whether this is the same dataset.
         teacher_weights: SHA-256 of the weights of each teacher, as provenance.json tells.
         image_label_bytes: Compressed bytes of `teacher_logits`; `None` for a dataset that is not in files.
-        view_bytes: First row and compressed bytes of each row group of the views; `None` as above.
+        view_bytes: Compressed bytes of the row groups that hold the first 0, 1, 2 ... epochs of views; `None` as above. A
+            group is read whole, so it counts whole if one of its rows is needed; those that we write end with an epoch.
     """
 
     images_uint8: Tensor
@@ -72,25 +67,11 @@ class DistilledDataset:
     content: str
     teacher_weights: Mapping[str, str] = field(default_factory=dict)
     image_label_bytes: int | None = None
-    view_bytes: Sequence[tuple[int, int]] | None = None
+    view_bytes: Sequence[int] | None = None
 
     def epoch(self, number: int) -> tuple[ViewRows, Tensor]:
         """All views of an epoch, and their raw logits, (N, K) float16."""
         return self.views(number, range(len(self.labels)))
-
-    def label_bytes_of(self, epochs: int | None = None) -> int | None:
-        """Bytes, as compressed, of views and logits of the first epochs; `None` for a dataset that is not in files.
-
-        A row group is read whole, so it counts whole if one of its rows is needed; those that we write end with an epoch.
-        Footers and indices of the files are left out.
-
-        Args:
-            epochs: How many; `None` for all.
-        """
-        if self.view_bytes is None:
-            return None
-        rows = len(self.labels) * (self.num_epochs if epochs is None else epochs)
-        return sum(size for start, size in self.view_bytes if start < rows)
 
 
 def load_distilled(source: str | Path, *, revision: str | None = None, channels: int | None = None) -> DistilledDataset:
@@ -102,15 +83,15 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
         channels: 1 or 3; by default what the recipe in the folder says, else what the first image has.
 
     Raises:
-        DataError: Not of this format, not complete, or no room for the decoded images; one line.
-        HubError: The Hub does not answer, or has no such dataset for this token; one line.
+        DataError: Not of this format, not complete, or no room for the decoded images.
+        HubError: The Hub does not answer, or has no such dataset for this token.
 
     Example:
         >>> load_distilled("outputs/digits-prism-ipc10/dataset").images_uint8.shape
         torch.Size([100, 1, 32, 32])
     """
-    with naming(source):
-        return _load(dataset_folder(source, revision), channels)
+    with dataset_folder(source, revision) as folder:
+        return _load(folder, channels)
 
 
 def _load(folder: Path, channels: int | None) -> DistilledDataset:
@@ -120,43 +101,37 @@ def _load(folder: Path, channels: int | None) -> DistilledDataset:
     count = images.num_rows
     if not count or not views.num_rows or views.num_rows % count:
         raise DataError(f"table {VIEWS!r} has {views.num_rows} rows for {count} images; expected whole epochs")
-    path = folder / "recipe.yaml"
+    path, provenance = folder / "recipe.yaml", folder / Provenance.FILE
     recipe = load_recipe(path) if path.is_file() else None
+    teachers = read_provenance(provenance).teachers if provenance.is_file() else []
     content, image_bytes = _content(images, views, len(class_names))
     if channels is None:
         channels = recipe.data.channels if recipe else _channels(next(_encoded(images))[0])
+
+    def column(name: str) -> Iterator[np.ndarray]:
+        return (to_arrays(batch)[name] for batch in images.batches((name,)))
+
+    def views_of(epoch: int, rows: range) -> tuple[ViewRows, Tensor]:
+        arrays = to_arrays(views.read(epoch * count + rows.start, epoch * count + rows.stop, _VIEW_COLUMNS))
+        return from_columns(arrays), torch.from_numpy(arrays["teacher_logits"].copy())
+
+    num_epochs = views.num_rows // count
+    sizes = list(zip((group.start for group in views.groups), views.compressed_bytes(_VIEW_COLUMNS), strict=True))
     return DistilledDataset(
         images_uint8=_kept(_decoded(images, channels), count),
-        labels=_kept(_column(images, "label"), count),
+        labels=_kept(column("label"), count),
         class_names=class_names,
-        teacher_logits=_kept(_column(images, "teacher_logits"), count),
-        num_epochs=views.num_rows // count,
-        views=_views_of(views, count),
+        teacher_logits=_kept(column("teacher_logits"), count),
+        num_epochs=num_epochs,
+        views=views_of,
         image_bytes=image_bytes,
         label_bytes=images.file_bytes + views.file_bytes - image_bytes,
         recipe=recipe,
         content=content,
-        teacher_weights=_teacher_weights(folder),
+        teacher_weights={teacher.name: teacher.weights_sha256 for teacher in teachers},
         image_label_bytes=sum(images.compressed_bytes(("teacher_logits",))),
-        view_bytes=[
-            (group.start, size) for group, size in zip(views.groups, views.compressed_bytes(_VIEW_COLUMNS), strict=True)
-        ],
+        view_bytes=[sum(size for start, size in sizes if start < epochs * count) for epochs in range(num_epochs + 1)],
     )
-
-
-def _teacher_weights(folder: Path) -> dict[str, str]:
-    if not (folder / Provenance.FILE).is_file():
-        return {}
-    return {teacher.name: teacher.weights_sha256 for teacher in read_provenance(folder / Provenance.FILE).teachers}
-
-
-def _views_of(table: Table, count: int) -> Callable[[int, range], tuple[ViewRows, Tensor]]:
-    def views(epoch: int, rows: range) -> tuple[ViewRows, Tensor]:
-        start = epoch * count
-        columns = to_arrays(table.read(start + rows.start, start + rows.stop, _VIEW_COLUMNS))
-        return from_columns(columns), torch.from_numpy(columns["teacher_logits"].copy())
-
-    return views
 
 
 def _content(images: Table, views: Table, classes: int) -> tuple[str, int]:
@@ -168,11 +143,8 @@ def _content(images: Table, views: Table, classes: int) -> tuple[str, int]:
     for blob in chain.from_iterable(_encoded(images)):
         digest.update(hashlib.sha256(blob).digest())
         size += len(blob)
-    ranges = {
-        "label": range(classes),
-        "image_index": range(images.num_rows),
-        "mix_image_index": range(-1, images.num_rows),
-    }
+    count = images.num_rows
+    ranges = {"label": range(classes), "image_index": range(count), "mix_image_index": range(-1, count)}
     for batch in chain(images.batches(("label", "slot", "teacher_logits", "job")), views.batches(_VIEW_COLUMNS)):
         for name, values in to_arrays(batch).items():
             expected = ranges.get(name)
@@ -194,7 +166,7 @@ def _encoded(images: Table) -> Iterator[list[bytes]]:
 
 
 def _decoded(images: Table, channels: int) -> Iterator[np.ndarray]:
-    """All images, a few at once, each (B, C, H, W) uint8."""
+    """All images, a few at once, (B, C, H, W) uint8."""
     shape = None
     with ThreadPoolExecutor() as pool:
         for blobs in _encoded(images):
@@ -211,12 +183,6 @@ def _channels(blob: bytes) -> int:
             return 1 if picture.mode in ("L", "1", "I;16") else 3
     except UNREADABLE as error:
         raise DataError(f"the first image cannot be decoded ({error}); package or download the dataset again") from error
-
-
-def _column(table: Table, name: str) -> Iterator[np.ndarray]:
-    """A column, some rows at once, each (B,) or (B, K)."""
-    for batch in table.batches((name,)):
-        yield to_arrays(batch)[name]
 
 
 def _kept(parts: Iterable[np.ndarray], count: int) -> Tensor:
@@ -240,8 +206,7 @@ def _kept(parts: Iterable[np.ndarray], count: int) -> Tensor:
             os.fsync(file.fileno())  # a network disk says only now that it is full
             return torch.from_numpy(np.memmap(file, first.dtype, "r+", shape=shape))
     except OSError as error:
-        reason = error.strerror or error
         raise DataError(
-            f"{folder} cannot hold the {size / 1e6:.0f} MB of the decoded images and logits ({reason}); "
+            f"{folder} cannot hold the {size / 1e6:.0f} MB of the decoded images and logits ({error.strerror or error}); "
             "free some room, or set HF_DATASETS_CACHE to a folder on another disk"
         ) from error

@@ -1,8 +1,6 @@
 """The tables of a distilled dataset, read in place from the Parquet files of a folder or of the Hub's cache.
 
 No Arrow cache is made of them. In memory is one row group, and the rows that were asked for.
-
-Legend: B rows, K classes.
 """
 
 from __future__ import annotations
@@ -39,29 +37,24 @@ _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeE
 
 
 @contextmanager
-def naming(source: str | Path) -> Iterator[None]:
-    """Say in every `DataError` of a block which dataset it is about."""
+def dataset_folder(source: str | Path, revision: str | None) -> Iterator[Path]:
+    """The folder of a dataset; of a Hub id the snapshot in the Hub's cache, with all files of one commit.
+
+    Raises:
+        DataError: It is neither of the two, a link leads out of it, or the block failed; says which dataset it is about.
+        HubError: The Hub does not answer or has no such dataset for this token; offline, the cache lacks a file.
+    """
     try:
-        yield
+        folder = local_folder(source) or _downloaded(str(source), revision)
+        if folder.is_dir() and (link := stray_link(folder)):  # of a foreign repo no file may have been downloaded
+            raise DataError(f"{str(link)!r} is a link that leads out of {str(folder)!r}; put the files themselves there")
+        yield folder
     except DataError as error:
         raise DataError(f"distilled dataset {str(source)!r} cannot be loaded: {error}") from error
 
 
-def dataset_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a dataset; for a Hub id its snapshot in the Hub's cache, with all files of one commit.
-
-    Raises:
-        DataError: It is neither of the two, or a link leads out of it.
-        HubError: The Hub does not answer or has no such dataset for this token; offline, the cache lacks a file.
-    """
-    folder = local_folder(source) or _downloaded(str(source), revision)
-    if folder.is_dir() and (link := stray_link(folder)):  # of a foreign repo no file may have been downloaded
-        raise DataError(f"{str(link)!r} is a link that leads out of {str(folder)!r}; put the files themselves there")
-    return folder
-
-
 def _downloaded(repo_id: str, revision: str | None) -> Path:
-    if not _is_hub_id(repo_id):
+    if not is_hub_id(repo_id):
         raise DataError(f"it is neither a folder here nor a Hub id; {_EXPECTED}")
 
     def download() -> str:
@@ -72,7 +65,8 @@ def _downloaded(repo_id: str, revision: str | None) -> Path:
     return Path(again(download, f"asking the Hub for {repo_id!r}", () if is_offline_mode() else SHORT))
 
 
-def _is_hub_id(text: str) -> bool:
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form org/name."""
     try:
         validate_repo_id(text)
     except HFValidationError:
@@ -90,15 +84,10 @@ class RowGroup(NamedTuple):
 
 
 class Table:
-    """A table of a dataset folder. Only the row groups that hold the rows in question are read.
-
-    Args:
-        folder: The dataset folder.
-        name: "data" (the images) or "views".
+    """A table of a dataset folder, `data` or `views`. Only the row groups that hold the rows in question are read.
 
     Attributes:
         features: Columns and their types.
-        num_rows: Rows in all files.
         groups: The row groups that hold rows, in order.
         file_bytes: Bytes of the files.
 
@@ -139,11 +128,7 @@ class Table:
         return sizes
 
     def check_columns(self, expected: datasets.Features) -> None:
-        """Compare the columns with what they should be; others may be there too.
-
-        Raises:
-            DataError: One is missing or has another type.
-        """
+        """Raise a `DataError` if a column is missing or has another type; others may be there too."""
         what = f"it is not of this format: table {self.name!r}"
         if missing := [column for column in expected if column not in self.features]:
             raise DataError(f"{what} has no column {', '.join(missing)}")
@@ -152,11 +137,7 @@ class Table:
                 raise DataError(f"{what} has {self.features[column]} in column {column!r}, expected {feature}")
 
     def read(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
-        """Rows `start` to `stop`, or to the end of the table.
-
-        Raises:
-            DataError: A file is damaged.
-        """
+        """Rows `start` to `stop`, or to the end of the table; a `DataError` if a file is damaged."""
         first = bisect_right(self.groups, start, key=lambda group: group.start) - 1
         parts = []
         for group in self.groups[first:]:
@@ -173,9 +154,8 @@ class Table:
             with _opened(group.path) as file:
                 rows = file.read_row_group(group.number, columns=list(columns)).select(list(columns))
             if len(rows) != group.rows:
-                raise DataError(
-                    f"{str(group.path)!r} holds {len(rows)} rows where it states {group.rows}; package it again"
-                )
+                stated = f"{len(rows)} rows where it states {group.rows}"
+                raise DataError(f"{str(group.path)!r} holds {stated}; package it again")
             self._last = (group, columns), rows
         return self._last[1]
 
@@ -186,11 +166,7 @@ class Table:
 
 
 def open_images(folder: Path) -> tuple[Table, tuple[str, ...]]:
-    """The table of the images, with the names of the K classes.
-
-    Raises:
-        DataError: There is no such table, or it is not of this format.
-    """
+    """The table of the images, with the names of the classes; a `DataError` if it is not of this format."""
     table = Table(folder, IMAGES)
     label = table.features.get("label")
     names = label.names if isinstance(label, datasets.ClassLabel) else []
@@ -199,11 +175,7 @@ def open_images(folder: Path) -> tuple[Table, tuple[str, ...]]:
 
 
 def to_arrays(rows: pa.Table) -> dict[str, np.ndarray]:
-    """Columns of numbers as arrays, each (B,), or (B, length) if it holds lists.
-
-    Raises:
-        DataError: A row has no value.
-    """
+    """Columns of B numbers or lists as arrays, (B,) or (B, length); a `DataError` if a row has no value."""
     arrays = {}
     for name in rows.column_names:
         column = rows[name].combine_chunks()

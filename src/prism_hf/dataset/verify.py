@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -14,14 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData, HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import HubError
 from ..runtime import homes_of, is_inside, is_plain_path, read_card, sha256_of
 from ..runtime.hub_client import SHORT, again
 from .format import FORMAT_VERSION, TABLES, VIEWS
 from .provenance import FileEntry, Provenance
+from .tables import is_hub_id
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -36,13 +35,10 @@ class Verification:
 
 
 def check_folder(folder: Path) -> Verification:
-    """Compare a dataset folder with its provenance.json and its card.
-
-    Downloads check sizes only, so this is what notices a flipped bit.
-    """
-    if not is_inside(folder / Provenance.FILE, homes_of(folder)):
-        return Verification(0, {}, (f"{Provenance.FILE}: a link that leads out of the folder",))
+    """Compare a dataset folder with its provenance.json and its card; downloads check sizes only."""
     try:
+        if _leads_out(folder, Provenance.FILE):
+            raise ValueError(f"{Provenance.FILE}: a link that leads out of the folder")
         provenance = Provenance.read(folder / Provenance.FILE, Provenance.FILE)
     except ValueError as error:
         return Verification(0, {}, (str(error),))
@@ -56,10 +52,13 @@ def check_folder(folder: Path) -> Verification:
         config: sum(footer.num_rows for name, footer in tables.items() if footer and name.startswith(f"{sub}/"))
         for config, sub in TABLES.items()
     }
-    wrong = (strange.get(name) or _difference(folder, name, entry, tables.get(name)) for name, entry in files.items())
-    listed = [difference for difference in wrong if difference]
-    differences = (*listed, *_unlisted(folder, files), *_card_differences(folder, tables, rows))
+    listed = [strange.get(name) or _difference(folder, name, entry, tables.get(name)) for name, entry in files.items()]
+    differences = (*filter(None, listed), *_unlisted(folder, files), *_card_differences(folder, tables, rows))
     return Verification(len(files), rows, differences)
+
+
+def _leads_out(folder: Path, name: str) -> bool:
+    return not is_inside(folder / name, homes_of(folder))
 
 
 def _strange(folder: Path, name: str) -> str | None:
@@ -70,9 +69,7 @@ def _strange(folder: Path, name: str) -> str | None:
     own = name in ("README.md", Provenance.FILE)
     if own or not is_plain_path(name) or any(part.startswith(".") for part in pure.parts):
         return f"{name[:80]!r}: provenance.json names a file that is no part of a data set"
-    if not is_inside(folder / name, homes_of(folder)):
-        return f"{name}: a link that leads out of the folder"
-    return None
+    return f"{name}: a link that leads out of the folder" if _leads_out(folder, name) else None
 
 
 def _footer(path: Path) -> pq.FileMetaData | None:
@@ -109,7 +106,7 @@ def _unlisted(folder: Path, files: Collection[str]) -> list[str]:
 
 def _card_differences(folder: Path, tables: Mapping[str, pq.FileMetaData | None], rows: Mapping[str, int]) -> Iterator[str]:
     """What `datasets` goes by: where the card's configs point to, their rows and columns; and whole epochs of views."""
-    if not is_inside(folder / "README.md", homes_of(folder)):
+    if _leads_out(folder, "README.md"):
         yield "README.md: a link that leads out of the folder"
         return
     try:
@@ -134,13 +131,8 @@ def _card_differences(folder: Path, tables: Mapping[str, pq.FileMetaData | None]
         yield f"{rows[VIEWS]} views of {rows['default']} images; expected whole epochs"
 
 
-def verify(source: str | Path, *, revision: str | None = None, pauses: Sequence[float] = SHORT) -> Verification:
+def verify(source: str | Path, *, revision: str | None = None) -> Verification:
     """Check a dataset folder, or download a Hub dataset afresh and check that.
-
-    Args:
-        source: Folder, or Hub id.
-        revision: Of a Hub dataset.
-        pauses: Seconds between tries of a download.
 
     Raises:
         HubError: It is neither a folder nor a Hub id, or cannot be downloaded.
@@ -148,14 +140,12 @@ def verify(source: str | Path, *, revision: str | None = None, pauses: Sequence[
     if os.path.isdir(source):
         return check_folder(Path(source))
     repo_id = str(source)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise HubError(f"{repo_id!r} is neither a folder here nor a Hub id (org/name); give one of the two") from error
+    if not is_hub_id(repo_id):
+        raise HubError(f"{repo_id!r} is neither a folder here nor a Hub id (org/name); give one of the two")
     cache = Path(datasets.config.HF_DATASETS_CACHE)  # not /tmp, which may be memory
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        missing = again(lambda: _download(repo_id, revision, folder), f"downloading data set {repo_id!r}", pauses)
+        missing = again(lambda: _download(repo_id, revision, folder), f"downloading data set {repo_id!r}", SHORT)
         checked = check_folder(Path(folder))
     return replace(checked, differences=(*missing, *checked.differences))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -65,65 +66,43 @@ def build_dataset(
 ) -> None:
     """Write both tables and the recipe into a folder, from images and views in memory; older tables are replaced.
 
-    Args:
-        folder: The dataset folder.
-        images: All images, class-major.
-        epochs: The views of each epoch; see `relabel_epoch`.
-        recipe: What made them.
-        class_names: K names.
+    The images are in order of their classes; `epochs` holds the views of each epoch, see `relabel_epoch`.
     """
     write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
-    written = []
+    shards: dict[Path, Iterable[pa.Table]] = {}
     for shard in image_shards(recipe, len(images)):
         rows = images[shard.rows.start : shard.rows.stop]
-        tables = image_tables([rows], shard.rows.start, recipe, class_names)
-        written.append(_write_shard(folder / IMAGES / shard.name, tables))
+        shards[folder / IMAGES / shard.name] = image_tables([rows], shard.rows.start, recipe, class_names)
     for shard in view_shards(recipe, len(images)):
-        tables = (table for epoch in shard.rows for table in view_tables([epochs[epoch]], len(class_names)))
-        written.append(_write_shard(folder / VIEWS / shard.name, tables))
+        views = [view_tables([epochs[epoch]], len(class_names)) for epoch in shard.rows]
+        shards[folder / VIEWS / shard.name] = chain.from_iterable(views)
+    for path, tables in shards.items():
+        write_whole(path, partial(write_parquet, tables=tables))
     for table in (IMAGES, VIEWS):
-        for path in set((folder / table).glob("train-*.parquet")).difference(written):
+        for path in set((folder / table).glob("train-*.parquet")).difference(shards):
             path.unlink()
-
-
-def _write_shard(path: Path, tables: Iterable[pa.Table]) -> Path:
-    write_whole(path, lambda draft: write_parquet(draft, tables))
-    return path
 
 
 def image_tables(
     batches: Iterable[ImageRows], first: int, recipe: Recipe, class_names: Sequence[str]
 ) -> Iterator[pa.Table]:
-    """The row groups of a shard of images.
-
-    Args:
-        batches: Images in order, as they come.
-        first: Row of the first of them in the table.
-        recipe: Gives format and size of the images.
-        class_names: K names.
-    """
+    """The row groups of a shard of images, from its images as they come; the first one is row `first` of the table."""
     features, image_format = image_features(class_names), recipe.packaging.image_format
     extension = "jpg" if image_format == "jpeg" else image_format
-    numbered = (_image_table(*part, features, extension) for part in _numbered(batches, first))
-    yield from _regrouped(numbered, image_group_rows(recipe))
+    numbers = count(first)
 
+    def table(images: ImageRows) -> pa.Table:
+        cells = [{"bytes": data, "path": f"{next(numbers):06d}.{extension}"} for data in images.encoded]
+        columns = {
+            "image": pa.array(cells, type=features.arrow_schema.field("image").type),
+            "label": pa.array(images.labels.numpy()),
+            "slot": pa.array(images.slots.numpy().astype(np.int32)),
+            "teacher_logits": _fixed_list(images.teacher_logits.numpy()),
+            "job": pa.array(images.jobs.numpy().astype(np.int32)),
+        }
+        return pa.table(columns, schema=features.arrow_schema)
 
-def _numbered(batches: Iterable[ImageRows], first: int) -> Iterator[tuple[ImageRows, int]]:
-    for images in batches:
-        yield images, first
-        first += len(images)
-
-
-def _image_table(images: ImageRows, first: int, features: datasets.Features, extension: str) -> pa.Table:
-    cells = [{"bytes": data, "path": f"{first + i:06d}.{extension}"} for i, data in enumerate(images.encoded)]
-    columns = [
-        pa.array(cells, type=features.arrow_schema.field("image").type),
-        pa.array(images.labels.numpy()),
-        pa.array(images.slots.numpy().astype(np.int32)),
-        _fixed_list(images.teacher_logits.numpy()),
-        pa.array(images.jobs.numpy().astype(np.int32)),
-    ]
-    return pa.table(dict(zip(features, columns, strict=True)), schema=features.arrow_schema)
+    yield from _regrouped(map(table, batches), image_group_rows(recipe))
 
 
 def view_tables(batches: Iterable[Columns], num_classes: int) -> Iterator[pa.Table]:
@@ -171,11 +150,10 @@ def write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
             if writer is None:
                 leaves = _leaves(table.schema)
                 split = [name for name in leaves if name.startswith("teacher_logits")]
-                compression = {name: "none" if name == "image.bytes" else "zstd" for name in leaves}
                 writer = pq.ParquetWriter(
                     path,
                     table.schema,
-                    compression=compression,
+                    compression={name: "none" if name == "image.bytes" else "zstd" for name in leaves},
                     use_dictionary=[name for name in leaves if name not in (*split, "image.bytes", "image.path")],
                     column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
                     write_page_index=True,

@@ -1,19 +1,17 @@
 """How good a dataset is: students, similarity, the honest table."""
 
-from .diversity import Diversity, intra_class_similarity
-from .feature_map import FeatureMap, pair_histogram
+from .diversity import Diversity, FeatureMap, intra_class_similarity, pair_histogram
 from .report import (
     LABELS,
     NO_CONTROL,
-    Evaluation,
-    Score,
-    SetFacts,
     bytes_text,
     cosine_text,
     difference,
+    evaluation_facts,
     markdown_table,
     percent_text,
     plain_table,
+    score_row,
     summary,
     table_rows,
     top1_text,

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..runtime import size_text
-from .diversity import Diversity
 
 CONTROL_ITSELF = "These are random real images: what a distilled set is to be compared with."
 NO_CONTROL = "the data set itself is random real images"
@@ -21,150 +19,73 @@ _VERDICTS = {
 }
 
 
-@dataclass(frozen=True)
-class Score:
-    """Top-1 of one row of the table on the test part, last epoch.
+def score_row(images: str, labels: str, seeds: Sequence[int], top1: Sequence[float], count: int) -> dict[str, Any]:
+    """A row of the table: top-1, in [0, 1], on the test part after the last epoch of one student per seed.
 
-    Attributes:
-        images: `distilled`, `random_real` or `full`.
-        labels: `soft`, `hard` or `image`.
-        seeds: One student each.
-        top1: In [0, 1], one per seed.
-        count: Training images.
+    `images` and `labels` are as in `Row`, and `count` is the number of training images.
     """
-
-    images: str
-    labels: str
-    seeds: tuple[int, ...]
-    top1: tuple[float, ...]
-    count: int
-
-    @property
-    def mean(self) -> float:
-        """Mean over the seeds."""
-        return statistics.fmean(self.top1)
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation over the seeds; `None` for a single seed."""
-        return statistics.stdev(self.top1) if len(self.top1) > 1 else None
-
-    def as_dict(self) -> dict[str, object]:
-        """For report.json."""
-        return {
-            "images": self.images,
-            "labels": self.labels,
-            "count": self.count,
-            "seeds": list(self.seeds),
-            "top1": list(self.top1),
-            "mean": self.mean,
-            "std": self.std,
-        }
+    return {
+        "images": images,
+        "labels": labels,
+        "count": count,
+        "seeds": list(seeds),
+        "top1": list(top1),
+        "mean": statistics.fmean(top1),
+        "std": statistics.stdev(top1) if len(top1) > 1 else None,
+    }
 
 
-@dataclass(frozen=True)
-class SetFacts:
-    """What is known of one set of images beside its scores.
+def evaluation_facts(
+    rows: Sequence[Mapping[str, Any]],
+    sets: Mapping[str, Mapping[str, Any]],
+    *,
+    student: str,
+    epochs: int,
+    test_count: int,
+    tested_on: str = "test images",
+    left_out: Mapping[str, str] | None = None,
+    verifier: str | None = None,
+    similarity_network: str | None = None,
+    names: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """`evaluation` of report.json, of `score_row`s and the `set_facts` of `distilled`, `random_real` and `full`.
 
-    Attributes:
-        image_bytes: Bytes of the encoded images; `None` for the source.
-        label_bytes: Bytes of all labels and views as stored.
-        verifier_top1: Share that the held-out verifier puts in its class.
-        diversity: Intra-class similarity.
+    `left_out` tells why other rows could not be had, and `names` what sets are called in tables, where not as in `LABELS`.
     """
-
-    image_bytes: int | None
-    label_bytes: int | None
-    verifier_top1: float | None
-    diversity: Diversity
-
-    def as_dict(self) -> dict[str, object]:
-        """For report.json."""
-        return {
-            "image_bytes": self.image_bytes,
-            "label_bytes": self.label_bytes,
-            "verifier_top1": self.verifier_top1,
-            "intra_class_similarity": {"mean": self.diversity.mean, "per_class": list(self.diversity.per_class)},
-        }
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything that the evaluate stage found.
-
-    Attributes:
-        scores: Rows of the table.
-        sets: Facts by set: `distilled`, `random_real`, `full`.
-        left_out: Rows that could not be had, with the reason.
-        names: What sets are called in tables, where not as in `LABELS`.
-        student: Architecture.
-        epochs: Epochs of views per student.
-        similarity_network: Whose features measured similarity, or `None`.
-        verifier: Name of the verifier, or `None`.
-        test_count: Test images.
-        tested_on: What they are.
-    """
-
-    scores: tuple[Score, ...]
-    sets: Mapping[str, SetFacts]
-    student: str
-    epochs: int
-    test_count: int
-    verifier: str | None = None
-    similarity_network: str | None = None
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    names: Mapping[str, str] = field(default_factory=dict)
-    tested_on: str = "test images"
-
-    def name_of(self, images: str) -> str:
-        """What a set is called in tables."""
-        return self.names.get(images, LABELS[images])
-
-    def of_random_images(self) -> Evaluation:
-        """The same, where the data set is random real images: method `random`."""
-        return replace(self, names={"distilled": LABELS["random_real"]})
-
-    def as_dict(self) -> dict[str, object]:
-        """For report.json."""
-        return {
-            "student": self.student,
-            "epochs": self.epochs,
-            "test_count": self.test_count,
-            "tested_on": self.tested_on,
-            "protocol": "last epoch; the same views, batches and steps for all distilled and random real rows",
-            "rows": [score.as_dict() for score in self.scores],
-            "sets": {name: facts.as_dict() for name, facts in self.sets.items()},
-            "left_out": dict(self.left_out),
-            "verifier": self.verifier,
-            "similarity_network": self.similarity_network,
-            "in_words": CONTROL_ITSELF if self.names else in_words([score.as_dict() for score in self.scores]),
-        } | ({"names": dict(self.names)} if self.names else {})
+    return {
+        "student": student,
+        "epochs": epochs,
+        "test_count": test_count,
+        "tested_on": tested_on,
+        "protocol": "last epoch; the same views, batches and steps for all distilled and random real rows",
+        "rows": list(rows),
+        "sets": dict(sets),
+        "left_out": dict(left_out or {}),
+        "verifier": verifier,
+        "similarity_network": similarity_network,
+        "in_words": CONTROL_ITSELF if names else in_words(rows),
+    } | ({"names": dict(names)} if names else {})
 
 
 def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Whether the distilled images beat random real ones, with the standard error of the difference.
-
-    Args:
-        rows: `Score.as_dict` of each score.
-    """
+    """Whether the distilled images beat random real ones, with the standard error of the difference."""
     by_key = {(row["images"], row["labels"]): row for row in rows}
-    sentences = [
-        _sentence(labels, by_key["distilled", labels], by_key.get(("random_real", labels)))
-        for labels in ("soft", "image", "hard")
-        if ("distilled", labels) in by_key
-    ]
+    sentences = []
+    for labels in ("soft", "image", "hard"):
+        distilled, control = by_key.get(("distilled", labels)), by_key.get(("random_real", labels))
+        if distilled is None:
+            continue
+        if control is None:
+            sentences.append(f"With {labels} labels there is no random-real control to compare with.")
+            continue
+        gap, error = difference(distilled, control)
+        outcome, points = verdict(gap, error), f"distilled minus random real is {100 * gap:+.1f} points"
+        if outcome is None:
+            sentences.append(f"With {labels} labels {points}; one seed allows no verdict.")
+        else:
+            points += f" (standard error {100 * error:.1f})."
+            sentences.append(f"With {labels} labels {_VERDICTS[outcome]}: {points}")
     return " ".join(sentences)
-
-
-def _sentence(labels: str, distilled: Mapping[str, Any], control: Mapping[str, Any] | None) -> str:
-    if control is None:
-        return f"With {labels} labels there is no random-real control to compare with."
-    gap, error = difference(distilled, control)
-    outcome = verdict(gap, error)
-    points = f"distilled minus random real is {100 * gap:+.1f} points"
-    if outcome is None:
-        return f"With {labels} labels {points}; one seed allows no verdict."
-    return f"With {labels} labels {_VERDICTS[outcome]}: {points} (standard error {100 * error:.1f})."
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float]:
@@ -180,9 +101,6 @@ def verdict(gap: float, error: float) -> str | None:
     if abs(gap) <= 2 * error:
         return "level"
     return "wins" if gap > 0 else "loses"
-
-
-# -- numbers for people; a dash where one is not known ----------------------------------------------------------------
 
 
 def top1_text(row: Mapping[str, Any]) -> str:
@@ -203,9 +121,6 @@ def percent_text(share: float | None) -> str:
 def cosine_text(similarity: float | None) -> str:
     """`0.512`."""
     return "-" if similarity is None else f"{similarity:.3f}"
-
-
-# -- the table --------------------------------------------------------------------------------------------------------
 
 
 def table_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from ..models import Teacher, penultimate_features, score
 from ..recipe import EvaluationRecipe, RelabelView
 from ..runtime import EVERY_S, Artifact, digest
 from ..runtime.checkpoint import Checkpoint
-from .diversity import Diversity, UnitSums
-from .report import Score, SetFacts
+from .diversity import Diversity, similarity_of_batches
+from .report import score_row
 from .students import ROWS, Row, train_on_real, train_student
 
 Source = DistilledDataset | ImageSplit
@@ -29,13 +29,10 @@ class StudentTask:
     """One student to train and score.
 
     Attributes:
-        row: Its row of the table.
         seed: Of its weights.
         source: What it learns from.
         test: The real images that it is scored on.
-        settings: The student protocol.
         view: Crops of real training images.
-        num_classes: K.
         folder: Where scores are kept.
     """
 
@@ -78,17 +75,7 @@ def student_tasks(
     num_classes: int,
     rows: Sequence[Row] = ROWS,
 ) -> list[StudentTask]:
-    """A task for each row that can be had and each seed; the long ones on all real images come first.
-
-    Args:
-        sources: `distilled`, `random_real`, `full`: those that there are.
-        test: The real images that students are scored on.
-        settings: The student protocol.
-        view: Crops of real training images.
-        folder: Where scores are kept.
-        num_classes: K.
-        rows: Rows that are wanted.
-    """
+    """A task for each seed of each row whose images are among the sources; the long ones on all real images come first."""
     wanted = [row for row in rows if row.images in sources and (row.images != "full" or settings.full_data_epochs)]
     return [
         StudentTask(row, seed, sources[row.images], test, settings, view, num_classes, folder)
@@ -112,31 +99,18 @@ def train_and_score(
     keep: Callable[[nn.Module, float], None] | None = None,
     every_s: float = EVERY_S,
 ) -> None:
-    """Train and score one student, and keep its score.
+    """Train and score one student, and write its score.
 
-    Args:
-        task: The student.
-        device: Where to train.
-        keep: Stores the student itself, with its top-1 in [0, 1]. It is called before the score is written: a run that is
-            killed between the two makes both again.
-        every_s: Seconds between two checkpoints.
+    `keep` stores the student itself, with its top-1 in [0, 1]. It is called before the score is written: a run that is
+    killed between the two makes both again. A checkpoint is written every `every_s` seconds.
     """
-    checkpoint = Checkpoint(task.checkpoint, every_s)
-    if isinstance(task.source, ImageSplit):
+    checkpoint, source, settings, seed = Checkpoint(task.checkpoint, every_s), task.source, task.settings, task.seed
+    if isinstance(source, ImageSplit):
         student = train_on_real(
-            task.source,
-            task.settings,
-            task.view,
-            num_classes=task.num_classes,
-            seed=task.seed,
-            device=device,
-            checkpoint=checkpoint,
+            source, settings, task.view, num_classes=task.num_classes, seed=seed, device=device, checkpoint=checkpoint
         )
     else:
-        labels = task.row.labels
-        student = train_student(
-            task.source, task.settings, labels=labels, seed=task.seed, device=device, checkpoint=checkpoint
-        )
+        student = train_student(source, settings, labels=task.row.labels, seed=seed, device=device, checkpoint=checkpoint)
     top1 = score(student, task.test, device=device)
     if keep is not None:
         keep(student, top1)
@@ -144,8 +118,8 @@ def train_and_score(
     checkpoint.clear()
 
 
-def read_scores(tasks: Sequence[StudentTask]) -> tuple[Score, ...]:
-    """The rows of the table, from the scores of finished tasks.
+def read_scores(tasks: Sequence[StudentTask]) -> list[dict[str, Any]]:
+    """The rows of the table, each a `score_row`, from the scores of finished tasks.
 
     Raises:
         DamagedError: A score is not what was written.
@@ -155,72 +129,46 @@ def read_scores(tasks: Sequence[StudentTask]) -> tuple[Score, ...]:
         by_row.setdefault(task.row, []).append(task)
     rows = []
     for row, students in reversed(by_row.items()):
-        top1 = tuple(float(student.score.read_json()["top1"]) for student in students)
-        count = len(students[0].source.labels)
-        rows.append(Score(row.images, row.labels, tuple(student.seed for student in students), top1, count))
-    return tuple(rows)
-
-
-# -- what needs no training -------------------------------------------------------------------------------------------
+        top1 = [float(student.score.read_json()["top1"]) for student in students]
+        seeds, count = [student.seed for student in students], len(students[0].source.labels)
+        rows.append(score_row(row.images, row.labels, seeds, top1, count))
+    return rows
 
 
 def set_facts(
-    sources: Mapping[str, Source],
-    *,
-    verifier: Teacher | None,
-    network: Teacher | None,
-    num_classes: int,
-    device: torch.device,
-) -> dict[str, SetFacts]:
-    """Bytes, verifier accuracy and intra-class similarity of each source.
+    source: Source, *, verifier: Teacher | None, network: Teacher | None, num_classes: int, device: torch.device
+) -> dict[str, Any]:
+    """What is known of a set without training, for report.json; `None` where it is not.
 
-    Args:
-        sources: `distilled`, `random_real`, `full`: those that there are.
-        verifier: Judges packaged images.
-        network: Its features measure similarity.
-        num_classes: K.
-        device: Where those networks are.
+    Returns:
+        `image_bytes`, encoded, and `label_bytes`, with the views, of a packaged dataset; `verifier_top1`, the share of its
+        images that the verifier puts in their class; `intra_class_similarity` in the features of the network.
     """
-    facts = {}
-    for name, source in sources.items():
-        if isinstance(source, ImageSplit):
-            labels = torch.from_numpy(source.labels)
-            diversity = similarity_of(network, source.images, labels, num_classes, device)
-            facts[name] = SetFacts(None, None, None, diversity)
-        else:
-            pixels, labels = source.images_uint8, source.labels
-            facts[name] = SetFacts(
-                image_bytes=source.image_bytes,
-                label_bytes=source.label_bytes,
-                verifier_top1=agreement(verifier, pixels, labels, device),
-                diversity=similarity_of(network, partial(_rows_of, pixels), labels, num_classes, device),
-            )
-    return facts
-
-
-def _rows_of(images: Tensor, rows: range) -> Tensor:
-    return images[rows.start : rows.stop]
+    packaged = source if isinstance(source, DistilledDataset) else None
+    similarity = _similarity(source, network, num_classes, device) if network else Diversity((None,) * num_classes, None)
+    return {
+        "image_bytes": packaged.image_bytes if packaged else None,
+        "label_bytes": packaged.label_bytes if packaged else None,
+        "verifier_top1": _agreement(verifier, packaged, device) if packaged and verifier else None,
+        "intra_class_similarity": {"mean": similarity.mean, "per_class": list(similarity.per_class)},
+    }
 
 
 @torch.no_grad()
-def agreement(verifier: Teacher | None, images: Tensor, labels: Tensor, device: torch.device) -> float | None:
-    """Share of the images (N, C, H, W) uint8 that a verifier puts in their class, in [0, 1]; `None` without one."""
-    if verifier is None:
-        return None
+def _agreement(verifier: Teacher, source: DistilledDataset, device: torch.device) -> float:
+    """Share of the images that a verifier puts in their class, in [0, 1]."""
     hits = 0
-    for start in range(0, len(images), 256):
-        logits = verifier.logits(to_reference(images[start : start + 256].to(device)))
-        hits += int((logits.argmax(1).cpu() == labels[start : start + 256]).sum())
-    return hits / len(images)
+    for images, labels in zip(source.images_uint8.split(256), source.labels.split(256), strict=True):
+        logits = verifier.logits(to_reference(images.to(device)))
+        hits += int((logits.argmax(1).cpu() == labels).sum())
+    return hits / len(source.labels)
 
 
-def similarity_of(
-    network: Teacher | None, images: Callable[[range], Tensor], labels: Tensor, classes: int, device: torch.device
-) -> Diversity:
-    """Intra-class similarity of images (rows -> uint8) in the features of a network; all `None` without one."""
-    if network is None:
-        return Diversity((None,) * classes, None)
-    sums = UnitSums(classes)
-    for rows, features in penultimate_features(network, images, len(labels), device=device):
-        sums.add(features, labels[rows.start : rows.stop])
-    return sums.similarity()
+def _similarity(source: Source, network: Teacher, num_classes: int, device: torch.device) -> Diversity:
+    labels = torch.as_tensor(source.labels)
+
+    def images(rows: range) -> Tensor:
+        return source.images(rows) if isinstance(source, ImageSplit) else source.images_uint8[rows.start : rows.stop]
+
+    batches = penultimate_features(network, images, len(labels), device=device)
+    return similarity_of_batches(((features, labels[rows.start : rows.stop]) for rows, features in batches), num_classes)

@@ -1,9 +1,9 @@
-"""How good a data set is: students trained from scratch on it, scored on real test images, beside their controls.
+"""Students trained from scratch: on a data set, on its controls, and on all real images.
 
 Legend: B images, C channels, H W pixels, K classes.
 
 The controls answer the field's criticism (arXiv 2604.18811, 2502.06434): random real images under the very same
-relabelling and protocol, hard labels only, and the full training set. Last epoch, several seeds.
+relabeling and protocol, hard labels only, and the full training set. Last epoch, several seeds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,6 @@ Labels = Literal["soft", "hard", "image"]
 
 _ON_DEVICE = 2**25
 """Bytes of uint8 images that are put on the device once; of a larger set each batch comes from the mapped file."""
-_WINDOW = 2**22
-"""Bytes of views and logits that are read at once, but at least those of a batch."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +87,11 @@ def train_student(
 ) -> nn.Module:
     """Train one student on what a data set folder contains: images, labels, views; nothing else.
 
-    Args:
-        source: The distilled (or control) data set.
-        settings: Architecture, loss, optimiser.
-        labels: `soft`: the stored logits of the views; `image`: those of the images, mixed as the view mixes; `hard`: plain
-            CE on the classes. Views, batches and steps are the same.
-        seed: Of the weights; the order of images comes from the views.
-        device: Where to train.
-        checkpoint: Where its state is kept now and then, and where its training goes on if there is one.
+    The seed is that of the weights; the order of images comes from the views. Batches and steps are the same for all kinds
+    of labels (see `Row`), and the loss on `hard` ones is cross-entropy. A training goes on from its checkpoint.
 
     Returns:
-        The student in eval mode, on `device`, taking the reference normalisation.
+        The student in eval mode, on `device`, taking the reference normalization.
 
     Raises:
         DataError: The folder holds fewer epochs of views than `settings.label_epochs`, or else `settings.epochs`.
@@ -107,9 +99,8 @@ def train_student(
     Example:
         >>> student = train_student(load_distilled(folder), recipe.evaluation, labels="soft", seed=0, device=device)
     """
-    epochs, recorded = settings.epochs or source.num_epochs, recorded_epochs(source, settings)
-    count, classes = len(source.images_uint8), len(source.class_names)
-    steps = epochs * len(batch_ranges(count, settings.batch_size))
+    epochs, recorded = epochs_of(source, settings)
+    batch_size, per_image = settings.batch_size, labels == "image"
 
     def loss(logits: Tensor, teacher_logits: Tensor, shares: Tensor) -> Tensor:
         if labels == "hard":
@@ -117,26 +108,26 @@ def train_student(
         return soft_label_loss(logits, teacher_logits, shares, settings)
 
     batches = _Replayed(
-        lambda start: _view_batches(
-            source, epochs, settings.batch_size, device, start, recorded=recorded, per_image=labels == "image"
-        )
+        lambda start: _view_batches(source, epochs, batch_size, device, start, recorded, per_image=per_image)
     )
+    steps, what = epochs * len(batch_ranges(len(source.labels), batch_size)), f"student {settings.student}, seed {seed}"
+    classes, channels = len(source.class_names), source.images_uint8.shape[1]
     with seeded(seed, device):
-        network = _student(settings, classes, source.images_uint8.shape[1], device)
-        return _fit(network, batches, loss, steps, settings, f"student {settings.student}, seed {seed}", checkpoint)
+        return _fit(settings, classes, channels, device, batches, loss, steps, what, checkpoint)
 
 
-def recorded_epochs(source: DistilledDataset, settings: EvaluationRecipe) -> int:
-    """How many recorded epochs of views the training takes in turn.
+def epochs_of(source: DistilledDataset, settings: EvaluationRecipe) -> tuple[int, int]:
+    """Epochs of the training, and how many recorded epochs of views it takes in turn.
 
     Raises:
         DataError: The data set holds fewer.
     """
-    wanted = settings.label_epochs or settings.epochs or source.num_epochs
-    if wanted > source.num_epochs:
+    epochs = settings.epochs or source.num_epochs
+    recorded = settings.label_epochs or epochs
+    if recorded > source.num_epochs:
         key = "label_epochs" if settings.label_epochs else "epochs"
-        raise DataError(f"the data set holds {source.num_epochs} epochs of views, evaluation.{key} is {wanted}; lower it")
-    return wanted
+        raise DataError(f"the data set holds {source.num_epochs} epochs of views, evaluation.{key} is {recorded}; lower it")
+    return epochs, recorded
 
 
 def label_bytes(source: DistilledDataset, settings: EvaluationRecipe, labels: Labels) -> int | None:
@@ -148,7 +139,7 @@ def label_bytes(source: DistilledDataset, settings: EvaluationRecipe, labels: La
         return 0
     if labels == "image":
         return source.image_label_bytes
-    return source.label_bytes_of(min(recorded_epochs(source, settings), settings.epochs or source.num_epochs))
+    return None if source.view_bytes is None else source.view_bytes[min(epochs_of(source, settings))]
 
 
 def train_on_real(
@@ -161,30 +152,37 @@ def train_on_real(
     device: torch.device,
     checkpoint: Checkpoint | None = None,
 ) -> nn.Module:
-    """The ceiling: the same student, optimiser and crops on all real training images, hard labels, no mixing."""
-    steps = settings.full_data_epochs * len(batch_ranges(len(split), settings.batch_size))
-    batches = _real_batches(split, settings, view, seed, device)
+    """Train the ceiling: the same student, optimizer and crops on all real training images, hard labels, no mixing."""
+    labels = torch.from_numpy(split.labels)
+
+    def make(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        drawn = draw_views(len(rows), split.size, generator, crop_scale=view.crop_scale, flip=view.flip)
+        images = to_reference(split.images(rows).to(device))
+        return resample(images, drawn.crop, drawn.flip), labels[rows].to(device)
+
+    parts, epochs = batch_ranges(len(split), settings.batch_size), settings.full_data_epochs
+    generator = torch.Generator().manual_seed(derived_seed(seed, "full data"))
+    batches = ShuffledBatches(parts, epochs, generator, make, count=len(split))
+    what = f"student {settings.student} on all real images, seed {seed}"
+    steps, loss = epochs * len(parts), F.cross_entropy
     with seeded(seed, device):
-        network = _student(settings, num_classes, split.channels, device)
-        what = f"student {settings.student} on all real images, seed {seed}"
-        return _fit(network, batches, F.cross_entropy, steps, settings, what, checkpoint)
-
-
-def _student(settings: EvaluationRecipe, num_classes: int, channels: int, device: torch.device) -> nn.Module:
-    network = build_network(settings.student, num_classes=num_classes, channels=channels).to(device)
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return _fit(settings, num_classes, split.channels, device, batches, loss, steps, what, checkpoint)
 
 
 def _fit(
-    network: nn.Module,
+    settings: EvaluationRecipe,
+    classes: int,
+    channels: int,
+    device: torch.device,
     batches: Batches,
     loss: Callable[..., Tensor],
     steps: int,
-    settings: EvaluationRecipe,
     what: str,
     checkpoint: Checkpoint | None,
 ) -> nn.Module:
     rate, decay, ema = settings.lr, settings.weight_decay, settings.ema
+    network = build_network(settings.student, num_classes=classes, channels=channels).to(device)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return fit(network, batches, loss, steps=steps, lr=rate, weight_decay=decay, ema=ema, what=what, checkpoint=checkpoint)
 
 
@@ -211,68 +209,25 @@ def _view_batches(
     epochs: int,
     batch_size: int,
     device: torch.device,
-    start: int = 0,
+    start: int,
+    recorded: int,
     *,
-    recorded: int | None = None,
-    per_image: bool = False,
+    per_image: bool,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Views, logits and class shares of each batch; the first `start` batches are passed over, no image of them is read.
-
-    Args:
-        source: The data set.
-        epochs: Epochs of the training.
-        batch_size: Views per batch.
-        device: Where the batches go.
-        start: Batches that are done.
-        recorded: The training takes the first so many recorded epochs in turn; by default it has as many.
-        per_image: Logits of the images, mixed as the view mixes, instead of those of the views.
-    """
-    images, recorded = source.images_uint8, recorded or epochs
+    """Views, logits and class shares of each batch after the first `start`; `recorded` epochs are taken in turn."""
+    images, parts, classes = source.images_uint8, batch_ranges(len(source.labels), batch_size), len(source.class_names)
     if images.nbytes <= _ON_DEVICE:
         images = images.to(device)
-    parts = batch_ranges(len(source.labels), batch_size)
-    at_once = max(1, _WINDOW // (batch_size * (2 * len(source.class_names) + 256)))  # 256: a view, roughly
-    first, skip = divmod(start, len(parts))
-    for epoch in range(first, epochs):
-        left = parts[skip:] if epoch == first else parts
-        for window in (left[i : i + at_once] for i in range(0, len(left), at_once)):
-            begin = window[0].start
-            rows, logits = source.views(epoch % recorded, range(begin, window[-1].stop))
-            for part in window:
-                cut = rows[part.start - begin : part.stop - begin]
-                stored = logits[part.start - begin : part.stop - begin]
-                partner, weight = cut.view.mix_with.clamp(min=0), cut.view.mix_weight
-                if per_image:
-                    stored = _mixed_logits(source.teacher_logits, cut.image_index, partner, weight)
-                shares = class_shares(
-                    source.labels[cut.image_index], source.labels[partner], weight, len(source.class_names)
-                )
-                yield (
-                    cut.replay(images, lambda picked: to_reference(picked.to(device))),
-                    stored.to(device, torch.float32),
-                    shares.to(device),
-                )
-
-
-def _mixed_logits(logits: Tensor, image: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
-    """Logits of images, (N, K), at (B,) images and partners -> (B, K) float32; only their rows are read."""
-    own, other = logits[image].float(), logits[partner].float()
-    return torch.lerp(other, own, weight.view(-1, 1))
-
-
-def _real_batches(
-    split: ImageSplit, settings: EvaluationRecipe, view: RelabelView, seed: int, device: torch.device
-) -> ShuffledBatches:
-    labels = torch.from_numpy(split.labels)
-
-    def make(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        drawn = draw_views(len(rows), split.size, generator, crop_scale=view.crop_scale, flip=view.flip)
-        images = to_reference(split.images(rows).to(device))
-        return resample(images, drawn.crop, drawn.flip), labels[rows].to(device)
-
-    generator = torch.Generator().manual_seed(derived_seed(seed, "full data"))
-    parts = batch_ranges(len(split), settings.batch_size)
-    return ShuffledBatches(parts, settings.full_data_epochs, generator, make, count=len(split))
+    for number in range(start, epochs * len(parts)):
+        epoch, part = divmod(number, len(parts))
+        rows, logits = source.views(epoch % recorded, parts[part])
+        partner, weight = rows.view.mix_with.clamp(min=0), rows.view.mix_weight
+        if per_image:
+            own, other = source.teacher_logits[rows.image_index], source.teacher_logits[partner]
+            logits = torch.lerp(other.float(), own.float(), weight.view(-1, 1))
+        shares = class_shares(source.labels[rows.image_index], source.labels[partner], weight, classes)
+        shown = rows.replay(images, lambda picked: to_reference(picked.to(device)))
+        yield shown, logits.to(device, torch.float32), shares.to(device)
 
 
 def keep_student(
@@ -287,22 +242,14 @@ def keep_student(
     test_count: int,
     dataset_id: str | None = None,
 ) -> None:
-    """Store a student of row `KEPT` as a model folder; one that cannot be stored (not of timm) is left, with a log line.
+    """Store the first student of row `KEPT` as a model folder; one that cannot be stored (not of timm) leaves a log line.
 
-    Args:
-        student: From `train_student` with soft labels.
-        distilled: What it was trained on.
-        settings: How.
-        folder: Where to; see `store_network`.
-        source: The real data behind the distilled set, from `source_facts`.
-        tested_on: The test part, from `scored_on`.
-        dataset_id: Hub id of the distilled set, or `None` if it is a local folder.
-        top1: Its score, in [0, 1].
-        test_count: On how many images.
+    `source` is the real data behind the distilled set; `dataset_id` is its Hub id, or `None` if it is a local folder.
     """
     _, channels, _, size = distilled.images_uint8.shape
-    seed = settings.seeds[0]
-    facts = _student_facts(distilled, settings, source, tested_on, dataset_id, seed=seed, top1=top1, test_count=test_count)
+    facts = _student_facts(
+        distilled, settings, dataset_id, source=source, test=tested_on, test_top1=top1, test_count=test_count
+    )
     try:
         store_network(
             student,
@@ -320,15 +267,7 @@ def keep_student(
 
 
 def _student_facts(
-    distilled: DistilledDataset,
-    settings: EvaluationRecipe,
-    source: SourceFacts,
-    tested_on: ScoredOn,
-    dataset_id: str | None,
-    *,
-    seed: int,
-    top1: float,
-    test_count: int,
+    distilled: DistilledDataset, settings: EvaluationRecipe, dataset_id: str | None, **measured: Any
 ) -> StudentFacts:
     recipe = distilled.recipe
     elsewhere = ("student", "seeds", "epochs", "full_data_epochs") + (() if settings.label_epochs else ("label_epochs",))
@@ -344,11 +283,8 @@ def _student_facts(
             images=len(distilled.labels),
             hub_id=dataset_id,
         ),
-        source=source,
-        test=tested_on,
         recipe_fingerprint=recipe.fingerprint() if recipe else None,
         settings={key: value for key, value in asdict(settings).items() if key not in elsewhere},
-        seed=seed,
-        test_top1=top1,
-        test_count=test_count,
+        seed=settings.seeds[0],
+        **measured,
     )

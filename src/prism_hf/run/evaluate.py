@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -10,10 +11,12 @@ from ..dataset import DistilledDataset, load_distilled, versions
 from ..errors import StageError
 from ..evaluation import (
     KEPT,
+    LABELS,
     NO_CONTROL,
-    Evaluation,
+    Diversity,
     Source,
     StudentTask,
+    evaluation_facts,
     is_scored,
     keep_student,
     read_scores,
@@ -79,7 +82,7 @@ def fill_table(
     keep: Keep,
     missing: Mapping[str, str],
     judge: Teacher | None,
-) -> Evaluation:
+) -> dict[str, Any]:
     """Train every student that can be had, and score it on `test`; scores are kept in `folder`.
 
     `judge` is the verifier, or else the logit teacher; `missing` says why it or one of the sources is not there.
@@ -113,8 +116,8 @@ def collect(
     left_out: Mapping[str, str],
     verifier: Teacher | None,
     network: Teacher | None,
-) -> Evaluation:
-    """Read the scores of trained students, and measure what needs no training.
+) -> dict[str, Any]:
+    """Read all scores, and measure what needs no training.
 
     `sources` are those of `distilled`, `random_real` and `full` that there are; the others are in `left_out`, with the
     reason. The features of `network` measure similarity.
@@ -122,23 +125,27 @@ def collect(
     distilled, settings = sources["distilled"], run.recipe.evaluation
     assert isinstance(distilled, DistilledDataset)
     classes, device = len(distilled.class_names), run.accelerator.device
-    evaluation = Evaluation(
-        scores=read_scores(tasks),
-        sets=set_facts(sources, verifier=verifier, network=network, num_classes=classes, device=device),
+    return evaluation_facts(
+        rows=read_scores(tasks),
+        sets={
+            name: set_facts(source, verifier=verifier, network=network, num_classes=classes, device=device)
+            for name, source in sources.items()
+        },
         student=tasks[0].settings.student,
         epochs=settings.epochs or distilled.num_epochs,
         test_count=len(tasks[0].test),
         verifier=verifier.name if verifier else None,
         similarity_network=network.name if network else None,
         left_out=left_out,
+        names={"distilled": LABELS["random_real"]} if run.recipe.method == "random" else None,
         tested_on=run.recipe.data.tested_on,
     )
-    return evaluation.of_random_images() if run.recipe.method == "random" else evaluation
 
 
-def conclude(run: Run, evaluation: Evaluation) -> None:
+def conclude(run: Run, evaluation: Mapping[str, Any]) -> None:
     """Write report.json, every figure of the table with its seeds and settings, and the figures into the card."""
-    sets = {evaluation.name_of(name): facts.diversity for name, facts in evaluation.sets.items()}
+    names = LABELS | evaluation.get("names", {})
+    sets = {names[name]: Diversity(**facts["intra_class_similarity"]) for name, facts in evaluation["sets"].items()}
     draw_diversity(run.dataset / "assets" / "diversity.png", sets, run.data.class_names)
     files = [job_file(run.work, job.id) for job in plan_jobs(run.recipe)]
     notes = [read_proof(path).notes for path in files if is_finished(path)]
@@ -147,7 +154,7 @@ def conclude(run: Run, evaluation: Evaluation) -> None:
         "recipe_fingerprint": run.recipe.fingerprint(),
         "seed": run.recipe.seed,
         "ipc": run.recipe.synthesis.ipc,
-        "evaluation": evaluation.as_dict(),
+        "evaluation": evaluation,
         "teachers_test_top1": run.squeezed_top1,
         "jobs": [{k: note[k] for k in ("job", "logit_top1", "verifier_top1", "precision")} for note in notes],
         "failed_jobs": [note["job"] for note in read_failed(run.work)],

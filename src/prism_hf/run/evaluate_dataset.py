@@ -91,7 +91,7 @@ def _evaluate(run: Run, source: str, distilled: DistilledDataset, test: str | No
                 "recipe": recipe.name,
                 "dataset": source,
                 "test": test or recipe.data.source,
-                "evaluation": table.as_dict(),
+                "evaluation": table,
                 "settings": to_dict(recipe)["evaluation"],
                 "hardware": run.hardware,
                 "versions": versions(),
