@@ -21,16 +21,10 @@ from ..runtime import derived_seed
 
 
 def combine_logits(logits: Tensor, rule: str, weights: Sequence[float] | None = None) -> Tensor:
-    """Combine the logits of several teachers into one label.
+    """Combine the raw logits of several teachers into one label: (T, B, K) float -> (B, K) of the same dtype.
 
-    Args:
-        logits: Raw logits of one batch, (T, B, K), float.
-        rule: `mean`; `norm_balanced_mean` (G-VBSM, arXiv 2311.17950, as PRISM uses it): each teacher's (B, K) matrix is
-            rescaled to the mean Frobenius norm over the teachers, then averaged; `weighted`.
-        weights: One per teacher, for `weighted`; divided by their sum.
-
-    Returns:
-        (B, K), dtype of `logits`.
+    `norm_balanced_mean` (G-VBSM, arXiv 2311.17950, as PRISM uses it): each teacher's (B, K) matrix is rescaled to the mean
+    Frobenius norm over the teachers, then averaged. `weighted` takes one weight per teacher, divided by their sum.
 
     Raises:
         TeacherError: `norm_balanced_mean`, and a teacher answers all zeros.
@@ -70,14 +64,10 @@ def ask_teachers(images: Tensor, teachers: Sequence[Teacher], settings: RelabelR
 def relabel_batches(
     epoch: int, images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe, *, seed: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Draw and label one view of every image: one epoch of the views table, batch by batch.
+    """Draw and label one view of every image, (N, C, H, W): one epoch of the views table, batch by batch.
 
-    Args:
-        epoch: Seeds the draws, together with `seed`; epochs are independent of each other.
-        images_uint8: All images, decoded, (N, C, H, W); those of a batch go to the teachers' device.
-        teachers: Who labels, in the order of the weights.
-        settings: Views, batch size, ensemble rule.
-        seed: The recipe's seed.
+    `epoch` and the recipe's `seed` seed the draws, so epochs are independent of each other. The images of a batch go to the
+    device of the teachers.
 
     Yields:
         Columns of B rows in training order: `epoch` and `batch` int32, those of `views.to_columns`, and
@@ -110,10 +100,3 @@ def relabel_epoch(
     """Return all batches of `relabel_batches` as one table of N rows."""
     batches = list(relabel_batches(epoch, images_uint8, teachers, settings, seed=seed))
     return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-
-
-def label_images(images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe) -> Iterator[Tensor]:
-    """Label the images themselves, without a view: parts (B, K) float16 in table order, in batches of the recipe."""
-    for part in batch_ranges(len(images_uint8), settings.batch_size):
-        batch = images_uint8[part.start : part.stop].to(teachers[0].device)
-        yield ask_teachers(to_reference(batch), teachers, settings)

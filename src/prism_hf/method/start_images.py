@@ -32,22 +32,15 @@ _BATCH = 256
 
 
 def real_rows(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) -> np.ndarray:
-    """Choose `ipc` real training images per class without a teacher: inits `real_random` and `real_index`.
+    """Choose `ipc` real training images per class without a teacher, (K * ipc,) int64 row numbers, class-major.
 
-    Args:
-        data: The source.
-        ipc: Images per class.
-        seed: Seed of the random choice, without replacement; init `real_random` and the random-real control use the
-            same choice, so that the table compares images before and after optimization.
-        by_index: Take the first `ipc` images of each class instead.
-
-    Returns:
-        (K * ipc,) int64 row numbers, class-major.
+    Init `real_random` draws them without replacement; the random-real control uses the same choice, so that the table
+    compares images before and after optimization. Init `real_index` takes the first of each class (`by_index`).
 
     Raises:
         DataError: A class has fewer than `ipc` images.
     """
-    chosen: list[np.ndarray] = []
+    chosen = []
     for label, rows in enumerate(_classes(data, ipc)):
         if not by_index:
             generator = torch.Generator().manual_seed(derived_seed(seed, "real images", label))
@@ -57,16 +50,7 @@ def real_rows(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) 
 
 
 def choose_start_images(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, seed: int) -> Tensor:
-    """Choose or make the start images of the inits in which the logit teacher has a say: those in `SCORED`.
-
-    Args:
-        data: The real data.
-        teacher: The logit teacher, on the device to compute on.
-        settings: Which init, how many, and its choices.
-        seed: The recipe's seed.
-
-    Returns:
-        (K * ipc, C, S, S) uint8, class-major.
+    """Choose or make the start images of the inits in `SCORED`: (K * ipc, C, S, S) uint8, class-major.
 
     Raises:
         DataError: A class has too few images.
@@ -75,9 +59,6 @@ def choose_start_images(data: SourceData, teacher: Teacher, settings: SynthesisR
     if settings.init == "mosaic":
         return mosaics(data, teacher, settings, seed=seed)
     return data.train.images(choose_rows(data, teacher, settings, seed=seed))
-
-
-# -- whole images -----------------------------------------------------------------------------------------------------
 
 
 def choose_rows(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, seed: int) -> np.ndarray:
@@ -89,14 +70,13 @@ def choose_rows(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *
 
     With `easiest` below 1, `real_kmeans` sees only this share of each class, the images of the lowest loss at the teacher
     (at least `ipc`): what a teacher is unsure of is often mislabeled or looks unlike its class.
-
-    Args: see `start_images`; `seed` is for the k-means.
     """
     assert settings.init in ("real_median", "real_kmeans")
     ipc, chosen = settings.ipc, []
     for label, rows in enumerate(_classes(data, ipc)):
         if settings.init == "real_median":
-            picked = _nearest_to_median(_losses(data.train, rows, teacher, label), ipc)
+            losses = _losses(data.train, rows, teacher, label)
+            picked = np.argsort(np.abs(losses - np.median(losses)), kind="stable")[:ipc]
         else:
             if settings.easiest < 1:
                 count = max(ipc, math.ceil(settings.easiest * len(rows)))
@@ -119,21 +99,10 @@ def _classes(data: SourceData, ipc: int) -> list[np.ndarray]:
     return by_class
 
 
-def _nearest_to_median(losses: np.ndarray, count: int) -> np.ndarray:
-    distance = np.abs(losses - np.median(losses))
-    return np.argsort(distance, kind="stable")[:count]
-
-
 def nearest_to_centers(features: np.ndarray, count: int, *, seed: int) -> np.ndarray:
-    """Choose one row near each of `count` k-means centers, none twice; rows of large clusters first.
+    """Choose one row near each of `count` k-means centers, none twice, rows of large clusters first.
 
-    Args:
-        features: (N, D) float64, N at least `count`.
-        count: Clusters; a single one is centered at the mean of all.
-        seed: Of the k-means, below 2^32.
-
-    Returns:
-        (count,) int64.
+    (N, D) float64 with N at least `count` -> (count,) int64. The seed is below 2^32.
     """
     with threadpool_limits(1):  # the sums of several threads are added up as they come
         fitted = KMeans(count, n_init=4, random_state=seed).fit(features)
@@ -148,11 +117,9 @@ def nearest_to_centers(features: np.ndarray, count: int, *, seed: int) -> np.nda
 
 def _features(split: ImageSplit, rows: np.ndarray, teacher: Teacher) -> np.ndarray:
     """Penultimate features of some images, (N, D) float64."""
-
-    def images(part: range) -> Tensor:
-        return split.images(rows[part.start : part.stop])
-
-    parts = penultimate_features(teacher, images, len(rows), device=teacher.device, batch_size=_BATCH)
+    parts = penultimate_features(
+        teacher, lambda part: split.images(rows[part]), len(rows), device=teacher.device, batch_size=_BATCH
+    )
     return np.concatenate([features.double().numpy() for _, features in parts])
 
 
@@ -172,9 +139,6 @@ def _cross_entropy(teacher: Teacher, images: Tensor, label: int) -> Tensor:
     return F.cross_entropy(logits, torch.full((len(logits),), label, device=logits.device), reduction="none").cpu()
 
 
-# -- mosaics ----------------------------------------------------------------------------------------------------------
-
-
 def mosaics(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, seed: int) -> Tensor:
     """Put images together from patches that the teacher knows best (RDED, arXiv 2312.03526), (K * ipc, C, S, S) uint8.
 
@@ -182,21 +146,19 @@ def mosaics(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, se
     it at the full working size), and the best grid * grid * ipc crops are put together: slot `s` has the ranks from
     s * grid * grid on, row by row of its grid, so that slot 0 is what the teacher knows best. Ties go by row number, then
     by draw.
-
-    Args: see `start_images`; `seed` is for candidates and crops.
     """
     mosaic, split = settings.mosaic, data.train
     assert mosaic is not None
     check_candidates(data, settings)
-    parts: list[Tensor] = []
+    images: list[Tensor] = []
     for label, rows in enumerate(split.rows_by_class(data.num_classes)):
         generator = torch.Generator().manual_seed(derived_seed(seed, "mosaic", label))
         drawn = torch.randperm(len(rows), generator=generator)[: mosaic.candidates].sort().values
         crops = draw_crop(len(drawn) * mosaic.crops, split.size, mosaic.crop_scale, generator)
         crops = crops.view(len(drawn), mosaic.crops, 4)
         ranked = _best_crops(split, rows[drawn.numpy()], crops, teacher, label)
-        parts += _put_together(split, ranked, settings.ipc, mosaic.grid)
-    return torch.stack(parts)
+        images += _put_together(split, ranked, settings.ipc, mosaic.grid)
+    return torch.stack(images)
 
 
 def check_candidates(data: SourceData, settings: SynthesisRecipe) -> None:
@@ -225,15 +187,7 @@ def check_candidates(data: SourceData, settings: SynthesisRecipe) -> None:
 def _best_crops(
     split: ImageSplit, rows: np.ndarray, crops: Tensor, teacher: Teacher, label: int
 ) -> list[tuple[int, Tensor]]:
-    """Find the crop of least loss of each image of a class: (row, (4,) box), least loss first.
-
-    Args:
-        split: The images.
-        rows: (N,).
-        crops: (N, crops, 4) int64.
-        teacher: Who sees them.
-        label: Their class.
-    """
+    """Of the crops of each image of a class, (N, crops, 4), that of least loss: (row, (4,) box), least loss first."""
     count = crops.shape[1]
     parts = []
     for part in batch_ranges(len(rows), max(1, _BATCH // count)):
