@@ -46,11 +46,6 @@ class _Pass:
     norms: int = 0
     convolutions: int = 0
 
-    def add(self, term: Tensor) -> None:
-        self.terms.append(term)
-        if len(self.terms) == self.last:
-            raise _HeadNotNeeded
-
 
 class Alignment:
     """Computes R of a frozen network while it runs; its hooks live inside a `with` block.
@@ -61,11 +56,9 @@ class Alignment:
             leaving out does not raise the weight of the others.
         first_bn_multiplier: w of the first BN layer in order of execution; all other layers have 1.
         momentum: Share of the past in a moving average of the statistics, in [0, 1); 0 compares the batch itself.
-        conv: What `gather_statistics` gave for this network, or `None` for BN alone.
-        patch: As it was for `conv`.
+        conv: What `gather_statistics` gave for this network and `patch`, or `None` for BN alone.
         drop: Each convolution is left out of a pass with this probability; its averages stay as they are then.
         generator: On the CPU, for `drop`; each pass takes one number per convolution from it, whatever `drop` is.
-        name: Names the network in errors.
 
     Raises:
         TeacherError: Nothing to align. (The published code lets such a teacher dilute the average.) A pass raises it if
@@ -99,20 +92,18 @@ class Alignment:
         self.model, self.reduction, self.first_bn_multiplier = model, reduction, first_bn_multiplier
         self.momentum, self.patch, self.drop, self.generator, self.name = momentum, patch, drop, generator, name
         assert norms[0].running_mean is not None
-        device = norms[0].running_mean.device
-        conv = {key: value.to(device) for key, value in (conv or {}).items()}
-        self._device, self._norms = device, norms
-        self._convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)] if conv else []
+        self._device = norms[0].running_mean.device
+        conv = {key: value.to(self._device) for key, value in (conv or {}).items()}
         counted = range(len(conv) // len(STATISTICS))
         self._targets = [{key: conv[f"{number}.{key}"] for key in STATISTICS} for number in counted]
+        self._layers = [*norms, *(m for m in model.modules() if conv and isinstance(m, nn.Conv2d))]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._averages: dict[str, Tensor] = {}
         self._terms: int | None = None  # of one pass; known after the first
         self._pass: _Pass | None = None
 
     def __enter__(self) -> Alignment:
-        self._handles = [layer.register_forward_pre_hook(self._see_norm) for layer in self._norms]
-        self._handles += [layer.register_forward_pre_hook(self._see_convolution) for layer in self._convolutions]
+        self._handles = [layer.register_forward_pre_hook(self._see) for layer in self._layers]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -150,29 +141,30 @@ class Alignment:
         """Go on from what `state` gave."""
         self._averages = {key: value.to(self._device, copy=True) for key, value in state.items()}
 
-    def _see_norm(self, layer: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
+    def _see(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """The term of a layer that is about to run, from its input."""
         now = self._pass
         if now is None:
             return  # the network runs for something else, inside the block
-        batch = dict(zip(("mean", "var"), channel_statistics(inputs[0]), strict=True))
-        target: dict[str, Any] = {"mean": layer.running_mean, "var": layer.running_var}
-        term = self._distance(now, f"bn.{now.norms}", batch, target)
-        now.norms += 1
-        now.add(term if now.norms > 1 else term * self.first_bn_multiplier)
-
-    def _see_convolution(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        now = self._pass
-        if now is None:
-            return
-        number = now.convolutions
-        now.convolutions += 1
-        if number >= len(self._targets):
-            raise self._misfit(f"there are {len(self._targets)}, and more convolutions ran")
-        term = torch.zeros((), device=self._device)
-        if now.kept[number]:
-            batch = conv_statistics(inputs[0], self.patch)
-            term = self._distance(now, f"conv.{number}", batch, self._targets[number])
-        now.add(term)
+        if isinstance(layer, nn.BatchNorm2d):
+            batch = dict(zip(("mean", "var"), channel_statistics(inputs[0]), strict=True))
+            target: dict[str, Any] = {"mean": layer.running_mean, "var": layer.running_var}
+            term = self._distance(now, f"bn.{now.norms}", batch, target)
+            if now.norms == 0:
+                term = term * self.first_bn_multiplier
+            now.norms += 1
+        else:
+            number = now.convolutions
+            now.convolutions += 1
+            if number >= len(self._targets):
+                raise self._misfit(f"there are {len(self._targets)}, and more convolutions ran")
+            term = torch.zeros((), device=self._device)
+            if now.kept[number]:
+                batch = conv_statistics(inputs[0], self.patch)
+                term = self._distance(now, f"conv.{number}", batch, self._targets[number])
+        now.terms.append(term)
+        if len(now.terms) == now.last:
+            raise _HeadNotNeeded
 
     def _distance(self, now: _Pass, layer: str, batch: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
         """Sum of the L2 distances; at exactly zero PyTorch's norm has gradient zero, a subgradient."""

@@ -107,11 +107,8 @@ class Objective:
     def backward(self, view: Tensor, labels: Tensor, bn_teachers: tuple[str, ...], *, logit: str) -> Terms:
         """Add the gradient of L to `view.grad`, one teacher at a time: only one network's activations are alive.
 
-        Args:
-            view: A x, a leaf that requires a gradient, (B, C, H, W) in the reference normalization.
-            labels: y, (B,) int64.
-            bn_teachers: S of this step. May be empty: then there is no BN term.
-            logit: p of this step.
+        `view` is A x, a leaf that requires a gradient, (B, C, H, W) in the reference normalization; `labels` is y, (B,)
+        int64; `logit` is p; `bn_teachers` is S, without any there is no BN term.
         """
         ce, bn, dense = torch.zeros((), device=view.device), torch.zeros((), device=view.device), None
         for name in dict.fromkeys((logit, *bn_teachers)):

@@ -66,26 +66,19 @@ def relabel_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Draw and label one view of every image, (N, C, H, W): one epoch of the views table, batch by batch.
 
-    `epoch` and the recipe's `seed` seed the draws, so epochs are independent of each other. The images of a batch go to the
-    device of the teachers.
+    `epoch` and the recipe's `seed` seed the draws, so epochs are independent of each other.
 
     Yields:
         Columns of B rows in training order: `epoch` and `batch` int32, those of `views.to_columns`, and
         `teacher_logits` (B, K) float16.
     """
-    device = teachers[0].device
+    device, size, rule = teachers[0].device, images_uint8.shape[-1], settings.view
     generator = torch.Generator().manual_seed(derived_seed(seed, "relabel", epoch))
     order = torch.randperm(len(images_uint8), generator=generator)
     for number, part in enumerate(batch_ranges(len(order), settings.batch_size)):
         rows = order[part.start : part.stop]
         view = draw_views(
-            len(rows),
-            images_uint8.shape[-1],
-            generator,
-            crop_scale=settings.view.crop_scale,
-            flip=settings.view.flip,
-            mix=settings.view.mix,
-            mix_alpha=settings.view.mix_alpha,
+            len(rows), size, generator, crop_scale=rule.crop_scale, flip=rule.flip, mix=rule.mix, mix_alpha=rule.mix_alpha
         )
         shown = apply_views(to_reference(images_uint8[rows].to(device)), view)
         columns = {"epoch": np.full(len(rows), epoch, np.int32), "batch": np.full(len(rows), number, np.int32)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -162,25 +162,20 @@ def mosaics(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, se
 
 
 def check_candidates(data: SourceData, settings: SynthesisRecipe) -> None:
-    """Check, before any work, that each class has enough images for the mosaics of a recipe.
-
-    Raises:
-        DataError: A class has too few.
-    """
+    """Check, before any work, that each class has enough images for the mosaics of a recipe; a `DataError` if not."""
     mosaic, ipc = settings.mosaic, settings.ipc
     if mosaic is None:
         return
     needed = mosaic.grid**2 * ipc
     for name, rows in zip(data.class_names, data.train.rows_by_class(data.num_classes), strict=True):
-        if min(len(rows), mosaic.candidates) >= needed:
-            continue
-        few, remedy = f"there are {len(rows)} images", "lower"
+        few = f"there are {len(rows)} images; lower"
         if len(rows) >= mosaic.candidates:
-            few, remedy = f"synthesis.mosaic.candidates is {mosaic.candidates}", "raise it, or lower"
-        raise DataError(
-            f"class {name!r} needs {needed} candidates for {ipc} mosaics of {mosaic.grid} x {mosaic.grid} patches, but "
-            f"{few}; {remedy} synthesis.ipc or synthesis.mosaic.grid"
-        )
+            few = f"synthesis.mosaic.candidates is {mosaic.candidates}; raise it, or lower"
+        if min(len(rows), mosaic.candidates) < needed:
+            raise DataError(
+                f"class {name!r} needs {needed} candidates for {ipc} mosaics of {mosaic.grid} x {mosaic.grid} patches, but "
+                f"{few} synthesis.ipc or synthesis.mosaic.grid"
+            )
 
 
 @torch.no_grad()
@@ -204,19 +199,14 @@ def _best_crops(
 def _put_together(split: ImageSplit, ranked: Sequence[tuple[int, Tensor]], ipc: int, grid: int) -> Iterator[Tensor]:
     """Mosaics of a class, each (C, S, S) uint8; a side that the grid does not divide has patches of two sizes."""
     size = split.size
-    cuts = [size * number // grid for number in range(grid + 1)]
-    for slot in range(ipc):
-        patches = iter(ranked[slot * grid * grid : (slot + 1) * grid * grid])
+    cuts = list(pairwise(size * number // grid for number in range(grid + 1)))
+    patches = iter(ranked)
+    for _ in range(ipc):
         canvas = torch.empty(split.channels, size, size, dtype=torch.uint8)
-        for (top, bottom), (left, right) in ((y, x) for y in pairwise(cuts) for x in pairwise(cuts)):
+        for (top, bottom), (left, right) in product(cuts, cuts):
             row, box = next(patches)
-            canvas[:, top:bottom, left:right] = _patch(split.images([row]), box, bottom - top, right - left)
+            # A crop at the size of its patch, straight from its pixels.
+            rows, columns = axis_matrix(box[0], box[2], size, bottom - top), axis_matrix(box[1], box[3], size, right - left)
+            pixels = rows.unsqueeze(1) @ to_reference(split.images([row])) @ columns.mT.unsqueeze(1)
+            canvas[:, top:bottom, left:right] = to_uint8(pixels)[0]
         yield canvas
-
-
-def _patch(image_uint8: Tensor, box: Tensor, height: int, width: int) -> Tensor:
-    """A crop of one image, (1, C, S, S), at another size, straight from its pixels: (C, height, width) uint8."""
-    size, box = image_uint8.shape[-1], box.view(1, 4)
-    rows = axis_matrix(box[:, 0], box[:, 2], size, height)
-    columns = axis_matrix(box[:, 1], box[:, 3], size, width)
-    return to_uint8(rows.unsqueeze(1) @ to_reference(image_uint8) @ columns.mT.unsqueeze(1))[0]

@@ -37,7 +37,7 @@ class _ChannelStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        var, mean = torch.var_mean(_wide(x), dim=(0, 2, 3), correction=0)
+        var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(0, 2, 3), correction=0)
         ctx.save_for_backward(x, mean)
         return mean, var
 
@@ -48,8 +48,7 @@ class _ChannelStatistics(torch.autograd.Function):
         count = x.numel() // x.shape[1]
         slope = grad_var * (2 / count)
         offset = grad_mean / count - slope * mean
-        shape = (1, -1, 1, 1)
-        return _gradient(offset.view(shape), slope.view(shape), x)
+        return _gradient(offset.view(1, -1, 1, 1), slope.view(1, -1, 1, 1), x)
 
 
 class _PatchStatistics(torch.autograd.Function):
@@ -60,7 +59,7 @@ class _PatchStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, patch: int) -> tuple[Tensor, Tensor]:
-        var, mean = torch.var_mean(_wide(x), dim=(0, 1), correction=0)
+        var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(0, 1), correction=0)
         ctx.cuts = [_cuts(side, patch, mean.dtype, mean.device) for side in mean.shape]
         # Around the mean of the map: squares of the values themselves would cancel.
         middle = mean.mean()
@@ -81,10 +80,6 @@ class _PatchStatistics(torch.autograd.Function):
         # The transpose of pooling gives each pixel its share of every cell that it is in: cells may overlap.
         rows, columns = (cuts.T for cuts in ctx.cuts)
         return _gradient(_pool(offset, rows, columns), _pool(slope, rows, columns), x), None
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _gradient(offset: Tensor, slope: Tensor, x: Tensor) -> Tensor:
@@ -144,12 +139,7 @@ def shuffled_batches(
 
 @torch.no_grad()
 def gather_statistics(teacher: Teacher, batches: Iterable[Tensor], *, patch: int) -> dict[str, Tensor]:
-    """Average the statistics of every convolution's input over batches of real images, weighted by their size.
-
-    Args:
-        teacher: The network, on the device to compute on.
-        batches: Real images, (B, C, H, W) uint8 each; at least one.
-        patch: See `patch_statistics`.
+    """Average the statistics of every convolution's input over batches of real images, (B, C, H, W) uint8, by their size.
 
     Returns:
         `N.channel_mean`, `N.channel_var` (C,), `N.patch_mean` and `N.patch_var` (G,), float32 on the CPU; N counts the

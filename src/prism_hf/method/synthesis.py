@@ -29,7 +29,6 @@ class Step:
         number: Steps done, 1 to `job.iterations`.
         pixels: The images, (B, C, H, W) float32 in the reference normalization; live, the next step changes them.
         terms: Of the loss of this step. They stay on the device: reading one waits for it.
-        lr: Learning rate of this step.
         state: Gives a copy of everything that the next step depends on; `synthesize` goes on from it.
     """
 
