@@ -1,4 +1,4 @@
-"""What is said when memory runs out: one line with the batch, and what to change. Nothing shrinks by itself."""
+"""Running out of memory: one line with the batch, and what to change. Nothing shrinks by itself."""
 
 from __future__ import annotations
 
@@ -14,19 +14,11 @@ _CPU_SAYS = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory
 
 @contextmanager
 def told_in_one_line(what: str, advice: str) -> Iterator[None]:
-    """Turn every way of running out of memory into one error.
-
-    Args:
-        what: Who needed it, with the batch: `job 3: a batch of 100 images and teachers a, b`.
-        advice: What to change.
-
-    Raises:
-        DeviceMemoryError: The device, or the machine, has too little.
-    """
+    """Turn every way of running out of memory into one error: `what` needed it, with the batch, and what to change."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        known = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if known or any(words in str(error) for words in _CPU_SAYS):
             raise DeviceMemoryError(f"{what}: out of memory. {advice}") from error
         raise

@@ -6,6 +6,6 @@ import hashlib
 
 
 def derived_seed(*parts: object) -> int:
-    """A 63-bit seed from named parts, the same on every machine and Python: the first bytes of a SHA-256."""
+    """A 63-bit seed from named parts: the first bytes of a SHA-256."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
