@@ -11,11 +11,9 @@ biased, and || || the L2 norm, not squared:
 The second sum, and a moving average of what is compared, are those of G-VBSM (arXiv 2311.17950).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +100,7 @@ class Alignment:
         self._terms: int | None = None  # of one pass; known after the first
         self._pass: _Pass | None = None
 
-    def __enter__(self) -> Alignment:
+    def __enter__(self) -> Self:
         self._handles = [layer.register_forward_pre_hook(self._see) for layer in self._layers]
         return self
 

@@ -8,8 +8,6 @@ eigenvalues of X_y X_y^T:
     D(x, y) = sum_y KL( softmax(l_y / temperature), held fixed || softmax(l_y) )
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -10,11 +10,9 @@ SRe2L (arXiv 2306.13092) is the row with an empty BN pool: S = {p}. G-VBSM (arXi
 teacher at each step, S = {p}, R with the statistics of convolutions in a moving average, and densification.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +75,7 @@ class Objective:
         self._scales = dict.fromkeys(rule.bn_candidates, 1.0)
         self._stack = ExitStack()
 
-    def __enter__(self) -> Objective:
+    def __enter__(self) -> Self:
         for alignment in self._alignments.values():
             self._stack.enter_context(alignment)
         return self

@@ -5,8 +5,6 @@ Legend: T teachers, B images of a batch, K classes, C channels, H W pixels.
 Labels are computed on the decoded bytes that ship. The published code labels 8-bit JPEGs that are not kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 Legend: B views of a batch, K classes.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

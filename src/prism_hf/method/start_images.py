@@ -6,8 +6,6 @@ One class after the other, so that memory holds the losses or features of one cl
 processes or, beyond what the teacher itself computes, of threads.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
@@ -25,10 +23,8 @@ from ..models import Teacher, penultimate_features
 from ..recipe import SynthesisRecipe, batch_ranges
 from ..runtime import derived_seed
 
-SCORED = ("real_median", "real_kmeans", "mosaic")
-"""Inits in which the logit teacher has a say."""
-_BATCH = 256
-"""Images that a teacher is shown at once."""
+SCORED = ("real_median", "real_kmeans", "mosaic")  # inits in which the logit teacher has a say
+_BATCH = 256  # images that a teacher is shown at once
 
 
 def real_rows(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) -> np.ndarray:

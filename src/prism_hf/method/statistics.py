@@ -12,8 +12,6 @@ in float32 at least.
 Source: G-VBSM (arXiv 2311.17950), statistics of convolutions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any

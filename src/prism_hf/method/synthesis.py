@@ -5,8 +5,6 @@ Legend: B images of a job, C channels, H W pixels.
 At each step one random view A of the whole batch is drawn, and one Adam step follows the gradient of L(x) at the pixels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass

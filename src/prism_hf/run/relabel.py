@@ -30,8 +30,7 @@ from ..evaluation import LABELS
 from ..images import decode, encode, to_reference
 from ..method import ask_teachers, real_rows, relabel_batches
 from ..recipe import SynthesisJob, batch_ranges, plan_jobs
-from ..runtime import raise_if_stopped
-from ..runtime.memory import told_in_one_line
+from ..runtime import raise_if_stopped, told_in_one_line
 from ..runtime.share import Progress, unfinished
 from ..runtime.tensors import open_rows, read_row, write_rows
 from .artifacts import ImageSet, read_failed

@@ -11,8 +11,7 @@ from torch import Tensor
 from ..images import ImageSplit
 from ..method import BATCH_SIZE, gather_statistics, shuffled_batches
 from ..models import Teacher
-from ..runtime import Artifact, clear_drafts, digest, holder_of, holder_text, is_held, locked
-from ..runtime.memory import told_in_one_line
+from ..runtime import Artifact, clear_drafts, digest, holder_of, holder_text, is_held, locked, told_in_one_line
 from ..runtime.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)

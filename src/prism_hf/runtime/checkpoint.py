@@ -3,8 +3,6 @@
 Everything that the next step depends on: resuming gives the same bytes as never having stopped (on the CPU).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,9 +14,6 @@ from torch import Tensor
 from .stop import EVERY_S, raise_if_stopped, stop_wanted
 from .store import Artifact
 from .tensors import read_tensors, write_tensors
-
-SHARE = 0.01
-"""Share of the time that writing checkpoints may take."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +54,8 @@ class Checkpoint:
         write_tensors(self.file, state.tensors, state.notes)
         self._last = time.monotonic()
         if self.every_s:
-            # A slow disk makes checkpoints rarer, up to five times: then a write of 6 s is 1 % of the default.
-            self._pause_s = min(max(self.every_s, (self._last - started) / SHARE), 5 * self.every_s)
+            # Writing may take 1 % of the time: a slow disk makes checkpoints rarer, up to five times.
+            self._pause_s = min(max(self.every_s, 100 * (self._last - started)), 5 * self.every_s)
 
     def clear(self) -> None:
         """Remove it: the job is finished."""

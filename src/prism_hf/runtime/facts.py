@@ -1,7 +1,5 @@
 """Facts: a JSON file of ours as one typed class, its only reader and its only writer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Self
 

@@ -1,7 +1,5 @@
 """One launch at a time in one folder. The operating system holds the lock: it ends with the process, however that dies."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket
@@ -17,8 +15,7 @@ from .stop import is_first_process
 from .store import write_json, writing
 
 LOCK, HOLDER = ".lock", ".holder.json"
-PATIENCE_S = 6.0
-"""Seconds to wait for a launch that is about to end: people press Ctrl-C and start again."""
+PATIENCE_S = 6.0  # for a launch that is about to end: people press Ctrl-C and start again
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """The log of a run, DIR/logs/run.log: what the terminal shows, with times. Secrets are blotted out."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -4,8 +4,6 @@ We read the core schema of YAML 1.2: `1e-3` is a number, `yes` and `2024-01-01` 
 the Hub's Python libraries, which go by YAML 1.1.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Mapping
@@ -41,11 +39,7 @@ class YamlError(ValueError):
 
 
 def read_yaml(text: str) -> object:
-    """YAML -> plain values: each key stands once, nothing is merged into a mapping, and no tag makes anything else.
-
-    Raises:
-        YamlError: The text is not plain YAML.
-    """
+    """YAML -> plain values, or a `YamlError`: each key stands once, nothing is merged, and no tag makes anything else."""
     yaml = _yaml()
     yaml.Constructor = _PlainConstructor
     yaml.composer.warn_double_anchors = False

@@ -1,7 +1,5 @@
 """Seeds that are the same on every machine and Python."""
 
-from __future__ import annotations
-
 import hashlib
 
 

@@ -20,8 +20,7 @@ from .units import duration_text
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-ESTIMATE_AFTER_S = 20.0
-"""A stage that is not done by then says in the log how long it should take."""
+ESTIMATE_AFTER_S = 20.0  # a stage that is not done by then says in the log how long it should take
 _WRITE_EVERY_S = 5.0
 
 
@@ -42,19 +41,13 @@ def share(
 ) -> None:
     """Do every task that is not done, shared over the processes; returns on all of them when all are done.
 
-    Args:
-        accelerator: The processes.
-        stage: What the tasks belong to, for bar, log and status.
-        tasks: The same on every process. The largest are done first, so that the processes finish together.
-        is_done: Each process looks at its share; nobody looks while another is already at work.
-        do: Does one task. It may tell its progress in steps; a task that tells nothing counts at its end.
-        unit: What a task is, in the singular.
-        notes: Folder for progress-RANK.json, which `prism-hf status` reads.
-        prepare: Called on every process with the tasks that are not done, if there are any.
-        name: Of a task.
-        size: Steps of a task.
-        steps: What a step is, in the singular; by default a step is a task.
-        title: Stands before the stage on the bar, where the run is one of many; those together have one estimate.
+    - `tasks` are the same on every process; the largest by `size` are done first, so that the processes finish together.
+    - `is_done` is asked by each process for its share; nobody looks while another is already at work.
+    - `do` may tell its progress in steps; a task that tells nothing counts at its end.
+    - `prepare` is called on every process with the tasks that are not done, if there are any.
+    - `unit` and `steps` say what a task and a step are, in the singular; by default a step is a task.
+    - `notes` is the folder for progress-RANK.json, which `prism-hf status` reads.
+    - `title` stands before the stage on the bar, where the run is one of many; those together have one estimate.
     """
     missing = unfinished(accelerator, tasks, is_done)
     if accelerator.is_main_process:
@@ -84,10 +77,9 @@ def unfinished(accelerator: Accelerator, tasks: Sequence[T], is_done: Callable[[
 
 
 class Progress:
-    """The progress of this process in a stage: a bar for people, a small JSON file for `prism-hf status`, one log line.
+    """The progress of this process in its share of a stage: a bar for people, a small JSON file for `prism-hf status`.
 
-    Counted are the steps of this process's share. A process that is killed leaves the file behind. `tell` says whether to
-    write the estimate into the log; for the others see `share`.
+    A process that is killed leaves the file behind. `tell` writes one estimate into the log.
     """
 
     def __init__(self, path: Path, stage: str, total: int, unit: str, title: str = "", *, tell: bool = True) -> None:

@@ -4,8 +4,6 @@ A signal is noticed by a thread, since the main thread may be inside a library c
 kernel). Loops ask `stop_wanted` at each step, keep what they have, and leave; whoever does not leave in time is ended.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -22,8 +20,7 @@ from ..errors import StoppedError
 
 GRACE_S = 3.0
 """Seconds that the main thread has to keep its state; a busy machine takes its time, and five is what is promised."""
-EVERY_S = 120.0
-"""Seconds between two checkpoints of a long job: what a stop may lose at most."""
+EVERY_S = 120.0  # between two checkpoints of a long job: what a stop may lose at most
 _LAUNCHER_CHECK_S = 0.3
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")

@@ -1,7 +1,5 @@
 """Whole files: written completely or not at all, with a proof of what they were made from; read back, or set aside."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -168,6 +166,7 @@ class Artifact:
             noted = json.loads(json.dumps({**(notes or {}), "key": self.key}, allow_nan=False))
             facts = {"file_sha256": sha256_of(draft), "bytes": draft.stat().st_size, "notes": noted}
             data = _json_bytes(facts | {"sha256": digest(facts)})
+            # Both are on the disk before the first is renamed.
             with _drafted(seal_of(self.path), lambda seal: seal.write_bytes(data)) as seal, writing(self.path):
                 seal_of(self.path).unlink(missing_ok=True)
                 os.replace(draft, self.path)

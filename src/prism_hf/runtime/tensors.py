@@ -1,7 +1,5 @@
 """Tensors as artifacts: named ones in safetensors, long tables in .npy, written row by row."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
