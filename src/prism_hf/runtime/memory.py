@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 from ..errors import DeviceMemoryError
 
-# What the errors of torch say: devices the first, the CPU one of the others.
 _SAYS = ("out of memory", "DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
 
 
@@ -15,6 +14,8 @@ def told_in_one_line(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or any(words in str(error) for words in _SAYS):
+        # torch.OutOfMemoryError by its name: whoever imports this package need not wait for torch.
+        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if known or any(words in str(error) for words in _SAYS):
             raise DeviceMemoryError(f"{what}: out of memory. {advice}") from error
         raise
