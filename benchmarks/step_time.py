@@ -81,7 +81,7 @@ def measure(names: tuple[str, ...], size: int, batch: int) -> dict[str, object]:
 
         def step() -> None:
             leaf = images.detach().clone().contiguous(memory_format=torch.channels_last).requires_grad_()
-            objective.backward(leaf, labels, names)
+            objective.backward(leaf, labels, names, logit=names[0])
 
         for number in range(ROUNDS + 2):
             for label, run in (("plain", lambda: plain_step(plain, images, labels)), ("ours", step)):

@@ -17,7 +17,7 @@ from prism_hf.evaluation.students import ROWS, keep_student, label_bytes, train_
 from prism_hf.images.pixels import to_reference
 from prism_hf.images.source import ImageSplit
 from prism_hf.images.views import apply_views, from_columns
-from prism_hf.method.relabel import label_images, relabel_epoch
+from prism_hf.method.relabel import ask_teachers, relabel_epoch
 from prism_hf.method.soft_labels import class_shares
 from prism_hf.models.build import build_network
 from prism_hf.models.facts import ScoredOn, SourceFacts
@@ -47,7 +47,7 @@ def toy(tiny_recipe, tiny_teachers, tiny_images):
         images_uint8=tiny_images,
         labels=torch.tensor([0, 0, 1, 1, 2, 2, 2]),
         class_names=("a", "b", "c"),
-        teacher_logits=torch.cat(list(label_images(tiny_images, teachers, settings))),
+        teacher_logits=ask_teachers(to_reference(tiny_images), teachers, settings),
         num_epochs=2,
         views=views,
         image_bytes=1,

@@ -177,7 +177,7 @@ def test_objective_is_the_equation(tiny_recipe, tiny_teachers, dtype, chosen, re
     }
     recipe = tiny_recipe(changes | {"teachers.include_logit": "test_resnet" in chosen})
     with made_of(recipe, teachers) as objective:
-        terms = objective.backward(view, LABELS, chosen)
+        terms = objective.backward(view, LABELS, chosen, logit="test_resnet")
     literal = batch(dtype)
     ce, bn, loss = slow_objective(teachers, literal, LABELS, "test_resnet", chosen, first=first, **settings)
     loss.backward()
@@ -192,7 +192,7 @@ def test_a_hooked_logit_teacher_left_out_of_s_gives_no_bn_term(tiny_recipe, tiny
     view, literal = batch(), batch()
     chosen, settings = ("test_efficientnet",), {"bn_weight": 0.1, "reduction": "sum"}
     with made_of(tiny_recipe({"synthesis.bn_weight": 0.1}), tiny_teachers) as objective:
-        terms = objective.backward(view, LABELS, chosen)
+        terms = objective.backward(view, LABELS, chosen, logit="test_resnet")
     _, bn, loss = slow_objective(tiny_teachers, literal, LABELS, "test_resnet", chosen, first=10.0, **settings)
     loss.backward()
     assert close(terms.bn, bn, 1e-5)
@@ -232,8 +232,8 @@ def test_balanced_divides_each_teachers_term_by_that_of_the_start_images(tiny_re
     names = tuple(teachers)
     with made_of(recipe, teachers) as objective:
         objective.balance(start.detach())
-        at_start = objective.backward(start, LABELS, names)
-        terms = objective.backward(view, LABELS, names)
+        at_start = objective.backward(start, LABELS, names, logit="test_resnet")
+        terms = objective.backward(view, LABELS, names, logit="test_resnet")
     assert float(at_start.bn) == pytest.approx(1, rel=1e-6), "every teacher counts the same at the start"
 
     def term(name, x):
@@ -345,7 +345,7 @@ def calls_of(teachers, objective, steps):
 @pytest.mark.parametrize("chosen", CHOSEN, ids=lambda c: "+".join(c) or "none")
 def test_each_teacher_runs_once_a_step(tiny_recipe, tiny_teachers, chosen):
     objective = made_of(tiny_recipe({"synthesis.bn_weight": 0.1}), tiny_teachers)
-    counts = calls_of(tiny_teachers, objective, [(chosen, None)] * 2)
+    counts = calls_of(tiny_teachers, objective, [(chosen, "test_resnet")] * 2)
     assert counts == {n: 2 if n in (*chosen, "test_resnet") else 0 for n in tiny_teachers}
 
 
@@ -364,7 +364,7 @@ def test_teachers_stay_frozen(tiny_recipe, tiny_teachers, statistics):
         for name in tiny_teachers:
             objective.backward(batch(), LABELS, (name,), logit=name)
     with made_of(tiny_recipe({"synthesis.bn_weight": 0.1}), tiny_teachers) as objective:
-        objective.backward(batch(), LABELS, tuple(tiny_teachers))
+        objective.backward(batch(), LABELS, tuple(tiny_teachers), logit="test_resnet")
     for name, teacher in tiny_teachers.items():
         assert all(torch.equal(v, before[name][k]) for k, v in teacher.model.state_dict().items())
         assert all(p.grad is None for p in teacher.model.parameters())

@@ -14,19 +14,20 @@ MACHINERY = {
     "os", "io", "json", "time", "pathlib", "shutil", "tempfile", "logging", "threading", "signal", "multiprocessing",
     "subprocess", "socket", "urllib", "accelerate", "datasets", "huggingface_hub", "safetensors", "filelock", "tqdm",
 }  # fmt: skip
-OURS = {"errors", "images", "method", "models", "recipe", "runtime.seeds"}
+OURS = {"errors", "images", "method", "models", "recipe", "runtime.derived_seed"}
 
 
 def imported(path):
-    """Modules that a file names: those of others by their first part, ours as `package` or `runtime.module`."""
+    """Modules that a file names: those of others by their first part, ours by package, of runtime each name."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (name.name.split(".")[0] for name in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield node.module.split(".")[0]
         elif isinstance(node, ast.ImportFrom):
-            package, _, module = ("method" if node.level == 1 else node.module).partition(".")
-            yield f"ours:{package}.{module}" if package == "runtime" else f"ours:{package}"
+            package = "method" if node.level == 1 else node.module.partition(".")[0]
+            names = [f"runtime.{name.name}" for name in node.names] if package == "runtime" else [package]
+            yield from (f"ours:{name}" for name in names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -10,7 +10,7 @@ from prism_hf.dataset.writer import ImageRows, build_dataset
 from prism_hf.errors import TeacherError
 from prism_hf.images.pixels import to_reference
 from prism_hf.images.views import from_columns
-from prism_hf.method.relabel import ask_teachers, combine_logits, label_images, relabel_epoch
+from prism_hf.method.relabel import ask_teachers, combine_logits, relabel_epoch
 
 
 def literal(logits, rule, weights=None):
@@ -146,18 +146,17 @@ def test_labels_are_the_teachers_logits_of_the_replayed_view(label, tiny_teacher
         torch.testing.assert_close(torch.from_numpy(batch["teacher_logits"]), expected, rtol=2e-3, atol=1e-3)
 
 
-def test_label_images_asks_in_table_order_and_recipe_batches(tiny_recipe, tiny_teachers, tiny_images):
-    settings = tiny_recipe({"relabel.batch_size": 3}).relabel
+def test_a_batch_is_labelled_with_the_combined_logits_in_its_order(tiny_recipe, tiny_teachers, tiny_images):
+    settings = tiny_recipe().relabel
     teachers = [tiny_teachers[n] for n in settings.teachers]
-    labels = torch.cat(list(label_images(tiny_images, teachers, settings)))
-    assert labels.shape == (7, 3)
-    assert labels.dtype == torch.float16
     images = to_reference(tiny_images)
-    expected = []
     for part in (images[:3], images[3:]):
+        labels = ask_teachers(part, teachers, settings)
+        assert labels.shape == (len(part), 3)
+        assert labels.dtype == torch.float16
         with torch.no_grad():
-            expected.append(literal([t.logits(part) for t in teachers], "norm_balanced_mean"))
-    torch.testing.assert_close(labels, torch.cat(expected).half(), rtol=2e-3, atol=1e-3)
+            expected = literal([t.logits(part) for t in teachers], "norm_balanced_mean")
+        torch.testing.assert_close(labels, expected.half(), rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("factor", [1e9, float("nan")])

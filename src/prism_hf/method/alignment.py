@@ -11,12 +11,9 @@ biased, and || || the L2 norm, not squared:
 The second sum, and a moving average of what is compared, are those of G-VBSM (arXiv 2311.17950).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +29,7 @@ class Aligned(NamedTuple):
     mismatch: Tensor
 
 
-class HeadNotNeeded(Exception):
+class _HeadNotNeeded(Exception):
     """Leaves a forward pass at the last layer that counts: nothing after it can change R."""
 
 
@@ -53,20 +50,17 @@ class Alignment:
 
     Args:
         model: A network in eval mode with at least one BatchNorm2d with running statistics.
-        reduction: `sum` over layers, as published, or `mean` over layers: BN layers and convolutions, those left out too,
-            so that leaving out does not raise the weight of the others.
+        reduction: `sum` over layers, as published, or `mean`: over BN layers and convolutions, those left out too, so that
+            leaving out does not raise the weight of the others.
         first_bn_multiplier: w of the first BN layer in order of execution; all other layers have 1.
-        momentum: Share of the past in a moving average of the statistics, in [0, 1); 0 compares the batch itself. An
-            average moves only when a pass has succeeded.
-        conv: What `gather_statistics` gave for this network, or `None` for BN alone.
-        patch: As it was for `conv`.
+        momentum: Share of the past in a moving average of the statistics, in [0, 1); 0 compares the batch itself.
+        conv: What `gather_statistics` gave for this network and `patch`, or `None` for BN alone.
         drop: Each convolution is left out of a pass with this probability; its averages stay as they are then.
         generator: On the CPU, for `drop`; each pass takes one number per convolution from it, whatever `drop` is.
-        name: Names the network in errors.
 
     Raises:
-        TeacherError: No BatchNorm2d with running statistics: nothing to align. (The published code lets such a teacher
-            dilute the average.) A pass raises it if `conv` does not fit its input.
+        TeacherError: Nothing to align. (The published code lets such a teacher dilute the average.) A pass raises it if
+            `conv` does not fit its input.
 
     Example:
         >>> with Alignment(model) as align:
@@ -97,34 +91,26 @@ class Alignment:
         self.momentum, self.patch, self.drop, self.generator, self.name = momentum, patch, drop, generator, name
         assert norms[0].running_mean is not None
         self._device = norms[0].running_mean.device
-        self._norms, conv = norms, conv or {}
-        self._convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)] if conv else []
-        self._targets = [
-            {key: conv[f"{number}.{key}"].to(self._device) for key in STATISTICS}
-            for number in range(len(conv) // len(STATISTICS))
-        ]
+        conv = {key: value.to(self._device) for key, value in (conv or {}).items()}
+        counted = range(len(conv) // len(STATISTICS))
+        self._targets = [{key: conv[f"{number}.{key}"] for key in STATISTICS} for number in counted]
+        self._layers = [*norms, *(m for m in model.modules() if conv and isinstance(m, nn.Conv2d))]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._averages: dict[str, Tensor] = {}
         self._terms: int | None = None  # of one pass; known after the first
         self._pass: _Pass | None = None
 
-    def __enter__(self) -> Alignment:
-        self._handles = [layer.register_forward_pre_hook(self._see_norm) for layer in self._norms]
-        self._handles += [layer.register_forward_pre_hook(self._see_convolution) for layer in self._convolutions]
+    def __enter__(self) -> Self:
+        self._handles = [layer.register_forward_pre_hook(self._see) for layer in self._layers]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def __call__(self, x: Tensor, *, head: bool = True) -> Aligned:
-        """Run the network on its own kind of input.
-
-        Args:
-            x: (B, C, H, W), normalized as the network expects.
-            head: Whether the logits are needed; without them the pass ends at the last layer that counts.
-        """
+        """Run the network on x, (B, C, H, W), normalized as it expects; without `head` up to the last layer that counts."""
         assert self._handles, "Alignment is used inside a `with` block"
         kept = [True] * len(self._targets)
         if self.generator is not None:
@@ -134,7 +120,7 @@ class Alignment:
         logits: Tensor | None = None
         try:
             logits = self.model(x)
-        except HeadNotNeeded:
+        except _HeadNotNeeded:
             pass
         finally:
             self._pass = None
@@ -146,38 +132,37 @@ class Alignment:
         return Aligned(logits if head else None, total / len(now.terms) if self.reduction == "mean" else total)
 
     def state(self) -> dict[str, Tensor]:
-        """All moving averages by name; none before the first pass, and none with momentum 0."""
+        """All moving averages by name; none before the first pass that succeeds, and none with momentum 0."""
         return dict(self._averages)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` gave."""
         self._averages = {key: value.to(self._device, copy=True) for key, value in state.items()}
 
-    def _see_norm(self, layer: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
+    def _see(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """The term of a layer that is about to run, from its input."""
         now = self._pass
         if now is None:
             return  # the network runs for something else, inside the block
-        mean, var = channel_statistics(inputs[0])
-        target: dict[str, Any] = {"mean": layer.running_mean, "var": layer.running_var}
-        term = self._distance(now, f"bn.{now.norms}", {"mean": mean, "var": var}, target)
-        now.terms.append(term if now.norms else term * self.first_bn_multiplier)
-        now.norms += 1
-        _leave_if_last(now)
-
-    def _see_convolution(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        now, x = self._pass, inputs[0]
-        if now is None:
-            return
-        number = now.convolutions
-        now.convolutions += 1
-        if number >= len(self._targets):
-            raise self._misfit(f"there are {len(self._targets)}, and more convolutions ran")
-        if now.kept[number]:
-            statistics = conv_statistics(x, self.patch)
-            now.terms.append(self._distance(now, f"conv.{number}", statistics, self._targets[number]))
+        if isinstance(layer, nn.BatchNorm2d):
+            batch = dict(zip(("mean", "var"), channel_statistics(inputs[0]), strict=True))
+            target: dict[str, Any] = {"mean": layer.running_mean, "var": layer.running_var}
+            term = self._distance(now, f"bn.{now.norms}", batch, target)
+            if now.norms == 0:
+                term = term * self.first_bn_multiplier
+            now.norms += 1
         else:
-            now.terms.append(torch.zeros((), device=x.device))
-        _leave_if_last(now)
+            number = now.convolutions
+            now.convolutions += 1
+            if number >= len(self._targets):
+                raise self._misfit(f"there are {len(self._targets)}, and more convolutions ran")
+            term = torch.zeros((), device=self._device)
+            if now.kept[number]:
+                batch = conv_statistics(inputs[0], self.patch)
+                term = self._distance(now, f"conv.{number}", batch, self._targets[number])
+        now.terms.append(term)
+        if len(now.terms) == now.last:
+            raise _HeadNotNeeded
 
     def _distance(self, now: _Pass, layer: str, batch: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
         """Sum of the L2 distances; at exactly zero PyTorch's norm has gradient zero, a subgradient."""
@@ -190,7 +175,7 @@ class Alignment:
         return torch.stack(norms).sum()
 
     def _smoothed(self, now: _Pass, key: str, batch: Tensor) -> Tensor:
-        """The average with this batch in it, with the gradient of the batch (straight through)."""
+        """The average with this batch in it, which moves when the pass succeeds, with the gradient of the batch."""
         fixed, past = batch.detach(), self._averages.get(key)
         # differs: starts from the first batch. The published code means to, but a type check makes it start from zero.
         average = fixed if past is None else self.momentum * past + (1 - self.momentum) * fixed
@@ -202,8 +187,3 @@ class Alignment:
             f"teacher {self.name!r}: statistics of convolutions do not fit ({what}); gather them again for this network, "
             "input size and patch"
         )
-
-
-def _leave_if_last(now: _Pass) -> None:
-    if len(now.terms) == now.last:
-        raise HeadNotNeeded

@@ -10,12 +10,9 @@ SRe2L (arXiv 2306.13092) is the row with an empty BN pool: S = {p}. G-VBSM (arXi
 teacher at each step, S = {p}, R with the statistics of convolutions in a moving average, and densification.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +28,9 @@ _SMALLEST = 1e-12
 
 
 class Terms(NamedTuple):
-    """The terms of the loss of one step: unweighted, detached scalars on the device.
+    """The terms of the loss of one step, unweighted: detached scalars on the device.
 
-    Attributes:
-        ce: Cross entropy at the logit teacher.
-        bn: R averaged over the BN teachers of the step; zero without any.
-        grad: Largest size of a pixel's gradient.
-        densification: `None` where it is off.
+    CE at p, R averaged over S (0 if that is empty), the largest size of a pixel's gradient, densification if it is on.
     """
 
     ce: Tensor
@@ -49,16 +42,8 @@ class Terms(NamedTuple):
 class Objective:
     """The objective of one job; the hooks of its BN teachers live inside a `with` block.
 
-    Args:
-        rule: Names the logit teacher and every BN teacher that may be drawn.
-        settings: Weights, reduction, moving averages, convolutions, densification.
-        teachers: Logit teacher and BN pool by name.
-        precision: Of the teachers' forward and backward passes; pixels, statistics and losses stay in float32.
-        generator: Draws which convolutions are left out of a step.
-        statistics: Of each BN teacher, from `gather_statistics`; for `settings.conv`.
-
-    Raises:
-        TeacherError: A BN teacher has nothing to align.
+    `rule` names the teachers that may be drawn. `precision` is that of their passes: pixels, statistics and losses stay in
+    float32. `generator` draws which convolutions are left out of a step. For the others see `synthesize`.
     """
 
     def __init__(
@@ -71,7 +56,7 @@ class Objective:
         generator: torch.Generator | None = None,
         statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
-        self._rule, self._settings, self._teachers, self._precision = rule, settings, teachers, precision
+        self._settings, self._teachers, self._precision = settings, teachers, precision
         conv = settings.conv
         self._alignments = {
             name: Alignment(
@@ -90,29 +75,25 @@ class Objective:
         self._scales = dict.fromkeys(rule.bn_candidates, 1.0)
         self._stack = ExitStack()
 
-    def __enter__(self) -> Objective:
+    def __enter__(self) -> Self:
         for alignment in self._alignments.values():
             self._stack.enter_context(alignment)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     @torch.no_grad()
     def balance(self, initial: Tensor) -> None:
-        """Divide the R of each BN teacher by its value for the start images, from now on.
-
-        Args:
-            initial: The start images, (B, C, H, W) in the reference normalization.
-        """
+        """Divide the R of each BN teacher by its value for the start images, (B, C, H, W), from now on."""
         for name, alignment in self._alignments.items():
             mismatch = float(alignment(self._teachers[name].prepare(initial)).mismatch)
             self._scales[name] = max(mismatch, _SMALLEST)
 
     def state(self) -> dict[str, Tensor]:
         """Moving averages as `averages/TEACHER/KEY`, to go on from."""
-        averages = {name: alignment.state() for name, alignment in self._alignments.items()}
-        return {f"averages/{name}/{key}": value for name, own in averages.items() for key, value in own.items()}
+        averages = [(name, alignment.state()) for name, alignment in self._alignments.items()]
+        return {f"averages/{name}/{key}": value for name, own in averages for key, value in own.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` gave; other names are not read."""
@@ -121,25 +102,22 @@ class Objective:
         for name, alignment in self._alignments.items():
             alignment.restore({key: value for owner, key, value in entries if owner == f"averages/{name}"})
 
-    def backward(self, view: Tensor, labels: Tensor, bn_teachers: tuple[str, ...], *, logit: str | None = None) -> Terms:
+    def backward(self, view: Tensor, labels: Tensor, bn_teachers: tuple[str, ...], *, logit: str) -> Terms:
         """Add the gradient of L to `view.grad`, one teacher at a time: only one network's activations are alive.
 
-        Args:
-            view: A x, a leaf that requires a gradient, (B, C, H, W) in the reference normalization.
-            labels: y, (B,) int64.
-            bn_teachers: S of this step. May be empty: then there is no BN term.
-            logit: p of this step; by default that of the job.
+        `view` is A x, a leaf that requires a gradient, (B, C, H, W) in the reference normalization; `labels` is y, (B,)
+        int64; `logit` is p; `bn_teachers` is S, without any there is no BN term.
         """
-        logit = logit or self._rule.logit
         ce, bn, dense = torch.zeros((), device=view.device), torch.zeros((), device=view.device), None
         for name in dict.fromkeys((logit, *bn_teachers)):
-            own_ce, mismatch = self._ask(name, view, labels, is_logit=name == logit, is_bn=name in bn_teachers)
+            logits, mismatch = self._ask(name, view, head=name == logit, align=name in bn_teachers)
             loss = torch.zeros((), device=view.device)
             if mismatch is not None:
                 loss = loss + self._settings.bn_weight / len(bn_teachers) * mismatch
                 bn = bn + mismatch.detach() / len(bn_teachers)
-            if own_ce is not None:
-                loss, ce = loss + own_ce, own_ce.detach()
+            if logits is not None:
+                own = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+                loss, ce = loss + own, own.detach()
             loss.backward()
         if (prior := self._settings.densification) is not None:
             dense = densification(view, labels, temperature=prior.temperature, size=prior.size)
@@ -148,20 +126,12 @@ class Objective:
         assert view.grad is not None
         return Terms(ce, bn, torch.linalg.vector_norm(view.grad, ord=torch.inf), dense)
 
-    def _ask(
-        self, name: str, view: Tensor, labels: Tensor, *, is_logit: bool, is_bn: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """CE and R of one teacher, where they are wanted."""
+    def _ask(self, name: str, view: Tensor, *, head: bool, align: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The logits of one teacher and its R, where they are wanted."""
         teacher = self._teachers[name]
         x = teacher.prepare(view)
-        mismatch = None
         with torch.autocast(view.device.type, dtype=torch.bfloat16, enabled=self._precision == "bf16"):
-            if is_bn:
-                logits, mismatch = self._alignments[name](x, head=is_logit)
-                mismatch = mismatch / self._scales[name]
-            else:
-                logits = teacher.model(x)
-        if not is_logit:
-            return None, mismatch
-        assert logits is not None
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels), mismatch
+            if not align:
+                return teacher.model(x), None
+            logits, mismatch = self._alignments[name](x, head=head)
+            return logits, mismatch / self._scales[name]

@@ -5,8 +5,6 @@ Legend: T teachers, B images of a batch, K classes, C channels, H W pixels.
 Labels are computed on the decoded bytes that ship. The published code labels 8-bit JPEGs that are not kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -21,16 +19,10 @@ from ..runtime import derived_seed
 
 
 def combine_logits(logits: Tensor, rule: str, weights: Sequence[float] | None = None) -> Tensor:
-    """Combine the logits of several teachers into one label.
+    """Combine the raw logits of several teachers into one label: (T, B, K) float -> (B, K) of the same dtype.
 
-    Args:
-        logits: Raw logits of one batch, (T, B, K), float.
-        rule: `mean`; `norm_balanced_mean` (G-VBSM, arXiv 2311.17950, as PRISM uses it): each teacher's (B, K) matrix is
-            rescaled to the mean Frobenius norm over the teachers, then averaged; `weighted`.
-        weights: One per teacher, for `weighted`; divided by their sum.
-
-    Returns:
-        (B, K), dtype of `logits`.
+    `norm_balanced_mean` (G-VBSM, arXiv 2311.17950, as PRISM uses it): each teacher's (B, K) matrix is rescaled to the mean
+    Frobenius norm over the teachers, then averaged. `weighted` takes one weight per teacher, divided by their sum.
 
     Raises:
         TeacherError: `norm_balanced_mean`, and a teacher answers all zeros.
@@ -70,32 +62,21 @@ def ask_teachers(images: Tensor, teachers: Sequence[Teacher], settings: RelabelR
 def relabel_batches(
     epoch: int, images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe, *, seed: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Draw and label one view of every image: one epoch of the views table, batch by batch.
+    """Draw and label one view of every image, (N, C, H, W): one epoch of the views table, batch by batch.
 
-    Args:
-        epoch: Seeds the draws, together with `seed`; epochs are independent of each other.
-        images_uint8: All images, decoded, (N, C, H, W); those of a batch go to the teachers' device.
-        teachers: Who labels, in the order of the weights.
-        settings: Views, batch size, ensemble rule.
-        seed: The recipe's seed.
+    `epoch` and the recipe's `seed` seed the draws, so epochs are independent of each other.
 
     Yields:
         Columns of B rows in training order: `epoch` and `batch` int32, those of `views.to_columns`, and
         `teacher_logits` (B, K) float16.
     """
-    device = teachers[0].device
+    device, size, rule = teachers[0].device, images_uint8.shape[-1], settings.view
     generator = torch.Generator().manual_seed(derived_seed(seed, "relabel", epoch))
     order = torch.randperm(len(images_uint8), generator=generator)
     for number, part in enumerate(batch_ranges(len(order), settings.batch_size)):
         rows = order[part.start : part.stop]
         view = draw_views(
-            len(rows),
-            images_uint8.shape[-1],
-            generator,
-            crop_scale=settings.view.crop_scale,
-            flip=settings.view.flip,
-            mix=settings.view.mix,
-            mix_alpha=settings.view.mix_alpha,
+            len(rows), size, generator, crop_scale=rule.crop_scale, flip=rule.flip, mix=rule.mix, mix_alpha=rule.mix_alpha
         )
         shown = apply_views(to_reference(images_uint8[rows].to(device)), view)
         columns = {"epoch": np.full(len(rows), epoch, np.int32), "batch": np.full(len(rows), number, np.int32)}
@@ -110,10 +91,3 @@ def relabel_epoch(
     """Return all batches of `relabel_batches` as one table of N rows."""
     batches = list(relabel_batches(epoch, images_uint8, teachers, settings, seed=seed))
     return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-
-
-def label_images(images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe) -> Iterator[Tensor]:
-    """Label the images themselves, without a view: parts (B, K) float16 in table order, in batches of the recipe."""
-    for part in batch_ranges(len(images_uint8), settings.batch_size):
-        batch = images_uint8[part.start : part.stop].to(teachers[0].device)
-        yield ask_teachers(to_reference(batch), teachers, settings)

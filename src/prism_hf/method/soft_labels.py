@@ -3,8 +3,6 @@
 Legend: B views of a batch, K classes.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,8 +22,7 @@ def soft_label_loss(logits: Tensor, teacher_logits: Tensor, class_shares: Tensor
             (SRe2L; arXiv 1503.02531), so that the gradient does not vanish with it. `dist` (DIST, arXiv 2205.10536): of
             the probabilities at the temperature, 1 - mean correlation of the rows (classes of an image) + 1 - mean
             correlation of the columns (images of a class), times the squared temperature. `cosine` (GIFT, arXiv
-            2405.14736): 1 - mean cosine of the logits, centered over the classes, + ce_weight * CE. What does not vary has
-            no correlation: it counts as 0 and has no gradient.
+            2405.14736): 1 - mean cosine of the logits, centered over the classes, + ce_weight * CE.
     """
     t = settings.temperature
     if settings.loss == "kl":

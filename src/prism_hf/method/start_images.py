@@ -6,11 +6,9 @@ One class after the other, so that memory holds the losses or features of one cl
 processes or, beyond what the teacher itself computes, of threads.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -25,29 +23,20 @@ from ..models import Teacher, penultimate_features
 from ..recipe import SynthesisRecipe, batch_ranges
 from ..runtime import derived_seed
 
-SCORED = ("real_median", "real_kmeans", "mosaic")
-"""Inits in which the logit teacher has a say."""
-_BATCH = 256
-"""Images that a teacher is shown at once."""
+SCORED = ("real_median", "real_kmeans", "mosaic")  # inits in which the logit teacher has a say
+_BATCH = 256  # images that a teacher is shown at once
 
 
 def real_rows(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) -> np.ndarray:
-    """Choose `ipc` real training images per class without a teacher: inits `real_random` and `real_index`.
+    """Choose `ipc` real training images per class without a teacher, (K * ipc,) int64 row numbers, class-major.
 
-    Args:
-        data: The source.
-        ipc: Images per class.
-        seed: Seed of the random choice, without replacement; init `real_random` and the random-real control use the
-            same choice, so that the table compares images before and after optimization.
-        by_index: Take the first `ipc` images of each class instead.
-
-    Returns:
-        (K * ipc,) int64 row numbers, class-major.
+    Init `real_random` draws them without replacement; the random-real control uses the same choice, so that the table
+    compares images before and after optimization. Init `real_index` takes the first of each class (`by_index`).
 
     Raises:
         DataError: A class has fewer than `ipc` images.
     """
-    chosen: list[np.ndarray] = []
+    chosen = []
     for label, rows in enumerate(_classes(data, ipc)):
         if not by_index:
             generator = torch.Generator().manual_seed(derived_seed(seed, "real images", label))
@@ -57,16 +46,7 @@ def real_rows(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) 
 
 
 def choose_start_images(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, seed: int) -> Tensor:
-    """Choose or make the start images of the inits in which the logit teacher has a say: those in `SCORED`.
-
-    Args:
-        data: The real data.
-        teacher: The logit teacher, on the device to compute on.
-        settings: Which init, how many, and its choices.
-        seed: The recipe's seed.
-
-    Returns:
-        (K * ipc, C, S, S) uint8, class-major.
+    """Choose or make the start images of the inits in `SCORED`: (K * ipc, C, S, S) uint8, class-major.
 
     Raises:
         DataError: A class has too few images.
@@ -75,9 +55,6 @@ def choose_start_images(data: SourceData, teacher: Teacher, settings: SynthesisR
     if settings.init == "mosaic":
         return mosaics(data, teacher, settings, seed=seed)
     return data.train.images(choose_rows(data, teacher, settings, seed=seed))
-
-
-# -- whole images -----------------------------------------------------------------------------------------------------
 
 
 def choose_rows(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, seed: int) -> np.ndarray:
@@ -89,14 +66,13 @@ def choose_rows(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *
 
     With `easiest` below 1, `real_kmeans` sees only this share of each class, the images of the lowest loss at the teacher
     (at least `ipc`): what a teacher is unsure of is often mislabeled or looks unlike its class.
-
-    Args: see `start_images`; `seed` is for the k-means.
     """
     assert settings.init in ("real_median", "real_kmeans")
     ipc, chosen = settings.ipc, []
     for label, rows in enumerate(_classes(data, ipc)):
         if settings.init == "real_median":
-            picked = _nearest_to_median(_losses(data.train, rows, teacher, label), ipc)
+            losses = _losses(data.train, rows, teacher, label)
+            picked = np.argsort(np.abs(losses - np.median(losses)), kind="stable")[:ipc]
         else:
             if settings.easiest < 1:
                 count = max(ipc, math.ceil(settings.easiest * len(rows)))
@@ -119,21 +95,10 @@ def _classes(data: SourceData, ipc: int) -> list[np.ndarray]:
     return by_class
 
 
-def _nearest_to_median(losses: np.ndarray, count: int) -> np.ndarray:
-    distance = np.abs(losses - np.median(losses))
-    return np.argsort(distance, kind="stable")[:count]
-
-
 def nearest_to_centers(features: np.ndarray, count: int, *, seed: int) -> np.ndarray:
-    """Choose one row near each of `count` k-means centers, none twice; rows of large clusters first.
+    """Choose one row near each of `count` k-means centers, none twice, rows of large clusters first.
 
-    Args:
-        features: (N, D) float64, N at least `count`.
-        count: Clusters; a single one is centered at the mean of all.
-        seed: Of the k-means, below 2^32.
-
-    Returns:
-        (count,) int64.
+    (N, D) float64 with N at least `count` -> (count,) int64. The seed is below 2^32.
     """
     with threadpool_limits(1):  # the sums of several threads are added up as they come
         fitted = KMeans(count, n_init=4, random_state=seed).fit(features)
@@ -148,11 +113,9 @@ def nearest_to_centers(features: np.ndarray, count: int, *, seed: int) -> np.nda
 
 def _features(split: ImageSplit, rows: np.ndarray, teacher: Teacher) -> np.ndarray:
     """Penultimate features of some images, (N, D) float64."""
-
-    def images(part: range) -> Tensor:
-        return split.images(rows[part.start : part.stop])
-
-    parts = penultimate_features(teacher, images, len(rows), device=teacher.device, batch_size=_BATCH)
+    parts = penultimate_features(
+        teacher, lambda part: split.images(rows[part]), len(rows), device=teacher.device, batch_size=_BATCH
+    )
     return np.concatenate([features.double().numpy() for _, features in parts])
 
 
@@ -172,9 +135,6 @@ def _cross_entropy(teacher: Teacher, images: Tensor, label: int) -> Tensor:
     return F.cross_entropy(logits, torch.full((len(logits),), label, device=logits.device), reduction="none").cpu()
 
 
-# -- mosaics ----------------------------------------------------------------------------------------------------------
-
-
 def mosaics(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, seed: int) -> Tensor:
     """Put images together from patches that the teacher knows best (RDED, arXiv 2312.03526), (K * ipc, C, S, S) uint8.
 
@@ -182,58 +142,43 @@ def mosaics(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, se
     it at the full working size), and the best grid * grid * ipc crops are put together: slot `s` has the ranks from
     s * grid * grid on, row by row of its grid, so that slot 0 is what the teacher knows best. Ties go by row number, then
     by draw.
-
-    Args: see `start_images`; `seed` is for candidates and crops.
     """
     mosaic, split = settings.mosaic, data.train
     assert mosaic is not None
     check_candidates(data, settings)
-    parts: list[Tensor] = []
+    images: list[Tensor] = []
     for label, rows in enumerate(split.rows_by_class(data.num_classes)):
         generator = torch.Generator().manual_seed(derived_seed(seed, "mosaic", label))
         drawn = torch.randperm(len(rows), generator=generator)[: mosaic.candidates].sort().values
         crops = draw_crop(len(drawn) * mosaic.crops, split.size, mosaic.crop_scale, generator)
         crops = crops.view(len(drawn), mosaic.crops, 4)
         ranked = _best_crops(split, rows[drawn.numpy()], crops, teacher, label)
-        parts += _put_together(split, ranked, settings.ipc, mosaic.grid)
-    return torch.stack(parts)
+        images += _put_together(split, ranked, settings.ipc, mosaic.grid)
+    return torch.stack(images)
 
 
 def check_candidates(data: SourceData, settings: SynthesisRecipe) -> None:
-    """Check, before any work, that each class has enough images for the mosaics of a recipe.
-
-    Raises:
-        DataError: A class has too few.
-    """
+    """Check, before any work, that each class has enough images for the mosaics of a recipe; a `DataError` if not."""
     mosaic, ipc = settings.mosaic, settings.ipc
     if mosaic is None:
         return
     needed = mosaic.grid**2 * ipc
     for name, rows in zip(data.class_names, data.train.rows_by_class(data.num_classes), strict=True):
-        if min(len(rows), mosaic.candidates) >= needed:
-            continue
-        few, remedy = f"there are {len(rows)} images", "lower"
+        few = f"there are {len(rows)} images; lower"
         if len(rows) >= mosaic.candidates:
-            few, remedy = f"synthesis.mosaic.candidates is {mosaic.candidates}", "raise it, or lower"
-        raise DataError(
-            f"class {name!r} needs {needed} candidates for {ipc} mosaics of {mosaic.grid} x {mosaic.grid} patches, but "
-            f"{few}; {remedy} synthesis.ipc or synthesis.mosaic.grid"
-        )
+            few = f"synthesis.mosaic.candidates is {mosaic.candidates}; raise it, or lower"
+        if min(len(rows), mosaic.candidates) < needed:
+            raise DataError(
+                f"class {name!r} needs {needed} candidates for {ipc} mosaics of {mosaic.grid} x {mosaic.grid} patches, but "
+                f"{few} synthesis.ipc or synthesis.mosaic.grid"
+            )
 
 
 @torch.no_grad()
 def _best_crops(
     split: ImageSplit, rows: np.ndarray, crops: Tensor, teacher: Teacher, label: int
 ) -> list[tuple[int, Tensor]]:
-    """Find the crop of least loss of each image of a class: (row, (4,) box), least loss first.
-
-    Args:
-        split: The images.
-        rows: (N,).
-        crops: (N, crops, 4) int64.
-        teacher: Who sees them.
-        label: Their class.
-    """
+    """Of the crops of each image of a class, (N, crops, 4), that of least loss: (row, (4,) box), least loss first."""
     count = crops.shape[1]
     parts = []
     for part in batch_ranges(len(rows), max(1, _BATCH // count)):
@@ -250,19 +195,14 @@ def _best_crops(
 def _put_together(split: ImageSplit, ranked: Sequence[tuple[int, Tensor]], ipc: int, grid: int) -> Iterator[Tensor]:
     """Mosaics of a class, each (C, S, S) uint8; a side that the grid does not divide has patches of two sizes."""
     size = split.size
-    cuts = [size * number // grid for number in range(grid + 1)]
-    for slot in range(ipc):
-        patches = iter(ranked[slot * grid * grid : (slot + 1) * grid * grid])
+    cuts = list(pairwise(size * number // grid for number in range(grid + 1)))
+    patches = iter(ranked)
+    for _ in range(ipc):
         canvas = torch.empty(split.channels, size, size, dtype=torch.uint8)
-        for (top, bottom), (left, right) in ((y, x) for y in pairwise(cuts) for x in pairwise(cuts)):
+        for (top, bottom), (left, right) in product(cuts, cuts):
             row, box = next(patches)
-            canvas[:, top:bottom, left:right] = _patch(split.images([row]), box, bottom - top, right - left)
+            # A crop at the size of its patch, straight from its pixels.
+            rows, columns = axis_matrix(box[0], box[2], size, bottom - top), axis_matrix(box[1], box[3], size, right - left)
+            pixels = rows.unsqueeze(1) @ to_reference(split.images([row])) @ columns.mT.unsqueeze(1)
+            canvas[:, top:bottom, left:right] = to_uint8(pixels)[0]
         yield canvas
-
-
-def _patch(image_uint8: Tensor, box: Tensor, height: int, width: int) -> Tensor:
-    """A crop of one image, (1, C, S, S), at another size, straight from its pixels: (C, height, width) uint8."""
-    size, box = image_uint8.shape[-1], box.view(1, 4)
-    rows = axis_matrix(box[:, 0], box[:, 2], size, height)
-    columns = axis_matrix(box[:, 1], box[:, 3], size, width)
-    return to_uint8(rows.unsqueeze(1) @ to_reference(image_uint8) @ columns.mT.unsqueeze(1))[0]

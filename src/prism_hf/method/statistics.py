@@ -12,10 +12,7 @@ in float32 at least.
 Source: G-VBSM (arXiv 2311.17950), statistics of convolutions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -33,15 +30,12 @@ BATCH_SIZE = 250
 """Real images per pass. A variance depends on who shares a batch, so it is not left to the machine."""
 
 
-# -- statistics of one batch ------------------------------------------------------------------------------------------
-
-
 class _ChannelStatistics(torch.autograd.Function):
     """Mean and variance per channel: N = B * H * W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        var, mean = torch.var_mean(_wide(x), dim=(0, 2, 3), correction=0)
+        var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(0, 2, 3), correction=0)
         ctx.save_for_backward(x, mean)
         return mean, var
 
@@ -52,8 +46,7 @@ class _ChannelStatistics(torch.autograd.Function):
         count = x.numel() // x.shape[1]
         slope = grad_var * (2 / count)
         offset = grad_mean / count - slope * mean
-        shape = (1, -1, 1, 1)
-        return _gradient(offset.view(shape), slope.view(shape), x)
+        return _gradient(offset.view(1, -1, 1, 1), slope.view(1, -1, 1, 1), x)
 
 
 class _PatchStatistics(torch.autograd.Function):
@@ -64,7 +57,7 @@ class _PatchStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, patch: int) -> tuple[Tensor, Tensor]:
-        var, mean = torch.var_mean(_wide(x), dim=(0, 1), correction=0)
+        var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(0, 1), correction=0)
         ctx.cuts = [_cuts(side, patch, mean.dtype, mean.device) for side in mean.shape]
         # Around the mean of the map: squares of the values themselves would cancel.
         middle = mean.mean()
@@ -85,10 +78,6 @@ class _PatchStatistics(torch.autograd.Function):
         # The transpose of pooling gives each pixel its share of every cell that it is in: cells may overlap.
         rows, columns = (cuts.T for cuts in ctx.cuts)
         return _gradient(_pool(offset, rows, columns), _pool(slope, rows, columns), x), None
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _gradient(offset: Tensor, slope: Tensor, x: Tensor) -> Tensor:
@@ -115,45 +104,32 @@ def _pool(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, (C,) each.
-
-    Args:
-        x: Input of a layer, (B, C, H, W), any float dtype.
-    """
+    """Mean and biased variance of each channel of a layer's input: (B, C, H, W) of any float dtype -> (C,) each."""
     mean, var = _ChannelStatistics.apply(x)
     return mean, var
 
 
 def patch_statistics(x: Tensor, patch: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each cell of the map, over batch, channels and the cell's pixels, (G,) each.
+    """Mean and biased variance of each cell of a layer's input, over batch, channels and pixels: (B, C, H, W) -> (G,) each.
 
-    Args:
-        x: Input of a layer, (B, C, H, W), any float dtype.
-        patch: Side of a cell in pixels. There are max(1, H // patch) by max(1, W // patch) cells, row by row; they cover
-            the map, so where the side is not a multiple they are larger, and may share a pixel at their border.
+    `patch` is the side of a cell in pixels. There are max(1, H // patch) by max(1, W // patch) cells, row by row. They
+    cover the map, so where the side is not a multiple they are larger, and may share a pixel at their border.
     """
     mean, var = _PatchStatistics.apply(x, patch)
     return mean, var
 
 
 def conv_statistics(x: Tensor, patch: int) -> dict[str, Tensor]:
-    """All four statistics of a convolution's input by name; see `channel_statistics` and `patch_statistics`."""
+    """All four statistics of a convolution's input by name."""
     return dict(zip(STATISTICS, (*channel_statistics(x), *patch_statistics(x, patch)), strict=True))
-
-
-# -- averages over real data ------------------------------------------------------------------------------------------
 
 
 def shuffled_batches(
     images: Callable[[Tensor], Tensor], count: int, *, seed: int, batch_size: int = BATCH_SIZE
 ) -> Iterator[Tensor]:
-    """All real images in batches that mix the classes, each image once.
+    """All `count` real images in batches that mix the classes, each image once, in an order of the seed.
 
-    Args:
-        images: Rows, (B,) int64 -> (B, C, H, W) uint8.
-        count: How many images there are.
-        seed: Of their order.
-        batch_size: Images per batch.
+    `images` gives rows: (B,) int64 -> (B, C, H, W) uint8.
     """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return (images(rows) for rows in order.split(batch_size))
@@ -161,12 +137,7 @@ def shuffled_batches(
 
 @torch.no_grad()
 def gather_statistics(teacher: Teacher, batches: Iterable[Tensor], *, patch: int) -> dict[str, Tensor]:
-    """Average the statistics of every convolution's input over batches of real images, weighted by their size.
-
-    Args:
-        teacher: The network, on the device to compute on.
-        batches: Real images, (B, C, H, W) uint8 each; at least one.
-        patch: See `patch_statistics`.
+    """Average the statistics of every convolution's input over batches of real images, (B, C, H, W) uint8, by their size.
 
     Returns:
         `N.channel_mean`, `N.channel_var` (C,), `N.patch_mean` and `N.patch_var` (G,), float32 on the CPU; N counts the
@@ -175,39 +146,27 @@ def gather_statistics(teacher: Teacher, batches: Iterable[Tensor], *, patch: int
     Raises:
         TeacherError: The network runs no Conv2d.
     """
-    count, total = 0, torch.zeros((), dtype=torch.float64)
-    shapes: dict[str, int] = {}
-    with _recorded(teacher.model, patch) as seen:
-        for images in batches:
-            seen.clear()
-            teacher.logits(to_reference(images.to(teacher.device)))
-            if not seen:
-                raise TeacherError(
-                    f"teacher {teacher.name!r} has no Conv2d layer; leave out synthesis.conv, or this teacher"
-                )
-            sizes = {key: len(value) for key, value in seen.items()}
-            assert sizes == (shapes or sizes), "a network runs the same layers on every batch"
-            shapes = sizes
-            # One vector: one copy from the device per batch.
-            total = total + torch.cat(list(seen.values())).cpu().double() * len(images)
-            count += len(images)
-    assert count, "there are real images"
-    averages = (total / count).float().split(list(shapes.values()))
-    return {key: average.clone() for key, average in zip(shapes, averages, strict=True)}
-
-
-@contextmanager
-def _recorded(model: nn.Module, patch: int) -> Iterator[dict[str, Tensor]]:
-    """A dict that each pass inside the block fills; whoever starts a pass empties it."""
     seen: dict[str, Tensor] = {}
 
     def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         number = len(seen) // len(STATISTICS)
         seen.update({f"{number}.{key}": value for key, value in conv_statistics(inputs[0], patch).items()})
 
-    handles = [layer.register_forward_pre_hook(record) for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    layers = [layer for layer in teacher.model.modules() if isinstance(layer, nn.Conv2d)]
+    handles = [layer.register_forward_pre_hook(record) for layer in layers]
+    count, totals = 0, dict[str, Tensor]()
     try:
-        yield seen
+        for images in batches:
+            seen.clear()
+            teacher.logits(to_reference(images.to(teacher.device)))
+            if not seen:
+                name = teacher.name
+                raise TeacherError(f"teacher {name!r} has no Conv2d layer; leave out synthesis.conv, or this teacher")
+            assert seen.keys() == (totals or seen).keys(), "a network runs the same layers on every batch"
+            totals = {key: totals.get(key, 0) + value.cpu().double() * len(images) for key, value in seen.items()}
+            count += len(images)
     finally:
         for handle in handles:
             handle.remove()
+    assert count, "there are real images"
+    return {key: (total / count).float() for key, total in totals.items()}

@@ -5,8 +5,6 @@ Legend: B images of a job, C channels, H W pixels.
 At each step one random view A of the whole batch is drawn, and one Adam step follows the gradient of L(x) at the pixels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -29,8 +27,7 @@ class Step:
         number: Steps done, 1 to `job.iterations`.
         pixels: The images, (B, C, H, W) float32 in the reference normalization; live, the next step changes them.
         terms: Of the loss of this step. They stay on the device: reading one waits for it.
-        lr: Learning rate of this step.
-        state: Gives a copy of everything that the next step depends on, as tensors by name; `synthesize` goes on from it.
+        state: Gives a copy of everything that the next step depends on; `synthesize` goes on from it.
     """
 
     number: int
@@ -98,13 +95,9 @@ def learning_rate(settings: SynthesisRecipe, iteration: int, iterations: int) ->
 
 
 def draw_view(images: Tensor, view: SynthesisView, generator: torch.Generator, *, progress: float = 1.0) -> Tensor:
-    """A x: one crop, flip and roll for the whole batch, drawn on the CPU: the same on any device.
+    """A x: one crop, flip and roll for the whole batch x, (B, C, H, W), drawn on the CPU: the same on any device.
 
-    Args:
-        images: x, (B, C, H, W) float.
-        view: What may be drawn.
-        generator: Where all randomness comes from.
-        progress: Share of the iterations that are done, in [0, 1]; for the curriculum.
+    `progress` is the share of the iterations that are done, in [0, 1]; for the curriculum.
     """
     crop = draw_crop(1, images.shape[-1], crop_range(view, progress), generator)
     uniform = torch.rand(3, generator=generator)
@@ -127,7 +120,6 @@ def crop_range(view: SynthesisView, progress: float) -> tuple[float, float]:
 def _state(
     number: int, pixels: Tensor, adam: torch.optim.Adam, generator: torch.Generator, objective: Objective
 ) -> dict[str, Tensor]:
-    """Everything that the next step depends on, copied."""
     tensors = {"step": torch.tensor(number), "pixels": pixels.detach().clone(), "generator": generator.get_state()}
     tensors |= {f"adam/{key}": value.clone() for key, value in adam.state[pixels].items()}
     return tensors | objective.state()
@@ -136,12 +128,13 @@ def _state(
 def _restore(
     state: Mapping[str, Tensor], pixels: Tensor, adam: torch.optim.Adam, generator: torch.Generator, objective: Objective
 ) -> int:
-    """Go on from what `_state` gave; the number of steps done."""
+    """Go on from `_state`; the number of steps done."""
     pixels.data.copy_(state["pixels"])
     generator.set_state(state["generator"])
-    moments = {key.removeprefix("adam/"): value for key, value in state.items() if key.startswith("adam/")}
-    for key, value in moments.items():
-        # In the memory layout of the pixels: another one may round differently in the last bit.
-        adam.state[pixels][key] = torch.empty_like(pixels).copy_(value) if value.shape == pixels.shape else value.clone()
+    for key, value in state.items():
+        if key.startswith("adam/"):
+            # In the memory layout of the pixels: another one may round differently in the last bit.
+            moment = torch.empty_like(pixels).copy_(value) if value.shape == pixels.shape else value.clone()
+            adam.state[pixels][key.removeprefix("adam/")] = moment
     objective.restore(state)
     return int(state["step"])

@@ -15,11 +15,10 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
-from ..errors import OutputError, RecipeError
+from ..errors import RecipeError
 from ..images import REFERENCE, SourceData
 from ..recipe import Recipe, public_recipe
 from ..runtime import draft_folder, swap_folder, writing
@@ -78,8 +77,6 @@ def store_network(
             facts.write(draft / facts.FILE)
         if replace or not is_stored(folder, facts.FILE):
             swap_folder(draft, folder)
-    except SafetensorError as error:
-        raise OutputError(f"{folder} cannot be written ({error}); make space and give the same command again") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

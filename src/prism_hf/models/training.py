@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import NotFiniteError
 from ..images import ImageSplit, to_reference
-from ..runtime import raise_if_stopped
+from ..runtime import raise_if_stopped, told_in_one_line
 from ..runtime.checkpoint import (
     Checkpoint,
     State,
@@ -27,7 +27,6 @@ from ..runtime.checkpoint import (
     restore_optimizer,
     restore_random_state,
 )
-from ..runtime.memory import told_in_one_line
 
 CHECK_EVERY = 20
 """Steps between looks at the losses; each look waits for the device."""

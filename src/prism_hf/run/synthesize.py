@@ -16,9 +16,8 @@ from ..images import ImageSplit, noise, to_reference
 from ..method import BATCH_SIZE, SCORED, choose_start_images, gather_statistics, real_rows, shuffled_batches
 from ..models import Teacher
 from ..recipe import SynthesisJob, plan_jobs
-from ..runtime import Artifact, clear_drafts, digest, holder_of, holder_text, is_held, locked
+from ..runtime import Artifact, clear_drafts, digest, holder_of, holder_text, is_held, locked, told_in_one_line
 from ..runtime.checkpoint import Checkpoint
-from ..runtime.memory import told_in_one_line
 from ..runtime.share import Progress
 from ..runtime.tensors import open_rows, read_tensors, write_rows, write_tensors
 from .artifacts import read_failed

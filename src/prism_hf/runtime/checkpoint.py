@@ -1,10 +1,7 @@
 """Checkpoints: a long job keeps its state every few minutes, and when somebody asks the run to stop.
 
-A checkpoint is a safetensors file with everything that the next step depends on. Resuming from it gives the same bytes as
-never having stopped (on the CPU).
+Everything that the next step depends on: resuming gives the same bytes as never having stopped (on the CPU).
 """
-
-from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
@@ -18,29 +15,19 @@ from .stop import EVERY_S, raise_if_stopped, stop_wanted
 from .store import Artifact
 from .tensors import read_tensors, write_tensors
 
-SHARE = 0.01
-"""Share of the time that writing checkpoints may take."""
-
 
 @dataclass(frozen=True)
 class State:
-    """What a job needs to go on.
-
-    Attributes:
-        tensors: By name.
-        notes: Plain JSON values.
-    """
+    """What a job needs to go on: tensors by name, and plain JSON values."""
 
     tensors: Mapping[str, Tensor]
     notes: Mapping[str, Any]
 
 
 class Checkpoint:
-    """The state of one job on the disk.
+    """The state of one job in a file, whose key says what the job is made from: a state of anything else is not used.
 
-    Args:
-        file: Where, and what the job is made from; a state of anything else is not used.
-        every_s: Seconds between two writes; 0 writes at each call.
+    `every_s` are the seconds between two writes; 0 writes at each call.
     """
 
     def __init__(self, file: Artifact, every_s: float = EVERY_S) -> None:
@@ -54,12 +41,8 @@ class Checkpoint:
         return State(read_tensors(self.file.path), self.file.check().notes)
 
     def tick(self, state: Callable[[], State]) -> None:
-        """Call after each step: keeps the state when it is time for it, or when the run is to stop.
-
-        Raises:
-            StoppedError: The run is to stop; the state is kept.
-        """
-        wanted = stop_wanted()
+        """Call after each step: keeps the state when it is time for it, or before the `StoppedError` of a run that ends."""
+        wanted = stop_wanted()  # asked once: a signal between two questions would end the run without its state
         if wanted or time.monotonic() - self._last >= self._pause_s:
             self.save(state())
         if wanted:
@@ -71,8 +54,8 @@ class Checkpoint:
         write_tensors(self.file, state.tensors, state.notes)
         self._last = time.monotonic()
         if self.every_s:
-            # A slow disk makes checkpoints rarer, up to five times: then a write of 6 s is 1 % of the default.
-            self._pause_s = min(max(self.every_s, (self._last - started) / SHARE), 5 * self.every_s)
+            # Writing may take 1 % of the time: a slow disk makes checkpoints rarer, up to five times.
+            self._pause_s = min(max(self.every_s, 100 * (self._last - started)), 5 * self.every_s)
 
     def clear(self) -> None:
         """Remove it: the job is finished."""
@@ -80,14 +63,14 @@ class Checkpoint:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
-    """The state of an optimiser: tensors as `INDEX.KEY`, parameter groups in the notes."""
+    """The state of an optimizer: tensors as `INDEX.KEY`, parameter groups in the notes."""
     plain = optimizer.state_dict()
     tensors = {f"{index}.{key}": value for index, entry in plain["state"].items() for key, value in entry.items()}
     return State(tensors, {"groups": plain["param_groups"]})
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Give an optimiser the state that `optimizer_state` read."""
+    """Give an optimizer the state that `optimizer_state` read."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for name, value in state.tensors.items():

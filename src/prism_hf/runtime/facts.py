@@ -1,6 +1,4 @@
-"""Facts: a JSON file of ours as one typed class, which is its only reader and its only writer."""
-
-from __future__ import annotations
+"""Facts: a JSON file of ours as one typed class, its only reader and its only writer."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -13,19 +11,15 @@ from .store import write_json
 class Facts(BaseModel):
     """The content of a JSON file that prism-hf wrote, and that anybody may have changed since.
 
-    Keys that a class names are checked; others are kept, since a later version may have written them. What was not said
-    when the facts were made, or does not stand in the file, is not written either.
+    Keys that a class names are checked; others are kept, since a later version may have written them. What is not in the
+    file, or was not set, is not written either.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
     @classmethod
     def parse(cls, data: bytes, name: str) -> Self:
-        """The facts in the bytes of a file.
-
-        Raises:
-            ValueError: One line that begins with `name`, and says what is missing or wrong.
-        """
+        """The facts in the bytes of a file, or a `ValueError`: one line that begins with `name`."""
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:

@@ -1,6 +1,4 @@
-"""Call the Hub: which failures pass by themselves, how long to wait for them, and what the others mean, in one line."""
-
-from __future__ import annotations
+"""Calls of the Hub: which failures pass by themselves, how long to wait for them, and what the others mean, in one line."""
 
 import json
 import logging
@@ -25,32 +23,23 @@ from .untrusted import without_password
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0)
 """Seconds between tries: four minutes in all, time enough for a restart of the Hub or of a router."""
-
-SHORT = (1.0, 2.0, 4.0, 8.0)
-"""For a check that somebody is waiting for."""
-
-BRIEF = (0.5, 1.0, 2.0)
-"""For a question that the cache may answer instead."""
-
+SHORT = (1.0, 2.0, 4.0, 8.0)  # for a check that somebody is waiting for
+BRIEF = (0.5, 1.0, 2.0)  # for a question that the cache may answer instead
 HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, ValueError)
-"""All that the Hub's clients raise: LFS wraps into RuntimeError, Xet into ConnectionError, and an HTML page where JSON was
-expected makes a JSONDecodeError, which is a ValueError."""
-
+"""All that the Hub's clients raise: LFS wraps into RuntimeError, Xet into ConnectionError, a page that is not JSON into
+ValueError."""
 UNREACHABLE = (httpx2.ConnectError, httpx2.TimeoutException, httpx2.ProxyError, httpx2.UnsupportedProtocol)
-"""No answer at all, as without a network."""
-
 _TIMEOUT = httpx2.Timeout(30.0, read=300.0, write=120.0)  # the library's own is none at all; a big commit may take minutes
 _LONGEST_PAUSE = 300.0
 _TEMPORARY = frozenset({408, 409, 412, 425, 429})
 _LONGEST_TEXT = 240
 _BAD_TOKEN = (httpx2.LocalProtocolError, UnicodeEncodeError)
 """What a token that cannot stand in an HTTP header leads to; the text of these errors quotes it."""
+_STATED = re.compile(r"\b(?:HTTP status|status(?: code)?)\W{0,3}(?:client error|server error)?\W{0,3}(\d{3})\b", re.I)
 _TELLING = (HubError, OfflineModeIsEnabled, httpx2.HTTPError, json.JSONDecodeError, UnicodeEncodeError)
 """What tells more than an error that wraps it ("Error while uploading") or one that it wraps (of a socket)."""
-
 _SENTENCES: tuple[tuple[int | type | tuple[type, ...], str], ...] = (
     (OfflineModeIsEnabled, "HF_HUB_OFFLINE=1 is set, and the cache does not have it; unset it, or run once with a network"),
     (
@@ -83,11 +72,7 @@ _SENTENCES: tuple[tuple[int | type | tuple[type, ...], str], ...] = (
 
 
 def again(
-    attempt: Callable[[], T],
-    doing: str,
-    pauses: Sequence[float] = PAUSES,
-    *,
-    at_once: tuple[type[Exception], ...] = (),
+    attempt: Callable[[], T], doing: str, pauses: Sequence[float] = PAUSES, *, at_once: tuple[type[Exception], ...] = ()
 ) -> T:
     """Run `attempt` until it succeeds, fails for good, or has been tried once more than there are pauses.
 
@@ -112,8 +97,7 @@ def again(
                 raise HubError(f"{doing} failed: {reason}") from error
             if pause is None or isinstance(error, at_once):
                 times = "" if pause is not None else f" {len(pauses) + 1} times"
-                advice = "run the same command again later"
-                raise HubError(f"{doing} failed{times}: {reason}; {advice}", away=True) from error
+                raise HubError(f"{doing} failed{times}: {reason}; run the same command again later", away=True) from error
             wait = max(pause, _requested_pause(error))
             log.info("%s: %s; trying again in %g s", doing, reason, wait)
             time.sleep(wait)
@@ -148,16 +132,10 @@ def passes(error: BaseException) -> bool:
 
 def status_of(error: BaseException) -> int | None:
     """Return the HTTP status behind an error, through what wrapped it; Xet tells it in words alone."""
-    for link in _chain(error):
-        if isinstance(link, HfHubHTTPError | httpx2.HTTPStatusError):
-            return int(link.response.status_code)
-        if isinstance(link, ConnectionError):
-            stated = re.search(
-                r"\b(?:HTTP status|status(?: code)?)\W{0,3}(?:client error|server error)?\W{0,3}(\d{3})\b", str(link), re.I
-            )
-            if stated:
-                return int(stated[1])
-    return None
+    if (answer := _answer(error)) is not None:
+        return int(answer.status_code)
+    stated = (_STATED.search(str(link)) for link in _chain(error) if isinstance(link, ConnectionError))
+    return next((int(match[1]) for match in stated if match), None)
 
 
 def explain(error: BaseException) -> str:
@@ -186,7 +164,7 @@ def explain(error: BaseException) -> str:
 
 
 def hub_name() -> str:
-    """Name the Hub in messages, without a password that its address may hold."""
+    """Name the Hub in messages."""
     return f"the Hub at {without_password(constants.ENDPOINT)}"
 
 
@@ -196,9 +174,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
+def _answer(error: BaseException) -> httpx2.Response | None:
+    links = (link for link in _chain(error) if isinstance(link, HfHubHTTPError | httpx2.HTTPStatusError))
+    return next((link.response for link in links), None)
+
+
 def _requested_pause(error: BaseException) -> float:
-    for link in _chain(error):
-        if isinstance(link, HfHubHTTPError | httpx2.HTTPStatusError):
-            seconds = link.response.headers.get("Retry-After", "")
-            return min(float(seconds), _LONGEST_PAUSE) if seconds.isdecimal() else 0.0
-    return 0.0
+    answer = _answer(error)
+    seconds = "" if answer is None else answer.headers.get("Retry-After", "")
+    return min(float(seconds), _LONGEST_PAUSE) if seconds.isdecimal() else 0.0

@@ -1,11 +1,8 @@
 """One launch at a time in one folder. The operating system holds the lock: it ends with the process, however that dies."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,23 +15,18 @@ from .stop import is_first_process
 from .store import write_json, writing
 
 LOCK, HOLDER = ".lock", ".holder.json"
-PATIENCE_S = 6.0
-"""Seconds to wait for a launch that is about to end: people press Ctrl-C and start again."""
+PATIENCE_S = 6.0  # for a launch that is about to end: people press Ctrl-C and start again
 
 
 @contextmanager
 def locked(folder: Path, *, patience_s: float = PATIENCE_S) -> Iterator[dict[str, object] | None]:
-    """Hold a folder, which is made if it is not there, for the length of the block.
-
-    Args:
-        folder: The output folder.
-        patience_s: How long to wait for another launch to end.
+    """Hold a folder, made if it is missing, for the length of the block.
 
     Yields:
         The last holder if it ended without giving the folder back (it was killed), else `None`.
 
     Raises:
-        OutputError: Another launch holds the folder: names its host and process.
+        OutputError: Another launch holds the folder, after `patience_s` too: names its host and process.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,8 +36,8 @@ def locked(folder: Path, *, patience_s: float = PATIENCE_S) -> Iterator[dict[str
         except Timeout as error:
             raise _in_use(folder) from error
     try:
-        killed = holder_of(folder)
-        write_json(folder / HOLDER, _myself())
+        killed, since = holder_of(folder), datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(folder / HOLDER, {"host": socket.gethostname(), "pid": os.getpid(), "since": since})
         yield killed
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
@@ -53,29 +45,18 @@ def locked(folder: Path, *, patience_s: float = PATIENCE_S) -> Iterator[dict[str
 
 
 def check_free(folder: Path, *, patience_s: float = PATIENCE_S) -> None:
-    """Refuse early, before anything is loaded; changes nothing.
+    """Refuse a folder in use with an `OutputError` early, before anything is loaded; changes nothing.
 
     Only the first process looks: the others may come when it holds the folder already.
-
-    Raises:
-        OutputError: Another launch holds the folder, and goes on holding it.
     """
-    until = time.monotonic() + patience_s
-    while is_first_process() and is_held(folder):
-        if time.monotonic() > until:
-            raise _in_use(folder)
-        time.sleep(0.2)
+    if is_first_process() and is_held(folder, patience_s=patience_s):
+        raise _in_use(folder)
 
 
 def _in_use(folder: Path) -> OutputError:
-    return OutputError(
-        f"output {str(folder)!r} is in use by {holder_text(holder_of(folder))}; wait for it, stop it, or use another "
-        "folder (--output DIR)"
-    )
-
-
-def _myself() -> dict[str, object]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+    holder = holder_text(holder_of(folder))
+    remedy = "wait for it, stop it, or use another folder (--output DIR)"
+    return OutputError(f"output {str(folder)!r} is in use by {holder}; {remedy}")
 
 
 def holder_of(folder: Path) -> dict[str, object] | None:
@@ -87,13 +68,13 @@ def holder_of(folder: Path) -> dict[str, object] | None:
     return value if isinstance(value, dict) else None
 
 
-def is_held(folder: Path) -> bool:
-    """Whether a launch holds a folder now; changes nothing."""
+def is_held(folder: Path, *, patience_s: float = 0) -> bool:
+    """Whether a launch holds a folder, and goes on holding it for `patience_s`; changes nothing."""
     if not (folder / LOCK).is_file():
         return False
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience_s)
     except (Timeout, OSError):
         return True
     lock.release()

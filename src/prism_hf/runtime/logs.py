@@ -1,6 +1,4 @@
-"""Where a run writes what it says: the terminal, and DIR/logs/run.log with times. Secrets are blotted out."""
-
-from __future__ import annotations
+"""The log of a run, DIR/logs/run.log: what the terminal shows, with times. Secrets are blotted out."""
 
 import contextlib
 import logging
@@ -9,7 +7,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
 from pathlib import Path
 
 _OURS = "prism_hf"
@@ -36,10 +33,6 @@ class _LogFile(logging.FileHandler):
 
     _told = False
 
-    def _open(self) -> TextIOWrapper:
-        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
-        return super()._open()
-
     def emit(self, record: logging.LogRecord) -> None:
         try:
             super().emit(record)
@@ -61,6 +54,8 @@ class _LogFile(logging.FileHandler):
 def log_file(folder: Path, rank: int) -> Iterator[Path]:
     """Append our log lines to DIR/logs/run.log (of other processes: run-RANK.log) for the length of the block."""
     path = folder / "logs" / ("run.log" if rank == 0 else f"run-{rank}.log")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
     handler = _LogFile(path, encoding="utf-8", delay=True)
     handler.setFormatter(_Blotted("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger(_OURS)

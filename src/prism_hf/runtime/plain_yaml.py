@@ -4,8 +4,6 @@ We read the core schema of YAML 1.2: `1e-3` is a number, `yes` and `2024-01-01` 
 the Hub's Python libraries, which go by YAML 1.1.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Mapping
@@ -13,24 +11,22 @@ from io import StringIO
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.composer import Composer
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import VersionedResolver
-from ruamel.yaml.tag import Tag
 
 MOST_ALIASES = 16
 """Aliases in one text; each level of an alias bomb needs two at least, so this many stand for some hundred values."""
 
 _TAG = "tag:yaml.org,2002:"
 _CORE_SCHEMA = {
-    "null": re.compile(r"~|null|Null|NULL|"),
-    "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
-    "int": re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
-    "float": re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }
 """YAML 1.2.2, section 10.3.2: what text without quotes means; all else is text."""
 _PLAIN_TAGS = tuple(_TAG + kind for kind in (*_CORE_SCHEMA, "str", "seq", "map"))
@@ -43,15 +39,17 @@ class YamlError(ValueError):
 
 
 def read_yaml(text: str) -> object:
-    """YAML -> plain values: each key stands once, nothing is merged into a mapping, and no tag makes anything else.
-
-    Raises:
-        YamlError: The text is not plain YAML.
-    """
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Resolver, yaml.Composer, yaml.Constructor = _CoreSchema, _FewAliases, _PlainConstructor
+    """YAML -> plain values, or a `YamlError`: each key stands once, nothing is merged, and no tag makes anything else."""
+    yaml = _yaml()
+    yaml.Constructor = _PlainConstructor
+    yaml.composer.warn_double_anchors = False
     try:
-        return yaml.load(text)
+        values = yaml.load(text)  # linear: an alias is one more name for a value
+        aliases = [event for event in _yaml().parse(text) if isinstance(event, AliasEvent)]
+        if len(aliases) > MOST_ALIASES:
+            problem = f"more than {MOST_ALIASES} aliases (*name); write the values out"
+            raise ConstructorError(None, None, problem, aliases[MOST_ALIASES].start_mark)
+        return values
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(part for part in (error.context, error.problem) if part)
@@ -75,8 +73,8 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
     Keys keep their order, and every text stays on one line, whatever line ends it holds: on a line of its own, a part of it
     could look like something of the card around it.
     """
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Resolver, yaml.Representer = _CoreSchema, _PlainRepresenter
+    yaml = _yaml()
+    yaml.Representer = _PlainRepresenter
     yaml.default_flow_style, yaml.width = False, sys.maxsize
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     stream = StringIO()
@@ -84,37 +82,17 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
     return stream.getvalue()
 
 
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Resolver = _CoreSchema
+    return yaml
+
+
 class _CoreSchema(VersionedResolver):
     """Means the same under any `%YAML` directive."""
 
-    @property
-    def processing_version(self) -> tuple[int, int]:
-        return (1, 2)
-
-    def resolve(self, kind: type[Node], value: Any, implicit: Any) -> Tag:
-        if kind is ScalarNode and implicit[0]:
-            for name, pattern in _CORE_SCHEMA.items():
-                if pattern.fullmatch(value):
-                    return Tag(suffix=_TAG + name)
-            return self.DEFAULT_SCALAR_TAG
-        return super().resolve(kind, value, implicit)
-
-
-class _FewAliases(Composer):
-    """Refuses texts that repeat themselves without end."""
-
-    def __init__(self, loader: Any = None) -> None:
-        super().__init__(loader=loader)
-        self.warn_double_anchors = False
-        self.aliases = 0
-
-    def compose_node(self, parent: Node | None, index: Any) -> Node:
-        if self.parser.check_event(AliasEvent):
-            self.aliases += 1
-            if self.aliases > MOST_ALIASES:
-                problem = f"more than {MOST_ALIASES} aliases (*name); write the values out"
-                raise ConstructorError(None, None, problem, self.parser.peek_event().start_mark)
-        return super().compose_node(parent, index)
+    processing_version = (1, 2)
+    versioned_resolver = {None: [(_TAG + kind, re.compile(f"(?:{text})\\Z")) for kind, text in _CORE_SCHEMA.items()]}
 
 
 class _PlainConstructor(SafeConstructor):

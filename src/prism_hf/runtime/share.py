@@ -20,8 +20,7 @@ from .units import duration_text
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-ESTIMATE_AFTER_S = 20.0
-"""A stage that is not done by then says in the log how long it should take."""
+ESTIMATE_AFTER_S = 20.0  # a stage that is not done by then says in the log how long it should take
 _WRITE_EVERY_S = 5.0
 
 
@@ -42,19 +41,13 @@ def share(
 ) -> None:
     """Do every task that is not done, shared over the processes; returns on all of them when all are done.
 
-    Args:
-        accelerator: The processes.
-        stage: What the tasks belong to, for bar, log and status.
-        tasks: The same on every process. The largest are done first, so that the processes finish together.
-        is_done: Whether a task is done. Each process looks at its share; nobody looks while another is already at work.
-        do: Does one task. It may tell its progress in steps; a task that tells nothing counts at its end.
-        unit: What a task is, in the singular.
-        notes: Folder for progress-RANK.json, which `prism-hf status` reads.
-        prepare: Called on every process with the tasks that are not done, if there are any.
-        name: Of a task.
-        size: Steps of a task.
-        steps: What a step is, in the singular; by default a step is a task.
-        title: Stands before the stage on the bar, where the run is one of many; those together have one estimate.
+    - `tasks` are the same on every process; the largest by `size` are done first, so that the processes finish together.
+    - `is_done` is asked by each process for its share; nobody looks while another is already at work.
+    - `do` may tell its progress in steps; a task that tells nothing counts at its end.
+    - `prepare` is called on every process with the tasks that are not done, if there are any.
+    - `unit` and `steps` say what a task and a step are, in the singular; by default a step is a task.
+    - `notes` is the folder for progress-RANK.json, which `prism-hf status` reads.
+    - `title` stands before the stage on the bar, where the run is one of many; those together have one estimate.
     """
     missing = unfinished(accelerator, tasks, is_done)
     if accelerator.is_main_process:
@@ -63,9 +56,9 @@ def share(
         prepare(missing)
         largest_first = sorted(missing, key=size, reverse=True)
         mine = largest_first[accelerator.process_index :: accelerator.num_processes]
-        path = notes / f"progress-{accelerator.process_index}.json"
+        path, total = notes / f"progress-{accelerator.process_index}.json", sum(map(size, mine))
         tell = accelerator.is_main_process and not title
-        progress = Progress(path, stage, sum(map(size, mine)), steps or unit, title, tell=tell)
+        progress = Progress(path, stage, total, steps or unit, title, tell=tell)
         try:
             for task in mine:
                 progress.begin(name(task))
@@ -77,31 +70,21 @@ def share(
 
 
 def unfinished(accelerator: Accelerator, tasks: Sequence[T], is_done: Callable[[T], bool]) -> list[T]:
-    """The tasks that are not done, in order, known to every process.
-
-    Looking can mean reading files to their end, so the work is divided.
-    """
+    """The tasks that are not done, in order, known to every process; looking, which may read whole files, is divided."""
     rank, world = accelerator.process_index, accelerator.num_processes
     missing = [number for number in range(rank, len(tasks), world) if not is_done(tasks[number])]
     return [tasks[number] for number in sorted(gather_object(missing))]
 
 
 class Progress:
-    """The progress of this process in a stage: a bar for people, a small JSON file for `prism-hf status`.
+    """The progress of this process in its share of a stage: a bar for people, a small JSON file for `prism-hf status`.
 
-    Args:
-        path: The JSON file; a process that is killed leaves it behind.
-        stage: Name of the stage.
-        total: Steps of this process's share.
-        unit: What a step is, in the singular.
-        title: Stands before the stage on the bar.
-        tell: Whether to write the one estimate into the log.
+    A process that is killed leaves the file behind. `tell` writes one estimate into the log.
     """
 
     def __init__(self, path: Path, stage: str, total: int, unit: str, title: str = "", *, tell: bool = True) -> None:
         self._path, self._stage, self._total, self._unit, self._tell = path, stage, total, unit, tell
-        self._made, self._skipped, self._at_begin = 0, 0, 0
-        self._task = ""
+        self._made, self._skipped, self._at_begin, self._task = 0, 0, 0, ""
         self._started, self._written = time.monotonic(), 0.0
         self._bar = tqdm(total=total, desc=f"{title}, {stage}" if title else stage, unit=unit, leave=not title)
 
@@ -148,21 +131,12 @@ class Progress:
         """An estimate from the speed so far, or `None` before anything was made."""
         if not self._made:
             return None
-        seconds = time.monotonic() - self._started
-        return seconds / self._made * (self._total - self.count)
+        return (time.monotonic() - self._started) / self._made * (self._total - self.count)
 
     def _write(self) -> None:
         self._written = time.monotonic()
-        note = {
-            "stage": self._stage,
-            "unit": self._unit,
-            "done": self.count,
-            "of": self._total,
-            "now": self._task,
-            "seconds_left": self.seconds_left,
-            "updated": time.time(),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-        }
+        note = {"stage": self._stage, "unit": self._unit, "done": self.count, "of": self._total, "now": self._task}
+        note |= {"seconds_left": self.seconds_left, "updated": time.time()}
+        note |= {"host": socket.gethostname(), "pid": os.getpid()}
         with suppress(OutputError):  # only a note: on a full disk the next file that matters says so
             write_json(self._path, note)

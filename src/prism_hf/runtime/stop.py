@@ -1,10 +1,8 @@
-"""How a run ends when somebody asks it to: Ctrl-C, SIGTERM, or the death of the launcher, each within seconds.
+"""The end of a run when somebody asks for it: Ctrl-C, SIGTERM, or the death of the launcher, each within seconds.
 
 A signal is noticed by a thread, since the main thread may be inside a library call for hours (a barrier, a long
 kernel). Loops ask `stop_wanted` at each step, keep what they have, and leave; whoever does not leave in time is ended.
 """
-
-from __future__ import annotations
 
 import contextlib
 import os
@@ -15,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
@@ -23,15 +20,16 @@ from ..errors import StoppedError
 
 GRACE_S = 3.0
 """Seconds that the main thread has to keep its state; a busy machine takes its time, and five is what is promised."""
-EVERY_S = 120.0
-"""Seconds between two checkpoints of a long job: what a stop may lose at most."""
+EVERY_S = 120.0  # between two checkpoints of a long job: what a stop may lose at most
 _LAUNCHER_CHECK_S = 0.3
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
+_LAUNCHER_MODULES = ("accelerate.commands", "torch.distributed")
+_LAUNCHER_FILES = ("accelerate/commands/launch.py", "torch/distributed/run.py")
 _HOW_TO_RESUME = "what is finished is kept; the same command goes on where this run stopped"
 
 _wanted, _told = threading.Event(), threading.Event()
-_exit_code = 0
+_exit_code, _first_at = 0, 0.0
 
 
 def is_first_process() -> bool:
@@ -45,11 +43,7 @@ def stop_wanted() -> bool:
 
 
 def raise_if_stopped() -> None:
-    """Leave the work if somebody asked for it.
-
-    Raises:
-        StoppedError: They did.
-    """
+    """Leave the work with a `StoppedError` if somebody asked for it."""
     if stop_wanted():
         raise StoppedError(_HOW_TO_RESUME)
 
@@ -76,7 +70,9 @@ def stopping_cleanly() -> Iterator[None]:
     _exit_code = 0
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    before = {number: signal.signal(number, _ignored) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    # The thread that reads the wake-up socket does the work of the handlers.
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: None) for number in heeded}
     old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     finished = threading.Event()
     threading.Thread(target=_watch_signals, args=(reader, finished), daemon=True).start()
@@ -93,28 +89,17 @@ def stopping_cleanly() -> Iterator[None]:
         writer.close()
 
 
-def _ignored(number: int, frame: FrameType | None) -> None:
-    """The thread that reads the wake-up socket does the work."""
-
-
 def _watch_signals(reader: socket.socket, finished: threading.Event) -> None:
     """Wait for the first signal; the second one ends the process at once."""
     while data := reader.recv(16):
         for number in data:
             if number not in _SIGNALS:
                 continue
-            if _wanted.is_set() and number == signal.SIGINT and _impatient():
+            # One Ctrl-C reaches a process more than once: from the terminal, and from a launcher that passes it on.
+            if _wanted.is_set() and number == signal.SIGINT and time.monotonic() - _first_at > 1:
                 os._exit(128 + number)
             _stop(signal.Signals(number).name, 128 + number, finished)
     reader.close()
-
-
-_first_at = 0.0
-
-
-def _impatient() -> bool:
-    # One Ctrl-C reaches a process more than once: from the terminal, and from a launcher that passes it on.
-    return time.monotonic() - _first_at > 1
 
 
 def _stop(reason: str, code: int, finished: threading.Event) -> None:
@@ -148,9 +133,8 @@ def _watch_launcher(parent: int, finished: threading.Event) -> None:
 def _is_launcher(pid: int) -> bool:
     """By the words of its command, not by a path that happens to contain one of them."""
     try:
-        words = psutil.Process(pid).cmdline()
+        words = psutil.Process(pid).cmdline()[:4]
     except psutil.Error:
         return False
-    return any(
-        Path(word).name in _LAUNCHERS or word.startswith(("accelerate.commands", "torch.distributed")) for word in words[:4]
-    ) or any(word.endswith(("accelerate/commands/launch.py", "torch/distributed/run.py")) for word in words[:4])
+    names = any(Path(word).name in _LAUNCHERS for word in words)
+    return names or any(word.startswith(_LAUNCHER_MODULES) or word.endswith(_LAUNCHER_FILES) for word in words)

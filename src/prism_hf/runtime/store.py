@@ -1,11 +1,5 @@
-"""Whole files: written completely or not at all, with a proof of what they were made from.
+"""Whole files: written completely or not at all, with a proof of what they were made from; read back, or set aside."""
 
-One idea that every stage needs, in one place: write a file with a proof, read it back, or set it aside and say so.
-"""
-
-from __future__ import annotations
-
-import errno
 import hashlib
 import json
 import logging
@@ -19,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
+
 from ..errors import DamagedError, OutputError
 
 log = logging.getLogger(__name__)
@@ -26,37 +22,26 @@ T = TypeVar("T")
 DRAFT = ".draft-"
 """Names of unfinished files and folders begin so; a process that was killed leaves them, the next launch clears them."""
 SEAL = ".seal"
-"""The seal of FILE is FILE.seal."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = ("No space left", "File too large", "quota exceeded")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about a write into one line that helps.
-
-    Raises:
-        OutputError: The disk is full, a quota or size limit is reached, or the place cannot be written.
-    """
+    """Turn what the operating system says about a write into an `OutputError`: one line that helps."""
     try:
         yield
     except OutputError:
         raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in _FULL or "No space left" in reason or "File too large" in reason:
-            raise OutputError(
-                f"{path} cannot be written ({reason}); what is finished stays good: make space and give the same command "
-                "again"
-            ) from error
-        raise OutputError(f"{path} cannot be written ({reason}); make it writable, or use another folder") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        remedy = "make it writable, or use another folder"
+        if any(words in reason for words in _FULL):
+            remedy = "what is finished stays good: make space and give the same command again"
+        raise OutputError(f"{path} cannot be written ({reason}); {remedy}") from error
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then rename it to `path`: a reader sees the old file or the new one.
-
-    Raises:
-        OutputError: It cannot be written; the old file stays.
-    """
+    """Let `write` fill a file beside `path`, then rename it to `path`: a reader sees the old file or the new one."""
     with _drafted(path, write) as draft, writing(path):
         os.replace(draft, path)
         _sync_folder(path.parent)
@@ -113,8 +98,7 @@ def swap_folder(draft: Path, folder: Path) -> None:
         try:
             os.replace(draft, folder)
         except OSError:
-            if old.is_dir():
-                os.replace(old, folder)
+            restore_swapped(folder)
             raise
         _sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -128,28 +112,22 @@ def restore_swapped(folder: Path) -> None:
 
 
 def clear_drafts(folder: Path, *, of: str = "", deep: bool = True) -> int:
-    """Remove what killed processes left half-written in a folder; only for whoever holds its lock.
+    """Remove what killed processes left half-written in a folder, and count it; only for whoever holds its lock.
 
-    Args:
-        folder: Where to look.
-        of: Only drafts of files and folders whose name begins so.
-        deep: Look below it too.
-
-    Returns:
-        How many there were.
+    `of` takes only drafts of files and folders whose name begins so, `deep` those below the folder too.
     """
     pattern = f"{DRAFT}{of}*"
-    found = list(folder.rglob(pattern) if deep else folder.glob(pattern))
-    for path in found:
+    drafts = list(folder.rglob(pattern) if deep else folder.glob(pattern))
+    for path in drafts:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    return len(found)
+    return len(drafts)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write bytes as a whole file."""
+    """Write a whole file."""
     write_whole(path, lambda draft: draft.write_bytes(data))
 
 
@@ -162,19 +140,9 @@ def _json_bytes(value: object) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-# -- artifacts: files with a proof of what they were made from --------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Proof:
-    """What the seal of a file says.
-
-    Attributes:
-        key: What the file was made from.
-        sha256: Of the file.
-        bytes: Its size.
-        notes: What else is known of it; plain JSON.
-    """
+    """What the seal of a file says: what it was made from, hash and size, and what else is known of it, as plain JSON."""
 
     key: str
     sha256: str
@@ -186,24 +154,19 @@ class Proof:
 class Artifact:
     """A file that a stage leaves for another one, and a key: the digest of everything that the file is made from.
 
-    A second file beside it, its seal, holds the proof: key, SHA-256 and size. Without one it counts as not written.
+    A second file beside it, its seal, holds the proof. Without one it counts as not written.
     """
 
     path: Path
     key: str
 
     def write(self, fill: Callable[[Path], object], notes: Mapping[str, object] | None = None) -> None:
-        """Let `fill` write a draft of the file, then put file and seal in place.
-
-        Both are on the disk before the first is renamed: a full disk leaves the old file with its old seal.
-
-        Raises:
-            OutputError: It cannot be written.
-        """
+        """Let `fill` write a draft of the file, then put file and seal in place; a full disk leaves both as they were."""
         with _drafted(self.path, fill) as draft:
             noted = json.loads(json.dumps({**(notes or {}), "key": self.key}, allow_nan=False))
             facts = {"file_sha256": sha256_of(draft), "bytes": draft.stat().st_size, "notes": noted}
             data = _json_bytes(facts | {"sha256": digest(facts)})
+            # Both are on the disk before the first is renamed.
             with _drafted(seal_of(self.path), lambda seal: seal.write_bytes(data)) as seal, writing(self.path):
                 seal_of(self.path).unlink(missing_ok=True)
                 os.replace(draft, self.path)
@@ -211,17 +174,15 @@ class Artifact:
                 _sync_folder(self.path.parent)
 
     def write_bytes(self, data: bytes) -> None:
-        """Write bytes as the file."""
+        """Write the file."""
         self.write(lambda draft: draft.write_bytes(data))
 
     def write_json(self, value: object) -> None:
-        """Write a JSON value as the file."""
+        """Write the file as JSON."""
         self.write_bytes(_json_bytes(value))
 
     def check(self) -> Proof:
-        """The proof, after comparing file and key with it.
-
-        A file that has not been touched since it was last compared is not read again.
+        """The proof, after comparing file and key with it; an untouched file is not read again.
 
         Raises:
             DamagedError: File or seal is missing, truncated or edited, or the file was made from something else.
@@ -243,11 +204,7 @@ class Artifact:
         return is_finished(self.path) and sound_or_aside(self.path, self.check) is not None
 
     def read_json(self) -> Any:
-        """The JSON value that `write_json` wrote.
-
-        Raises:
-            DamagedError: See `check`.
-        """
+        """The JSON value that `write_json` wrote; see `check`."""
         self.check()
         return json.loads(self.path.read_text(encoding="utf-8"))
 
@@ -268,11 +225,7 @@ def is_finished(path: Path) -> bool:
 
 
 def read_proof(path: Path) -> Proof:
-    """What the seal of a file says; the file itself is not read.
-
-    Raises:
-        DamagedError: The seal is not readable, or was edited.
-    """
+    """What the seal of a file says, or a `DamagedError`; the file itself is not read."""
     seal = seal_of(path)
     try:
         facts = json.loads(seal.read_text(encoding="utf-8"))
@@ -286,12 +239,7 @@ def read_proof(path: Path) -> Proof:
 
 
 def sound_or_aside(path: Path, check: Callable[[], T]) -> T | None:
-    """What `check` returns of a file or folder, or `None` if it is damaged: it is set aside then, and the log says so.
-
-    Args:
-        path: The file or folder.
-        check: Raises a `DamagedError` if it is not what it should be.
-    """
+    """What `check` returns of a file or folder; on a `DamagedError` it is set aside with a log line, and that is `None`."""
     try:
         return check()
     except DamagedError as error:
@@ -330,15 +278,14 @@ def sha256_of(path: Path) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files below a folder, sorted; none if it is not there."""
+    """All files below a folder, sorted; none if it does not exist."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def folder_state(folder: Path) -> str:
-    """Sixteen hex digits over names, sizes and modification times of all files below a folder.
+    """Sixteen hex digits over names, sizes and modification times of all files below a folder: a part of a cache's path.
 
     `datasets` keys its cache of a local folder with a card by the card alone: a rewritten table would come back as it was.
-    Readers of local folders put this into the cache's path.
     """
     state = hashlib.sha256(str(folder.resolve()).encode())
     for path in files_below(folder):

@@ -1,17 +1,14 @@
 """Tensors as artifacts: named ones in safetensors, long tables in .npy, written row by row."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import OutputError
 from .store import Artifact
 
 
@@ -23,17 +20,7 @@ def write_tensors(to: Artifact, tensors: Mapping[str, Tensor], notes: Mapping[st
         # safetensors refuses two names for one memory, as tied weights have.
         tied = any(value.data_ptr() == other.data_ptr() for other in plain.values())
         plain[key] = value.clone() if tied else value
-
-    def write(draft: Path) -> None:
-        try:
-            save_file(plain, draft)
-        except SafetensorError as error:
-            raise OutputError(
-                f"{to.path} cannot be written ({error}); what is finished stays good: make space and give the same command "
-                "again"
-            ) from error
-
-    to.write(write, notes)
+    to.write(lambda draft: save_file(plain, draft), notes)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -49,14 +36,7 @@ def read_row(path: Path, key: str, row: int) -> Tensor:
 
 
 def write_rows(to: Artifact, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str) -> None:
-    """Write a table of rows part by part as a .npy file: memory does not grow with the number of rows.
-
-    Args:
-        to: The file.
-        parts: Arrays (n, *shape[1:]) of `dtype`, in order; shape[0] rows in all.
-        shape: Of the whole table.
-        dtype: NumPy's name of it.
-    """
+    """Write a table as a .npy file, part by part, (n, *shape[1:]) each: memory does not grow with the number of rows."""
 
     def write(draft: Path) -> None:
         rows = 0

@@ -1,7 +1,5 @@
 """Bytes and seconds for people."""
 
-from __future__ import annotations
-
 
 def size_text(count: float) -> str:
     """A number of bytes for people: three digits and a decimal unit."""

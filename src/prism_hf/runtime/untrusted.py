@@ -1,7 +1,5 @@
 """Bounds and links of foreign files: names, paths and cards are checked here before anything follows them."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,9 +10,8 @@ from huggingface_hub import DatasetCard
 
 from .plain_yaml import read_header
 
-LONGEST_NAME = 200
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".tbz2", ".xz", ".txz", ".7z", ".rar", ".zst", ".lz4")
-
+_LONGEST_NAME = 200
 _ELSEWHERE = re.compile(r"^[/\\~]|^\w[\w+.-]*:[/\\]|::")
 _UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Control characters, and those that turn the direction of what follows."""
@@ -26,11 +23,7 @@ def visible(text: str) -> str:
 
 
 def read_card(text: str) -> dict[str, Any]:
-    """A card's header as huggingface_hub and `datasets` read it; their YAML 1.1 may differ from ours.
-
-    Raises:
-        ValueError: There is no readable mapping in it; one line.
-    """
+    """A card's header as huggingface_hub and `datasets` read it, by YAML 1.1, or a `ValueError` of one line."""
     if read_header(text) is None:  # read by us first, since the library follows aliases without end
         return {}
     try:
@@ -42,8 +35,8 @@ def read_card(text: str) -> dict[str, Any]:
 def foreign_files(header: Mapping[str, Any]) -> list[str]:
     """What the `configs` in a card's header take from elsewhere: `datasets` follows any path and address there."""
     configs = header.get("configs")
-    named = [config.get(key) for config in (configs if isinstance(configs, list) else []) if isinstance(config, dict)
-             for key in ("data_files", "data_dir")]  # fmt: skip
+    configs = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
+    named = [config.get(key) for config in configs for key in ("data_files", "data_dir")]
     return [text for text in _texts(named) if _ELSEWHERE.search(text) or ".." in re.split(r"[/\\]", text)]
 
 
@@ -62,7 +55,7 @@ def without_password(address: str) -> str:
 
 def is_plain_path(name: object) -> bool:
     """Whether a name is a path of ordinary characters below a folder, on any system."""
-    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
         return False
     parts = name.split("/")
     return "\\" not in name and not PureWindowsPath(name).drive and not {"", ".", ".."} & set(parts)
