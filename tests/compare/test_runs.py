@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from comparisons import LIGHT, STUDENTS, comparison, named
+from comparisons import LIGHT, STUDENTS, comparison, facts_of, named
 from pipeline import copy_run, launch, mtimes, one_line, run_in, sha_tree, tiny
 
-from prism_hf.compare.findings import findings
+from prism_hf.compare.comparison import Comparison
 from prism_hf.compare.methods import StudentSetup, under_one_protocol
-from prism_hf.compare.runs import Comparison, check_comparison, make
+from prism_hf.compare.runs import check_comparison, make
 from prism_hf.errors import OutputError
 from prism_hf.recipe.yaml_file import dump_recipe
 from prism_hf.run.preflight import check_space, missing_space
@@ -104,7 +104,7 @@ def test_what_was_lost_is_made_again_and_nothing_else(compared, copied, kind):
     assert {n: r for n, r in scores(copied).items() if ".aside-" not in n}[f"{name}.json"]["scores"] == whole[
         f"{name}.json"
     ]["scores"]
-    assert len(findings(made)["methods"]) == 3
+    assert len(facts_of(made)["methods"]) == 3
 
 
 def test_another_method_and_another_seed_go_on_from_what_is_there(compared, copied):
@@ -180,7 +180,7 @@ def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):
         f"{label}, seed 0: {number} of 3 runs done" for number, label in enumerate(("random real", "prism", "bad"), 1)
     ]
     assert [line.endswith(" left") for line in told] == [True, True, False], "an estimate of this launch"
-    found = findings(made, failed)
+    found = facts_of(made, failed)
     assert [method["label"] for method in found["methods"]] == ["random real", "prism"]
     assert {row["method"] for row in found["scores"]} == {"random real", "prism"}
     assert "not finite" in found["left_out"]["bad-ipc2-seed0"]

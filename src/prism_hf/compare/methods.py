@@ -1,7 +1,4 @@
-"""Methods of a comparison: recipes under the protocol of the first one, with random real images among them.
-
-The first recipe's data, teachers' training, labels, packaging and students are those of all.
-"""
+"""Methods of a comparison: recipes under the protocol of the first one, with random real images among them."""
 
 from __future__ import annotations
 
@@ -24,17 +21,15 @@ PROTOCOL = ("data", "squeeze", "relabel", "packaging", "evaluation")
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a comparison.
-
-    Attributes:
-        label: Its name in tables and pictures.
-        recipe: Its recipe under the protocol.
-        control: Whether it is random real images.
-    """
+    """One row of a comparison: its name in tables and pictures, and its recipe under the protocol."""
 
     label: str
     recipe: Recipe
-    control: bool = False
+
+    @property
+    def control(self) -> bool:
+        """Whether it is random real images."""
+        return self.recipe.method == "random"
 
     @property
     def slug(self) -> str:
@@ -47,8 +42,6 @@ class StudentSetup:
     """A student architecture and the labels of a dataset that it learns from.
 
     Attributes:
-        student: Architecture.
-        labels: Kind of labels.
         label_epochs: Only the first so many epochs of views, used in turn; `None`: as many as the student trains.
     """
 
@@ -88,14 +81,14 @@ class Cell:
 
 
 def under_one_protocol(recipes: Sequence[tuple[str, Recipe]], *, own: Sequence[str] = ()) -> tuple[list[Method], list[str]]:
-    """Every recipe under the protocol of the first one, and random real images for each number of images per class.
+    """Recipes, each with its label, under the protocol of the first one, with random real images for each ipc.
 
     Args:
         recipes: Label and recipe.
         own: Sections of the protocol that each recipe keeps its own values of.
 
     Returns:
-        The methods, in order, controls first; and one line for each value of a recipe that gives way to the protocol.
+        The methods, controls first; and one line for each value of a recipe that gives way to the protocol.
 
     Raises:
         RecipeError: Two methods of one name, or a recipe that does not work under the protocol.
@@ -106,17 +99,15 @@ def under_one_protocol(recipes: Sequence[tuple[str, Recipe]], *, own: Sequence[s
     methods, notes = [], []
     for label, recipe in recipes:
         common = _protocol_of(first, recipe, label, own)
-        methods.append(Method(label, common, control=recipe.method == "random"))
-        notes += [
-            f"{label}: {key} is that of {first_label}"
-            for key in differing_keys(recipe, common)
-            if key not in ("seed", "method")
-        ]
+        methods.append(Method(label, common))
+        changed = [key for key in differing_keys(recipe, common) if key not in ("seed", "method")]
+        notes += [f"{label}: {key} is that of {first_label}" for key in changed]
     sizes = dict.fromkeys(method.recipe.synthesis.ipc for method in methods)
+    with_control = {method.recipe.synthesis.ipc for method in methods if method.control}
     for ipc in sizes:
-        if not any(method.control and method.recipe.synthesis.ipc == ipc for method in methods):
+        if ipc not in with_control:
             label = RANDOM if len(sizes) == 1 else f"{RANDOM}, ipc {ipc}"
-            methods.append(Method(label, random_recipe(first, ipc), control=True))
+            methods.append(Method(label, random_recipe(first, ipc)))
     methods.sort(key=lambda method: not method.control)
     slugs = [re.sub(r"-ipc\d+$", "", method.slug) for method in methods]
     twice = next((method.label for method, slug in zip(methods, slugs, strict=True) if slugs.count(slug) > 1), None)

@@ -10,17 +10,19 @@ import base64
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
+from torch import Tensor
 
 from ..evaluation import bytes_text, cosine_text, markdown_table, percent_text, top1_text, verdict
 from ..hub import MAX_CLASSES, escape, fence_for
-from ..runtime import duration_text, visible
-from .figures import drawn, in_order
+from ..runtime import duration_text, visible, write_bytes, write_json
+from .figures import draw_comparison, in_order, picture_names
 
 HEADER = (
     "method", "student", "labels", "top-1 %", "ipc", "images", "image bytes", "label bytes", "s / image",
@@ -35,26 +37,26 @@ _FOLD = re.compile(r"<details><summary>[\w ]+</summary>|</details>")
 """The only HTML in the Markdown template; text from outside has no `<` left after `escape`."""
 
 
-def render_markdown(comparison: Mapping[str, Any], *, folder_of_pictures: str = "assets") -> str:
-    """The page as Markdown.
+def write_page(folder: Path, comparison: Mapping[str, Any], images: Mapping[str, Tensor]) -> None:
+    """Write comparison.json, the page as Markdown and as one HTML file, and its pictures in assets/; see `findings`."""
+    write_json(folder / "comparison.json", comparison)
+    pictures = draw_comparison(folder / "assets", comparison, images)
+    write_bytes(folder / "comparison.md", render_markdown(comparison).encode())
+    contents = {name: path.read_bytes() for name, path in pictures.items()}
+    write_bytes(folder / "comparison.html", render_html(comparison, contents).encode())
 
-    Args:
-        comparison: What comparison.json holds.
-        folder_of_pictures: Where `draw_comparison` wrote, as seen from the page.
+
+def render_markdown(comparison: Mapping[str, Any]) -> str:
+    """The page as Markdown, with its pictures in assets/.
 
     Raises:
         KeyError, jinja2.UndefinedError: A fact is missing; one that is not known is `None`.
     """
-    return _markdown(comparison, {name: f"{folder_of_pictures}/{name}.png" for name in drawn(comparison)})
+    return _markdown(comparison, {name: f"assets/{name}.png" for name in picture_names(comparison)})
 
 
 def render_html(comparison: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
-    """The page as one HTML file that needs neither a network nor scripts; raises like `render_markdown`.
-
-    Args:
-        comparison: What comparison.json holds.
-        pictures: PNG files by name, as `draw_comparison` names them: `accuracy`, `grids`, `similarity`, `map`.
-    """
+    """The page as one HTML file that needs neither a network nor scripts, with PNG files by name; raises the same."""
     parser = MarkdownIt("zero").enable(_SYNTAX)
     tokens = parser.parse(_markdown(comparison, {name: name for name in pictures}))
     _add_html(tokens, pictures)
@@ -83,7 +85,7 @@ def _add_html(tokens: Sequence[Token], pictures: Mapping[str, bytes]) -> None:
 
 
 def _markdown(comparison: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
-    scores, protocol = comparison["scores"], comparison["protocol"]
+    scores, teachers = comparison["scores"], comparison["protocol"]["teachers"]
     seeds = {tuple(score["seeds"]) for score in [*scores, *comparison["full_data"]]}
     against_controls, against_each_other = _verdicts(comparison)
     return _TEMPLATES.get_template("comparison.md.jinja").render(
@@ -93,15 +95,14 @@ def _markdown(comparison: Mapping[str, Any], pictures: Mapping[str, str]) -> str
         most_classes=MAX_CLASSES,
         against_controls=against_controls,
         against_each_other=against_each_other,
-        table=Markup(markdown_table([HEADER, *_rows(comparison, escape)])),
+        table=Markup(markdown_table(table_of(comparison, escape))),
         students=list(dict.fromkeys(score["student"] for score in scores)),
         seeds=next(iter(seeds)) if len(seeds) == 1 else None,
         one_seed=any(len(own) == 1 for own in seeds),
         image_labels=any(score["labels"] == "image" for score in scores),
         real_cosine=Markup(cosine_text(comparison["real"]["similarity"]["mean"])),
         teachers={
-            name: "not measured" if top1 is None else Markup(f"{percent_text(top1)} %")
-            for name, top1 in protocol["teachers"].items()
+            name: "not measured" if top1 is None else Markup(f"{percent_text(top1)} %") for name, top1 in teachers.items()
         },
         time=duration_text(comparison["wall_time_s"]),
         code=_code,
@@ -144,9 +145,6 @@ _TEMPLATES = Environment(
 )
 
 
-# -- who wins ---------------------------------------------------------------------------------------------------------
-
-
 def _verdicts(comparison: Mapping[str, Any]) -> tuple[list[Markup], list[Markup]]:
     """Sentences on each method against random real images, and on the methods against each other."""
     clauses: dict[tuple[str, str, str], list[str]] = {}
@@ -176,17 +174,9 @@ def _clause(entry: Mapping[str, Any]) -> str:
     return f"with {escape(entry['labels'])} labels it **{_OUTCOMES[outcome]}**, {100 * gap:+.1f} points{spread}"
 
 
-# -- the table --------------------------------------------------------------------------------------------------------
-
-
-def table_of(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The table of the page for a terminal, header first."""
-    return [HEADER, *_rows(comparison, visible)]
-
-
-def _rows(comparison: Mapping[str, Any], clean: Callable[[str], str]) -> list[tuple[str, ...]]:
-    """Rows of the table; `clean` makes text from outside fit to be shown."""
-    rows = []
+def table_of(comparison: Mapping[str, Any], clean: Callable[[str], str] = visible) -> list[tuple[str, ...]]:
+    """The table, header first; `clean` makes text from outside fit to be shown, by default on a terminal."""
+    rows: list[tuple[str, ...]] = [HEADER]
     for method in in_order(comparison):
         scores = [score for score in comparison["scores"] if score["method"] == method["label"]]
         rows += [_cells(method, score, clean) for score in scores]
