@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 from comparisons import LIGHT, STUDENTS, comparison, facts_of, named
 from pipeline import copy_run, launch, mtimes, one_line, run_in, sha_tree, tiny
 
-from prism_hf.compare.comparison import Comparison
+from prism_hf.compare.comparison import Comparison, name_of
 from prism_hf.compare.methods import StudentSetup, under_one_protocol
 from prism_hf.compare.runs import check_comparison, make
 from prism_hf.errors import OutputError
@@ -128,8 +128,8 @@ def test_another_method_and_another_seed_go_on_from_what_is_there(compared, copi
 def test_a_run_is_the_one_that_the_other_command_makes(compared, tmp_path):
     folder, teachers = compared
     made = comparison(folder, teachers, named("prism", "sre2l"))
-    cell = next(cell for cell in made.cells if cell.name == "prism-ipc2-seed1")
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(cell.recipe))
+    run = next(run for run in made.runs if name_of(run) == "prism-ipc2-seed1")
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(run.recipe))
     for stage in ("synthesize", "relabel", "package"):
         words = ("--output", tmp_path / "run", "--teachers", teachers, "--threads", "1", "--stage", stage)
         assert launch(*words, recipe=tmp_path / "recipe.yaml") == 0
@@ -156,8 +156,8 @@ def test_the_disk_must_hold_all_of_its_runs(tmp_path):
     assert one_line(error)
     assert not (tmp_path / "compare").exists()
     check_comparison(comparison(tmp_path / "compare", tmp_path / "teachers", [("prism", recipe)], seeds=(0,)))
-    for cell in made.cells[:4]:
-        Artifact(tmp_path / "compare" / "cells" / f"{cell.name}.json", "key").write_json({})
+    for run in made.runs[:4]:
+        Artifact(tmp_path / "compare" / "cells" / f"{name_of(run)}.json", "key").write_json({})
     check_comparison(made)
 
 
@@ -194,6 +194,6 @@ def test_the_first_method_says_who_measures_similarity_whatever_comes_after(comp
     for recipes in (named("prism") + other, other + named("prism")):
         folder = copy_run(compared[0], tmp_path / recipes[0][0])  # a record that does not fit is set aside
         made = comparison(folder, compared[1], recipes)
-        cell = next(cell for cell in made.cells if cell.method.label == "prism")
-        found[made.network.name] = made.is_made(cell)
+        run = next(run for run in made.runs if run.title.startswith("prism"))
+        found[made.network.name] = made.is_made(run)
     assert found == {"squeeze:test_byobnet": True, "squeeze:test_efficientnet": False}

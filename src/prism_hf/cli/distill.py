@@ -34,14 +34,11 @@ def distill(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--teachers", type=Path, metavar="DIR", help="where squeezed teachers are kept")
     parser.add_argument("--stage", choices=STAGES, help="run one stage only")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    status = "print what a run has done, is doing and still has to do, and stop"
-    parser.add_argument("--status", nargs="?", const=True, metavar="DIR", help=status)
+    parser.add_argument("--status", nargs="?", const=True, metavar="DIR", help="print the state of a run and stop")
     parser.add_argument("--fresh", action="store_true", help="move what is in the output folder aside and start again")
-    partial = "package the finished images although some jobs failed"
-    parser.add_argument("--allow-partial", action="store_true", help=partial)
+    parser.add_argument("--allow-partial", action="store_true", help="package what is finished although some jobs failed")
     parser.add_argument("--log-with", metavar="|".join(TRACKERS), help="record losses, verifier accuracy and pictures")
-    publish = "publish the dataset in one commit; REPO is created if it does not exist"
-    parser.add_argument("--push-to-hub", dest="repo", metavar="REPO", help=publish)
+    parser.add_argument("--push-to-hub", dest="repo", metavar="REPO", help="publish the dataset; creates REPO if missing")
     add_target(parser)
     add_compute(parser)
     return _distill
@@ -96,8 +93,7 @@ def squeeze(parser: argparse.ArgumentParser) -> Command:
     `AutoModelForImageClassification.from_pretrained("FOLDER")` load.
     """
     parser.add_argument("words", nargs="+", metavar="RECIPE.yaml | key=value", help="a recipe, and overrides")
-    default = Path("outputs/teachers")
-    parser.add_argument("--output", type=Path, default=default, metavar="DIR", help=f"default: {default}")
+    parser.add_argument("--output", type=Path, default="outputs/teachers", metavar="DIR", help="default: %(default)s")
     add_compute(parser)
     return _squeeze
 

@@ -44,8 +44,7 @@ def evaluate(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--student", metavar="NAME", help="timm architecture, or transformers:MODEL_TYPE")
     parser.add_argument("--test", metavar="DATA[:SPLIT]", help="test data: Hub id or folder; split `test` if not named")
     parser.add_argument("--seeds", type=int, metavar="N", help="students per row")
-    teachers = "squeezed teachers; default: those beside DATASET, or outputs/teachers"
-    parser.add_argument("--teachers", type=Path, metavar="DIR", help=teachers)
+    parser.add_argument("--teachers", type=Path, metavar="DIR", help="default: those beside DATASET, or outputs/teachers")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/evaluate/<recipe name>")
     add_compute(parser)
     return _evaluate

@@ -57,7 +57,7 @@ def quiet() -> None:
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
     """Options of every command that computes."""
-    parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads per process")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads per process")
     every = f"keep the state of long jobs this often; default: {EVERY_S:g}"
     parser.add_argument("--checkpoint-every", type=_seconds, default=EVERY_S, metavar="SECONDS", help=every)
 
@@ -67,8 +67,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     visible = parser.add_mutually_exclusive_group()
     visible.add_argument("--private", dest="public", action="store_false", help="only you and your organization (default)")
     visible.add_argument("--public", action="store_true", help="everybody can read it")
-    branch = "push to a branch, created if it does not exist"
-    parser.add_argument("--revision", metavar="BRANCH", default="main", help=branch)
+    parser.add_argument("--revision", metavar="BRANCH", default="main", help="push to a branch, created if missing")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of changing the branch")
     parser.add_argument("--replace", action="store_true", help="publish even over something else that the repo holds")
     parser.set_defaults(public=False)

@@ -11,7 +11,6 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -22,7 +21,7 @@ from ..models import Teacher
 from ..recipe import Recipe
 from ..run.context import Loaded, Run
 from ..runtime import EVERY_S, Artifact, digest
-from .methods import Cell, Method, StudentSetup
+from .methods import Method, StudentSetup
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +30,6 @@ class Comparison:
 
     Attributes:
         setups: How students read each dataset. The first student reads all its views at least once.
-        folder: DIR.
         ceilings: Architectures that are trained on all real images too.
         loaded: Data and networks that all runs share.
     """
@@ -62,72 +60,60 @@ class Comparison:
         """Architectures, in order."""
         return list(dict.fromkeys(setup.student for setup in self.setups))
 
-    @cached_property
-    def cells(self) -> list[Cell]:
-        """Every run, seed by seed: a comparison that is cut short has every method, with fewer seeds."""
-        return [Cell(method, seed) for seed in self.seeds for method in self.methods]
-
-    @property
-    def one_of_each(self) -> list[Cell]:
-        """The first run of every method."""
-        return self.cells[: len(self.methods)]
-
     @property
     def protocol(self) -> Recipe:
         """The recipe whose data, labels and students are those of every run."""
-        return self.cells[0].recipe
+        return self.methods[0].seeded(self.seeds[0])
 
     @property
-    def network(self) -> Teacher:
-        """The network whose features measure similarity: the judge of the first method that is not a control."""
-        first = next((cell for cell in self.one_of_each if not cell.method.control), self.cells[0])
-        return self.common_run(first).judge
+    def runs(self) -> list[Run]:
+        """Every run, seed by seed: a comparison that is cut short has every method, with fewer seeds."""
+        return [self.run_of(method, seed) for seed in self.seeds for method in self.methods]
 
-    def run_of(self, cell: Cell) -> Run:
-        """The run of a cell."""
+    @property
+    def one_of_each(self) -> list[Run]:
+        """The first run of every method."""
+        return self.runs[: len(self.methods)]
+
+    def run_of(self, method: Method, seed: int) -> Run:
+        """The run of a method with a seed."""
         return Run(
-            cell.recipe,
-            self.folder / "runs" / cell.method.slug / f"seed-{cell.seed}",
+            method.seeded(seed),
+            self.folder / "runs" / method.slug / f"seed-{seed}",
             self.teachers_root,
             self.accelerator,
             self.checkpoint_s,
             with_control=False,
-            title=f"{cell.method.label}, seed {cell.seed}",
+            title=f"{method.label}, seed {seed}",
             loaded=self.loaded,
         )
 
-    def common_run(self, cell: Cell | None = None) -> Run:
+    def common_run(self, run: Run | None = None) -> Run:
         """What belongs to no single run (data, teachers, students of all real images), as a run in DIR itself."""
-        return replace(self.run_of(cell or self.cells[0]), folder=self.folder, title="compare")
+        return replace(run or self.runs[0], folder=self.folder, title="compare")
 
-    def record(self, cell: Cell) -> Artifact:
+    @property
+    def network(self) -> Teacher:
+        """The network whose features measure similarity: the judge of the first method that is not a control."""
+        return next((run for run in self.one_of_each if run.recipe.method != "random"), self.runs[0]).judge
+
+    def record(self, run: Run) -> Artifact:
         """What was measured of a run; the key says what it is made from: recipe, images, weights, and how it is read."""
-        run = self.run_of(cell)
         setups = [dataclasses.astuple(setup) for setup in self.setups]
         weights = dict(run.artifacts.weights)
-        parts = [cell.recipe.fingerprint(), run.data.train.content, run.data.test.content, weights, setups]
-        if cell.recipe.teachers.verifier is None:  # else it measures, and is among the weights
+        parts = [run.recipe.fingerprint(), run.data.train.content, run.data.test.content, weights, setups]
+        if run.recipe.teachers.verifier is None:  # else it measures, and is among the weights
             parts.append(self.network.weights_sha256)
-        return Artifact(self.folder / "cells" / f"{cell.name}.json", digest(parts)[:16])
+        return Artifact(self.folder / "cells" / f"{name_of(run)}.json", digest(parts)[:16])
 
-    def is_made(self, cell: Cell) -> bool:
+    def is_made(self, run: Run) -> bool:
         """Whether a run is there and whole, and made from what is compared now."""
-        dataset = self.run_of(cell).dataset
-        if not (dataset / "README.md").is_file() or not self.record(cell).is_whole():
+        if not (run.dataset / "README.md").is_file() or not self.record(run).is_whole():
             return False
-        differences = check_folder(dataset).differences
+        differences = check_folder(run.dataset).differences
         if differences:
-            self.common_run().warn(f"{dataset}: {differences[0]}; it is packaged again")
+            run.warn(f"{run.dataset}: {differences[0]}; it is packaged again")
         return not differences
-
-    def task_of(self, cell: Cell, distilled: DistilledDataset, setup: StudentSetup) -> StudentTask:
-        """The student of a run that reads its dataset in one way."""
-        run = self.run_of(cell)
-        settings = replace(cell.recipe.evaluation, student=setup.student, label_epochs=setup.label_epochs)
-        epochs = "" if setup.label_epochs is None else f"-{setup.label_epochs}-epochs"
-        folder = run.work / "students" / f"{_plain(setup.student)}{epochs}"
-        row, data, view = Row("distilled", setup.labels), run.data, cell.recipe.relabel.view
-        return StudentTask(row, cell.seed, distilled, data.test, settings, view, data.num_classes, folder)
 
     def full_tasks(self, student: str) -> list[StudentTask]:
         """The students of one architecture on all real images; none where the protocol has no epochs for them."""
@@ -135,6 +121,20 @@ class Comparison:
         row, data, view = Row("full", "hard"), self.common_run().data, self.protocol.relabel.view
         folder, seeds = self.folder / "full" / _plain(student), self.seeds if settings.full_data_epochs else ()
         return [StudentTask(row, seed, data.train, data.test, settings, view, data.num_classes, folder) for seed in seeds]
+
+
+def name_of(run: Run) -> str:
+    """Name of a run in files and in the log."""
+    return f"{run.recipe.name}-seed{run.recipe.seed}"
+
+
+def task_of(run: Run, distilled: DistilledDataset, setup: StudentSetup) -> StudentTask:
+    """The student of a run that reads its dataset in one way."""
+    settings = replace(run.recipe.evaluation, student=setup.student, label_epochs=setup.label_epochs)
+    epochs = "" if setup.label_epochs is None else f"-{setup.label_epochs}-epochs"
+    folder = run.work / "students" / f"{_plain(setup.student)}{epochs}"
+    row, data, view = Row("distilled", setup.labels), run.data, run.recipe.relabel.view
+    return StudentTask(row, run.recipe.seed, distilled, data.test, settings, view, data.num_classes, folder)
 
 
 def _plain(student: str) -> str:

@@ -38,13 +38,7 @@ Facts = Mapping[str, Any]
 def draw_comparison(folder: Path, comparison: Facts, images: Mapping[str, Tensor]) -> dict[str, Path]:
     """Write the pictures of a comparison, NAME.png each; returns their paths by name.
 
-    Args:
-        folder: Where the pictures go.
-        comparison: What comparison.json holds.
-        images: By label of each method its images, class-major (K * ipc, C, H, W) uint8, all of one size.
-
-    Raises:
-        ValueError: The images are not those of the methods, or their number does not fit the ipc.
+    `images` has those of each method by its label, class-major (K * ipc, C, H, W) uint8, all of one size.
     """
     draw: dict[str, Callable[[Path, Facts], None]]
     draw = {"accuracy": draw_accuracy, "similarity": draw_similarity, "map": draw_map}
@@ -201,25 +195,17 @@ def draw_similarity(path: Path, comparison: Facts) -> None:
                 axes.axvline(mean, color=line_color, linestyle="--", linewidth=1)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-    panels[0].set_xlim(*_span([entry["histogram"] for entry in (real, *methods) if entry["histogram"]]))
-    handles = [
-        _line("images of the method", LABEL_STYLE["soft"][0], width=1.4),
-        _line("random real (control)", _CONTROL_COLOR, width=1.4),
-        _line("real training images", "#cccccc", width=6),
-        _line("mean", "#777777", "--"),
-    ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
-    figure.supxlabel("cosine similarity of two images of a class (each panel has its own height)", fontsize=8)
-    save_figure(figure, path)
-
-
-def _span(histograms: Sequence[Facts]) -> tuple[float, float]:
-    """Where any histogram has mass, with a margin."""
+    histograms = [entry["histogram"] for entry in (real, *methods) if entry["histogram"]]
     bins = [bin_ for h in histograms for bin_ in zip(h["density"], h["edges"], h["edges"][1:], strict=False)]
     low = min(left for density, left, _ in bins if density > 0)
     high = max(right for density, _, right in bins if density > 0)
-    margin = 0.02 * (high - low)
-    return low - margin, high + margin
+    panels[0].set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
+    handles = [_line("images of the method", LABEL_STYLE["soft"][0], width=1.4)]
+    handles += [_line("random real (control)", _CONTROL_COLOR, width=1.4)]
+    handles += [_line("real training images", "#cccccc", width=6), _line("mean", "#777777", "--")]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+    figure.supxlabel("cosine similarity of two images of a class (each panel has its own height)", fontsize=8)
+    save_figure(figure, path)
 
 
 @matplotlib.rc_context(STYLE)

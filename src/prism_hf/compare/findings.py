@@ -18,8 +18,8 @@ from ..models import penultimate_features
 from ..recipe import dump_recipe, public_recipe, to_dict
 from ..run.teacher_folders import squeezed_top1
 from ..runtime import is_finished
-from .comparison import Comparison
-from .methods import Cell, Method
+from .comparison import Comparison, name_of
+from .methods import Method
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
 """By label of each method, the records of its finished runs, each with its seed."""
@@ -31,13 +31,7 @@ _SAMPLE = 100
 def findings(
     comparison: Comparison, failed: Mapping[str, str], *, notes: Sequence[str], command: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is known of a comparison, finished or not.
-
-    Args:
-        comparison: Its runs.
-        failed: Runs that failed, by name, with the reason; from `make`.
-        notes: What gave way to the protocol, from `under_one_protocol`.
-        command: What makes the comparison again.
+    """What is known of a comparison, finished or not; `failed` and `notes` are from `make` and `under_one_protocol`.
 
     Returns:
         The contents of comparison.json; and of each method the images of its first finished run, by label,
@@ -51,7 +45,7 @@ def findings(
     methods, images = [], {}
     for method in comparison.methods:
         if own := records[method.label]:
-            distilled = load_distilled(comparison.run_of(Cell(method, own[0]["seed"])).dataset)
+            distilled = load_distilled(comparison.run_of(method, own[0]["seed"]).dataset)
             images[method.label] = distilled.images_uint8
             pictured = _pictured(_distilled_features(comparison, distilled), distilled.labels, plane)
             methods.append(_facts(method, own) | pictured)
@@ -77,10 +71,10 @@ def findings(
 
 
 def _records(comparison: Comparison) -> Records:
-    records: dict[str, list[Mapping[str, Any]]] = {method.label: [] for method in comparison.methods}
-    for cell in comparison.cells:
-        if comparison.is_made(cell):
-            records[cell.method.label].append({"seed": cell.seed, **comparison.record(cell).read_json()})
+    records = {}
+    for method in comparison.methods:
+        runs = [run for seed in comparison.seeds if comparison.is_made(run := comparison.run_of(method, seed))]
+        records[method.label] = [{"seed": run.recipe.seed, **comparison.record(run).read_json()} for run in runs]
     return records
 
 
@@ -102,8 +96,8 @@ def _protocol(comparison: Comparison) -> dict[str, Any]:
     asked_for = {"student": students[0] if len(students) == 1 else students, "seeds": list(comparison.seeds)}
     names = dict.fromkeys(name for method in comparison.methods for name in method.recipe.all_teachers)
     squeezed: dict[str, float] = {}
-    for cell in comparison.one_of_each:
-        squeezed |= squeezed_top1(cell.recipe, comparison.teachers_root, comparison.common_run().data)
+    for run in comparison.one_of_each:
+        squeezed |= squeezed_top1(run.recipe, comparison.teachers_root, run.data)
     return {
         "teachers": {name: squeezed.get(name) for name in names},
         "relabel": to_dict(recipe)["relabel"],
@@ -129,7 +123,7 @@ def _left_out(
     """What the table lacks, with the reason."""
     left_out = dict(failed)
     for method in comparison.methods:
-        tried = any(Cell(method, seed).name in failed for seed in comparison.seeds)
+        tried = any(name_of(comparison.run_of(method, seed)) in failed for seed in comparison.seeds)
         if not records[method.label] and not tried:
             left_out[f"{method.label}, ipc {method.recipe.synthesis.ipc}"] = "not yet run"
     if not comparison.protocol.evaluation.full_data_epochs:

@@ -24,9 +24,9 @@ from ..run.squeeze import squeeze
 from ..run.stages import run_stages
 from ..runtime import DRAFT, HOLDER, LOCK, check_free, clear_drafts, duration_text, locked, log_file, read_proof
 from ..runtime.share import unfinished
-from .comparison import Comparison
+from .comparison import Comparison, name_of, task_of
 from .findings import findings
-from .methods import Cell, StudentSetup
+from .methods import StudentSetup
 from .page import write_page
 
 _OURS = (
@@ -38,13 +38,7 @@ _OURS = (
 def compare(comparison: Comparison, *, notes: Sequence[str], command: str) -> dict[str, Any] | None:
     """Make the runs of a comparison and its page; the same call resumes an interrupted one.
 
-    Args:
-        comparison: Methods, seeds and students.
-        notes: From `under_one_protocol`, for the page.
-        command: The words that make the comparison again, for the page.
-
-    Returns:
-        The comparison as comparison.json has it; `None` in every process but the first.
+    Returns comparison.json, with the notes of `under_one_protocol` and the command; `None` in every process but the first.
     """
     folder, accelerator = comparison.folder, comparison.accelerator
     _check_folder(folder)
@@ -76,47 +70,43 @@ def _check_folder(folder: Path) -> None:
 
 
 def check_comparison(comparison: Comparison) -> None:
-    """Look at what can be wrong with any of the methods before anything costs time.
-
-    Raises:
-        PrismError: One line about what cannot be used.
-    """
+    """Look at what can be wrong with any of the methods before anything costs time."""
     data = comparison.protocol.data
     for student in comparison.students:
         check_network(student, num_classes=data.num_classes, channels=data.channels, size=data.size)
-    for cell in comparison.one_of_each:
-        check(comparison.common_run(cell), space=False)
-    missing = [cell for cell in comparison.cells if not (comparison.folder / "cells" / f"{cell.name}.json").is_file()]
-    check_space(sum(missing_space(comparison.run_of(cell)) for cell in missing), comparison.folder)
+    for run in comparison.one_of_each:
+        check(comparison.common_run(run), space=False)
+    missing = [run for run in comparison.runs if not (comparison.folder / "cells" / f"{name_of(run)}.json").is_file()]
+    check_space(sum(map(missing_space, missing)), comparison.folder)
 
 
 def make(comparison: Comparison) -> dict[str, str]:
     """Make the teachers, runs and students that are not there yet; returns the runs that failed, with the reason."""
     common, failed = comparison.common_run(), dict[str, str]()
     teachers: set[str] = set()
-    for cell in comparison.one_of_each:  # most methods have the same, and each is looked at once
-        if not teachers.issuperset(cell.recipe.squeezed_teachers):
-            teachers |= set(cell.recipe.squeezed_teachers)
-            squeeze(comparison.common_run(cell))
-    missing = unfinished(comparison.accelerator, comparison.cells, comparison.is_made)
-    total, finished, began = len(comparison.cells), len(comparison.cells) - len(missing), time.monotonic()
+    for run in comparison.one_of_each:  # most methods have the same, and each is looked at once
+        if not teachers.issuperset(run.recipe.squeezed_teachers):
+            teachers |= set(run.recipe.squeezed_teachers)
+            squeeze(comparison.common_run(run))
+    missing = unfinished(comparison.accelerator, comparison.runs, comparison.is_made)
+    total, finished, began = len(comparison.runs), len(comparison.runs) - len(missing), time.monotonic()
     common.say(f"compare: {finished} of {total} runs found, {len(missing)} to make")
     with tqdm(total=total, initial=finished, desc="compare", unit="run") as bar:
-        for made, cell in enumerate(missing, 1):
-            reason = _make_run(comparison, cell)
+        for made, run in enumerate(missing, 1):
+            reason = _make_run(comparison, run)
             if reason is not None:
-                failed[cell.name] = reason
+                failed[name_of(run)] = reason
             bar.update()
             rest = (time.monotonic() - began) / made * (len(missing) - made)
             estimate = f", about {duration_text(rest)} left" if rest else ""
-            common.say(f"{cell.method.label}, seed {cell.seed}: {finished + made} of {total} runs done{estimate}")
+            common.say(f"{run.title}: {finished + made} of {total} runs done{estimate}")
     train_students(common, [task for student in comparison.ceilings for task in comparison.full_tasks(student)])
     return failed
 
 
-def _make_run(comparison: Comparison, cell: Cell) -> str | None:
+def _make_run(comparison: Comparison, run: Run) -> str | None:
     """Make one run and its record; the reason if its synthesis failed."""
-    run, began = comparison.run_of(cell), time.perf_counter()
+    began = time.perf_counter()
     # What another recipe of that name has left in the folder is moved aside: it was changed since.
     with claimed_together(run, fresh=is_of_another(run.folder, run.recipe)) as line:
         if line is not None:
@@ -124,16 +114,16 @@ def _make_run(comparison: Comparison, cell: Cell) -> str | None:
         try:
             run_stages(run, ("synthesize", "relabel", "package"))
         except SynthesisError as error:  # raised by every process alike
-            run.say(f"{cell.name}: {error}; the comparison goes on without it")
+            run.say(f"{name_of(run)}: {error}; the comparison goes on without it")
             return str(error)
         with comparison.accelerator.main_process_first():
             distilled = load_distilled(run.dataset)
-        tasks = {setup: comparison.task_of(cell, distilled, setup) for setup in comparison.setups}
+        tasks = {setup: task_of(run, distilled, setup) for setup in comparison.setups}
         train_students(run, list(tasks.values()))
         if comparison.accelerator.is_main_process:
             record = _measure(comparison, run, distilled, tasks)
             seconds = time.perf_counter() - began  # of this launch
-            comparison.record(cell).write_json({**record, "wall_time_s": seconds})
+            comparison.record(run).write_json({**record, "wall_time_s": seconds})
         comparison.accelerator.wait_for_everyone()
     return None
 
