@@ -16,7 +16,7 @@ from pathlib import Path
 
 import machine
 
-from prism_hf.cli.options import add_compute, add_debug, quiet, run_command
+from prism_hf.cli.options import add_compute, quiet, run_command
 from prism_hf.compare.methods import StudentSetup
 from prism_hf.errors import RecipeError
 from prism_hf.evaluation.students import Labels
@@ -209,7 +209,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--as-is", action="store_true", help="make nothing: write what is there of each table")
     parser.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds")
     add_compute(parser)
-    add_debug(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
@@ -230,9 +230,11 @@ def main(args: argparse.Namespace) -> None:
 
 def make(name: str, table: Table, args: argparse.Namespace, accelerator: object) -> None:
     """One table, and its JSON."""
-    from prism_hf.compare.findings import write_page
+    from prism_hf.compare.comparison import Comparison
+    from prism_hf.compare.findings import findings
     from prism_hf.compare.methods import under_one_protocol
-    from prism_hf.compare.runs import Comparison, check_comparison
+    from prism_hf.compare.page import write_page
+    from prism_hf.compare.runs import check_comparison
     from prism_hf.compare.runs import make as make_runs
     from prism_hf.runtime.lock import locked
     from prism_hf.runtime.store import write_json
@@ -257,8 +259,9 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
             accelerator.wait_for_everyone()
             failed = {} if args.as_is else make_runs(made)
             command = f"accelerate launch benchmarks/tables.py {name}" + (" --reduced" if args.reduced else "")
-            found = write_page(made, failed, notes=notes, command=command)
-            result = {**small(found), "hardware": machine.hardware() | found["hardware"]}
+            facts, images = findings(made, failed, notes=notes, command=command)
+            write_page(folder, facts, images)
+            result = {**small(facts), "hardware": machine.hardware() | facts["hardware"]}
             write_json(ROOT / "benchmarks" / "results" / f"fashion-{folder.name}.json", result)
     else:
         accelerator.wait_for_everyone()

@@ -9,10 +9,5 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from prism_hf.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(
-        main(
-            ["distill", *sys.argv[1:]],
-            prog="accelerate launch recipes/prism.py",
-            default_recipe=Path(__file__).parent / "digits" / "prism_ipc10.yaml",
-        )
-    )
+    recipe = Path(__file__).parent / "digits" / "prism_ipc10.yaml"
+    sys.exit(main(["distill", *sys.argv[1:]], prog="accelerate launch recipes/prism.py", default_recipe=recipe))

@@ -3,8 +3,9 @@
 from accelerate.state import AcceleratorState
 from pipeline import tiny
 
+from prism_hf.compare.comparison import Comparison
+from prism_hf.compare.findings import findings
 from prism_hf.compare.methods import StudentSetup, under_one_protocol
-from prism_hf.compare.runs import Comparison
 from prism_hf.run.context import make_accelerator
 
 STUDENTS = ("test_byobnet", "test_efficientnet")
@@ -24,3 +25,8 @@ def comparison(folder, teachers, recipes, *, seeds=(0, 1), students=STUDENTS):
     return Comparison(
         methods, readings, list(seeds), folder=folder, teachers_root=teachers, accelerator=make_accelerator(threads=1)
     )
+
+
+def facts_of(made, failed=()):
+    """What comparison.json would say of it."""
+    return findings(made, dict(failed), notes=[], command="")[0]

@@ -7,64 +7,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .dataset.reader import DistilledDataset, load_distilled
-    from .dataset.writer import build_dataset
-    from .evaluation.diversity import intra_class_similarity
-    from .evaluation.students import train_student
-    from .hub.dataset_card import render_card
-    from .hub.push import push_folder
-    from .method.alignment import Alignment
-    from .method.relabel import relabel_epoch
-    from .method.synthesis import synthesize
-    from .models.load import load_teachers
-    from .models.teacher import Teacher
-    from .recipe.plan import SynthesisJob, plan_jobs
-    from .recipe.schema import Recipe
-    from .recipe.yaml_file import load_recipe
+    from .dataset import DistilledDataset, build_dataset, load_distilled
+    from .evaluation import intra_class_similarity, train_student
+    from .hub import push_folder, render_card
+    from .method import Alignment, relabel_epoch, synthesize
+    from .models import Teacher, load_teachers
+    from .recipe import Recipe, SynthesisJob, load_recipe, plan_jobs
     from .run.distill import distill
 
 __version__ = "0.1.0"
-_HOME = {
-    "Alignment": "method.alignment",
-    "DistilledDataset": "dataset.reader",
-    "Recipe": "recipe.schema",
-    "SynthesisJob": "recipe.plan",
-    "Teacher": "models.load",
-    "build_dataset": "dataset.writer",
-    "distill": "run.distill",
-    "intra_class_similarity": "evaluation.diversity",
-    "load_distilled": "dataset.reader",
-    "load_recipe": "recipe.yaml_file",
-    "load_teachers": "models.load",
-    "plan_jobs": "recipe.plan",
-    "push_folder": "hub.push",
-    "relabel_epoch": "method.relabel",
-    "render_card": "hub.dataset_card",
-    "synthesize": "method.synthesis",
-    "train_student": "evaluation.students",
-}
 __all__ = [
-    "Alignment",
-    "DistilledDataset",
-    "Recipe",
-    "SynthesisJob",
-    "Teacher",
-    "build_dataset",
-    "distill",
-    "intra_class_similarity",
-    "load_distilled",
-    "load_recipe",
-    "load_teachers",
-    "plan_jobs",
-    "push_folder",
-    "relabel_epoch",
-    "render_card",
-    "synthesize",
-    "train_student",
-]
+    "Alignment", "DistilledDataset", "Recipe", "SynthesisJob", "Teacher", "build_dataset", "distill",
+    "intra_class_similarity", "load_distilled", "load_recipe", "load_teachers", "plan_jobs", "push_folder",
+    "relabel_epoch", "render_card", "synthesize", "train_student",
+]  # fmt: skip
+_NAMES = {
+    "dataset": ("DistilledDataset", "build_dataset", "load_distilled"),
+    "evaluation": ("intra_class_similarity", "train_student"),
+    "hub": ("push_folder", "render_card"),
+    "method": ("Alignment", "relabel_epoch", "synthesize"),
+    "models": ("Teacher", "load_teachers"),
+    "recipe": ("Recipe", "SynthesisJob", "load_recipe", "plan_jobs"),
+    "run.distill": ("distill",),
+}
 
 
 def __getattr__(name: str) -> object:
-    if name in _HOME:
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

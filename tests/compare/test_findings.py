@@ -4,9 +4,9 @@ import statistics
 
 import pytest
 import torch
-from comparisons import STUDENTS, comparison, named
+from comparisons import STUDENTS, comparison, facts_of, named
 
-from prism_hf.compare.findings import findings, finished_records, first_datasets
+from prism_hf.compare.findings import findings
 from prism_hf.dataset.reader import load_distilled
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -21,7 +21,7 @@ def made(compared):
 
 @pytest.fixture(scope="module")
 def found(made):
-    return findings(made)
+    return facts_of(made)
 
 
 def recorded(folder, label, seed, place):
@@ -51,7 +51,7 @@ def test_differences_are_those_of_the_means_with_their_standard_errors(compared,
 
 
 def test_one_seed_has_no_standard_error(compared):
-    found = findings(comparison(*compared, named("prism", "sre2l"), seeds=(1,)))
+    found = facts_of(comparison(*compared, named("prism", "sre2l"), seeds=(1,)))
     assert {row["error"] for row in found["differences"]} == {None}
     assert {row["std"] for row in found["scores"]} == {None}
     assert all(method["similarity"]["std_over_seeds"] is None for method in found["methods"])
@@ -81,11 +81,11 @@ def test_methods_have_their_facts(compared, found):
 
 
 def test_pictures_are_the_images_of_the_first_run(compared, made):
-    datasets = first_datasets(made, finished_records(made))
-    assert list(datasets) == LABELS
-    for label, dataset in datasets.items():
+    _, images = findings(made, {}, notes=[], command="")
+    assert list(images) == LABELS
+    for label, images_uint8 in images.items():
         folder = compared[0] / "runs" / f"{label.replace(' ', '-')}-ipc2" / "seed-0" / "dataset"
-        assert torch.equal(dataset.images_uint8, load_distilled(folder).images_uint8)
+        assert torch.equal(images_uint8, load_distilled(folder).images_uint8)
 
 
 def test_nothing_of_this_machine_is_told(compared, found):
@@ -95,6 +95,6 @@ def test_nothing_of_this_machine_is_told(compared, found):
 
 
 def test_what_is_not_there_is_listed(compared):
-    found = findings(comparison(*compared, [*named("prism"), ("other", named("sre2l")[0][1])]))
+    found = facts_of(comparison(*compared, [*named("prism"), ("other", named("sre2l")[0][1])]))
     assert [method["label"] for method in found["methods"]] == LABELS[:2]
     assert found["left_out"]["other, ipc 2"] == "not yet run"

@@ -4,7 +4,7 @@ import pytest
 from comparisons import named
 from pipeline import one_line, tiny
 
-from prism_hf.compare.methods import PROTOCOL, RANDOM, Cell, Method, StudentSetup, random_recipe, under_one_protocol
+from prism_hf.compare.methods import PROTOCOL, RANDOM, Method, StudentSetup, random_recipe, under_one_protocol
 from prism_hf.errors import RecipeError
 from prism_hf.recipe.schema import to_dict
 
@@ -80,13 +80,12 @@ def test_methods_that_cannot_be_told_apart_are_one_line(labels, word):
 
 
 @pytest.mark.parametrize(("own", "expected"), [((), 0), (("squeeze.seed=7",), 7)])
-def test_a_cell_has_its_seed_and_the_teachers_of_all(own, expected):
+def test_a_run_has_its_seed_and_the_teachers_of_all(own, expected):
     (_, method), _ = under_one_protocol([("PRISM!", tiny(*own))])
     for seed in (0, 5):
-        made = Cell(method, seed).recipe
+        made = method.seeded(seed)
         assert (made.seed, made.evaluation.seeds, made.squeeze.seed) == (seed, (seed,), expected)
         assert made.name == method.slug == "prism-ipc2"
-        assert Cell(method, seed).name == f"prism-ipc2-seed{seed}"
         same = dataclasses.replace(made.squeeze, seed=None), dataclasses.replace(method.recipe.squeeze, seed=None)
         assert same[0] == same[1]
         assert to_dict(made)["synthesis"] == to_dict(method.recipe)["synthesis"]

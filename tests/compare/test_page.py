@@ -250,9 +250,10 @@ def test_many_classes_are_cut_and_counted(comparison):
         assert "1000 in all" in text
 
 
-def test_pictures_stand_where_they_are_told(comparison):
-    assert "](folder/x/accuracy.png)" in render_markdown(comparison, folder_of_pictures="folder/x")
-    assert render_markdown(comparison).count("](assets/") == 4
+def test_pictures_stand_beside_the_page(comparison):
+    markdown = render_markdown(comparison)
+    assert "](assets/accuracy.png)" in markdown
+    assert markdown.count("](assets/") == 4
 
 
 # -- hostile text -----------------------------------------------------------------------------------------------------

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from comparisons import LIGHT, STUDENTS, comparison, named
+from comparisons import LIGHT, STUDENTS, comparison, facts_of, named
 from pipeline import copy_run, launch, mtimes, one_line, run_in, sha_tree, tiny
 
-from prism_hf.compare.findings import findings
+from prism_hf.compare.comparison import Comparison, name_of
 from prism_hf.compare.methods import StudentSetup, under_one_protocol
-from prism_hf.compare.runs import Comparison, check_comparison, make
+from prism_hf.compare.runs import check_comparison, make
 from prism_hf.errors import OutputError
 from prism_hf.recipe.yaml_file import dump_recipe
 from prism_hf.run.preflight import check_space, missing_space
@@ -104,7 +104,7 @@ def test_what_was_lost_is_made_again_and_nothing_else(compared, copied, kind):
     assert {n: r for n, r in scores(copied).items() if ".aside-" not in n}[f"{name}.json"]["scores"] == whole[
         f"{name}.json"
     ]["scores"]
-    assert len(findings(made)["methods"]) == 3
+    assert len(facts_of(made)["methods"]) == 3
 
 
 def test_another_method_and_another_seed_go_on_from_what_is_there(compared, copied):
@@ -128,8 +128,8 @@ def test_another_method_and_another_seed_go_on_from_what_is_there(compared, copi
 def test_a_run_is_the_one_that_the_other_command_makes(compared, tmp_path):
     folder, teachers = compared
     made = comparison(folder, teachers, named("prism", "sre2l"))
-    cell = next(cell for cell in made.cells if cell.name == "prism-ipc2-seed1")
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(cell.recipe))
+    run = next(run for run in made.runs if name_of(run) == "prism-ipc2-seed1")
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(run.recipe))
     for stage in ("synthesize", "relabel", "package"):
         words = ("--output", tmp_path / "run", "--teachers", teachers, "--threads", "1", "--stage", stage)
         assert launch(*words, recipe=tmp_path / "recipe.yaml") == 0
@@ -156,8 +156,8 @@ def test_the_disk_must_hold_all_of_its_runs(tmp_path):
     assert one_line(error)
     assert not (tmp_path / "compare").exists()
     check_comparison(comparison(tmp_path / "compare", tmp_path / "teachers", [("prism", recipe)], seeds=(0,)))
-    for cell in made.cells[:4]:
-        Artifact(tmp_path / "compare" / "cells" / f"{cell.name}.json", "key").write_json({})
+    for run in made.runs[:4]:
+        Artifact(tmp_path / "compare" / "cells" / f"{name_of(run)}.json", "key").write_json({})
     check_comparison(made)
 
 
@@ -180,7 +180,7 @@ def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):
         f"{label}, seed 0: {number} of 3 runs done" for number, label in enumerate(("random real", "prism", "bad"), 1)
     ]
     assert [line.endswith(" left") for line in told] == [True, True, False], "an estimate of this launch"
-    found = findings(made, failed)
+    found = facts_of(made, failed)
     assert [method["label"] for method in found["methods"]] == ["random real", "prism"]
     assert {row["method"] for row in found["scores"]} == {"random real", "prism"}
     assert "not finite" in found["left_out"]["bad-ipc2-seed0"]
@@ -194,6 +194,6 @@ def test_the_first_method_says_who_measures_similarity_whatever_comes_after(comp
     for recipes in (named("prism") + other, other + named("prism")):
         folder = copy_run(compared[0], tmp_path / recipes[0][0])  # a record that does not fit is set aside
         made = comparison(folder, compared[1], recipes)
-        cell = next(cell for cell in made.cells if cell.method.label == "prism")
-        found[made.network.name] = made.is_made(cell)
+        run = next(run for run in made.runs if run.title.startswith("prism"))
+        found[made.network.name] = made.is_made(run)
     assert found == {"squeeze:test_byobnet": True, "squeeze:test_efficientnet": False}

@@ -1,36 +1,36 @@
-"""Compare methods on your data: several recipes, one protocol.
-
-    %(prog)s recipes/digits/prism_ipc10.yaml recipes/digits/sre2l_ipc10.yaml
-    %(prog)s A.yaml B.yaml --data ORG/NAME          # a Hub id, or a folder
-    %(prog)s A.yaml B.yaml --seeds 0,1,2 --students resnet18,mobilenetv3_small_050
-    %(prog)s A.yaml B.yaml --dry-run                # what would be run
-
-Data, teachers' training, labels, packaging and students are those of the first recipe, its size and channels too (change
-them with data.size=64 data.channels=3). Random real images are always among the methods. Leaves comparison.html (one
-file, for a browser), comparison.md, comparison.json and the runs, each with its dataset. The same command resumes an
-interrupted comparison, with any number of processes.
-"""
+"""The command compare."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import re
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..compare.methods import Method, StudentSetup, under_one_protocol
 from ..errors import RecipeError
-from ..recipe import load_recipe, override_recipe, plan_jobs
-from .options import add_compute, quiet, split_overrides, teachers_folder
-
-if TYPE_CHECKING:
-    from ..compare.methods import Method, StudentSetup
+from ..recipe import Recipe, load_recipe, override_recipe, plan_jobs
+from .options import Command, add_compute, quiet, split_overrides, teachers_folder
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Recipes, data, seeds, students and folders."""
+def compare(parser: argparse.ArgumentParser) -> Command:
+    """Compare methods on your data: several recipes, one protocol.
+
+        %(prog)s recipes/digits/prism_ipc10.yaml recipes/digits/sre2l_ipc10.yaml
+        %(prog)s A.yaml B.yaml --data ORG/NAME          # a Hub id, or a folder
+        %(prog)s A.yaml B.yaml --seeds 0,1,2 --students resnet18,mobilenetv3_small_050
+        %(prog)s A.yaml B.yaml --dry-run                # what would be run
+
+    Data, teachers' training, labels, packaging and students are those of the first recipe, its size and channels too
+    (change them with data.size=64 data.channels=3). Random real images are always among the methods. Leaves
+    comparison.html (one file, for a browser), comparison.md, comparison.json and the runs, each with its dataset. The same
+    command resumes an interrupted comparison, with any number of processes.
+    """
     parser.add_argument("words", nargs="+", metavar="RECIPE.yaml | key=value", help="recipes, and overrides for all")
     parser.add_argument("--data", metavar="HUB_ID_OR_FOLDER", help="your data, in place of the first recipe's")
     parser.add_argument("--seeds", type=_seeds, metavar="N,N,...", help="one run of each; default: evaluation.seeds")
@@ -39,62 +39,63 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teachers", type=Path, metavar="DIR", help="where squeezed teachers are kept")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run and stop")
     add_compute(parser)
+    return _compare
 
 
 def _seeds(text: str) -> list[int]:
-    try:
+    with suppress(ValueError):
         seeds = [int(part) for part in text.split(",")]
-    except ValueError:
-        seeds = []
-    if not seeds or min(seeds) < 0 or max(seeds) >= 2**63 or len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"expected different whole numbers with commas between, got {text!r}")
-    return seeds
+        if 0 <= min(seeds) and max(seeds) < 2**63 and len(set(seeds)) == len(seeds):
+            return seeds
+    raise argparse.ArgumentTypeError(f"expected different whole numbers with commas between, got {text!r}")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Compare, or print what would be run."""
+def _compare(args: argparse.Namespace) -> None:
     paths, overrides = split_overrides(args.words)
     if not paths:
         raise RecipeError("expected at least one recipe, got none; give the path of a YAML file")
     recipes = [load_recipe(path) for path in paths]
-    from ..compare.methods import StudentSetup, under_one_protocol
-
     if args.data is not None:
         quiet()
-        from ..compare.compare_recipes import with_data
-
-        overrides = with_data(recipes[0], args.data, overrides)
-    recipes = [override_recipe(recipe, overrides) for recipe in recipes]
+        overrides = _with_data(recipes[0], args.data, overrides)
+    first, *_ = recipes = [override_recipe(recipe, overrides) for recipe in recipes]
     methods, notes = under_one_protocol([(recipe.name, recipe) for recipe in recipes])
-    seeds = args.seeds or list(recipes[0].evaluation.seeds)
-    students = [recipes[0].evaluation.student] if args.students is None else args.students.split(",")
-    setups = [StudentSetup(student, labels) for student in dict.fromkeys(students) for labels in ("soft", "hard")]
+    seeds = args.seeds or first.evaluation.seeds
+    students = [first.evaluation.student] if args.students is None else list(dict.fromkeys(args.students.split(",")))
+    setups = [StudentSetup(student, labels) for student in students for labels in ("soft", "hard")]
     if args.dry_run:
-        sys.stdout.write(describe(methods, notes, seeds, setups))
+        sys.stdout.write(_plan(methods, notes, seeds, setups))
         return
     quiet()
-    from ..compare.compare_recipes import compare_recipes
+    from ..compare.comparison import Comparison
     from ..compare.page import table_of
+    from ..compare.runs import compare
     from ..evaluation import plain_table
+    from ..run.context import make_accelerator
 
-    folder = args.output or Path("outputs") / f"compare-{recipes[0].name}"
-    comparison = compare_recipes(
-        methods,
-        setups,
-        seeds,
-        folder,
-        teachers=teachers_folder(args, folder),
-        notes=notes,
-        command=" ".join([args.parser.prog, *map(public_word, args.argv)]),
-        threads=args.threads,
-        checkpoint_s=args.checkpoint_every,
-    )
-    if comparison is not None:
-        sys.stdout.write(f"{plain_table(table_of(comparison))}\npage: {folder / 'comparison.html'}\n")
+    folder = args.output or Path("outputs") / f"compare-{first.name}"
+    teachers, accelerator = teachers_folder(args, folder), make_accelerator(threads=args.threads)
+    comparison = Comparison(methods, setups, seeds, folder, teachers, accelerator, args.checkpoint_every, ceilings=students)
+    command = " ".join([args.parser.prog, *map(public_word, args.argv)])
+    facts = compare(comparison, notes=notes, command=command)
+    if facts is not None:
+        sys.stdout.write(f"{plain_table(table_of(facts))}\npage: {folder / 'comparison.html'}\n")
 
 
-def describe(methods: Sequence[Method], notes: Sequence[str], seeds: Sequence[int], setups: Sequence[StudentSetup]) -> str:
-    """What would be run."""
+def _with_data(first: Recipe, source: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides that give all recipes other data, with the first one's settings where they hold there too."""
+    from ..images import count_classes
+
+    words = [f"data.{key}=null" for key in ("config", "revision", "image_column", "label_column")]
+    words += ["data.licence=unknown", f"data.source={json.dumps(source)}"]
+    # The rest of the overrides waits for the number of classes.
+    data = override_recipe(first, [*words, *(word for word in overrides if word.startswith("data."))]).data
+    # The section as a whole: the other recipes may name splits or columns that these data do not have.
+    section = dataclasses.asdict(data) | {"num_classes": count_classes(data)}
+    return [f"data={json.dumps(section, ensure_ascii=False)}", *overrides]
+
+
+def _plan(methods: Sequence[Method], notes: Sequence[str], seeds: Sequence[int], setups: Sequence[StudentSetup]) -> str:
     lines = [f"{len(methods)} methods, {len(seeds)} seeds: {len(methods) * len(seeds)} runs"]
     for method in methods:
         steps = sum(job.iterations for job in plan_jobs(method.recipe))

@@ -1,51 +1,50 @@
-r"""Run a recipe: from real data to a distilled dataset.
-
-    %(prog)s RECIPE.yaml                                   # into outputs/<recipe name>
-    %(prog)s RECIPE.yaml synthesis.ipc=5 --output DIR      # any override, any folder
-    %(prog)s RECIPE.yaml --dry-run                         # the plan; touches no tensor and no network
-    %(prog)s RECIPE.yaml --stage evaluate                  # one stage, from what the earlier ones left
-    %(prog)s RECIPE.yaml --push-to-hub ORG/NAME            # share it; private unless --public
-
-On two processes, GPUs or else CPU cores:
-
-    accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
-        -m prism_hf distill RECIPE.yaml
-
-The stages are squeeze (train teachers), synthesize (images), relabel, package and evaluate (train students). The same
-command resumes an interrupted run, with any number of processes.
-"""
+"""The commands distill and squeeze: a recipe as a whole, or its teachers alone."""
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
+from ..errors import RecipeError
 from ..recipe import STAGES, TRACKERS, describe_plan
 from ..runtime import is_first_process
-from .options import add_compute, add_target, quiet, read_recipe, target_of, teachers_folder
-from .status import print_status
+from .folders import print_status
+from .options import Command, add_compute, add_target, quiet, read_recipe, split_overrides, target_of, teachers_folder
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Recipe, folders, stages, trackers, and where to publish."""
+def distill(parser: argparse.ArgumentParser) -> Command:
+    r"""Run a recipe: from real data to a distilled dataset.
+
+        %(prog)s RECIPE.yaml                                   # into outputs/<recipe name>
+        %(prog)s RECIPE.yaml synthesis.ipc=5 --output DIR      # any override, any folder
+        %(prog)s RECIPE.yaml --dry-run                         # the plan; touches no tensor and no network
+        %(prog)s RECIPE.yaml --stage evaluate                  # one stage, from what the earlier ones left
+        %(prog)s RECIPE.yaml --push-to-hub ORG/NAME            # share it; private unless --public
+
+    On two processes, GPUs or else CPU cores:
+
+        accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
+            -m prism_hf distill RECIPE.yaml
+
+    The stages are squeeze (train teachers), synthesize (images), relabel, package and evaluate (train students). The same
+    command resumes an interrupted run, with any number of processes.
+    """
     parser.add_argument("words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe, and overrides")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/<recipe name>")
     parser.add_argument("--teachers", type=Path, metavar="DIR", help="where squeezed teachers are kept")
     parser.add_argument("--stage", choices=STAGES, help="run one stage only")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    status = "print what a run has done, is doing and still has to do, and stop"
-    parser.add_argument("--status", nargs="?", const=True, metavar="DIR", help=status)
+    parser.add_argument("--status", nargs="?", const=True, metavar="DIR", help="print the state of a run and stop")
     parser.add_argument("--fresh", action="store_true", help="move what is in the output folder aside and start again")
-    partial = "package the finished images although some jobs failed"
-    parser.add_argument("--allow-partial", action="store_true", help=partial)
+    parser.add_argument("--allow-partial", action="store_true", help="package what is finished although some jobs failed")
     parser.add_argument("--log-with", metavar="|".join(TRACKERS), help="record losses, verifier accuracy and pictures")
-    publish = "publish the dataset in one commit; REPO is created if it does not exist"
-    parser.add_argument("--push-to-hub", dest="repo", metavar="REPO", help=publish)
+    parser.add_argument("--push-to-hub", dest="repo", metavar="REPO", help="publish the dataset; creates REPO if missing")
     add_target(parser)
     add_compute(parser)
+    return _distill
 
 
-def run(args: argparse.Namespace) -> None:
-    """Distill, or print the plan or the state of a run."""
+def _distill(args: argparse.Namespace) -> None:
     if args.repo is None and (args.public or args.revision != "main" or args.create_pr or args.replace):
         args.parser.error("--public, --revision, --create-pr and --replace belong to --push-to-hub REPO")
     if isinstance(args.status, str) and not args.words:
@@ -82,3 +81,42 @@ def run(args: argparse.Namespace) -> None:
             sys.stdout.write(f"dataset: {result.dataset}\n")
         if result.url is not None:
             sys.stdout.write(f"{result.url}\n")
+
+
+def squeeze(parser: argparse.ArgumentParser) -> Command:
+    """Train the `squeeze:` teachers of a recipe.
+
+        %(prog)s RECIPE.yaml [key=value ...] [--output DIR]
+
+    They learn the recipe's real data; finished ones are left as they are. Prints a folder per teacher, which both
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` and transformers'
+    `AutoModelForImageClassification.from_pretrained("FOLDER")` load.
+    """
+    parser.add_argument("words", nargs="+", metavar="RECIPE.yaml | key=value", help="a recipe, and overrides")
+    parser.add_argument("--output", type=Path, default="outputs/teachers", metavar="DIR", help="default: %(default)s")
+    add_compute(parser)
+    return _squeeze
+
+
+def _squeeze(args: argparse.Namespace) -> None:
+    recipe = read_recipe(args.words)
+    if not recipe.squeezed_teachers:
+        (path,), _ = split_overrides(args.words)
+        raise RecipeError(f"{path} names no `squeeze:` teacher, so there is nothing to train")
+    quiet()
+    from ..models import teacher_folder
+    from ..run.context import Run, make_accelerator
+    from ..run.folder import check_place
+    from ..run.preflight import check_architectures
+    from ..run.squeeze import squeeze
+
+    check_place(args.output, "--output")
+    check_architectures(recipe)
+    accelerator = make_accelerator(threads=args.threads)
+    # Only later stages need the folder of a run; teachers go straight to the output.
+    scratch = args.output / f".work-{recipe.name}"
+    squeeze(Run(recipe, scratch, args.output, accelerator, args.checkpoint_every))
+    if is_first_process():
+        shutil.rmtree(scratch, ignore_errors=True)
+        for name in recipe.squeezed_teachers:
+            sys.stdout.write(f"{name}  {teacher_folder(name, recipe, args.output)}\n")

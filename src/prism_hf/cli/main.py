@@ -7,57 +7,45 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import __version__
-from . import compare, distill, evaluate, export, push, squeeze, status, verify
-from .options import add_debug, run_command
+from .compare import compare
+from .distill import distill, squeeze
+from .folders import evaluate, export, push, status, verify
+from .options import run_command
 
-COMMANDS = {
-    "distill": distill,
-    "squeeze": squeeze,
-    "evaluate": evaluate,
-    "compare": compare,
-    "status": status,
-    "push": push,
-    "verify": verify,
-    "export": export,
-}
-"""Each module describes its command in its docstring, and has `add_options(parser)` and `run(args)`."""
+COMMANDS = (distill, squeeze, evaluate, compare, status, push, verify, export)
+"""Each adds the options of its command to a parser and returns what runs it; its docstring is the help."""
 
 
 def parse(
     argv: Sequence[str] | None = None, *, prog: str | None = None, default_recipe: Path | None = None
 ) -> argparse.Namespace:
-    """The options of a command line; `run` is the function of its command.
+    """The options of a command line, by default that of this process; `run` is the function of its command.
 
-    Args:
-        argv: Words after the program's name; default: those of this process.
-        prog: What the user types in place of `prism-hf COMMAND`, for help and for the record of a comparison.
-        default_recipe: Recipe of `distill` where none is named.
+    `prog` is what the user types in place of `prism-hf COMMAND`; `default_recipe` is for `distill` where none is named.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser("prism-hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("prism-hf", description=__doc__, formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"prism-hf {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    parsers = {}
-    for name, module in COMMANDS.items():
-        description = module.__doc__ or ""
-        parsers[name] = command = subparsers.add_parser(
-            name,
-            prog=prog or f"prism-hf {name}",
-            help=description.partition("\n")[0],
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+    for add_options in COMMANDS:
+        name, description = add_options.__name__, inspect.getdoc(add_options) or ""
+        help_ = description.partition("\n")[0]
+        command = subparsers.add_parser(
+            name, prog=prog or f"prism-hf {name}", help=help_, description=description, formatter_class=formatter
         )
-        module.add_options(command)
-        add_debug(command)
-        command.set_defaults(run=module.run, parser=command, argv=words[1:], default_recipe=default_recipe)
-    if words and words[0] in parsers:
-        # Not by the parser above: recipes, overrides and options may stand in any order.
-        return parsers[words[0]].parse_intermixed_args(words[1:])
+        run = add_options(command)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(run=run, parser=command, argv=words[1:], default_recipe=default_recipe)
+        if words[:1] == [name]:
+            # Not by the parser above: recipes, overrides and options may stand in any order.
+            return command.parse_intermixed_args(words[1:])
     return parser.parse_args(words)
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,18 +18,19 @@ from ..runtime import EVERY_S, leave_at_once, stopping_cleanly
 if TYPE_CHECKING:
     from ..hub import Target
 
-INTERRUPTED = 130
+Command = Callable[[argparse.Namespace], int | None]
+"""What runs a command: its options -> its exit code; `None` is 0."""
 
 
-def run_command(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
+def run_command(command: Command, args: argparse.Namespace) -> int:
     """Run a command; an error of ours is one line on stderr and exit code 2, with a traceback only for `--debug`."""
     try:
         with stopping_cleanly():
-            return main(args) or 0
+            return command(args) or 0
     except (StoppedError, KeyboardInterrupt):
         leave_at_once()  # the line about a signal is on the terminal already
         sys.stderr.write("interrupted: what is finished is kept; the same command goes on where this run stopped\n")
-        return INTERRUPTED
+        return 130
     except PrismError as error:
         if args.debug:
             raise
@@ -55,14 +57,9 @@ def quiet() -> None:
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
     """Options of every command that computes."""
-    parser.add_argument("--threads", type=_positive, default=None, metavar="N", help="CPU threads per process")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads per process")
     every = f"keep the state of long jobs this often; default: {EVERY_S:g}"
     parser.add_argument("--checkpoint-every", type=_seconds, default=EVERY_S, metavar="SECONDS", help=every)
-
-
-def add_debug(parser: argparse.ArgumentParser) -> None:
-    """The option of every command."""
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
@@ -70,9 +67,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     visible = parser.add_mutually_exclusive_group()
     visible.add_argument("--private", dest="public", action="store_false", help="only you and your organization (default)")
     visible.add_argument("--public", action="store_true", help="everybody can read it")
-    parser.add_argument(
-        "--revision", metavar="BRANCH", default="main", help="push to a branch, created if it does not exist"
-    )
+    parser.add_argument("--revision", metavar="BRANCH", default="main", help="push to a branch, created if missing")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of changing the branch")
     parser.add_argument("--replace", action="store_true", help="publish even over something else that the repo holds")
     parser.set_defaults(public=False)
@@ -92,13 +87,10 @@ def _positive(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 86400:
-        raise argparse.ArgumentTypeError(f"expected seconds, 0 to 86400, got {text!r}")
-    return value
+    with suppress(ValueError):
+        if 0 <= float(text) <= 86400:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected seconds, 0 to 86400, got {text!r}")
 
 
 def teachers_folder(args: argparse.Namespace, output: Path) -> Path:
@@ -113,11 +105,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def read_recipe(words: Sequence[str], default: Path | None = None) -> Recipe:
-    """The one recipe among positional words, with its overrides; `default` where none is named.
-
-    Raises:
-        RecipeError: There is not exactly one, or it is wrong.
-    """
+    """The one recipe among positional words, with its overrides; `default` where none is named."""
     paths, overrides = split_overrides(words)
     if not paths and default is not None:
         return load_recipe(default, overrides)

@@ -36,46 +36,31 @@ Facts = Mapping[str, Any]
 
 
 def draw_comparison(folder: Path, comparison: Facts, images: Mapping[str, Tensor]) -> dict[str, Path]:
-    """Write the pictures of a comparison.
+    """Write the pictures of a comparison, NAME.png each; returns their paths by name.
 
-    Args:
-        folder: Where `grids.png`, `accuracy.png`, `similarity.png` and `map.png` go.
-        comparison: What comparison.json holds.
-        images: By label of each method its images, class-major (K * ipc, C, H, W) uint8, all of one size.
-
-    Returns:
-        Path by name: those of `drawn`.
-
-    Raises:
-        ValueError: The images are not those of the methods, or their number does not fit the ipc.
+    `images` has those of each method by its label, class-major (K * ipc, C, H, W) uint8, all of one size.
     """
-    draw: dict[str, Callable[[Path, Facts], None]] = {
-        "accuracy": draw_accuracy,
-        "grids": partial(draw_grids, images=images),
-        "similarity": draw_similarity,
-        "map": draw_map,
-    }
+    draw: dict[str, Callable[[Path, Facts], None]]
+    draw = {"accuracy": draw_accuracy, "similarity": draw_similarity, "map": draw_map}
+    draw["grids"] = partial(draw_grids, images=images)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{name}.png" for name in drawn(comparison)}
+    paths = {name: folder / f"{name}.png" for name in picture_names(comparison)}
     for name, path in paths.items():
         draw[name](path, comparison)
     return paths
 
 
-def drawn(comparison: Facts) -> tuple[str, ...]:
-    """Names of the pictures that a comparison has; a set with one image per class has no similarity to show."""
+def picture_names(comparison: Facts) -> list[str]:
+    """The pictures that a comparison has; a set with one image per class has no similarity to show."""
     if not comparison["methods"]:
-        return ()
+        return []
     has_pairs = any(method["histogram"] for method in comparison["methods"])
-    return ("accuracy", "grids", "similarity", "map") if has_pairs else ("accuracy", "grids", "map")
+    return ["accuracy", "grids", *(["similarity"] if has_pairs else []), "map"]
 
 
 def in_order(comparison: Facts) -> list[Facts]:
     """The methods by images per class, the control first among those of one number."""
     return sorted(comparison["methods"], key=lambda method: (method["ipc"], not method["control"]))
-
-
-# -- accuracy ---------------------------------------------------------------------------------------------------------
 
 
 @matplotlib.rc_context(STYLE)
@@ -136,9 +121,6 @@ def _draw_score(axes: Axes, score: Facts, height: float, color: str, marker: str
     axes.errorbar(100 * score["mean"], height, xerr=spread, **style)
 
 
-# -- images -----------------------------------------------------------------------------------------------------------
-
-
 @matplotlib.rc_context(STYLE)
 def draw_grids(path: Path, comparison: Facts, images: Mapping[str, Tensor]) -> None:
     """The images of the methods side by side: the same classes as rows and the same slots as columns."""
@@ -197,9 +179,6 @@ def _grid_title(method: Facts, comparison: Facts, most: int, letters: int) -> st
     return "\n".join(textwrap.fill(line, letters) for line in lines) + cut
 
 
-# -- similarity -------------------------------------------------------------------------------------------------------
-
-
 @matplotlib.rc_context(STYLE)
 def draw_similarity(path: Path, comparison: Facts) -> None:
     """Histograms of the similarity of pairs inside a class, a panel per method, each before that of real images."""
@@ -209,40 +188,24 @@ def draw_similarity(path: Path, comparison: Facts) -> None:
     for axes, method in zip(panels, methods, strict=False):
         color = _CONTROL_COLOR if method["control"] else LABEL_STYLE["soft"][0]
         if real["histogram"]:
-            axes.stairs(*_stairs(real["histogram"]), fill=True, color="#cccccc")
-        axes.stairs(*_stairs(method["histogram"]), color=color, linewidth=1.4)
+            axes.stairs(real["histogram"]["density"], real["histogram"]["edges"], fill=True, color="#cccccc")
+        axes.stairs(method["histogram"]["density"], method["histogram"]["edges"], color=color, linewidth=1.4)
         for mean, line_color in ((real["similarity"]["mean"], "#999999"), (method["similarity"]["mean"], color)):
             if mean is not None:
                 axes.axvline(mean, color=line_color, linestyle="--", linewidth=1)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-    panels[0].set_xlim(*_span([entry["histogram"] for entry in (real, *methods) if entry["histogram"]]))
-    handles = [
-        _line("images of the method", LABEL_STYLE["soft"][0], width=1.4),
-        _line("random real (control)", _CONTROL_COLOR, width=1.4),
-        _line("real training images", "#cccccc", width=6),
-        _line("mean", "#777777", "--"),
-    ]
+    histograms = [entry["histogram"] for entry in (real, *methods) if entry["histogram"]]
+    bins = [bin_ for h in histograms for bin_ in zip(h["density"], h["edges"], h["edges"][1:], strict=False)]
+    low = min(left for density, left, _ in bins if density > 0)
+    high = max(right for density, _, right in bins if density > 0)
+    panels[0].set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
+    handles = [_line("images of the method", LABEL_STYLE["soft"][0], width=1.4)]
+    handles += [_line("random real (control)", _CONTROL_COLOR, width=1.4)]
+    handles += [_line("real training images", "#cccccc", width=6), _line("mean", "#777777", "--")]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
     figure.supxlabel("cosine similarity of two images of a class (each panel has its own height)", fontsize=8)
     save_figure(figure, path)
-
-
-def _stairs(histogram: Facts) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    return np.asarray(histogram["density"], dtype=float), np.asarray(histogram["edges"], dtype=float)
-
-
-def _span(histograms: Sequence[Facts]) -> tuple[float, float]:
-    """Where any histogram has mass, with a margin."""
-    ends: list[float] = []
-    for density, edges in map(_stairs, histograms):
-        ends += [*edges[:-1][density > 0], *edges[1:][density > 0]]
-    low, high = min(ends), max(ends)
-    margin = 0.02 * (high - low)
-    return low - margin, high + margin
-
-
-# -- feature map ------------------------------------------------------------------------------------------------------
 
 
 @matplotlib.rc_context(STYLE)
@@ -271,9 +234,6 @@ def _points(entry: Facts, classes: int) -> tuple[NDArray[np.float64], NDArray[np
     """Points (N, 2) of the first classes, and their labels (N,)."""
     xy, labels = np.asarray(entry["points"]["xy"], dtype=float), np.asarray(entry["points"]["label"], dtype=np.int64)
     return xy[labels < classes], labels[labels < classes]
-
-
-# -- parts ------------------------------------------------------------------------------------------------------------
 
 
 def _small_multiples(

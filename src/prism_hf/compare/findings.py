@@ -7,7 +7,6 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,110 +16,65 @@ from ..dataset import DistilledDataset, load_distilled, versions
 from ..evaluation import FeatureMap, difference, intra_class_similarity, pair_histogram, read_scores, score_row
 from ..models import penultimate_features
 from ..recipe import dump_recipe, public_recipe, to_dict
-from ..runtime import is_finished, write_bytes, write_json
-from .figures import draw_comparison
-from .methods import Cell, Method
-from .page import render_html, render_markdown
-from .runs import Comparison
+from ..runtime import is_finished
+from .comparison import Comparison, name_of
+from .methods import Method
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
-"""By label of each method, what was kept of its finished runs, each with its seed."""
+"""By label of each method, the records of its finished runs, each with its seed."""
 
 _SAMPLE = 100
 """Real images per class behind the feature map and the histograms."""
 
 
-def write_page(comparison: Comparison, failed: Mapping[str, str], *, notes: Sequence[str], command: str) -> dict[str, Any]:
-    """Write comparison.json, the page as Markdown and as one HTML file, and its pictures in assets/.
-
-    Args:
-        comparison: Its runs, finished or not.
-        failed: Runs that failed, by name, with the reason; from `make`.
-        notes: What gave way to the protocol, from `under_one_protocol`.
-        command: What makes the comparison again.
+def findings(
+    comparison: Comparison, failed: Mapping[str, str], *, notes: Sequence[str], command: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is known of a comparison, finished or not; `failed` and `notes` are from `make` and `under_one_protocol`.
 
     Returns:
-        The contents of comparison.json.
+        The contents of comparison.json; and of each method the images of its first finished run, by label,
+        class-major (K * ipc, C, H, W) uint8.
     """
-    folder, records = comparison.folder, finished_records(comparison)
-    datasets = first_datasets(comparison, records)
-    facts = _findings(comparison, failed, records, datasets) | {"command": command}
-    facts["protocol"]["notes"] = list(notes)
-    write_json(folder / "comparison.json", facts)
-    images = {label: dataset.images_uint8 for label, dataset in datasets.items()}
-    pictures = draw_comparison(folder / "assets", facts, images)
-    write_bytes(folder / "comparison.md", render_markdown(facts).encode())
-    loaded = {name: path.read_bytes() for name, path in pictures.items()}
-    write_bytes(folder / "comparison.html", render_html(facts, loaded).encode())
-    return facts
-
-
-def findings(comparison: Comparison, failed: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
-    """What is known of a comparison, finished or not: comparison.json without its command and notes."""
-    records = finished_records(comparison)
-    return _findings(comparison, failed, records, first_datasets(comparison, records))
-
-
-def finished_records(comparison: Comparison) -> Records:
-    """What was kept of the finished runs."""
-    records: dict[str, list[Mapping[str, Any]]] = {method.label: [] for method in comparison.methods}
-    for cell in comparison.cells:
-        if comparison.is_made(cell):
-            records[cell.method.label].append({"seed": cell.seed, **comparison.record(cell).read_json()})
-    return records
-
-
-def first_datasets(comparison: Comparison, records: Records) -> dict[str, DistilledDataset]:
-    """Dataset of the first finished run of each method, by its label."""
-    return {
-        method.label: load_distilled(comparison.run_of(Cell(method, records[method.label][0]["seed"])).dataset)
-        for method in comparison.methods
-        if records[method.label]
-    }
-
-
-def _findings(
-    comparison: Comparison, failed: Mapping[str, str], records: Records, datasets: Mapping[str, DistilledDataset]
-) -> dict[str, Any]:
-    data = comparison.common_run().data
+    records, data = _records(comparison), comparison.common_run().data
     sample = torch.cat([torch.from_numpy(rows[:_SAMPLE]) for rows in data.train.rows_by_class(data.num_classes)])
     labels = torch.from_numpy(data.train.labels)[sample]
     features = _features(comparison, lambda rows: data.train.images(sample[rows.start : rows.stop]), len(sample))
     similarity, plane = intra_class_similarity(features, labels, data.num_classes), FeatureMap(features)
+    methods, images = [], {}
+    for method in comparison.methods:
+        if own := records[method.label]:
+            distilled = load_distilled(comparison.run_of(method, own[0]["seed"]).dataset)
+            images[method.label] = distilled.images_uint8
+            pictured = _pictured(_distilled_features(comparison, distilled), distilled.labels, plane)
+            methods.append(_facts(method, own) | pictured)
     scores, full_data = _scores(comparison, records), _full_scores(comparison)
+    real = {"mean": similarity.mean, "per_class": list(similarity.per_class), "images_per_class": _SAMPLE}
+    how = "first two principal components of the features of real training images"
     return {
         "name": comparison.folder.absolute().name,
         "data": _data(comparison),
-        "protocol": _protocol(comparison),
-        "methods": [
-            _facts(method, records[method.label])
-            | _pictured(*_distilled_features(comparison, datasets[method.label]), plane)
-            for method in comparison.methods
-            if method.label in datasets
-        ],
+        "protocol": _protocol(comparison) | {"notes": list(notes)},
+        "methods": methods,
         "scores": scores,
         "full_data": full_data,
-        "real": {
-            "similarity": {
-                "mean": similarity.mean,
-                "per_class": list(similarity.per_class),
-                "images_per_class": _SAMPLE,
-            },
-            **_pictured(features, labels, plane),
-        },
-        "map": {
-            "network": comparison.network.name,
-            "how": "first two principal components of the features of real training images",
-        },
+        "real": {"similarity": real, **_pictured(features, labels, plane)},
+        "map": {"network": comparison.network.name, "how": how},
         "differences": _differences(scores, comparison.methods),
         "left_out": _left_out(comparison, failed, records, full_data),
-        "wall_time_s": sum(record["wall_time_s"] for of_method in records.values() for record in of_method),
+        "wall_time_s": sum(record["wall_time_s"] for own in records.values() for record in own),
         "hardware": comparison.common_run().hardware | {"processes": comparison.accelerator.num_processes},
         "versions": versions(),
-    }
+        "command": command,
+    }, images
 
 
-# -- what all methods share -------------------------------------------------------------------------------------------
+def _records(comparison: Comparison) -> Records:
+    records = {}
+    for method in comparison.methods:
+        runs = [run for seed in comparison.seeds if comparison.is_made(run := comparison.run_of(method, seed))]
+        records[method.label] = [{"seed": run.recipe.seed, **comparison.record(run).read_json()} for run in runs]
+    return records
 
 
 def _data(comparison: Comparison) -> dict[str, Any]:
@@ -141,8 +95,8 @@ def _protocol(comparison: Comparison) -> dict[str, Any]:
     asked_for = {"student": students[0] if len(students) == 1 else students, "seeds": list(comparison.seeds)}
     names = dict.fromkeys(name for method in comparison.methods for name in method.recipe.all_teachers)
     squeezed: dict[str, float] = {}
-    for cell in comparison.one_of_each:
-        squeezed |= comparison.common_run(cell).squeezed_top1
+    for run in comparison.one_of_each:
+        squeezed |= run.squeezed_top1
     return {
         "teachers": {name: squeezed.get(name) for name in names},
         "relabel": to_dict(recipe)["relabel"],
@@ -156,7 +110,7 @@ def _protocol(comparison: Comparison) -> dict[str, Any]:
 def _full_scores(comparison: Comparison) -> list[dict[str, Any]]:
     """Students of all real images."""
     rows = []
-    for student in comparison.full_data_students:
+    for student in comparison.ceilings:
         trained = [task for task in comparison.full_tasks(student) if is_finished(task.score.path)]
         rows += [{"student": student, **score} for score in read_scores(trained)]
     return rows
@@ -168,22 +122,20 @@ def _left_out(
     """What the table lacks, with the reason."""
     left_out = dict(failed)
     for method in comparison.methods:
-        tried = any(Cell(method, seed).name in failed for seed in comparison.seeds)
+        tried = any(name_of(comparison.run_of(method, seed)) in failed for seed in comparison.seeds)
         if not records[method.label] and not tried:
             left_out[f"{method.label}, ipc {method.recipe.synthesis.ipc}"] = "not yet run"
     if not comparison.protocol.evaluation.full_data_epochs:
         left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
     elif not full_data:
-        left_out["all real"] = "not yet run" if comparison.full_data_students else "not asked for"
+        left_out["all real"] = "not yet run" if comparison.ceilings else "not asked for"
     return left_out
-
-
-# -- methods ----------------------------------------------------------------------------------------------------------
 
 
 def _facts(method: Method, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What is known of a method beside its scores, over the seeds."""
     means = [record["similarity"]["mean"] for record in records]
+    averaged = ("image_bytes", "label_bytes", "verifier_top1", "logit_top1")
     return {
         "label": method.label,
         "recipe": method.recipe.name,
@@ -193,10 +145,7 @@ def _facts(method: Method, records: Sequence[Mapping[str, Any]]) -> dict[str, An
         # The median: the first run of a method may also have gathered what later ones read from the disk.
         "seconds_per_image": statistics.median(float(record["seconds_per_image"]) for record in records),
         "image_steps": records[0]["image_steps"],
-        "image_bytes": _mean(record["image_bytes"] for record in records),
-        "label_bytes": _mean(record["label_bytes"] for record in records),
-        "verifier_top1": _mean(record["verifier_top1"] for record in records),
-        "logit_top1": _mean(record["logit_top1"] for record in records),
+        **{key: _mean(record[key] for record in records) for key in averaged},
         "similarity": {
             "mean": _mean(means),
             "std_over_seeds": None if None in means or len(means) < 2 else statistics.stdev(means),
@@ -216,15 +165,13 @@ def _scores(comparison: Comparison, records: Records) -> list[dict[str, Any]]:
         for scores in zip(*(record["scores"] for record in own), strict=True):  # one per seed
             top1 = [float(score["top1"]) for score in scores]
             score = score_row(method.label, scores[0]["labels"], seeds, top1, int(own[0]["images"]))
-            rows.append(
-                {
-                    "method": score.pop("images"),
-                    "ipc": method.recipe.synthesis.ipc,
-                    "student": scores[0]["student"],
-                    "label_bytes": _mean(score["label_bytes"] for score in scores),
-                    **score,
-                }
-            )
+            first = {
+                "method": score.pop("images"),
+                "ipc": method.recipe.synthesis.ipc,
+                "student": scores[0]["student"],
+                "label_bytes": _mean(score["label_bytes"] for score in scores),
+            }
+            rows.append(first | score)
     return rows
 
 
@@ -249,12 +196,9 @@ def _differences(scores: Sequence[Mapping[str, Any]], methods: Sequence[Method])
     return rows
 
 
-# -- features ---------------------------------------------------------------------------------------------------------
-
-
-def _distilled_features(comparison: Comparison, dataset: DistilledDataset) -> tuple[Tensor, Tensor]:
-    pixels = dataset.images_uint8
-    return _features(comparison, lambda rows: pixels[rows.start : rows.stop], len(pixels)), dataset.labels
+def _distilled_features(comparison: Comparison, distilled: DistilledDataset) -> Tensor:
+    pixels = distilled.images_uint8
+    return _features(comparison, lambda rows: pixels[rows.start : rows.stop], len(pixels))
 
 
 def _features(comparison: Comparison, images: Callable[[range], Tensor], count: int) -> Tensor:

@@ -1,14 +1,10 @@
-"""Methods of a comparison: recipes under the protocol of the first one, with random real images among them.
-
-The first recipe's data, teachers' training, labels, packaging and students are those of all.
-"""
+"""Methods of a comparison: recipes under the protocol of the first one, with random real images among them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..errors import RecipeError
@@ -24,32 +20,34 @@ PROTOCOL = ("data", "squeeze", "relabel", "packaging", "evaluation")
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a comparison.
-
-    Attributes:
-        label: Its name in tables and pictures.
-        recipe: Its recipe under the protocol.
-        control: Whether it is random real images.
-    """
+    """One row of a comparison: its name in tables and pictures, and its recipe under the protocol."""
 
     label: str
     recipe: Recipe
-    control: bool = False
+
+    @property
+    def control(self) -> bool:
+        """Whether it is random real images."""
+        return self.recipe.method == "random"
 
     @property
     def slug(self) -> str:
         """The label as the name of a folder."""
         return re.sub(r"[^a-z0-9]+", "-", f"{self.label} ipc{self.recipe.synthesis.ipc}".lower()).strip("-")[:80]
 
+    def seeded(self, seed: int) -> Recipe:
+        """The recipe of one run, with one seed for synthesis and students alike; all runs have the same teachers."""
+        base = self.recipe
+        squeeze = replace(base.squeeze, seed=base.seed if base.squeeze.seed is None else base.squeeze.seed)
+        evaluation = replace(base.evaluation, seeds=(seed,))
+        return replace(base, name=self.slug, seed=seed, squeeze=squeeze, evaluation=evaluation)
+
 
 @dataclass(frozen=True)
 class StudentSetup:
     """A student architecture and the labels of a dataset that it learns from.
 
-    Attributes:
-        student: Architecture.
-        labels: Kind of labels.
-        label_epochs: Only the first so many epochs of views, used in turn; `None`: as many as the student trains.
+    With `label_epochs` only the first so many epochs of views, used in turn; else as many as the student trains.
     """
 
     student: str
@@ -62,40 +60,10 @@ class StudentSetup:
         return self.labels if self.label_epochs is None else f"{self.labels}-{self.label_epochs}"
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run: a method with one seed, for synthesis and students alike."""
-
-    method: Method
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Name in files and in the log."""
-        return f"{self.method.slug}-seed{self.seed}"
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        """The recipe of this run; all runs have the same teachers."""
-        base = self.method.recipe
-        return replace(
-            base,
-            name=self.method.slug,
-            seed=self.seed,
-            squeeze=replace(base.squeeze, seed=base.seed if base.squeeze.seed is None else base.squeeze.seed),
-            evaluation=replace(base.evaluation, seeds=(self.seed,)),
-        )
-
-
 def under_one_protocol(recipes: Sequence[tuple[str, Recipe]], *, own: Sequence[str] = ()) -> tuple[list[Method], list[str]]:
-    """Every recipe under the protocol of the first one, and random real images for each number of images per class.
+    """Recipes, each with its label, under the protocol of the first one, with random real images for each ipc.
 
-    Args:
-        recipes: Label and recipe.
-        own: Sections of the protocol that each recipe keeps its own values of.
-
-    Returns:
-        The methods, in order, controls first; and one line for each value of a recipe that gives way to the protocol.
+    Each recipe keeps its `own` sections. Returns the methods, controls first, and one line for each value that gives way.
 
     Raises:
         RecipeError: Two methods of one name, or a recipe that does not work under the protocol.
@@ -105,31 +73,26 @@ def under_one_protocol(recipes: Sequence[tuple[str, Recipe]], *, own: Sequence[s
     first_label, first = recipes[0]
     methods, notes = [], []
     for label, recipe in recipes:
-        common = _protocol_of(first, recipe, label, own)
-        methods.append(Method(label, common, control=recipe.method == "random"))
-        notes += [
-            f"{label}: {key} is that of {first_label}"
-            for key in differing_keys(recipe, common)
-            if key not in ("seed", "method")
-        ]
+        values, shared = to_dict(recipe), to_dict(first)
+        values |= {key: shared[key] for key in (*PROTOCOL, "seed") if key not in own}
+        values["teachers"]["verifier"] = first.teachers.verifier  # type: ignore[index]
+        origin = label if recipe is first else f"{label} under the protocol of {first.name}"
+        common = parse_recipe(values, origin=origin)
+        methods.append(Method(label, common))
+        changed = [key for key in differing_keys(recipe, common) if key not in ("seed", "method")]
+        notes += [f"{label}: {key} is that of {first_label}" for key in changed]
     sizes = dict.fromkeys(method.recipe.synthesis.ipc for method in methods)
+    with_control = {method.recipe.synthesis.ipc for method in methods if method.control}
     for ipc in sizes:
-        if not any(method.control and method.recipe.synthesis.ipc == ipc for method in methods):
+        if ipc not in with_control:
             label = RANDOM if len(sizes) == 1 else f"{RANDOM}, ipc {ipc}"
-            methods.append(Method(label, random_recipe(first, ipc), control=True))
+            methods.append(Method(label, random_recipe(first, ipc)))
     methods.sort(key=lambda method: not method.control)
     slugs = [re.sub(r"-ipc\d+$", "", method.slug) for method in methods]
     twice = next((method.label for method, slug in zip(methods, slugs, strict=True) if slugs.count(slug) > 1), None)
     if twice is not None:
         raise RecipeError(f"two methods are called {twice!r}; give each recipe a name of its own")
     return methods, notes
-
-
-def _protocol_of(first: Recipe, recipe: Recipe, label: str, own: Sequence[str]) -> Recipe:
-    values, common = to_dict(recipe), to_dict(first)
-    values |= {key: common[key] for key in (*PROTOCOL, "seed") if key not in own}
-    values["teachers"]["verifier"] = first.teachers.verifier  # type: ignore[index]
-    return parse_recipe(values, origin=label if recipe is first else f"{label} under the protocol of {first.name}")
 
 
 def random_recipe(recipe: Recipe, ipc: int) -> Recipe:

@@ -10,17 +10,19 @@ import base64
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
+from torch import Tensor
 
 from ..evaluation import bytes_text, cosine_text, markdown_table, percent_text, top1_text, verdict
 from ..hub import MAX_CLASSES, escape, fence_for
-from ..runtime import duration_text, visible
-from .figures import drawn, in_order
+from ..runtime import duration_text, visible, write_bytes, write_json
+from .figures import draw_comparison, in_order, picture_names
 
 HEADER = (
     "method", "student", "labels", "top-1 %", "ipc", "images", "image bytes", "label bytes", "s / image",
@@ -35,28 +37,54 @@ _FOLD = re.compile(r"<details><summary>[\w ]+</summary>|</details>")
 """The only HTML in the Markdown template; text from outside has no `<` left after `escape`."""
 
 
-def render_markdown(comparison: Mapping[str, Any], *, folder_of_pictures: str = "assets") -> str:
-    """The page as Markdown.
+def write_page(folder: Path, comparison: Mapping[str, Any], images: Mapping[str, Tensor]) -> None:
+    """Write comparison.json, the page as Markdown and as one HTML file, and its pictures in assets/; see `findings`."""
+    write_json(folder / "comparison.json", comparison)
+    pictures = draw_comparison(folder / "assets", comparison, images)
+    write_bytes(folder / "comparison.md", render_markdown(comparison).encode())
+    contents = {name: path.read_bytes() for name, path in pictures.items()}
+    write_bytes(folder / "comparison.html", render_html(comparison, contents).encode())
 
-    Args:
-        comparison: What comparison.json holds.
-        folder_of_pictures: Where `draw_comparison` wrote, as seen from the page.
+
+def render_markdown(comparison: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> str:
+    """The page as Markdown; `pictures` are addresses by name, by default those in assets/.
 
     Raises:
         KeyError, jinja2.UndefinedError: A fact is missing; one that is not known is `None`.
     """
-    return _markdown(comparison, {name: f"{folder_of_pictures}/{name}.png" for name in drawn(comparison)})
+    if pictures is None:
+        pictures = {name: f"assets/{name}.png" for name in picture_names(comparison)}
+    scores, protocol = comparison["scores"], comparison["protocol"]
+    settings = {f"labels, {key}": value for key, value in protocol["relabel"].items()}
+    settings |= {f"evaluation, {key}": value for key, value in protocol["evaluation"].items()}
+    for name, top1 in protocol["teachers"].items():
+        measured = "not measured" if top1 is None else f"{percent_text(top1)} %"
+        settings[f"teacher {name}"] = Markup(f"test top-1 {measured}")
+    seeds = {tuple(score["seeds"]) for score in [*scores, *comparison["full_data"]]}
+    against_controls, against_each_other = _verdicts(comparison)
+    return _TEMPLATES.get_template("comparison.md.jinja").render(
+        **comparison,
+        pictures=pictures,
+        controls=sum(method["control"] for method in comparison["methods"]),
+        most_classes=MAX_CLASSES,
+        against_controls=against_controls,
+        against_each_other=against_each_other,
+        table=Markup(markdown_table(table_of(comparison, escape))),
+        students=list(dict.fromkeys(score["student"] for score in scores)),
+        seeds=next(iter(seeds)) if len(seeds) == 1 else None,
+        one_seed=any(len(own) == 1 for own in seeds),
+        image_labels=any(score["labels"] == "image" for score in scores),
+        real_cosine=Markup(cosine_text(comparison["real"]["similarity"]["mean"])),
+        settings=settings,
+        made_with={**comparison["versions"], **comparison["hardware"], "time": duration_text(comparison["wall_time_s"])},
+        code=_code,
+    )
 
 
 def render_html(comparison: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
-    """The page as one HTML file that needs neither a network nor scripts; raises like `render_markdown`.
-
-    Args:
-        comparison: What comparison.json holds.
-        pictures: PNG files by name, as `draw_comparison` names them: `accuracy`, `grids`, `similarity`, `map`.
-    """
+    """The page as one HTML file that needs neither a network nor scripts, with PNG files by name; raises the same."""
     parser = MarkdownIt("zero").enable(_SYNTAX)
-    tokens = parser.parse(_markdown(comparison, {name: name for name in pictures}))
+    tokens = parser.parse(render_markdown(comparison, {name: name for name in pictures}))
     _add_html(tokens, pictures)
     body = Markup(parser.renderer.render(tokens, parser.options, {}))
     title = Markup.escape(visible(comparison["name"]))
@@ -80,32 +108,6 @@ def _add_html(tokens: Sequence[Token], pictures: Mapping[str, bytes]) -> None:
             if child.type == "image":
                 data = base64.b64encode(pictures[str(child.attrs["src"])]).decode()
                 child.attrs["src"] = f"data:image/png;base64,{data}"
-
-
-def _markdown(comparison: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
-    scores, protocol = comparison["scores"], comparison["protocol"]
-    seeds = {tuple(score["seeds"]) for score in [*scores, *comparison["full_data"]]}
-    against_controls, against_each_other = _verdicts(comparison)
-    return _TEMPLATES.get_template("comparison.md.jinja").render(
-        **comparison,
-        pictures=pictures,
-        controls=sum(method["control"] for method in comparison["methods"]),
-        most_classes=MAX_CLASSES,
-        against_controls=against_controls,
-        against_each_other=against_each_other,
-        table=Markup(markdown_table([HEADER, *_rows(comparison, escape)])),
-        students=list(dict.fromkeys(score["student"] for score in scores)),
-        seeds=next(iter(seeds)) if len(seeds) == 1 else None,
-        one_seed=any(len(own) == 1 for own in seeds),
-        image_labels=any(score["labels"] == "image" for score in scores),
-        real_cosine=Markup(cosine_text(comparison["real"]["similarity"]["mean"])),
-        teachers={
-            name: "not measured" if top1 is None else Markup(f"{percent_text(top1)} %")
-            for name, top1 in protocol["teachers"].items()
-        },
-        time=duration_text(comparison["wall_time_s"]),
-        code=_code,
-    )
 
 
 def _as_markdown(value: object) -> str:
@@ -144,14 +146,15 @@ _TEMPLATES = Environment(
 )
 
 
-# -- who wins ---------------------------------------------------------------------------------------------------------
-
-
 def _verdicts(comparison: Mapping[str, Any]) -> tuple[list[Markup], list[Markup]]:
     """Sentences on each method against random real images, and on the methods against each other."""
     clauses: dict[tuple[str, str, str], list[str]] = {}
     for entry in comparison["differences"]:
-        clauses.setdefault((entry["a"], entry["b"], entry["student"]), []).append(_clause(entry))
+        gap, error = entry["difference"], math.inf if entry["error"] is None else entry["error"]
+        outcome = verdict(gap, error)
+        spread = "" if outcome is None else f" (standard error {100 * error:.1f})"
+        clause = f"with {escape(entry['labels'])} labels it **{_OUTCOMES[outcome]}**, {100 * gap:+.1f} points{spread}"
+        clauses.setdefault((entry["a"], entry["b"], entry["student"]), []).append(clause)
     controls = {method["label"] for method in comparison["methods"] if method["control"]}
     several = len({score["student"] for score in comparison["scores"]}) > 1
     against_controls: list[Markup] = []
@@ -168,46 +171,20 @@ def _verdicts(comparison: Mapping[str, Any]) -> tuple[list[Markup], list[Markup]
     return against_controls, against_each_other
 
 
-def _clause(entry: Mapping[str, Any]) -> str:
-    """`with soft labels it **wins**, +1.2 points (standard error 0.4)`."""
-    gap, error = entry["difference"], math.inf if entry["error"] is None else entry["error"]
-    outcome = verdict(gap, error)
-    spread = "" if outcome is None else f" (standard error {100 * error:.1f})"
-    return f"with {escape(entry['labels'])} labels it **{_OUTCOMES[outcome]}**, {100 * gap:+.1f} points{spread}"
-
-
-# -- the table --------------------------------------------------------------------------------------------------------
-
-
-def table_of(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The table of the page for a terminal, header first."""
-    return [HEADER, *_rows(comparison, visible)]
-
-
-def _rows(comparison: Mapping[str, Any], clean: Callable[[str], str]) -> list[tuple[str, ...]]:
-    """Rows of the table; `clean` makes text from outside fit to be shown."""
-    rows = []
+def table_of(comparison: Mapping[str, Any], clean: Callable[[str], str] = visible) -> list[tuple[str, ...]]:
+    """The table, header first; `clean` makes text from outside fit to be shown, by default on a terminal."""
+    rows: list[tuple[str, ...]] = [HEADER]
     for method in in_order(comparison):
-        scores = [score for score in comparison["scores"] if score["method"] == method["label"]]
-        rows += [_cells(method, score, clean) for score in scores]
+        label = clean(method["label"]) + (" (control)" if method["control"] else "")
+        mean, spread = cosine_text(method["similarity"]["mean"]), method["similarity"]["std_over_seeds"]
+        cosine = mean if spread is None else f"{mean} ± {spread:.3f}"
+        quality = (f"{method['seconds_per_image']:.3g}", cosine, percent_text(method["verifier_top1"]))
+        for score in comparison["scores"]:
+            if score["method"] == method["label"]:
+                label_bytes = "-" if score["labels"] == "hard" else bytes_text(method["label_bytes"])
+                size = (str(method["ipc"]), f"{score['count']:,}", bytes_text(method["image_bytes"]), label_bytes)
+                rows.append((label, clean(score["student"]), clean(score["labels"]), top1_text(score), *size, *quality))
     for score in comparison["full_data"]:
         count = f"{score['count']:,}"
         rows.append(("all real", clean(score["student"]), "-", top1_text(score), "-", count, *["-"] * 5))
     return rows
-
-
-def _cells(method: Mapping[str, Any], score: Mapping[str, Any], clean: Callable[[str], str]) -> tuple[str, ...]:
-    spread = method["similarity"]["std_over_seeds"]
-    return (
-        clean(method["label"]) + (" (control)" if method["control"] else ""),
-        clean(score["student"]),
-        clean(score["labels"]),
-        top1_text(score),
-        str(method["ipc"]),
-        f"{score['count']:,}",
-        bytes_text(method["image_bytes"]),
-        "-" if score["labels"] == "hard" else bytes_text(method["label_bytes"]),
-        f"{method['seconds_per_image']:.3g}",
-        cosine_text(method["similarity"]["mean"]) + ("" if spread is None else f" ± {spread:.3f}"),
-        percent_text(method["verifier_top1"]),
-    )

@@ -18,4 +18,4 @@ from .report import (
     verdict,
 )
 from .scores import Source, StudentTask, is_scored, read_scores, set_facts, student_tasks, train_and_score
-from .students import KEPT, Labels, Row, keep_student, label_bytes
+from .students import KEPT, Labels, Row, keep_student, label_bytes, train_student

@@ -14,7 +14,7 @@ Nothing here knows files, locks, checkpoints, progress, stop signals or the netw
 
 from .alignment import Alignment
 from .objective import Precision
-from .relabel import ask_teachers, relabel_batches
+from .relabel import ask_teachers, relabel_batches, relabel_epoch
 from .soft_labels import class_shares, soft_label_loss
 from .start_images import SCORED, check_candidates, choose_start_images, real_rows
 from .statistics import BATCH_SIZE, gather_statistics, shuffled_batches
