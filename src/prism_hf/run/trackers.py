@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..recipe import public_recipe, to_dict
+from ..recipe import flat_values, public_recipe
 from .context import Run
 
 
 def start_trackers(run: Run) -> None:
     """Open the trackers, if any, with the recipe's values as their config; local paths stay here."""
     if run.accelerator.log_with:
-        flat = {key: _scalar(value) for key, value in _flat(to_dict(public_recipe(run.recipe)), "")}
+        flat = {key: _scalar(value) for key, value in flat_values(public_recipe(run.recipe)).items()}
         run.accelerator.init_trackers("prism-hf", config=flat)
-
-
-def _flat(values: object, prefix: str) -> Iterator[tuple[str, object]]:
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, values
 
 
 def _scalar(value: object) -> object:
