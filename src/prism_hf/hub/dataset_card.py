@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow.parquet as pq
 from datasets.info import DatasetInfo, DatasetInfosDict
-from datasets.splits import SplitDict, SplitInfo
 from huggingface_hub import DatasetCardData
 
 from ..dataset import VIEWS, image_features, read_provenance, view_features
 from ..evaluation import markdown_table, table_rows
 from ..recipe import Recipe, dump_recipe, to_dict
-from .card import checked_header, escape, escape_all, fence_for, license_keys, render, with_header
+from ..runtime import map_texts
+from .card import checked_header, escape, fence_for, license_keys, render, with_header
 from .merge import block_of
 
 METADATA_KEYS = (
@@ -30,14 +29,9 @@ METADATA_KEYS = (
 def card_facts(
     folder: Path, recipe: Recipe, class_names: Sequence[str], report: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Everything that a card says, as plain JSON: what `render_card` needs and nothing else.
+    """Everything that a card says, as plain JSON, from a folder with tables and provenance.json.
 
-    Args:
-        folder: The dataset folder, with tables and provenance.json.
-        recipe: The resolved recipe.
-        class_names: K names.
-        report: report.json, or `None` before the evaluation. Times are left out of the card: the same recipe gives the
-            same card.
+    Times in the report, which is `None` before the evaluation, are left out: the same recipe gives the same card.
     """
     provenance = read_provenance(folder / "provenance.json").plain()
     return {
@@ -61,14 +55,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
-    """The card, README.md of the dataset folder.
-
-    Args:
-        facts: From `card_facts`.
-        recipe: The recipe that the facts are about.
-
-    Raises:
-        jinja2.UndefinedError: The template names a fact that is not there.
+    """The card, README.md of the dataset folder, from `card_facts`; a missing fact is a `jinja2.UndefinedError`.
 
     Example:
         >>> render_card(facts, recipe).startswith("---")
@@ -78,14 +65,14 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
     values = {
         "placeholder": _placeholder(recipe.name),
         "name": recipe.name,  # safe as it is: a recipe's name is letters, digits, dot, dash, underscore
-        "r": escape_all(to_dict(recipe)),
+        "r": map_texts(to_dict(recipe), escape),
         "student": student if re.fullmatch(r"\w+", student) else "resnet18",
         "class_names": [escape(name) for name in facts["class_names"][:20]],
         "class_count": len(facts["class_names"]),
-        "provenance": escape_all(facts["provenance"]),
+        "provenance": map_texts(facts["provenance"], escape),
         "tables": facts["tables"],
         "table": markdown_table(table_rows(evaluation)) if evaluation else "",
-        "evaluation": escape_all(evaluation),
+        "evaluation": map_texts(evaluation, escape),
         "seeds": len(evaluation["rows"][0]["seeds"]) if evaluation and evaluation["rows"] else 0,
         "recipe_yaml": recipe_yaml.strip(),
         "fence": fence_for(recipe_yaml),
@@ -146,12 +133,17 @@ def replay(row, images):  # row of "views", images = the "default" config
 def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """The YAML header, from an allow-list; `configs` and `dataset_info` make plain `load_dataset` work."""
     names, tables = facts["class_names"], facts["tables"]
-    data = DatasetCardData()
-    infos = {
-        "default": _info("default", image_features(names), tables["default"]),
-        VIEWS: _info(VIEWS, view_features(len(names)), tables[VIEWS]),
-    }
-    DatasetInfosDict(infos).to_dataset_card_data(data)
+    data, infos = DatasetCardData(), DatasetInfosDict()
+    for config, features in (("default", image_features(names)), (VIEWS, view_features(len(names)))):
+        rows, file_bytes, table_bytes = (tables[config][key] for key in ("rows", "file_bytes", "table_bytes"))
+        infos[config] = DatasetInfo(
+            config_name=config,
+            features=features,
+            splits={"train": {"name": "train", "num_bytes": table_bytes, "num_examples": rows}},
+            download_size=file_bytes,
+            dataset_size=table_bytes,
+        )
+    infos.to_dataset_card_data(data)
     on_hub = facts["provenance"]["source"].get("on_hub", False)
     values = {
         "pretty_name": recipe.name,
@@ -167,18 +159,6 @@ def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
         "dataset_info": data.to_dict()["dataset_info"],
     }
     return checked_header(values, METADATA_KEYS)
-
-
-def _info(config: str, features: datasets.Features, table: Mapping[str, int]) -> DatasetInfo:
-    splits = SplitDict()
-    splits.add(SplitInfo("train", num_bytes=table["table_bytes"], num_examples=table["rows"], dataset_name=None))
-    return DatasetInfo(
-        config_name=config,
-        features=features,
-        splits=splits,
-        download_size=table["file_bytes"],
-        dataset_size=table["table_bytes"],
-    )
 
 
 def _size_category(rows: int) -> str:
