@@ -24,6 +24,7 @@ METADATA_KEYS = (
     "configs", "dataset_info",
 )  # fmt: skip
 """Everything that may stand in the YAML header; a key outside is an error."""
+_PLACEHOLDER = 'repo = "ORG/{}"  # a Hub id, or the path of this folder'
 
 
 def card_facts(
@@ -63,7 +64,7 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
     """
     evaluation, recipe_yaml, student = facts["evaluation"], dump_recipe(recipe), recipe.evaluation.student
     values = {
-        "placeholder": _placeholder(recipe.name),
+        "placeholder": _PLACEHOLDER.format(recipe.name),
         "name": recipe.name,  # safe as it is: a recipe's name is letters, digits, dot, dash, underscore
         "r": map_texts(to_dict(recipe), escape),
         "student": student if re.fullmatch(r"\w+", student) else "resnet18",
@@ -97,14 +98,10 @@ def address_card(text: str, name: str, repo_id: str, revision: str | None = None
     # Only in the first piece of code: a class may be called anything, in the header too.
     before, title, rest = text.partition("\n## Load and train\n")
     code, fence, after = rest.partition("\n```\n")
-    code = code.replace(_placeholder(name), f'repo = "{repo_id}"', 1)
+    code = code.replace(_PLACEHOLDER.format(name), f'repo = "{repo_id}"', 1)
     if revision is not None:
         code = code.replace("load_dataset(repo, ", f"load_dataset(repo, revision={json.dumps(revision)}, ")
     return f"{before}{title}{code}{fence}{after}"
-
-
-def _placeholder(name: str) -> str:
-    return f'repo = "ORG/{name}"  # a Hub id, or the path of this folder'
 
 
 REPLAY = """\

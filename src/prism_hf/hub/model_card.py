@@ -19,14 +19,14 @@ MODEL_METADATA_KEYS = (
 """Everything that may stand in the YAML header; a key outside is an error."""
 
 
-def render_model_card(folder: Path, *, repo_id: str, dataset_id: str | None = None, revision: str | None = None) -> str:
+def render_model_card(folder: Path, repo_id: str, revision: str | None = None, *, dataset_id: str | None = None) -> str:
     """The card, README.md of a model repo.
 
     Args:
         folder: A model folder; see `models.folder.store_network`.
         repo_id: Where the network is shared.
-        dataset_id: Hub id of the distilled dataset, if a student's facts do not know it yet.
         revision: Branch, unless it is the main one: the lines that load the network then name it.
+        dataset_id: Hub id of the distilled dataset, if a student's facts do not know it yet.
 
     Raises:
         HubError: A file is missing, incomplete or names a local path (it is named), or an id is not a Hub id.

@@ -21,6 +21,7 @@ from .merge import merge_readme
 from .repository import MAIN, Repository, Target, check_here, check_target
 
 log = logging.getLogger(__name__)
+TITLE = "Publish {} with prism-hf"
 Operation = CommitOperationAdd | CommitOperationDelete
 
 
@@ -42,7 +43,7 @@ def push_folder(folder: Path, target: Target, *, dataset_id: str | None = None) 
         dataset_id: Hub id of the dataset that a student learned from, for its card.
 
     Raises:
-        HubError: See `bundle_of`, `check_target` and `publish`.
+        HubError: The folder cannot be published, or not there; see `publish`.
 
     Example:
         >>> push_folder(Path("outputs/digits-prism-ipc10/dataset"), Target("org/digits-prism-ipc10", public=True)).url
@@ -53,7 +54,7 @@ def push_folder(folder: Path, target: Target, *, dataset_id: str | None = None) 
 
 
 def reserve(target: Target, *, pauses: Sequence[float] = SHORT) -> None:
-    """Make the repo if it is not there, empty and private: only that proves that it can be made, and keeps the name free."""
+    """Make the repo if it is not there, empty and private: only that proves that it can be made, and keeps its name."""
     again(lambda: _made(Repository(target)), f"making {target.repo_id!r} on the Hub", pauses)
 
 
@@ -114,7 +115,7 @@ def _request_once(bundle: Bundle, repo: Repository, main: str, tries: _Tries) ->
     if not _changes(bundle, repo, main, tries):
         return Publication(repo.commit_url(main), main, changed=False)
     repo.check_visibility()
-    title, user = _title(bundle), repo.api.whoami(cache=True)["name"]
+    title, user = TITLE.format(bundle.name), repo.api.whoami(cache=True)["name"]
     requests = repo.api.get_repo_discussions(**repo.where, author=user, discussion_type="pull_request")
     # A killed push goes on in the pull request that it opened.
     ours = (each for each in requests if (each.title, each.author) == (title, user) and each.status in ("draft", "open"))
@@ -125,10 +126,6 @@ def _request_once(bundle: Bundle, repo: Repository, main: str, tries: _Tries) ->
         # Others may see it now that its commit is there.
         repo.api.change_discussion_status(**repo.where, discussion_num=request.num, new_status="open")
     return Publication(request.url, head, changed=True)
-
-
-def _title(bundle: Bundle) -> str:
-    return f"Publish {bundle.name} with prism-hf"
 
 
 def _changes(bundle: Bundle, repo: Repository, head: str, tries: _Tries) -> list[Operation]:
@@ -170,7 +167,7 @@ def _bring_up(bundle: Bundle, repo: Repository, branch: str, head: str, tries: _
     tries.committed = True
     log.info("committing %d changes to %s", len(changes), target.repo_id)
     done = repo.api.create_commit(
-        **repo.where, operations=changes, commit_message=_title(bundle), revision=branch, parent_commit=head
+        **repo.where, operations=changes, commit_message=TITLE.format(bundle.name), revision=branch, parent_commit=head
     )
     return str(done.oid)
 

@@ -25,22 +25,14 @@ MAIN = "main"
 
 @dataclass(frozen=True)
 class Target:
-    """Where a publication goes.
+    """Where a publication goes."""
 
-    Attributes:
-        repo_id: `namespace/name`, or a name among the user's.
-        public: Whether everybody may read the repo.
-        revision: Branch, made if it is not there.
-        create_pr: Open a pull request to the main branch instead of changing it.
-        replace_other: Publish even over something else that the repo holds.
-    """
-
-    repo_id: str
+    repo_id: str  # `namespace/name`, or a name among the user's
     kind: Kind = "dataset"
-    public: bool = False
-    revision: str = MAIN
-    create_pr: bool = False
-    replace_other: bool = False
+    public: bool = False  # whether everybody may read the repo
+    revision: str = MAIN  # a branch, made if it is not there
+    create_pr: bool = False  # open a pull request to the main branch instead of changing it
+    replace_other: bool = False  # publish even over something else that the repo holds
 
 
 class Repository:
@@ -98,8 +90,7 @@ class Repository:
         info = self.info()
         if not self.target.public and info is not None and info.private is False:
             raise HubError(
-                f"{self.target.repo_id!r} is public, and a push is private unless it says --public; say so, or make the repo "
-                "private first"
+                f"{self.target.repo_id!r} is public; push with --public, or make it private in its settings first"
             )
 
     def check_occupant(self, name: str, head: str) -> None:
@@ -112,9 +103,7 @@ class Repository:
         held = name_in(label, self.read(tree[label], head)) if label else None
         if held != name:
             what = repr(held) if held else f"files that prism-hf did not make ({', '.join(content[:3])})"
-            raise HubError(
-                f"{self.target.repo_id!r} holds {what}, not {name!r}; choose another name, or publish over it with --replace"
-            )
+            raise HubError(f"{self.target.repo_id!r} holds {what}, not {name!r}; choose another name, or say --replace")
 
 
 def check_here(target: Target) -> None:
@@ -128,7 +117,7 @@ def check_here(target: Target) -> None:
     # Git's own rules, as far as they can be broken by mistake; refs/ is the Hub's.
     wrong = branch.endswith(("/", ".", ".lock")) or re.search(r"\.\.|//|/\.|^refs/|^[0-9a-f]{40}$", branch)
     if wrong or not re.fullmatch(r"\w[\w./-]*", branch):
-        raise HubError(f"--revision {branch!r} is no name of a branch; use letters, digits, dots, dashes and underscores")
+        raise HubError(f"--revision {branch!r} is not a branch name; use letters, digits, dots, dashes and underscores")
     if is_offline_mode():
         raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it, or push later with `prism-hf push`")
     if get_token() is None:
