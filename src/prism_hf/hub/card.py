@@ -45,7 +45,7 @@ def with_header(header: Mapping[str, Any], body: str) -> str:
     return f"---\n{dump_yaml(header)}---\n\n{body}"
 
 
-def license_keys(text: str) -> dict[str, str | None]:
+def license_keys(text: str) -> dict[str, Any]:
     """`license` and `license_name` of a card's header: an id of the Hub, or `other` with the name made an id."""
     wanted = slug(text)
     known = wanted in _LICENSES

@@ -79,7 +79,7 @@ def _of_teacher(facts: TeacherFacts, config: NetworkConfig) -> dict[str, Any]:
 
 def _metadata(told: Mapping[str, Any], repo_id: str) -> dict[str, Any]:
     """The YAML header, from an allow-list; the accuracy on the real test part stands in `model-index`."""
-    source, test, keys = told["source"], told["test"], license_keys(told["source"]["licence"])
+    source, test = told["source"], told["test"]
     trained_on = [told["dataset_id"], source["id"] if source["on_hub"] else None]
     result = EvalResult(
         task_type="image-classification",
@@ -92,8 +92,7 @@ def _metadata(told: Mapping[str, Any], repo_id: str) -> dict[str, Any]:
         metric_value=told["test_top1"],
     )
     data = ModelCardData(
-        license=keys["license"],
-        license_name=keys["license_name"],
+        **license_keys(source["licence"]),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "transformers", "dataset-distillation", "prism-hf"],
