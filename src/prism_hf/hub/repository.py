@@ -117,7 +117,7 @@ def check_here(target: Target) -> None:
     # Git's own rules, as far as they can be broken by mistake; refs/ is the Hub's.
     wrong = branch.endswith(("/", ".", ".lock")) or re.search(r"\.\.|//|/\.|^refs/|^[0-9a-f]{40}$", branch)
     if wrong or not re.fullmatch(r"\w[\w./-]*", branch):
-        raise HubError(f"--revision {branch!r} is not a branch name; use letters, digits, dots, dashes and underscores")
+        raise HubError(f"--revision {branch!r} is no name of a branch; use letters, digits, dots, dashes, underscores")
     if is_offline_mode():
         raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it, or push later with `prism-hf push`")
     if get_token() is None:
