@@ -259,7 +259,7 @@ VALUES = {
     "weights without their ensemble": ({"relabel.weights": [1.0]}, ["ensemble weighted", "set both or neither"]),
     "a crop upside down": ({"relabel.view.crop_scale": [0.9, 0.1]}, ["relabel.view.crop_scale", "swap the two"]),
     "a crop of three numbers": ({"squeeze.crop_scale": [0.1, 0.5, 1.0]}, ["squeeze.crop_scale", "2 items"]),
-    "a beta of one": ({"synthesis.betas": [0.5, 1.0]}, ["betas must be below 1"]),
+    "a beta of one": ({"synthesis.betas": [0.5, 1.0]}, ["synthesis.betas.1", "less than 1"]),
     "a ladder too long": ({"synthesis.ladder": {"step": 4, "period": 2}}, ["ladder", "raise iterations"]),
     "a ladder without period": ({"synthesis.ladder": {"step": 1}}, ["'synthesis.ladder.period' is missing"]),
     "grey WebP": ({"data.channels": 1, "packaging.image_format": "webp"}, ["webp has no grey mode", "use png"]),

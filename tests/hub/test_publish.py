@@ -20,8 +20,8 @@ from pipeline import add_card, one_line, sha_tree, small_set
 from prism_hf.errors import HubError
 from prism_hf.hub.bundle import bundle_of
 from prism_hf.hub.merge import BEGIN, END
-from prism_hf.hub.push import Publication, check_target, publish, reserve
-from prism_hf.hub.repository import Target
+from prism_hf.hub.push import Publication, publish, reserve
+from prism_hf.hub.repository import Target, check_target
 
 REPO, KIND = "org/small", "datasets"
 

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -24,23 +25,18 @@ MODEL_FACTS = (TeacherFacts.FILE, StudentFacts.FILE)
 LABELS: Mapping[str, type[Provenance | TeacherFacts | StudentFacts]] = {
     facts.FILE: facts for facts in (Provenance, TeacherFacts, StudentFacts)
 }
-"""Files that say what a repo of ours holds, and how they are read; see `name_in`."""
+"""Files that say what a repo of ours holds, and how they are read."""
 _SHARD = re.compile(r"(data|views)/train-.+", re.DOTALL)  # as the globs in `configs:` match
-SMALL = (".json", ".yaml")
+_SMALL = (".json", ".yaml")
 """Files whose content is held in memory, and sent inside the commit; the others are sent before it, one by one."""
 _PICTURES = ("assets/grid.png", "assets/diversity.png")
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One file to publish, as it was when it was checked.
+    """One file to publish, as it was when it was checked."""
 
-    Attributes:
-        source: Where it lies, or the content itself: small files are held, so that nobody can change them meanwhile.
-        sha256: Of the content.
-    """
-
-    source: Path | bytes
+    source: Path | bytes  # where it lies, or the content itself: small files are held, so that nobody can change them
     sha256: str
 
     def intact(self) -> bool:
@@ -57,46 +53,30 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Bundle:
-    """A publication.
-
-    Attributes:
-        kind: Of the repo.
-        name: What it is a version of, the title of its facts.
-        files: Path in the repo -> file, README.md aside.
-        readme: (repo id, branch or `None`) -> the generated card.
-        owned_keys: Keys of the card's header that are ours alone.
-    """
+    """A publication."""
 
     kind: Kind
-    name: str
-    files: Mapping[str, Entry]
-    readme: Callable[[str, str | None], str]
-    owned_keys: Collection[str]
+    name: str  # what it is a version of, the title of its facts
+    files: Mapping[str, Entry]  # by path in the repo, README.md aside
+    readme: Callable[[str, str | None], str]  # (repo id, branch or `None`) -> the generated card
+    owned_keys: Collection[str]  # keys of the card's header that are ours alone
 
 
 def bundle_of(folder: Path, *, dataset_id: str | None = None) -> Bundle:
-    """A dataset folder or a network's folder, checked.
-
-    Args:
-        folder: What a run left.
-        dataset_id: Hub id of the dataset that a student learned from, for its card.
+    """A dataset folder, or the folder of a network (of a student that learned from the dataset `dataset_id`), checked.
 
     Raises:
         HubError: It is neither, cannot be read, or is a dataset that differs from its provenance.json.
     """
     try:
-        return _bundle_of(folder, dataset_id)
+        if (folder / Provenance.FILE).is_file():
+            return _dataset(folder)
+        if (folder / "model.safetensors").is_file() and any((folder / name).is_file() for name in MODEL_FACTS):
+            return _model(folder, dataset_id)
     except OSError as error:
         raise HubError(f"{str(error.filename or folder)!r} cannot be read ({error.strerror or error})") from error
-
-
-def _bundle_of(folder: Path, dataset_id: str | None) -> Bundle:
-    if (folder / Provenance.FILE).is_file():
-        return _dataset(folder)
     if (folder / "dataset" / Provenance.FILE).is_file():
         raise HubError(f"{str(folder)!r} is a run folder; push its data set, {str(folder / 'dataset')!r}")
-    if (folder / "model.safetensors").is_file() and any((folder / name).is_file() for name in MODEL_FACTS):
-        return _model(folder, dataset_id)
     raise HubError(
         f"{str(folder)!r} holds nothing to push: expected a data set (provenance.json, data/, views/) or a network "
         f"(model.safetensors with {' or '.join(MODEL_FACTS)})"
@@ -121,28 +101,20 @@ def _dataset(folder: Path) -> Bundle:
         kind="dataset",
         name=provenance.title,
         files=files,
-        readme=lambda repo_id, revision: address_card(card, provenance.recipe, repo_id, revision),
+        readme=partial(address_card, card, provenance.recipe),
         owned_keys=METADATA_KEYS,
     )
 
 
 def _model(folder: Path, dataset_id: str | None) -> Bundle:
     facts_file = next(name for name in MODEL_FACTS if (folder / name).is_file())
-    listed = ("config.json", "model.safetensors", facts_file)
-    missing = [name for name in listed if not (folder / name).is_file()]
-    if missing:
-        raise HubError(f"{str(folder)!r} has no {missing[0]}; it is not a network that prism-hf stored")
-    for path in listed:
-        _own(folder, path)
-
-    def readme(repo_id: str, revision: str | None) -> str:
-        return render_model_card(folder, repo_id=repo_id, dataset_id=dataset_id, revision=revision)
-
-    readme("org/name", None)  # what is wrong with it is told before any request
+    files = {path: _entry(folder, path) for path in ("config.json", "model.safetensors", facts_file)}
+    readme = partial(render_model_card, folder, dataset_id=dataset_id)
+    readme("org/name")  # what is wrong with it is told before any request
     return Bundle(
         kind="model",
         name=read_facts(folder).title,
-        files={path: _entry(folder, path) for path in listed},
+        files=files,
         readme=readme,
         owned_keys=MODEL_METADATA_KEYS,
     )
@@ -151,17 +123,16 @@ def _model(folder: Path, dataset_id: str | None) -> Bundle:
 def _entry(folder: Path, path: str) -> Entry:
     """A listed file of the folder."""
     local = _own(folder, path)
-    if path.endswith(SMALL):
-        content = local.read_bytes()
-        return Entry(content, hashlib.sha256(content).hexdigest())
-    return Entry(local, sha256_of(local))
+    if not path.endswith(_SMALL):
+        return Entry(local, sha256_of(local))
+    content = local.read_bytes()
+    return Entry(content, hashlib.sha256(content).hexdigest())
 
 
 def _own(folder: Path, path: str) -> Path:
     """The path of a file inside the folder: a link could publish anything that the user can read."""
-    pure = PurePosixPath(path)
-    parts = [folder.joinpath(*pure.parts[: i + 1]) for i in range(len(pure.parts))]
-    if not is_plain_path(path) or any(part.is_symlink() for part in parts):
+    inner = [path, *map(str, PurePosixPath(path).parents)][:-1]  # the last one is the folder itself
+    if not is_plain_path(path) or any((folder / part).is_symlink() for part in inner):
         raise HubError(f"{path[:80]!r} in {str(folder)!r} leads out of the folder; put the file itself there")
     return folder / path
 

@@ -1,8 +1,4 @@
-"""A card: template, YAML header and text from outside, as the cards of datasets and of networks share them; no network.
-
-Text from outside (class names, source ids, licenses) is escaped before it enters Markdown; the header is written by a YAML
-library from an allow-list of keys.
-"""
+"""A card, of a dataset or of a network: template, YAML header and escaped text from outside; no network."""
 
 from __future__ import annotations
 
@@ -13,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined
 
 from ..runtime import dump_yaml, visible
@@ -47,11 +45,8 @@ def with_header(header: Mapping[str, Any], body: str) -> str:
     return f"---\n{dump_yaml(header)}---\n\n{body}"
 
 
-def license_keys(text: str) -> dict[str, str | None]:
-    """`license` and `license_name` of a card's header: an id of the Hub, or `other` with the name made an id.
-
-    The card's text has it as it was given.
-    """
+def license_keys(text: str) -> dict[str, Any]:
+    """`license` and `license_name` of a card's header: an id of the Hub, or `other` with the name made an id."""
     wanted = slug(text)
     known = wanted in _LICENSES
     return {"license": wanted if known else "other", "license_name": None if known else wanted}
@@ -71,15 +66,13 @@ def escape(text: object) -> str:
     return _LINK.sub(lambda sign: f"&#{ord(sign[0])};", html.escape(line, quote=False))
 
 
-def escape_all(value: Any) -> Any:
-    """`escape` for every string inside plain JSON; numbers, booleans and `None` stay."""
-    if isinstance(value, str):
-        return escape(value)
-    if isinstance(value, Mapping):
-        return {key: escape_all(item) for key, item in value.items()}
-    if isinstance(value, Sequence):
-        return [escape_all(item) for item in value]
-    return value
+def hub_id_problem(text: str) -> str | None:
+    """What is wrong with the name of a Hub repo, if anything."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def fence_for(text: str) -> str:

@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow.parquet as pq
 from datasets.info import DatasetInfo, DatasetInfosDict
-from datasets.splits import SplitDict, SplitInfo
 from huggingface_hub import DatasetCardData
 
 from ..dataset import VIEWS, image_features, read_provenance, view_features
 from ..evaluation import markdown_table, table_rows
 from ..recipe import Recipe, dump_recipe, to_dict
-from .card import checked_header, escape, escape_all, fence_for, license_keys, render, with_header
+from ..runtime import map_texts
+from .card import checked_header, escape, fence_for, license_keys, render, with_header
 from .merge import block_of
 
 METADATA_KEYS = (
@@ -25,19 +24,15 @@ METADATA_KEYS = (
     "configs", "dataset_info",
 )  # fmt: skip
 """Everything that may stand in the YAML header; a key outside is an error."""
+_PLACEHOLDER = 'repo = "ORG/{}"  # a Hub id, or the path of this folder'
 
 
 def card_facts(
     folder: Path, recipe: Recipe, class_names: Sequence[str], report: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Everything that a card says, as plain JSON: what `render_card` needs and nothing else.
+    """Everything that a card says, as plain JSON, from a folder with tables and provenance.json.
 
-    Args:
-        folder: The dataset folder, with tables and provenance.json.
-        recipe: The resolved recipe.
-        class_names: K names.
-        report: report.json, or `None` before the evaluation. Times are left out of the card: the same recipe gives the
-            same card.
+    Times in the report, which is `None` before the evaluation, are left out: the same recipe gives the same card.
     """
     provenance = read_provenance(folder / "provenance.json").plain()
     return {
@@ -61,14 +56,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
-    """The card, README.md of the dataset folder.
-
-    Args:
-        facts: From `card_facts`.
-        recipe: The recipe that the facts are about.
-
-    Raises:
-        jinja2.UndefinedError: The template names a fact that is not there.
+    """The card, README.md of the dataset folder, from `card_facts`; a missing fact is a `jinja2.UndefinedError`.
 
     Example:
         >>> render_card(facts, recipe).startswith("---")
@@ -76,16 +64,16 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
     """
     evaluation, recipe_yaml, student = facts["evaluation"], dump_recipe(recipe), recipe.evaluation.student
     values = {
-        "placeholder": _placeholder(recipe.name),
+        "placeholder": _PLACEHOLDER.format(recipe.name),
         "name": recipe.name,  # safe as it is: a recipe's name is letters, digits, dot, dash, underscore
-        "r": escape_all(to_dict(recipe)),
+        "r": map_texts(to_dict(recipe), escape),
         "student": student if re.fullmatch(r"\w+", student) else "resnet18",
         "class_names": [escape(name) for name in facts["class_names"][:20]],
         "class_count": len(facts["class_names"]),
-        "provenance": escape_all(facts["provenance"]),
+        "provenance": map_texts(facts["provenance"], escape),
         "tables": facts["tables"],
         "table": markdown_table(table_rows(evaluation)) if evaluation else "",
-        "evaluation": escape_all(evaluation),
+        "evaluation": map_texts(evaluation, escape),
         "seeds": len(evaluation["rows"][0]["seeds"]) if evaluation and evaluation["rows"] else 0,
         "recipe_yaml": recipe_yaml.strip(),
         "fence": fence_for(recipe_yaml),
@@ -110,14 +98,10 @@ def address_card(text: str, name: str, repo_id: str, revision: str | None = None
     # Only in the first piece of code: a class may be called anything, in the header too.
     before, title, rest = text.partition("\n## Load and train\n")
     code, fence, after = rest.partition("\n```\n")
-    code = code.replace(_placeholder(name), f'repo = "{repo_id}"', 1)
+    code = code.replace(_PLACEHOLDER.format(name), f'repo = "{repo_id}"', 1)
     if revision is not None:
         code = code.replace("load_dataset(repo, ", f"load_dataset(repo, revision={json.dumps(revision)}, ")
     return f"{before}{title}{code}{fence}{after}"
-
-
-def _placeholder(name: str) -> str:
-    return f'repo = "ORG/{name}"  # a Hub id, or the path of this folder'
 
 
 REPLAY = """\
@@ -146,12 +130,17 @@ def replay(row, images):  # row of "views", images = the "default" config
 def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """The YAML header, from an allow-list; `configs` and `dataset_info` make plain `load_dataset` work."""
     names, tables = facts["class_names"], facts["tables"]
-    data = DatasetCardData()
-    infos = {
-        "default": _info("default", image_features(names), tables["default"]),
-        VIEWS: _info(VIEWS, view_features(len(names)), tables[VIEWS]),
-    }
-    DatasetInfosDict(infos).to_dataset_card_data(data)
+    data, infos = DatasetCardData(), DatasetInfosDict()
+    for config, features in (("default", image_features(names)), (VIEWS, view_features(len(names)))):
+        rows, file_bytes, table_bytes = (tables[config][key] for key in ("rows", "file_bytes", "table_bytes"))
+        infos[config] = DatasetInfo(
+            config_name=config,
+            features=features,
+            splits={"train": {"name": "train", "num_bytes": table_bytes, "num_examples": rows}},
+            download_size=file_bytes,
+            dataset_size=table_bytes,
+        )
+    infos.to_dataset_card_data(data)
     on_hub = facts["provenance"]["source"].get("on_hub", False)
     values = {
         "pretty_name": recipe.name,
@@ -167,18 +156,6 @@ def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
         "dataset_info": data.to_dict()["dataset_info"],
     }
     return checked_header(values, METADATA_KEYS)
-
-
-def _info(config: str, features: datasets.Features, table: Mapping[str, int]) -> DatasetInfo:
-    splits = SplitDict()
-    splits.add(SplitInfo("train", num_bytes=table["table_bytes"], num_examples=table["rows"], dataset_name=None))
-    return DatasetInfo(
-        config_name=config,
-        features=features,
-        splits=splits,
-        download_size=table["file_bytes"],
-        dataset_size=table["table_bytes"],
-    )
 
 
 def _size_category(rows: int) -> str:

@@ -35,8 +35,7 @@ def draw_grid(path: Path, images_uint8: Tensor, class_names: Sequence[str], ipc:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(0.8 * min(ipc, MAX_SLOTS) + 1.4, 0.8 * classes + 0.2), layout="constrained")
         axes = figure.add_subplot()
-        pixels = picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0)
-        axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.imshow(picture.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         names = [plain_name(name, f"class {k}") for k, name in enumerate(class_names[:classes])]
         axes.set_yticks(np.arange(classes) * side + side / 2, names)
         axes.set_xticks([])

@@ -1,4 +1,4 @@
-"""How a generated card meets the README on the Hub: our part is replaced, what others wrote stays; pure, no network."""
+"""A generated card meets the README on the Hub: our part is replaced, what others wrote stays; no network."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def merge_readme(ours: str, theirs: bytes | None, *, owned: Collection[str]) -> 
     """Our card with what others wrote around it.
 
     Args:
-        ours: A generated card: YAML header and body. What somebody wrote around the body in the local file is published
-            with the first version; after that the README on the Hub is the one to edit.
+        ours: A generated card. What somebody wrote around its body in the local file is published with the first version;
+            after that the README on the Hub is the one to edit.
         theirs: README.md on the Hub, or `None`. Text outside the two marker lines is kept; so is all of it if there is no
             pair of them.
         owned: Header keys that are ours alone, whether we set them now or not. Others' keys are kept, and so are their
@@ -35,17 +35,16 @@ def merge_readme(ours: str, theirs: bytes | None, *, owned: Collection[str]) -> 
         The README to publish; `theirs` itself if it says all that it should. Merging it again changes nothing.
     """
     header, body = _parse(_as_text(ours.encode()))
-    written = _as_text(theirs or b"")
-    kept, text = _parse(written)
-    block, found = block_of(body), _BLOCK.search(text)
-    if found:
-        text = _unmarked(text[: found.start()]) + block + _unmarked(text[found.end() :])
+    kept, written = _parse(_as_text(theirs or b""))
+    block, older = block_of(body), _BLOCK.search(written)
+    if older:
+        text = _unmarked(written[: older.start()]) + block + _unmarked(written[older.end() :])
     else:
         beside = _BLOCK.split(body, maxsplit=1) if _BLOCK.search(body) else []
-        around = (_unmarked(part).strip() for part in (*beside, text))
+        around = (_unmarked(part).strip() for part in (*beside, written))
         text = "\n" + "\n".join([block, *(f"{part}\n" for part in around if part)])
     merged = _merge_headers(header, kept, owned)
-    if theirs is not None and merged == kept and _parse(written)[1] == text:
+    if theirs is not None and (merged, text) == (kept, written):
         return theirs  # another order of keys, or other line ends, are no reason for a commit
     return f"---\n{dump_yaml(merged)}---\n{text}".encode()
 
@@ -76,21 +75,19 @@ def _as_text(data: bytes) -> str:
 def _parse(text: str) -> tuple[dict[str, Any], str]:
     """Header and body; a header that is no YAML mapping counts as body, so that it is not lost."""
     found = _HEADER.match(text)
+    if found is None:
+        return {}, text
     try:
-        header = read_yaml(found[1]) if found else None
+        header = read_yaml(found[1])
     except YamlError:
         return {}, text
-    if found is None or not isinstance(header, dict | None):
-        return {}, text
-    return header or {}, text[found.end() :]
+    return (header or {}, text[found.end() :]) if isinstance(header, dict | None) else ({}, text)
 
 
 def _merge_headers(ours: Mapping[str, Any], theirs: Mapping[Any, Any], owned: Collection[str]) -> dict[str, Any]:
     """Our header with others' keys; those that would keep `load_dataset` from reading it are left out."""
-    merged = dict(ours)
-    for key, value in theirs.items():
-        if isinstance(key, str) and key not in owned and key not in ours and key not in _UNREADABLE:
-            merged[key] = value
+    taken = {*owned, *ours, *_UNREADABLE}
+    merged = {**ours, **{key: value for key, value in theirs.items() if isinstance(key, str) and key not in taken}}
     for key in ("tags", "configs", "dataset_info"):
         if key in ours:
             merged[key] = [*ours[key], *_others(key, ours[key], theirs.get(key))]

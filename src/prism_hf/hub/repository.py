@@ -1,58 +1,54 @@
-"""A repo of the Hub to which something is to be published: what it holds; reads, and never writes."""
+"""A repo of the Hub: what it holds, and whether something may be published there; reads, and never writes."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
 
 from ..errors import HubError
 from ..runtime import without_password
-from .bundle import Entry, Kind
+from ..runtime.hub_client import SHORT, again
+from .bundle import LABELS, Entry, Kind, name_in
+from .card import hub_id_problem
 
 MAIN = "main"
-RepoInfo = DatasetInfo | ModelInfo
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a publication goes.
+    """Where a publication goes."""
 
-    Attributes:
-        repo_id: `namespace/name`.
-        kind: `dataset` or `model`.
-        public: Whether everybody may read the repo.
-        revision: Branch, made if it is not there.
-        create_pr: Open a pull request to the main branch instead of changing it.
-        replace_other: Publish even over something else that the repo holds.
-    """
-
-    repo_id: str
+    repo_id: str  # `namespace/name`, or a name among the user's
     kind: Kind = "dataset"
-    public: bool = False
-    revision: str = MAIN
-    create_pr: bool = False
-    replace_other: bool = False
+    public: bool = False  # whether everybody may read the repo
+    revision: str = MAIN  # a branch, made if it is not there
+    create_pr: bool = False  # open a pull request to the main branch instead of changing it
+    replace_other: bool = False  # publish even over something else that the repo holds
 
 
 class Repository:
-    """The repo of a target, as it is at each question; `api` is the client that asks."""
+    """The repo of a target, as it is at each question; `api` is the client that asks, `where` are its first arguments."""
 
     def __init__(self, target: Target) -> None:
         self.target, self.api = target, HfApi()
+        self.where: dict[str, Any] = {"repo_id": target.repo_id, "repo_type": target.kind}
 
-    def info(self, revision: str | None = None) -> RepoInfo | None:
+    def info(self, revision: str | None = None) -> DatasetInfo | ModelInfo | None:
         """What the Hub says of the repo, or `None` if it is not there."""
         try:
-            info = self.api.repo_info(self.target.repo_id, repo_type=self.target.kind, revision=revision)
+            info = self.api.repo_info(**self.where, revision=revision)
         except RepositoryNotFoundError:
             return None
-        assert isinstance(info, RepoInfo)
+        assert isinstance(info, DatasetInfo | ModelInfo)
         return info
 
     def head(self, revision: str) -> str | None:
@@ -70,26 +66,15 @@ class Repository:
             raise HubError(f"{self.target.repo_id!r} has no branch {revision!r}; was it removed just now?")
         return head
 
-    def check_visibility(self) -> None:
-        """Nothing goes into a public repo unasked."""
-        info = self.info()
-        if not self.target.public and info is not None and info.private is False:
-            raise HubError(
-                f"{self.target.repo_id!r} is public, and a push is private unless it says --public; say so, or make the "
-                "repo private in its settings first"
-            )
-
     def tree(self, commit: str) -> dict[str, RepoFile]:
         """All files of a commit."""
-        repo_id, kind = self.target.repo_id, self.target.kind
-        entries = self.api.list_repo_tree(repo_id, recursive=True, revision=commit, repo_type=kind)
+        entries = self.api.list_repo_tree(**self.where, recursive=True, revision=commit)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def read(self, file: RepoFile, commit: str) -> bytes:
         """The content of a small file, checked against the tree: downloads look at the size alone."""
-        repo_id, kind = self.target.repo_id, self.target.kind
         with tempfile.TemporaryDirectory() as cache:
-            local = self.api.hf_hub_download(repo_id, file.path, repo_type=kind, revision=commit, cache_dir=cache)
+            local = self.api.hf_hub_download(**self.where, filename=file.path, revision=commit, cache_dir=cache)
             content = Path(local).read_bytes()
         if not Entry(content, hashlib.sha256(content).hexdigest()).equal(file):
             raise ConnectionError(f"{file.path} arrived with other content than the Hub lists")
@@ -99,3 +84,83 @@ class Repository:
         """The page of a commit."""
         prefix = "datasets/" if self.target.kind == "dataset" else ""
         return f"{without_password(self.api.endpoint)}/{prefix}{self.target.repo_id}/commit/{commit}"
+
+    def check_visibility(self) -> None:
+        """Nothing goes into a public repo unasked."""
+        info = self.info()
+        if not self.target.public and info is not None and info.private is False:
+            raise HubError(
+                f"{self.target.repo_id!r} is public; push with --public, or make it private in its settings first"
+            )
+
+    def check_occupant(self, name: str, head: str) -> None:
+        """Publish over an older version of `name` or into an empty repo, and over nothing else by accident."""
+        tree = self.tree(head)
+        content = sorted(set(tree) - {".gitattributes", "README.md", "LICENSE"})
+        if self.target.replace_other or not content:
+            return
+        label = next((path for path in LABELS if path in tree), None)
+        held = name_in(label, self.read(tree[label], head)) if label else None
+        if held != name:
+            what = repr(held) if held else f"files that prism-hf did not make ({', '.join(content[:3])})"
+            raise HubError(f"{self.target.repo_id!r} holds {what}, not {name!r}; choose another name, or say --replace")
+
+
+def check_here(target: Target) -> None:
+    """Find out what is wrong with a target without asking the Hub: name, branch, token, offline mode."""
+    problem = hub_id_problem(target.repo_id)
+    if problem is not None:
+        raise HubError(f"{target.repo_id!r} is no name of a Hub repo: {problem}")
+    branch = target.revision
+    if target.create_pr and branch != MAIN:
+        raise HubError("a pull request goes to the main branch; give --create-pr or --revision, not both")
+    # Git's own rules, as far as they can be broken by mistake; refs/ is the Hub's.
+    wrong = branch.endswith(("/", ".", ".lock")) or re.search(r"\.\.|//|/\.|^refs/|^[0-9a-f]{40}$", branch)
+    if wrong or not re.fullmatch(r"\w[\w./-]*", branch):
+        raise HubError(f"--revision {branch!r} is no name of a branch; use letters, digits, dots, dashes, underscores")
+    if is_offline_mode():
+        raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it, or push later with `prism-hf push`")
+    if get_token() is None:
+        raise HubError("there is no Hugging Face token, so nothing can be pushed; set HF_TOKEN, or run `hf auth login`")
+
+
+def check_target(target: Target, name: str, *, pauses: Sequence[float] = SHORT) -> Target:
+    """Find out whether a target can be published to, hours before anything is sent; writes nothing.
+
+    Checks the name, the token and its right to write, and that the repo is new, empty or holds an older version of `name`.
+    In what is returned, a name without namespace has become one of the user's.
+    """
+    check_here(target)
+    user = again(lambda: HfApi().whoami(), "asking the Hub whose token this is", pauses)
+    token = (user.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
+        raise HubError("the Hugging Face token can only read; make another at https://huggingface.co/settings/tokens")
+    if not user.get("name"):
+        raise HubError("the Hub does not say whose token this is; check HF_ENDPOINT and the proxy")
+    if "/" not in target.repo_id:
+        target = replace(target, repo_id=f"{user['name']}/{target.repo_id}")
+    spaces = {user["name"], *(org["name"] for org in user.get("orgs") or ())}
+    again(lambda: _check_repo(Repository(target), name, spaces), f"checking {target.repo_id!r} on the Hub", pauses)
+    return target
+
+
+def _check_repo(repo: Repository, name: str, spaces: Collection[str]) -> None:
+    target = repo.target
+    if repo.info() is None:
+        if target.create_pr:
+            raise HubError(f"{target.repo_id!r} is not on the Hub, or not for this token; leave out --create-pr to make it")
+        space = target.repo_id.split("/")[0]
+        if space not in spaces:
+            raise HubError(f"{space!r} is neither you nor your organisation; push to one of {', '.join(sorted(spaces))}")
+        return
+    if not target.create_pr:
+        repo.api.auth_check(**repo.where, write=True)
+    repo.check_visibility()
+    head = repo.head(target.revision)
+    if head is not None and target.revision != MAIN:
+        branches = repo.api.list_repo_refs(**repo.where).branches
+        if target.revision not in [branch.name for branch in branches]:
+            raise HubError(f"--revision {target.revision!r} is a tag of {target.repo_id!r}; name a branch")
+    head = head or repo.head(MAIN)
+    if head is not None:
+        repo.check_occupant(name, head)

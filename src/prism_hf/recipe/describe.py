@@ -8,50 +8,47 @@ from ..runtime import size_text
 from .plan import plan_jobs
 from .schema import Recipe
 
+VIEW_ROW_BYTES = 32
+"""Bytes of one view beside its logits: two crops, a mix box, indices, flags (before compression)."""
+
 
 def describe_plan(recipe: Recipe) -> str:
     """What a run will do, from the recipe alone: for `--dry-run`."""
-    jobs = plan_jobs(recipe)
-    data, synthesis, relabel = recipe.data, recipe.synthesis, recipe.relabel
+    jobs, data, teachers, relabel = plan_jobs(recipe), recipe.data, recipe.teachers, recipe.relabel
     drawn: Counter[str] = Counter()
     for job in jobs:
-        if recipe.teachers.selection == "per_slot":
+        if teachers.selection == "per_slot":
             drawn.update(dict.fromkeys(job.bn_teachers(0), job.iterations))
         else:
             for iteration in range(job.iterations):
                 drawn.update(job.bn_teachers(iteration))
     steps = sum(job.iterations for job in jobs)
     image_steps = sum(job.iterations * len(job.classes) for job in jobs)
-    raw = recipe.num_images * data.channels * data.size**2
     views = recipe.num_images * relabel.epochs
     labels = views * (2 * data.num_classes + VIEW_ROW_BYTES)
+    random = recipe.method == "random"
+    logit = "each teacher in turn" if teachers.selection == "cycle" else teachers.logit
     lines = [
         f"{recipe.name} (fingerprint {recipe.fingerprint()})",
         f"data      {data.source}: {data.num_classes} classes, {data.channels} x {data.size} x {data.size}",
-        f"images    {recipe.num_images} ({synthesis.ipc} per class), "
-        + ("real images drawn at random" if recipe.method == "random" else f"init {synthesis.init}"),
-        f"jobs      {len(jobs)} of up to {max(len(j.classes) for j in jobs)} images, {synthesis.batch_order}",
+        f"images    {recipe.num_images} ({recipe.synthesis.ipc} per class), "
+        + ("real images drawn at random" if random else f"init {recipe.synthesis.init}"),
+        f"jobs      {len(jobs)} of up to {max(len(j.classes) for j in jobs)} images, {recipe.synthesis.batch_order}",
         f"steps     {steps:,} in all ({image_steps:,} image-iterations)",
-        f"logit     {_logit_text(recipe)}",
+        f"logit     {'none (method random)' if random else logit}",
     ]
-    for name in recipe.teachers.synthesis_names if steps else ():
+    for name in teachers.synthesis_names if steps else ():
         lines.append(f"BN        {name}: in {drawn[name]:,} of {steps:,} steps ({drawn[name] / steps:.0%})")
     lines += [
-        f"verifier  {recipe.teachers.verifier or 'none'}",
+        f"verifier  {teachers.verifier or 'none'}",
         f"relabel   {', '.join(relabel.teachers)} ({relabel.ensemble}), {relabel.epochs} epochs of views",
         f"squeeze   {', '.join(recipe.squeezed_teachers) or 'nothing'}",
         f"students  {recipe.evaluation.student}, {len(recipe.evaluation.seeds)} seeds",
-        f"bytes     images at most {size_text(raw)} (raw pixels; {recipe.packaging.image_format} is smaller), "
-        f"labels about {size_text(labels)} in {views:,} views",
+        f"bytes     images at most {size_text(recipe.num_images * data.channels * data.size**2)} "
+        f"(raw pixels; {recipe.packaging.image_format} is smaller), labels about {size_text(labels)} in {views:,} views",
         f"disk      about {size_text(sum(space_needed(recipe).values()))} for the whole run, control included",
     ]
     return "\n".join(lines)
-
-
-def _logit_text(recipe: Recipe) -> str:
-    if recipe.method == "random":
-        return "none (method random)"
-    return "each teacher in turn" if recipe.teachers.selection == "cycle" else recipe.teachers.logit
 
 
 def space_needed(recipe: Recipe, *, processes: int = 1, control: bool = True) -> dict[str, int]:
@@ -61,13 +58,8 @@ def space_needed(recipe: Recipe, *, processes: int = 1, control: bool = True) ->
     encoded, decoded for the teachers, and decoded for the students. Each process has a checkpoint (pixels and two moments),
     and another one while it is replaced.
     """
-    data, synthesis = recipe.data, recipe.synthesis
+    data, sets = recipe.data, 2 if control else 1
     pixels = recipe.num_images * data.channels * data.size**2
     labels = recipe.num_images * (recipe.relabel.epochs + 1) * (2 * data.num_classes + VIEW_ROW_BYTES)
-    batch = min(synthesis.batch_size + 1, recipe.num_images) * data.channels * data.size**2
-    sets = 2 if control else 1
+    batch = min(recipe.synthesis.batch_size + 1, recipe.num_images) * data.channels * data.size**2
     return {"images": (1 + 3 * sets) * pixels, "labels": sets * labels, "checkpoints": 2 * processes * 3 * 4 * batch}
-
-
-VIEW_ROW_BYTES = 32
-"""Bytes of one view beside its logits: two crops, a mix box, indices, flags (before compression)."""

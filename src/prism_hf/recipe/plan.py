@@ -1,8 +1,4 @@
-"""Which images are optimized together, under which teachers, with which seed: decided by the recipe alone.
-
-A job is one batch of images, independent of every other job; its result depends on the recipe and never on rank, process
-count, order or resume.
-"""
+"""Which images are optimized together, under which teachers, with which seed: decided by the recipe alone."""
 
 from __future__ import annotations
 
@@ -21,17 +17,15 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 @dataclass(frozen=True)
 class SynthesisJob:
-    """One batch of images to optimize.
+    """One batch of images to optimize, whose result never depends on rank, process count, order or resume.
 
     Attributes:
         id: 0 to the number of jobs - 1.
         classes: Class of each image, (B,).
         slots: Slot of each image, (B,).
         iterations: Adam steps; 0 ships the start images.
-        seed: Seed of the job's own generator (init noise, views).
+        seed: Of the job's own generator (init noise, views).
         draw_key: Names the teacher draw; jobs of one slot share it.
-        teachers: The recipe's teachers.
-        recipe_seed: The recipe's seed.
     """
 
     id: int
@@ -49,11 +43,7 @@ class SynthesisJob:
         return names[iteration % len(names)] if self.teachers.selection == "cycle" else self.teachers.logit
 
     def bn_teachers(self, iteration: int) -> tuple[str, ...]:
-        """The BN teachers of one iteration, the logit teacher first where it is one of them.
-
-        With selection `per_slot` the answer is the same for all iterations of all jobs of a slot; with `cycle` it is the
-        logit teacher of the iteration.
-        """
+        """The BN teachers of one iteration, the logit teacher first where it is one of them."""
         rule = self.teachers
         if rule.selection == "cycle":
             return (self.logit_teacher(iteration),)
@@ -76,14 +66,16 @@ def plan_jobs(recipe: Recipe) -> list[SynthesisJob]:
         [0, 1]
     """
     jobs: list[SynthesisJob] = []
+    ladder = recipe.synthesis.ladder
     for draw_key, images in _batches(recipe):
         classes, slots = zip(*images, strict=True)
+        fewer = ladder.step * (slots[0] % ladder.period) if ladder else 0
         jobs.append(
             SynthesisJob(
                 id=len(jobs),
                 classes=classes,
                 slots=slots,
-                iterations=_iterations(recipe, slots[0]),
+                iterations=0 if recipe.method == "random" else recipe.synthesis.iterations - fewer,
                 seed=derived_seed(recipe.seed, "job", len(jobs)),
                 draw_key=draw_key,
                 teachers=recipe.teachers,
@@ -94,24 +86,22 @@ def plan_jobs(recipe: Recipe) -> list[SynthesisJob]:
 
 
 def _batches(recipe: Recipe) -> list[tuple[str, list[tuple[int, int]]]]:
-    synthesis, classes = recipe.synthesis, range(recipe.data.num_classes)
+    """(name of the teacher draw, (class, slot) of each image) of each batch."""
+    synthesis, ipc = recipe.synthesis, recipe.synthesis.ipc
+
+    def batches(slots: range) -> list[list[tuple[int, int]]]:
+        # Class-major, so that a batch_size below the size of a group of slots still keeps whole classes together.
+        order = [(c, s) for c in range(recipe.data.num_classes) for s in slots]
+        size = len(order) if recipe.method == "random" else synthesis.batch_size
+        return [order[part.start : part.stop] for part in batch_ranges(len(order), size)]
+
     if recipe.method == "random":
-        return [("random", [(c, s) for c in classes for s in range(synthesis.ipc)])]
+        return [("random", batch) for batch in batches(range(ipc))]
     if synthesis.batch_order == "within_class":
-        order = [(c, s) for c in classes for s in range(synthesis.ipc)]
-        chunks = _chunks(order, synthesis.batch_size)
-        return [(f"batch{number}", chunk) for number, chunk in enumerate(chunks)]
-    batches = []
-    for first in range(0, synthesis.ipc, synthesis.slots_per_batch):
-        slots = range(first, min(first + synthesis.slots_per_batch, synthesis.ipc))
-        # Class-major inside the group, so that a batch_size below the group's size still keeps whole classes together.
-        order = [(c, s) for c in classes for s in slots]
-        batches += [(f"slot{first}", chunk) for chunk in _chunks(order, synthesis.batch_size)]
-    return batches
-
-
-def _chunks(order: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
-    return [order[part.start : part.stop] for part in batch_ranges(len(order), size)]
+        return [(f"batch{number}", batch) for number, batch in enumerate(batches(range(ipc)))]
+    firsts = range(0, ipc, synthesis.slots_per_batch)
+    groups = [range(first, min(first + synthesis.slots_per_batch, ipc)) for first in firsts]
+    return [(f"slot{slots.start}", batch) for slots in groups for batch in batches(slots)]
 
 
 def batch_ranges(count: int, size: int) -> list[range]:
@@ -123,10 +113,3 @@ def batch_ranges(count: int, size: int) -> list[range]:
     if len(starts) > 1 and count - starts[-1] == 1:
         starts.pop()
     return [range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
-
-
-def _iterations(recipe: Recipe, slot: int) -> int:
-    if recipe.method == "random":
-        return 0
-    ladder = recipe.synthesis.ladder
-    return recipe.synthesis.iterations - (ladder.step * (slot % ladder.period) if ladder else 0)

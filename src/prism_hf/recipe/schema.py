@@ -10,35 +10,38 @@ import dataclasses
 import hashlib
 import json
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from .fields import MOST_IMAGES, STRICT, Seed, refuse_unused
-from .sections import DataRecipe, EvaluationRecipe, PackagingRecipe, RelabelRecipe, SqueezeRecipe, TeachersRecipe
+from .sections import (
+    STRICT,
+    DataRecipe,
+    EvaluationRecipe,
+    PackagingRecipe,
+    RelabelRecipe,
+    Seed,
+    SqueezeRecipe,
+    TeachersRecipe,
+    refuse_unused,
+)
 from .synthesis import SynthesisRecipe
 
 SQUEEZE_PREFIX = "squeeze:"
+MOST_IMAGES = 10**7  # a plan holds every one of them
 _RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)
 """What Windows keeps for devices, with any extension."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Recipe:
-    """One distilled dataset, from source to table.
+    """One distilled dataset, from source to table; each section is a class of its own.
 
     Attributes:
         name: Names the run and its default output folder.
         method: `synthesize`, or `random`: real images drawn at random, not optimized; relabeled and packaged like others.
         seed: Seed of every draw that is not a student's.
-        data: The real data.
-        teachers: Who supervises what.
-        synthesis: How pixels are optimized.
-        relabel: Who labels, under which views.
-        evaluation: How students are trained and scored.
-        squeeze: How `squeeze:` teachers are trained.
-        packaging: How the result is stored.
 
     Example:
         >>> recipe = load_recipe("recipes/digits/prism_ipc10.yaml", ["synthesis.iterations=20"])
@@ -61,16 +64,15 @@ class Recipe:
         _check_names(self)
         _check_unused(self)
         _check_counts(self)
-        _check_epochs(self)
 
     @property
     def num_images(self) -> int:
-        """How many images are distilled: ipc * K."""
+        """How many images are distilled."""
         return self.synthesis.ipc * self.data.num_classes
 
     @property
     def squeezed_teachers(self) -> tuple[str, ...]:
-        """`squeeze:` teachers named anywhere in the recipe, each once, in order of first mention."""
+        """`squeeze:` teachers, each once, in order of first mention."""
         return tuple(name for name in self.all_teachers if name.startswith(SQUEEZE_PREFIX))
 
     @property
@@ -95,11 +97,11 @@ class Recipe:
             *parents, last = key.split(".")
             section = values
             for parent in parents:
-                section = section[parent]  # type: ignore[assignment]
+                section = section[parent]
             if section[last] == default:
                 del section[last]
-        chosen = sections or tuple(k for k in values if k != "name")
-        text = json.dumps({k: values[k] for k in (*chosen, "seed") if k in values}, sort_keys=True)
+        chosen = {*sections, "seed"} if sections else values.keys() - {"name"}
+        text = json.dumps({key: value for key, value in values.items() if key in chosen}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -121,36 +123,27 @@ def _check_unused(recipe: Recipe) -> None:
 
 
 def _check_counts(recipe: Recipe) -> None:
-    """The number of images, and what is cut out of it."""
-    synthesis, classes, images = recipe.synthesis, recipe.data.num_classes, recipe.num_images
+    """The number of images and of epochs, and what is cut out of them."""
+    synthesis, images, stored = recipe.synthesis, recipe.num_images, recipe.relabel.epochs
     if images > MOST_IMAGES:
         raise ValueError(
-            f"synthesis.ipc {synthesis.ipc} times data.num_classes {classes} is {images} images; expected at most "
-            f"{MOST_IMAGES:,}, lower ipc"
+            f"synthesis.ipc {synthesis.ipc} makes {images} images; expected at most {MOST_IMAGES:,}, lower ipc"
         )
     if recipe.relabel.batch_size > images:
-        raise ValueError(
-            f"relabel.batch_size is {recipe.relabel.batch_size} but there are {images} images; lower the batch size"
-        )
-    if recipe.method == "random":
-        return
-    if synthesis.slots_per_batch > synthesis.ipc:
-        raise ValueError(
-            f"slots_per_batch is {synthesis.slots_per_batch} but ipc is {synthesis.ipc}; lower slots_per_batch"
-        )
-    limit = synthesis.slots_per_batch * classes
-    if synthesis.batch_order == "cross_class" and synthesis.batch_size > limit:
-        raise ValueError(
-            f"synthesis.batch_size is {synthesis.batch_size}, but a cross_class batch of {synthesis.slots_per_batch} "
-            f"slot(s) holds at most {limit} images; lower batch_size, or raise slots_per_batch"
-        )
-    if synthesis.batch_size > images:
-        raise ValueError(f"synthesis.batch_size is {synthesis.batch_size} but there are {images} images; lower it")
-
-
-def _check_epochs(recipe: Recipe) -> None:
+        raise ValueError(f"relabel.batch_size is {recipe.relabel.batch_size} but there are {images} images; lower it")
+    if recipe.method == "synthesize":
+        if synthesis.slots_per_batch > synthesis.ipc:
+            raise ValueError(f"slots_per_batch is {synthesis.slots_per_batch} but ipc is {synthesis.ipc}; lower the first")
+        limit = synthesis.slots_per_batch * recipe.data.num_classes
+        if synthesis.batch_order == "cross_class" and synthesis.batch_size > limit:
+            raise ValueError(
+                f"synthesis.batch_size is {synthesis.batch_size}, but a cross_class batch of {synthesis.slots_per_batch} "
+                f"slot(s) holds at most {limit} images; lower batch_size, or raise slots_per_batch"
+            )
+        if synthesis.batch_size > images:
+            raise ValueError(f"synthesis.batch_size is {synthesis.batch_size} but there are {images} images; lower it")
     key = "label_epochs" if recipe.evaluation.label_epochs else "epochs"
-    needed, stored = getattr(recipe.evaluation, key) or 0, recipe.relabel.epochs
+    needed = getattr(recipe.evaluation, key) or 0
     if needed > stored:
         raise ValueError(
             f"evaluation.{key} is {needed} but relabel stores {stored} epochs of views; lower the first, raise the "
@@ -172,6 +165,6 @@ _ADDED: dict[str, object] = {
 """Keys that the first recipes did not have, with their defaults."""
 
 
-def to_dict(recipe: Recipe) -> dict[str, object]:
+def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe as plain YAML types."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))

@@ -6,14 +6,14 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import RecipeError
-from ..runtime import YamlError, dump_yaml, read_yaml
+from ..runtime import YamlError, dump_yaml, map_texts, read_yaml
 from .schema import Recipe, to_dict
 
 _MOST_VALUES = 10_000
@@ -38,20 +38,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{what} not found; give the path of a YAML file") from error
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise RecipeError(f"{what} cannot be read ({_short(error)}); give the path of a YAML file in UTF-8") from error
-    values = _read_yaml(text, what)
-    if not isinstance(values, dict):
-        raise RecipeError(f"{what}: expected a mapping of sections, got {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
-    return parse_recipe(values, origin=str(path))
+    return parse_recipe(_read_yaml(text, what), overrides, origin=str(path))
 
 
 def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """A recipe with `dotted.key=value` overrides applied, checked again."""
-    values = to_dict(recipe)
-    for override in overrides:
-        _apply(values, override)
-    return parse_recipe(values, origin=recipe.name)
+    return parse_recipe(to_dict(recipe), overrides, origin=recipe.name)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -59,8 +51,8 @@ def dump_recipe(recipe: Recipe) -> str:
     return dump_yaml(to_dict(recipe))
 
 
-def parse_recipe(values: object, *, origin: str = "recipe") -> Recipe:
-    """Check plain values and turn them into a `Recipe`.
+def parse_recipe(values: object, overrides: Sequence[str] = (), *, origin: str = "recipe") -> Recipe:
+    """Check plain values, with overrides applied, and turn them into a `Recipe`.
 
     Raises:
         RecipeError: One line that names every wrong key, what was expected and what came.
@@ -68,6 +60,8 @@ def parse_recipe(values: object, *, origin: str = "recipe") -> Recipe:
     origin = _short(origin)
     if not isinstance(values, dict):
         raise RecipeError(f"{origin}: expected a mapping of sections, got {type(values).__name__}")
+    for override in overrides:
+        values = _overridden(values, override)
     _check_size(values, origin)
     try:
         text = json.dumps(values)
@@ -83,31 +77,27 @@ def parse_recipe(values: object, *, origin: str = "recipe") -> Recipe:
 
 
 def public_recipe(recipe: Recipe) -> Recipe:
-    """The recipe that ships: absolute local paths of data and teachers are cut to their last part.
+    """The recipe that ships: absolute local paths of data and teachers are cut to their last part."""
+    return parse_recipe(map_texts(to_dict(recipe), _without_folders), origin=f"{recipe.name}, for the public")
 
-    Everything else is equal, so recipes without such paths are shipped as they are.
-    """
 
-    def public(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: public(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [public(item) for item in value]
-        return _without_folders(value) if isinstance(value, str) else value
+def flat_values(recipe: Recipe) -> dict[str, object]:
+    """Dotted key -> value."""
 
-    return parse_recipe(public(to_dict(recipe)), origin=f"{recipe.name}, for the public")
+    def flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, object]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(flat(to_dict(recipe), ""))
 
 
 def differing_keys(a: Recipe, b: Recipe) -> list[str]:
     """Dotted keys whose values differ between two recipes, the name aside."""
-
-    def flat(values: object, prefix: str) -> dict[str, object]:
-        if not isinstance(values, dict):
-            return {prefix: values}
-        return {k: v for key, value in values.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}
-
-    flat_a, flat_b = flat(to_dict(a), ""), flat(to_dict(b), "")
-    return [key for key in {**flat_a, **flat_b} if flat_a.get(key) != flat_b.get(key) and key != "name"]
+    flat_a, flat_b = flat_values(a), flat_values(b)
+    return [key for key in flat_a | flat_b if flat_a.get(key) != flat_b.get(key) and key != "name"]
 
 
 def _read_yaml(text: str, what: str) -> Any:
@@ -117,43 +107,39 @@ def _read_yaml(text: str, what: str) -> Any:
         raise RecipeError(f"{what} is not valid YAML: {_short(error)}") from error
 
 
-def _apply(values: object, override: str) -> None:
-    """Set one `dotted.key=value`."""
+def _overridden(values: dict[Any, Any], override: str) -> dict[Any, Any]:
+    """The values with one `dotted.key=value`; copies, since an alias may stand for the same section elsewhere."""
     what = f"override {_short(repr(override))}"
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"{what}: expected dotted.key=value, for example synthesis.iterations=20")
-    value = _read_yaml(text, f"{what}: the value")
     *parents, last = key.split(".")
+    changed = section = dict(values)
     for parent in parents:
-        if not isinstance(values, dict):
-            break
-        section = values.get(parent)
-        if isinstance(section, dict | None):
-            section = dict(section or {})  # a copy: an alias may stand for the same section elsewhere
-        values[parent] = section
-        values = section
-    if not isinstance(values, dict):
-        raise RecipeError(f"{what}: {_short(repr(key.rpartition('.')[0]))} is a value, not a section")
-    values[last] = value
+        inner = section.get(parent)
+        if not isinstance(inner, dict | None):
+            raise RecipeError(f"{what}: {_short(repr(key.rpartition('.')[0]))} is a value, not a section")
+        inner = dict(inner or {})
+        section[parent] = inner
+        section = inner
+    section[last] = _read_yaml(text, f"{what}: the value")
+    return changed
 
 
 def _check_size(values: object, origin: str) -> None:
     """Refuse values without end; aliases may make a value part of itself, so this counts and does not recurse."""
-    stack, count = [values], 0
-    while stack:
-        value = stack.pop()
-        count += 1
-        if count > _MOST_VALUES:
+    pending = [values]
+    for value in pending:  # which grows meanwhile
+        if len(pending) > _MOST_VALUES:
             raise RecipeError(f"{origin}: more than {_MOST_VALUES:,} values; expected a few dozen, write aliases (*) out")
         if isinstance(value, dict):
-            stack.extend(value.values())
+            pending.extend(value.values())
         elif isinstance(value, list | tuple):
-            stack.extend(value)
+            pending.extend(value)
 
 
 def _refuse_secrets(value: object, origin: str, key: str = "") -> None:
-    """A recipe is published with its dataset, so an access token or a password in it is refused, and not repeated."""
+    """Refuse an access token or a password, and do not repeat it: recipes are published."""
     if isinstance(value, dict):
         for name, item in value.items():
             _refuse_secrets(str(name), origin, key)
@@ -198,8 +184,8 @@ def _keys_of(section: Sequence[str]) -> list[str]:
 
 
 def _without_folders(text: str) -> str:
-    """An absolute path, or one after a scheme (`local-dir:`), cut to its last part; other text as it is."""
-    if "://" in text:  # an address, as of a license, says nothing about this machine
+    """An absolute path, or one after a scheme (`local-dir:`), cut to its last part; other text, addresses too, as it is."""
+    if "://" in text:
         return text
     scheme, colon, path = text.rpartition(":")
     return f"{scheme}{colon}{Path(path).name}" if Path(path).is_absolute() else text

@@ -5,7 +5,7 @@ the first one stopped, with any number of processes.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from ..errors import HubError, RecipeError
 from ..evaluation import summary
 from ..hub import Target, bundle_of, check_here, check_target, publish, reserve
-from ..recipe import STAGES, Recipe, load_recipe, override_recipe, public_recipe, to_dict
+from ..recipe import STAGES, Recipe, flat_values, load_recipe, override_recipe, public_recipe
 from ..runtime import EVERY_S, check_free, log_file, raise_if_stopped, write_json
 from .context import Run, make_accelerator
 from .evaluate import evaluate
@@ -152,14 +152,6 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
         # TensorBoard's tracker takes nothing but scalars.
         config = {
             key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
-            for key, value in _flat(to_dict(public_recipe(recipe)), "")
+            for key, value in flat_values(public_recipe(recipe)).items()
         }
         accelerator.init_trackers("prism-hf", config=config)
-
-
-def _flat(values: object, prefix: str) -> Iterator[tuple[str, object]]:
-    if isinstance(values, dict):
-        for key, value in values.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, values

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -37,15 +37,25 @@ def foreign_files(header: Mapping[str, Any]) -> list[str]:
     configs = header.get("configs")
     configs = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
     named = [config.get(key) for config in configs for key in ("data_files", "data_dir")]
-    return [text for text in _texts(named) if _ELSEWHERE.search(text) or ".." in re.split(r"[/\\]", text)]
+    return [text for text in texts_in(named) if _ELSEWHERE.search(text) or ".." in re.split(r"[/\\]", text)]
 
 
-def _texts(value: object) -> Iterator[str]:
+def texts_in(value: object) -> Iterator[str]:
+    """All strings inside plain JSON, keys aside."""
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts(item)
+            yield from texts_in(item)
     elif isinstance(value, str):
         yield value
+
+
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Plain JSON with every string inside changed, keys aside."""
+    if isinstance(value, dict):
+        return {key: map_texts(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [map_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def without_password(address: str) -> str:
