@@ -185,7 +185,7 @@ def set_facts(
     for name, source in sources.items():
         if isinstance(source, ImageSplit):
             labels = torch.from_numpy(source.labels)
-            diversity = similarity_of(network, source.images, labels, num_classes, device)
+            diversity = similarity_of(network, source.images, labels, num_classes)
             facts[name] = SetFacts(None, None, None, diversity)
         else:
             pixels, labels = source.images_uint8, source.labels
@@ -193,7 +193,7 @@ def set_facts(
                 image_bytes=source.image_bytes,
                 label_bytes=source.label_bytes,
                 verifier_top1=agreement(verifier, pixels, labels, device),
-                diversity=similarity_of(network, partial(_rows_of, pixels), labels, num_classes, device),
+                diversity=similarity_of(network, partial(_rows_of, pixels), labels, num_classes),
             )
     return facts
 
@@ -214,13 +214,11 @@ def agreement(verifier: Teacher | None, images: Tensor, labels: Tensor, device: 
     return hits / len(images)
 
 
-def similarity_of(
-    network: Teacher | None, images: Callable[[range], Tensor], labels: Tensor, classes: int, device: torch.device
-) -> Diversity:
+def similarity_of(network: Teacher | None, images: Callable[[range], Tensor], labels: Tensor, classes: int) -> Diversity:
     """Intra-class similarity of images (rows -> uint8) in the features of a network; all `None` without one."""
     if network is None:
         return Diversity((None,) * classes, None)
     sums = UnitSums(classes)
-    for rows, features in penultimate_features(network, images, len(labels), device=device):
+    for rows, features in penultimate_features(network, images, len(labels)):
         sums.add(features, labels[rows.start : rows.stop])
     return sums.similarity()

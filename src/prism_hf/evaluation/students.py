@@ -9,7 +9,7 @@ relabelling and protocol, hard labels only, and the full training set. Last epoc
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -116,7 +116,7 @@ def train_student(
             return F.cross_entropy(logits, shares)
         return soft_label_loss(logits, teacher_logits, shares, settings)
 
-    batches = _Replayed(
+    batches = Batches(
         lambda start: _view_batches(
             source, epochs, settings.batch_size, device, start, recorded=recorded, per_image=labels == "image"
         )
@@ -186,24 +186,6 @@ def _fit(
 ) -> nn.Module:
     rate, decay, ema = settings.lr, settings.weight_decay, settings.ema
     return fit(network, batches, loss, steps=steps, lr=rate, weight_decay=decay, ema=ema, what=what, checkpoint=checkpoint)
-
-
-class _Replayed:
-    """Batches that are recorded, not drawn: only their number has to be kept."""
-
-    def __init__(self, batches_from: Callable[[int], Iterator[tuple[Tensor, ...]]]) -> None:
-        self._batches_from, self._done = batches_from, 0
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for batch in self._batches_from(self._done):
-            self._done += 1
-            yield batch
-
-    def state(self) -> dict[str, Tensor]:
-        return {"done": torch.tensor(self._done)}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        self._done = int(state["done"])
 
 
 def _view_batches(

@@ -152,7 +152,7 @@ def _features(split: ImageSplit, rows: np.ndarray, teacher: Teacher) -> np.ndarr
     def images(part: range) -> Tensor:
         return split.images(rows[part.start : part.stop])
 
-    parts = penultimate_features(teacher, images, len(rows), device=teacher.device, batch_size=_BATCH)
+    parts = penultimate_features(teacher, images, len(rows), batch_size=_BATCH)
     return np.concatenate([features.double().numpy() for _, features in parts])
 
 

@@ -1,7 +1,4 @@
-"""Load teachers by name: frozen image classifiers, each with its own normalization, input size and license.
-
-Legend: B images, C channels, H W pixels, K classes.
-"""
+"""Load teachers by name: frozen image classifiers, each with its own normalization, input size and license."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import TeacherError
-from .download import fetch
+from .download import CONFIG, WEIGHTS, ModelFiles, fetch
 from .load_timm import from_folder, from_registry
 from .load_transformers import from_transformers
 from .teacher import Teacher
@@ -38,9 +35,9 @@ def load_teacher(name: str, *, device: torch.device, squeezed: Mapping[str, Path
     """Load one teacher; see `load_teachers`."""
     # The libraries initialize weights at random before they load them.
     with torch.random.fork_rng(devices=[]):
-        loaded = _load(name, squeezed or {})
-    loaded.model.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return loaded
+        teacher = _load(name, squeezed or {})
+    teacher.model.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return teacher
 
 
 def _load(name: str, squeezed: Mapping[str, Path]) -> Teacher:
@@ -49,13 +46,12 @@ def _load(name: str, squeezed: Mapping[str, Path]) -> Teacher:
         case "squeeze:":
             if name not in squeezed:
                 raise TeacherError(f"teacher {name!r} is not trained yet; run recipes/squeeze.py on the recipe first")
-            return from_folder(squeezed[name], name)
+            return from_folder(ModelFiles(squeezed[name]), name)
         case "local-dir:":
-            return from_folder(Path(source), name)
+            return from_folder(ModelFiles(Path(source)), name)
+        case "hf-hub:" | "hf_hub:":
+            return from_folder(fetch(name, source, [[CONFIG], [WEIGHTS]]), name)
         case "transformers:":
             return from_transformers(source, name)
-        case "hf-hub:" | "hf_hub:":
-            hub = fetch(name, source)
-            return from_folder(hub.folder, name, hub)
         case _:
             return from_registry(name)

@@ -11,7 +11,7 @@ from timm.data import resolve_model_data_config
 from timm.models import PretrainedCfg
 
 from ..errors import TeacherError
-from .download import CONFIG, WEIGHTS, HubFiles, fetch
+from .download import CONFIG, WEIGHTS, ModelFiles, fetch
 from .teacher import LOAD_ERRORS, StatedInput, Teacher, cannot_load, check_links, state_sha256
 
 PICKLED_DEFAULT = "pytorch_model.bin"
@@ -30,10 +30,10 @@ class _Config(StatedInput):
         return {**content, **facts} if isinstance(content, dict) and isinstance(facts, dict) else content
 
 
-def from_folder(folder: Path, name: str, hub: HubFiles | None = None) -> Teacher:
+def from_folder(files: ModelFiles, name: str) -> Teacher:
     """Load a folder with config.json and model.safetensors, as timm saves it."""
-    _check_folder(folder, name)
-    return _from_timm(f"local-dir:{folder}", name, hub)
+    _check_folder(files.folder, name)
+    return _from_timm(f"local-dir:{files.folder}", name, files)
 
 
 def from_registry(name: str) -> Teacher:
@@ -43,11 +43,11 @@ def from_registry(name: str) -> Teacher:
     weights = WEIGHTS if file == PICKLED_DEFAULT else file
     if not weights.endswith(".safetensors"):
         raise TeacherError(f"teacher {name!r}: timm loads it from {file}, and only safetensors are opened; use another one")
-    hub = fetch(name, cfg.hf_hub_id, needed=(), weights=(weights,))
-    return _from_timm(name, name, hub, {"file": str(hub.folder / weights)})
+    files = fetch(name, cfg.hf_hub_id, [[weights]])
+    return _from_timm(name, name, files, {"file": str(files.folder / weights)})
 
 
-def _from_timm(source: str, name: str, hub: HubFiles | None, overlay: dict[str, str] | None = None) -> Teacher:
+def _from_timm(source: str, name: str, files: ModelFiles, overlay: dict[str, str] | None = None) -> Teacher:
     try:
         model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay)
         config, cfg = resolve_model_data_config(model), model.pretrained_cfg
@@ -68,8 +68,8 @@ def _from_timm(source: str, name: str, hub: HubFiles | None, overlay: dict[str, 
         size=int(config["input_size"][-1]),
         num_classes=classes,
         architecture=str(cfg.get("architecture", source)),
-        licence=str(cfg.get("license") or (hub and hub.licence) or "unknown"),
-        revision=hub.commit if hub else None,
+        licence=str(cfg.get("license") or files.licence or "unknown"),
+        revision=files.commit,
         weights_sha256=state_sha256(model),
         label_names=_label_names(labels, name),
     )

@@ -11,20 +11,14 @@ from torch import Tensor, nn
 
 from ..errors import TeacherError
 from ..runtime import Facts
-from .download import ADAPTER, CONFIG, INDEX, WEIGHTS, fetch, shard_names
+from .download import ADAPTER, CONFIG, INDEX, WEIGHTS, ModelFiles, ShardIndex, fetch
 from .teacher import LOAD_ERRORS, StatedInput, Teacher, cannot_load, check_links, state_sha256
 
 
-class _WrappedTimm(Facts):
-    """The facts of a timm model in the config of its wrapper."""
-
-    license: str | None = None
-
-
 class _Config(Facts):
-    """A config.json of transformers, as far as it is read here."""
+    """A config.json of transformers, as far as it is read here; the first is that of a timm model in its wrapper."""
 
-    pretrained_cfg: _WrappedTimm | None = None
+    pretrained_cfg: dict[str, object] | None = None
     model_args: dict[str, object] | None = None
 
 
@@ -41,16 +35,11 @@ class LogitsOnly(nn.Module):
 
 
 def from_transformers(source: str, name: str) -> Teacher:
-    """Load a classifier of transformers, with the normalization of its image processor.
-
-    Args:
-        source: Folder, or `ORG/NAME[@REVISION]`.
-        name: The teacher, for messages.
-    """
-    hub = None if os.path.isdir(source) else fetch(name, source, weights=(WEIGHTS, INDEX))
-    folder = hub.folder if hub else Path(source)
-    wrapped = _check_folder(folder, name).pretrained_cfg
-    model, processor = _load(folder, name)
+    """Load a classifier of transformers, a folder or `ORG/NAME[@REVISION]`, with the normalization of its processor."""
+    local = os.path.isdir(source)
+    files = ModelFiles(Path(source)) if local else fetch(name, source, [[CONFIG], [WEIGHTS, INDEX]])
+    wrapped = _check_folder(files.folder, name).pretrained_cfg or {}
+    model, processor = _load(files.folder, name)
     config = model.config
     size, mean, std = _input_of(processor, getattr(config, "num_channels", 3), name)
     labels = [config.id2label.get(i, f"LABEL_{i}") for i in range(config.num_labels)]
@@ -63,8 +52,8 @@ def from_transformers(source: str, name: str) -> Teacher:
         size=size,
         num_classes=int(config.num_labels),
         architecture=str(getattr(config, "architecture", None) or config.model_type),
-        licence=(wrapped and wrapped.license) or (hub and hub.licence) or "unknown",
-        revision=hub.commit if hub else None,
+        licence=str(wrapped.get("license") or files.licence or "unknown"),
+        revision=files.commit,
         weights_sha256=state_sha256(model),
         label_names=None if generic else tuple(labels),
     )
@@ -91,12 +80,12 @@ def _load(folder: Path, name: str) -> tuple[Any, object]:
 
 
 def _check_folder(folder: Path, name: str) -> _Config:
-    """Read the config of a model, and refuse a folder that would open more than its own safetensors."""
+    """Refuse a folder that would open more than its own safetensors."""
     check_links(folder, name)
     try:
         config = _Config.read(folder / CONFIG)
         if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
-            shard_names(folder / INDEX)
+            ShardIndex.read(folder / INDEX)
     except ValueError as error:
         raise cannot_load(name, error) from error
     # What is called model_args reaches timm's own loader of checkpoints, pickles among them.
@@ -110,11 +99,7 @@ def _check_folder(folder: Path, name: str) -> _Config:
 
 
 def _input_of(processor: object, channels: int, name: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Return side, mean and std that an image processor prepares, in [0, 1] pixel units.
-
-    Raises:
-        TeacherError: It does something else to pixels (another channel order or scale), or does not state the three.
-    """
+    """Side, mean and std that an image processor prepares, in [0, 1] pixel units; one that does more is refused."""
     scale = getattr(processor, "rescale_factor", None)
     if getattr(processor, "do_flip_channel_order", False) or (scale is not None and abs(scale * 255 - 1) > 1e-6):
         raise TeacherError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import TeacherError
-from ..images import reference_mean_std
+from ..images import reference_mean_std, to_reference
 from ..runtime import Facts, stray_link
 
 
@@ -93,6 +93,42 @@ def check_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int
             f"teacher {teacher.name!r} lists its labels in another order: class {first} is {names[first]!r} there and "
             f"{class_names[first]!r} in the data; reorder the data's ClassLabel, or use another teacher"
         )
+
+
+@torch.no_grad()
+def penultimate_features(
+    teacher: Teacher, images: Callable[[range], Tensor], count: int, *, batch_size: int = 256
+) -> Iterator[tuple[range, Tensor]]:
+    """Yield the inputs of the classifier layer, batch by batch: rows and their features, (B, D) float32 on the CPU.
+
+    `images` turns rows, of `count` in all, into (B, C, H, W) uint8.
+
+    Raises:
+        TeacherError: The network does not end in a linear layer.
+    """
+    classifier = classifier_of(teacher.model)
+    if classifier is None:
+        raise TeacherError(f"network {teacher.name!r} has no linear layer and so no penultimate features; name another one")
+    seen: list[Tensor] = []
+    handle = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
+    try:
+        for start in range(0, count, batch_size):
+            rows = range(start, min(start + batch_size, count))
+            teacher.logits(to_reference(images(rows).to(teacher.device)))
+            yield rows, torch.cat(seen)
+            seen.clear()
+    finally:
+        handle.remove()
+
+
+def classifier_of(model: nn.Module) -> nn.Linear | None:
+    """Return the layer that makes the logits: timm says which it is; elsewhere it is the last linear layer."""
+    named = getattr(model, "get_classifier", None)
+    if callable(named):
+        layer = named()
+        return layer if isinstance(layer, nn.Linear) else None
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return linear[-1] if linear else None
 
 
 def state_sha256(model: nn.Module) -> str:
