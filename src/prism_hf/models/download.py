@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import Field
 
 from ..errors import HubError, TeacherError
-from ..runtime import Facts, read_header, sha256_of, write_bytes
+from ..runtime import Facts, read_card, sha256_of, write_bytes
 from ..runtime.hub_client import BRIEF, UNREACHABLE, again, explain, hub_name
 
 CONFIG = "config.json"
@@ -150,19 +150,23 @@ def _download(info: ModelInfo, repo: str, revision: str, wanted: Wanted) -> Path
 
 def _select(files: Collection[str], origin: str, wanted: Wanted) -> list[str]:
     """Choose the files to fetch, out of those that a commit has."""
-    present = [[name for name in names if name in files] for names in wanted]
-    missing = [names[0] for names, some in zip(wanted, present, strict=True) if not some]
+    best = _best(files, wanted)
+    missing = [file for file in best if file not in files]
     if missing:
-        pickled = [] if present[-1] else sorted(file for file in files if file.endswith(PICKLED))
+        pickled = sorted(file for file in files if file.endswith(PICKLED)) if best[-1] in missing else []
         but = f", only {', '.join(pickled[:3])}, which is not opened: a pickle can run any code" if pickled else ""
         raise TeacherError(
             f"{origin} has no {' and no '.join(missing)}{but}; expected a model saved by "
             "timm.models.save_for_hf(model, FOLDER, safe_serialization=True), or by model.save_pretrained(FOLDER) of "
             "transformers"
         )
-    best = {some[0] for some in present}
     shards = [file for file in files if re.fullmatch(SHARD, file)] if INDEX in best else []
     return sorted({*best, *shards, *(file for file in OPTIONAL if file in files)})
+
+
+def _best(files: Collection[str], wanted: Wanted) -> list[str]:
+    """Name the first file that there is of each group, or its first name."""
+    return [next((name for name in names if name in files), names[0]) for names in wanted]
 
 
 def _remember(folder: Path, revision: str) -> None:
@@ -184,20 +188,20 @@ def _cached_folder(repo: str, revision: str, wanted: Wanted) -> Path | None:
     return next((Path(path).parent for path in paths if isinstance(path, str)), None)
 
 
-def _lacking(folder: Path, wanted: Wanted) -> list[str]:
-    """Name the files without which nothing can be loaded from a folder."""
-    return [file for file in _chosen(folder, wanted) if not (folder / file).is_file()]
-
-
 def _chosen(folder: Path, wanted: Wanted) -> list[str]:
-    """Name the files to read from a folder; where it has none of a group, the first of it."""
-    best = [next((name for name in names if (folder / name).is_file()), names[0]) for names in wanted]
+    """Name the files to read from a folder, shards included."""
+    best = _best([path.name for path in folder.iterdir() if path.is_file()], wanted)
     if INDEX not in best:
         return best
     try:
         return best + sorted(set(ShardIndex.read(folder / INDEX).weight_map.values()))
     except ValueError as error:
         raise TeacherError(f"{error}; use other weights") from error
+
+
+def _lacking(folder: Path, wanted: Wanted) -> list[str]:
+    """Name the files without which nothing can be loaded from a folder."""
+    return [file for file in _chosen(folder, wanted) if not (folder / file).is_file()]
 
 
 def _check_content(path: Path) -> None:
@@ -212,10 +216,8 @@ def _check_content(path: Path) -> None:
 
 def _licence(folder: Path) -> str | None:
     try:
-        card = read_header((folder / CARD).read_text(encoding="utf-8"))
+        card = read_card((folder / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    if not isinstance(card, dict):
         return None
     licence = card.get("license")
     if licence == "other":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +10,33 @@ from torch import Tensor, nn
 
 from ..errors import TeacherError
 from ..runtime import Facts
-from .download import ADAPTER, CONFIG, INDEX, WEIGHTS, ModelFiles, ShardIndex, fetch
-from .teacher import LOAD_ERRORS, StatedInput, Teacher, cannot_load, check_links, state_sha256
-
-
-class _Config(Facts):
-    """A config.json of transformers, as far as it is read here; the first is that of a timm model in its wrapper."""
-
-    pretrained_cfg: dict[str, object] | None = None
-    model_args: dict[str, object] | None = None
+from .download import ADAPTER, CONFIG, INDEX, WEIGHTS, ModelFiles, ShardIndex
+from .teacher import LOAD_ERRORS, StatedInput, Teacher, cannot_load, check_links, digest_of_tensors
 
 
 class LogitsOnly(nn.Module):
-    """A transformers classifier with timm's calling convention."""
+    """A transformers classifier with timm's calling convention: images (B, C, H, W) -> logits (B, K)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> logits (B, K)."""
+        """Return the logits."""
         return self.model(pixel_values=x).logits
 
 
-def from_transformers(source: str, name: str) -> Teacher:
-    """Load a classifier of transformers, a folder or `ORG/NAME[@REVISION]`, with the normalization of its processor."""
-    local = os.path.isdir(source)
-    files = ModelFiles(Path(source)) if local else fetch(name, source, [[CONFIG], [WEIGHTS, INDEX]])
+class _Config(Facts):
+    """A config.json of transformers, as far as it is read here; `pretrained_cfg` is that of a wrapped timm model."""
+
+    pretrained_cfg: dict[str, object] | None = None
+    model_args: dict[str, object] | None = None
+
+
+def from_transformers(files: ModelFiles, name: str) -> Teacher:
+    """Load a classifier of transformers, with the normalization of its image processor."""
     wrapped = _check_folder(files.folder, name).pretrained_cfg or {}
-    model, processor = _load(files.folder, name)
+    model, processor = _open(files.folder, name)
     config = model.config
     size, mean, std = _input_of(processor, getattr(config, "num_channels", 3), name)
     labels = [config.id2label.get(i, f"LABEL_{i}") for i in range(config.num_labels)]
@@ -54,29 +51,9 @@ def from_transformers(source: str, name: str) -> Teacher:
         architecture=str(getattr(config, "architecture", None) or config.model_type),
         licence=str(wrapped.get("license") or files.licence or "unknown"),
         revision=files.commit,
-        weights_sha256=state_sha256(model),
+        weights_sha256=digest_of_tensors(model.state_dict()),
         label_names=None if generic else tuple(labels),
     )
-
-
-def _load(folder: Path, name: str) -> tuple[Any, object]:
-    """Open model and image processor, and refuse weights that transformers would complete with random numbers."""
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        model, report = AutoModelForImageClassification.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, **local
-        )
-        processor = AutoImageProcessor.from_pretrained(folder, **local)
-    except LOAD_ERRORS as error:
-        raise cannot_load(name, error) from error
-    if absent := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
-        raise TeacherError(
-            f"teacher {name!r}: its weights lack {len(absent)} tensors of the model, {absent[0]!r} first; "
-            "use a checkpoint trained to classify images"
-        )
-    return model, processor
 
 
 def _check_folder(folder: Path, name: str) -> _Config:
@@ -96,6 +73,26 @@ def _check_folder(folder: Path, name: str) -> _Config:
     if (folder / ADAPTER).is_file():
         raise TeacherError(f"teacher {name!r} adapts another model ({ADAPTER}); merge the two and save the whole model")
     return config
+
+
+def _open(folder: Path, name: str) -> tuple[Any, object]:
+    """Open model and image processor, and refuse weights that transformers would complete with random numbers."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        model, report = AutoModelForImageClassification.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **local
+        )
+        processor = AutoImageProcessor.from_pretrained(folder, **local)
+    except LOAD_ERRORS as error:
+        raise cannot_load(name, error) from error
+    if absent := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
+        raise TeacherError(
+            f"teacher {name!r}: its weights lack {len(absent)} tensors of the model, {absent[0]!r} first; "
+            "use a checkpoint trained to classify images"
+        )
+    return model, processor
 
 
 def _input_of(processor: object, channels: int, name: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:

@@ -27,7 +27,7 @@ from ..runtime.checkpoint import Checkpoint
 from .build import build_network, seeded
 from .facts import SqueezeSettings, TeacherFacts
 from .folder import is_stored, scored_on, source_facts, store_network
-from .teacher import digest_of_tensors, state_sha256
+from .teacher import digest_of_tensors
 from .training import ShuffledBatches, fit, score
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def _train_and_store(
         settings=SqueezeSettings(seed=_seed(recipe), data=source.id, steps=steps, epochs=epochs),
         fingerprint=folder.name.rpartition("-")[2],
         test_top1=score(lambda x: network(_as_rgb(x)), data.test, device=device),
-        weights_sha256=state_sha256(network),
+        weights_sha256=digest_of_tensors(network.state_dict()),
         wall_time_s=round(time.perf_counter() - started, 2),
     )
     size, names, licence = recipe.data.size, data.class_names, recipe.data.licence

@@ -24,16 +24,14 @@ class Teacher:
     """A frozen classifier and what it expects of its input.
 
     Attributes:
-        name: As in the recipe.
         model: (B, 3 or 1, H, W) in its own normalization -> logits (B, K); eval mode, no parameter gradients.
         mean: Per channel, in [0, 1] pixel units.
         std: Per channel, in [0, 1] pixel units.
         size: Side of its input in pixels.
         num_classes: K.
-        architecture: timm or transformers architecture.
         licence: Of the weights, or "unknown".
         revision: Hub commit of the weights, or `None` for local ones.
-        weights_sha256: Of all parameters and buffers.
+        weights_sha256: Of all parameters and buffers, from `digest_of_tensors`.
         label_names: The teacher's own class names, if it says.
     """
 
@@ -131,13 +129,8 @@ def classifier_of(model: nn.Module) -> nn.Linear | None:
     return linear[-1] if linear else None
 
 
-def state_sha256(model: nn.Module) -> str:
-    """Return the SHA-256 over names, shapes, dtypes and bytes of all parameters and buffers."""
-    return digest_of_tensors(model.state_dict())
-
-
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, shapes, dtypes and bytes."""
+    """Return the SHA-256 over names, shapes, dtypes and bytes, as of all parameters and buffers of a network."""
     digest = hashlib.sha256()
     for key, value in sorted(tensors.items()):
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
