@@ -70,6 +70,7 @@ class _Config(StatedInput):
     """A config.json of timm, as far as it is read here; facts lie in `pretrained_cfg`, or flat in older files."""
 
     architecture: str
+    label_names: list[str] | dict[str, str] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -136,7 +137,9 @@ def _from_timm(source: str, name: str, files: ModelFiles, overlay: dict[str, str
     try:
         model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay)
         config, cfg = resolve_model_data_config(model), model.pretrained_cfg
-        classes, labels = int(model.num_classes), cfg.get("label_names")
+        classes, labels = int(model.num_classes), cfg.get("label_names") or []
+        # timm allows a list, or names by number.
+        names = [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) else list(labels)
     except LOAD_ERRORS as error:
         raise cannot_load(name, error) from error
     if classes != cfg["num_classes"]:
@@ -156,18 +159,5 @@ def _from_timm(source: str, name: str, files: ModelFiles, overlay: dict[str, str
         licence=str(cfg.get("license") or files.licence or "unknown"),
         revision=files.commit,
         weights_sha256=digest_of_tensors(model.state_dict()),
-        label_names=_label_names(labels, name),
+        label_names=tuple(map(str, names)) or None,
     )
-
-
-def _label_names(stated: object, name: str) -> tuple[str, ...] | None:
-    """Put class names in order; timm allows a list, or names by number."""
-    if not stated:
-        return None
-    try:
-        names = [stated[key] for key in sorted(stated, key=int)] if isinstance(stated, dict) else list(stated)  # type: ignore[call-overload]
-    except (TypeError, ValueError):
-        names = [None]
-    if not all(isinstance(label, str) for label in names):
-        raise TeacherError(f"teacher {name!r}: its config says label_names {str(stated)[:80]!r}; expected a list of names")
-    return tuple(names)

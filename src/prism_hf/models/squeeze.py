@@ -1,7 +1,6 @@
 """Squeeze: teachers are trained on a dataset that has none on the Hub (SRe2L stage 1).
 
-A squeezed teacher is a model folder (see `folder`) whose squeeze.json says what it was trained on. The folder's name
-carries a fingerprint, so that recipes share teachers.
+A squeezed teacher is a model folder (see `folder`); its name carries a fingerprint, so that recipes share teachers.
 """
 
 from __future__ import annotations
@@ -96,15 +95,9 @@ def check_batch(recipe: Recipe, data: SourceData) -> None:
 def squeeze_teacher(
     name: str, recipe: Recipe, data: SourceData, root: Path, *, device: torch.device, every_s: float = EVERY_S
 ) -> TeacherFacts:
-    """Train a `squeeze:` teacher and store it; a finished one is left as it is, one that another run trains is waited for.
+    """Train a `squeeze:` teacher and store it below `root`, with a checkpoint every so many seconds.
 
-    Args:
-        name: `squeeze:<timm architecture>`.
-        recipe: Gives settings and seed.
-        data: The real data.
-        root: Folder of all squeezed teachers.
-        device: Where to train.
-        every_s: Seconds between two checkpoints.
+    A finished one is left as it is, one that another run trains is waited for.
 
     Raises:
         StoppedError: Somebody asked the program to stop; the training goes on from its checkpoint.

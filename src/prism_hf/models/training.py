@@ -184,18 +184,13 @@ def fit(
 ) -> nn.Module:
     """Train with AdamW; the state after the last step is the result, never the best on a test set.
 
-    Args:
-        network: Trained in place; the result, in eval mode, is the network itself or, with `ema`, the average.
-        batches: Tuples on the network's device; the first tensor is the input (B, C, H, W) in the network's own
-            normalization, the others go to `loss`.
-        loss: `loss(logits, *rest)` -> scalar.
-        steps: Number of batches, for the schedule.
-        lr: Peak learning rate.
-        weight_decay: None on one-dimensional parameters (norms and biases).
-        schedule: `cosine` to zero, or `one_cycle` (warm-up, then to zero).
-        ema: Decay of a moving average of the weights; 0 is off.
-        what: Names the network in errors.
-        checkpoint: State of an earlier call to go on from, kept now and then.
+    Batches are on the network's device: the input, (B, C, H, W) in the network's own normalization, and what
+    `loss(logits, *rest)` takes to make a scalar. `lr` is the peak of a schedule over `steps` batches: `cosine` to zero, or
+    `one_cycle` (warm-up, then to zero). One-dimensional parameters (norms and biases) have no weight decay. `ema` is the
+    decay of a moving average of the weights; 0 is off. `what` names the network in errors.
+
+    Returns:
+        The network, or the average if there is one, in eval mode.
 
     Raises:
         NotFiniteError: The loss is NaN or infinite.
