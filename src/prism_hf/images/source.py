@@ -180,15 +180,8 @@ def _checked_split(
             f"split {split!r} of {recipe.source!r} lists its classes in another order or number than the training data; "
             "both must share one ClassLabel"
         )
-    part = ImageSplit(
-        rows,
-        image_column=image,
-        label_column=label,
-        size=recipe.size,
-        channels=recipe.channels,
-        name=split,
-        homes=image_homes(recipe.source),
-    )
+    size, channels, homes = recipe.size, recipe.channels, image_homes(recipe.source)
+    part = ImageSplit(rows, image_column=image, label_column=label, size=size, channels=channels, name=split, homes=homes)
     wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(names)))
     if len(wrong):
         raise DataError(

@@ -15,7 +15,7 @@ from timm.models import PretrainedCfg
 from ..errors import TeacherError
 from .download import CONFIG, INDEX, WEIGHTS, ModelFiles, fetch
 from .load_transformers import from_transformers
-from .teacher import LOAD_ERRORS, StatedInput, Teacher, cannot_load, check_links, digest_of_tensors
+from .teacher import StatedInput, Teacher, cannot_load, check_links, digest_of_tensors
 
 PICKLED_DEFAULT = "pytorch_model.bin"
 """What timm calls weights whose safe twin is model.safetensors."""
@@ -140,7 +140,7 @@ def _from_timm(source: str, name: str, files: ModelFiles, overlay: dict[str, str
         classes, labels = int(model.num_classes), cfg.get("label_names") or []
         # timm allows a list, or names by number.
         names = [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) else list(labels)
-    except LOAD_ERRORS as error:
+    except Exception as error:  # a foreign config.json reaches constructors as keyword arguments: anything can follow
         raise cannot_load(name, error) from error
     if classes != cfg["num_classes"]:
         # timm drops the stored head then, and leaves a random one.

@@ -11,7 +11,6 @@ from typing import Annotated, Self
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import TeacherError
@@ -137,11 +136,6 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
-
-# A foreign config.json reaches the constructors of timm and transformers as keyword arguments: anything can follow.
-LOAD_ERRORS = (
-    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError, OSError, SafetensorError,
-)  # fmt: skip
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 

@@ -5,6 +5,7 @@ Legend: B images, C channels, H W pixels, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -139,13 +140,12 @@ class _Training:
 
     def check(self) -> None:
         """Refuse a loss that is not finite; reading the losses waits for the device."""
-        values = torch.stack(self.losses).cpu() if self.losses else torch.empty(0)
-        bad = (~values.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            step = self.step - len(values) + bad[0] + 1
-            raise NotFiniteError(
-                f"{self.what}, step {step}: the loss is {values[bad[0]]:g}; lower the learning rate of the recipe"
-            )
+        values = torch.stack(self.losses).tolist() if self.losses else []
+        for step, value in enumerate(values, self.step - len(values) + 1):
+            if not math.isfinite(value):
+                raise NotFiniteError(
+                    f"{self.what}, step {step}: the loss is {value:g}; lower the learning rate of the recipe"
+                )
         self.losses = []
 
     def state(self, batches: Batches) -> State:
