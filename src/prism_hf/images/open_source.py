@@ -1,7 +1,5 @@
 """The rows of a source: splits are opened without following what leads out of it, and their columns found."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

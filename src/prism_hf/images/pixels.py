@@ -6,8 +6,6 @@ Pixels are optimized in one *reference normalization* (that of the ImageNet mode
 channel), so that published learning rates keep their meaning whatever the teachers' own normalization is.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from typing import Any, Literal

@@ -4,8 +4,6 @@ Real *training* images serve init, squeeze, the random-real control and the dive
 students and nothing else.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections.abc import Sequence

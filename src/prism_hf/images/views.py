@@ -8,11 +8,10 @@ linear map along each axis, applied as `rows @ image @ columns^T`: exactly what
 `torch.nn.functional.interpolate(crop, mode="bilinear", antialias=True)` computes, for all images in one call.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -40,8 +39,8 @@ class View:
     mix_box: Tensor
     mix_weight: Tensor
 
-    def __getitem__(self, rows: slice) -> View:
-        return View(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def __getitem__(self, rows: slice) -> Self:
+        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def draw_crop(count: int, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
@@ -196,8 +195,8 @@ class ViewRows:
     view: View
     partner: View
 
-    def __getitem__(self, rows: slice) -> ViewRows:
-        return ViewRows(self.image_index[rows], self.view[rows], self.partner[rows])
+    def __getitem__(self, rows: slice) -> Self:
+        return type(self)(self.image_index[rows], self.view[rows], self.partner[rows])
 
     def replay(self, images: Tensor, prepare: Callable[[Tensor], Tensor] = lambda picked: picked) -> Tensor:
         """The recorded views of a table of images, (N_images, C, H, W); only the images of these rows are read.

@@ -1,7 +1,5 @@
 """Networks from scratch: timm architectures, and model types of transformers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -4,8 +4,6 @@ One question to the Hub turns a branch or tag into a commit. The files of that c
 into the ordinary Hugging Face cache: weights in a format that can run code when opened are never fetched.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Collection, Sequence

@@ -3,8 +3,6 @@
 It holds config.json, model.safetensors and one facts file (see `facts`), which names nothing local: it can be shared.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Load teachers by name: frozen image classifiers, each with its own normalization, input size and license."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

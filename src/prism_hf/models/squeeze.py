@@ -3,8 +3,6 @@
 A squeezed teacher is a model folder (see `folder`); its name carries a fingerprint, so that recipes share teachers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import shutil

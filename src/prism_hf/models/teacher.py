@@ -1,7 +1,5 @@
 """A teacher: a frozen image classifier with its own normalization, input size and license."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Legend: B images, C channels, H W pixels, K classes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
