@@ -363,3 +363,13 @@ def test_facts_of_timm_may_lie_flat_in_older_files(folder, tmp_path, teacher, ke
         content["mean"] = [0.1, 0.2, 0.3]
     (copy / "config.json").write_text(json.dumps(content))
     assert load_teacher(f"local-dir:{copy}", device=CPU).mean == teacher.mean
+
+
+def test_timm_may_list_labels_by_number(folder, tmp_path):
+    copy = with_config(folder, tmp_path, label_names={"10": "cat", "2": "bee", "1": "ant"})
+    assert load_teacher(f"local-dir:{copy}", device=CPU).label_names == NAMES
+    shutil.rmtree(copy)
+    copy = with_config(folder, tmp_path, label_names={"a": "ant", "b": "bee"})
+    with pytest.raises(TeacherError) as error:
+        load_teacher(f"local-dir:{copy}", device=CPU)
+    assert "cannot be loaded" in one_line(error)
