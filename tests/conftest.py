@@ -11,7 +11,7 @@ import pytest  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 
-from prism_hf.models.teacher import Teacher, state_sha256
+from prism_hf.models.teacher import Teacher, digest_of_tensors
 from prism_hf.recipe.schema import Recipe  # noqa: E402
 from prism_hf.recipe.yaml_file import parse_recipe
 
@@ -119,7 +119,7 @@ def make_teacher(name: str, *, seed: int = 0, size: int = 32, num_classes: int =
         architecture=architecture,
         licence="apache-2.0",
         revision=None,
-        weights_sha256=state_sha256(model),
+        weights_sha256=digest_of_tensors(model.state_dict()),
         label_names=None,
     )
 

@@ -10,9 +10,7 @@ from torch import nn
 from prism_hf.errors import TeacherError
 from prism_hf.evaluation.diversity import FeatureMap, intra_class_similarity, pair_histogram, similarity_of_batches
 from prism_hf.images.pixels import to_reference
-from prism_hf.models.features import penultimate_features
-
-CPU = torch.device("cpu")
+from prism_hf.models.teacher import penultimate_features
 
 
 def test_similarity_is_the_mean_over_all_pairs():
@@ -79,7 +77,7 @@ def test_a_class_without_a_pair_has_no_similarity():
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_byobnet"])
 def test_features_are_the_input_of_the_classifier(tiny_teachers, tiny_images, name):
     teacher = tiny_teachers[name]
-    batches = list(penultimate_features(teacher, lambda rows: tiny_images[list(rows)], 7, device=CPU, batch_size=3))
+    batches = list(penultimate_features(teacher, lambda rows: tiny_images[list(rows)], 7, batch_size=3))
     assert [rows for rows, _ in batches] == [range(0, 3), range(3, 6), range(6, 7)]
     found = torch.cat([features for _, features in batches])
     with torch.no_grad():
@@ -95,7 +93,7 @@ def test_a_network_without_a_linear_layer_is_an_error(tiny_teachers, tiny_images
     convolutional = nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     teacher = dataclasses.replace(tiny_teachers["test_resnet"], name="conv", model=convolutional)
     with pytest.raises(TeacherError, match="network 'conv' has no linear layer"):
-        next(penultimate_features(teacher, lambda rows: tiny_images[list(rows)], 7, device=CPU))
+        next(penultimate_features(teacher, lambda rows: tiny_images[list(rows)], 7))
 
 
 # -- pictures ------------------------------------------------------------------------------------------------------------

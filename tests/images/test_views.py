@@ -124,7 +124,7 @@ def test_flips_are_fair_coins_and_off_means_off():
     off = draw_views(2000, 8, seeded(), crop_scale=(0.5, 1), flip=False)
     assert abs(float(on.flip.float().mean()) - 0.5) < 0.05
     assert not bool(off.flip.any())
-    assert len(on) == 2000
+    assert len(on.flip) == 2000
 
 
 def test_same_generator_same_views():
@@ -229,4 +229,4 @@ def test_view_rows_are_sliceable_tables():
     view = draw_views(4, 20, seeded(), crop_scale=(0.2, 1), flip=True, mix="cutmix")
     rows = from_columns(to_columns(view, torch.arange(4)))
     assert isinstance(rows[1:3], ViewRows)
-    assert len(rows[1:3].view) == 2
+    assert len(rows[1:3].view.crop) == 2

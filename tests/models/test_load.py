@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, ResNetForImageClassification
 from prism_hf.errors import TeacherError
 from prism_hf.images.pixels import to_reference
 from prism_hf.models.load import load_teacher, load_teachers
-from prism_hf.models.teacher import check_teacher, state_sha256
+from prism_hf.models.teacher import check_teacher, digest_of_tensors
 
 CPU = torch.device("cpu")
 NAMES = ("ant", "bee", "cat")
@@ -76,11 +76,11 @@ def test_every_teacher_is_frozen_and_in_eval_mode(teacher, resnet_folder):
     for one in (teacher, load_teacher(f"transformers:{resnet_folder}", device=CPU)):
         assert not any(module.training for module in one.model.modules())
         assert not any(parameter.requires_grad for parameter in one.model.parameters())
-        before = state_sha256(one.model)
+        before = digest_of_tensors(one.model.state_dict())
         x = to_reference(images(3)).requires_grad_()
         one.logits(x).sum().backward()
         assert x.grad.abs().sum() > 0
-        assert state_sha256(one.model) == before
+        assert digest_of_tensors(one.model.state_dict()) == before
 
 
 def test_each_name_is_loaded_once(folder):
@@ -256,10 +256,10 @@ def test_the_hash_of_weights_is_stable_and_sensitive(folder, teacher):
     seen = {teacher.weights_sha256}
     with torch.no_grad():
         next(model.parameters())[0] += 1
-        seen.add(state_sha256(model))
+        seen.add(digest_of_tensors(model.state_dict()))
         next(b for n, b in model.named_buffers() if n.endswith("running_var"))[-1] *= 2
-        seen.add(state_sha256(model))
-    seen |= {state_sha256(torch.nn.Linear(2, 3)), state_sha256(model.half())}
+        seen.add(digest_of_tensors(model.state_dict()))
+    seen |= {digest_of_tensors(torch.nn.Linear(2, 3).state_dict()), digest_of_tensors(model.half().state_dict())}
     assert len(seen) == 5
 
 
@@ -269,7 +269,7 @@ def test_the_hash_of_weights_knows_names_and_shapes():
     square.register_buffer("w", torch.zeros(2, 2))
     other = torch.nn.Module()
     other.register_buffer("v", torch.zeros(4))
-    assert len({state_sha256(m) for m in (flat, square, other)}) == 3
+    assert len({digest_of_tensors(m.state_dict()) for m in (flat, square, other)}) == 3
 
 
 def test_image_processor_and_prepare_agree_on_a_picture_of_the_right_size(resnet_folder):
@@ -363,3 +363,13 @@ def test_facts_of_timm_may_lie_flat_in_older_files(folder, tmp_path, teacher, ke
         content["mean"] = [0.1, 0.2, 0.3]
     (copy / "config.json").write_text(json.dumps(content))
     assert load_teacher(f"local-dir:{copy}", device=CPU).mean == teacher.mean
+
+
+def test_timm_may_list_labels_by_number(folder, tmp_path):
+    copy = with_config(folder, tmp_path, label_names={"10": "cat", "2": "bee", "1": "ant"})
+    assert load_teacher(f"local-dir:{copy}", device=CPU).label_names == NAMES
+    shutil.rmtree(copy)
+    copy = with_config(folder, tmp_path, label_names={"a": "ant", "b": "bee"})
+    with pytest.raises(TeacherError) as error:
+        load_teacher(f"local-dir:{copy}", device=CPU)
+    assert "cannot be loaded" in one_line(error)

@@ -203,7 +203,7 @@ def _distilled_features(comparison: Comparison, distilled: DistilledDataset) -> 
 
 def _features(comparison: Comparison, images: Callable[[range], Tensor], count: int) -> Tensor:
     """Penultimate features (N, D) float32 of images (rows -> (B, C, H, W) uint8)."""
-    batches = penultimate_features(comparison.network, images, count, device=comparison.accelerator.device)
+    batches = penultimate_features(comparison.network, images, count)
     return torch.cat([features for _, features in batches])
 
 

@@ -145,7 +145,7 @@ def set_facts(
         images that the verifier puts in their class; `intra_class_similarity` in the features of the network.
     """
     packaged = source if isinstance(source, DistilledDataset) else None
-    similarity = _similarity(source, network, num_classes, device) if network else Diversity((None,) * num_classes, None)
+    similarity = _similarity(source, network, num_classes) if network else Diversity((None,) * num_classes, None)
     return {
         "image_bytes": packaged.image_bytes if packaged else None,
         "label_bytes": packaged.label_bytes if packaged else None,
@@ -164,11 +164,11 @@ def _agreement(verifier: Teacher, source: DistilledDataset, device: torch.device
     return hits / len(source.labels)
 
 
-def _similarity(source: Source, network: Teacher, num_classes: int, device: torch.device) -> Diversity:
+def _similarity(source: Source, network: Teacher, num_classes: int) -> Diversity:
     labels = torch.as_tensor(source.labels)
 
     def images(rows: range) -> Tensor:
         return source.images(rows) if isinstance(source, ImageSplit) else source.images_uint8[rows.start : rows.stop]
 
-    batches = penultimate_features(network, images, len(labels), device=device)
+    batches = penultimate_features(network, images, len(labels))
     return similarity_of_batches(((features, labels[rows.start : rows.stop]) for rows, features in batches), num_classes)

@@ -9,7 +9,7 @@ relabeling and protocol, hard labels only, and the full training set. Last epoch
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -107,9 +107,7 @@ def train_student(
             return F.cross_entropy(logits, shares)
         return soft_label_loss(logits, teacher_logits, shares, settings)
 
-    batches = _Replayed(
-        lambda start: _view_batches(source, epochs, batch_size, device, start, recorded, per_image=per_image)
-    )
+    batches = Batches(lambda start: _view_batches(source, epochs, batch_size, device, start, recorded, per_image=per_image))
     steps, what = epochs * len(batch_ranges(len(source.labels), batch_size)), f"student {settings.student}, seed {seed}"
     classes, channels = len(source.class_names), source.images_uint8.shape[1]
     with seeded(seed, device):
@@ -184,24 +182,6 @@ def _fit(
     network = build_network(settings.student, num_classes=classes, channels=channels).to(device)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return fit(network, batches, loss, steps=steps, lr=rate, weight_decay=decay, ema=ema, what=what, checkpoint=checkpoint)
-
-
-class _Replayed:
-    """Batches that are recorded, not drawn: only their number has to be kept."""
-
-    def __init__(self, batches_from: Callable[[int], Iterator[tuple[Tensor, ...]]]) -> None:
-        self._batches_from, self._done = batches_from, 0
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for batch in self._batches_from(self._done):
-            self._done += 1
-            yield batch
-
-    def state(self) -> dict[str, Tensor]:
-        return {"done": torch.tensor(self._done)}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        self._done = int(state["done"])
 
 
 def _view_batches(

@@ -1,7 +1,5 @@
 """The rows of a source: splits are opened without following what leads out of it, and their columns found."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator
@@ -29,13 +27,12 @@ def open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
         return _open_digits(name)
     what = f"data.source {recipe.source!r}" + (f", config {recipe.config!r}" if recipe.config else "")
     folder = local_folder(recipe.source)
-    looks_local = recipe.source.startswith((".", "/", "~")) or recipe.source.count("/") != 1
-    if looks_local and folder is None:
+    if folder is not None:
+        _check_local(folder)
+    elif recipe.source.startswith((".", "/", "~")) or recipe.source.count("/") != 1:
         raise DataError(
             f"{what} is neither a folder here nor a Hub id (org/name); give `digits`, a Hub id or the path of a folder"
         )
-    if folder is not None:
-        check_local(folder)
     try:
         if folder is None:
             return datasets.load_dataset(recipe.source, recipe.config, split=name, revision=recipe.revision)
@@ -43,8 +40,10 @@ def open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
             raise DataError(f"{what} was saved as one Dataset without splits; save a DatasetDict with {name!r}")
         if (folder / "dataset_dict.json").is_file():
             return _open_saved(folder, name, what)
+        # `datasets` keys what it caches by the card of a folder alone; here by the state of all its files.
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / "prism-hf" / folder_state(folder)
         # Absolute: a folder called "text" would pass for the reader of that name, which takes all that lies around.
-        return datasets.load_dataset(str(folder.absolute()), recipe.config, split=name, cache_dir=local_cache(folder))
+        return datasets.load_dataset(str(folder.absolute()), recipe.config, split=name, cache_dir=str(cache))
     except PrismError:
         raise
     except Exception as error:  # foreign bytes reach a dozen readers of `datasets` here, each with errors of its own
@@ -55,15 +54,14 @@ def _open_digits(name: str) -> datasets.Dataset:
     """scikit-learn's digits, 8 x 8 gray; the test split is a fixed stratified quarter."""
     source = load_digits()
     images = np.rint(source.images * (255 / 16)).astype(np.uint8)
-    parts = train_test_split(np.arange(len(images)), test_size=0.25, stratify=source.target, random_state=0)
-    splits = dict(zip(("train", "test"), parts, strict=True))
-    if name not in splits:
-        raise DataError(f"data.source 'digits' has no split {name!r}, but 'train', 'test'")
-    rows = np.sort(splits[name])
+    columns = {"image": [Image.fromarray(image) for image in images], "label": source.target.tolist()}
     names = [str(digit) for digit in range(10)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    columns = {"image": [Image.fromarray(images[row]) for row in rows], "label": source.target[rows].tolist()}
-    return datasets.Dataset.from_dict(columns, features=features)
+    train, test = hold_out(datasets.Dataset.from_dict(columns, features=features), "label", 0.25)
+    splits = {"train": train, "test": test}
+    if name not in splits:
+        raise DataError(f"data.source 'digits' has no split {name!r}, but 'train', 'test'")
+    return splits[name]
 
 
 def _open_saved(folder: Path, name: str, what: str) -> datasets.Dataset:
@@ -90,10 +88,10 @@ def find_column(rows: datasets.Dataset, recipe: DataRecipe, key: str) -> str:
     columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
     if named is None:
         of_type = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
-        if len(of_type) != 1:
-            many = "more than one" if of_type else "no"
-            raise DataError(f"the data have {many} column of type {kind.__name__}; name it in data.{key}: {columns}")
-        return of_type[0]
+        if len(of_type) == 1:
+            return of_type[0]
+        many = "more than one" if of_type else "no"
+        raise DataError(f"the data have {many} column of type {kind.__name__}; name it in data.{key}: {columns}")
     if named not in rows.features:
         raise DataError(f"data.{key} is {named!r}, but the columns are {columns}")
     if kind is datasets.Image and not isinstance(rows.features[named], kind):
@@ -114,14 +112,9 @@ def hold_out(rows: datasets.Dataset, column: str, fraction: float) -> tuple[data
 
 
 def local_folder(source: str | Path) -> Path | None:
-    """The folder that a source names, or `None`, as for what cannot be a path (too long, no such home)."""
+    """The folder that a source names, if it is one; what cannot be a path (too long, no such home) is none."""
     path = os.path.expanduser(source)
     return Path(path) if os.path.isdir(path) else None
-
-
-def local_cache(folder: Path) -> str:
-    """Where `datasets` may cache a local folder in its present state."""
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / "prism-hf" / folder_state(folder))
 
 
 def image_homes(source: str) -> tuple[Path, ...]:
@@ -134,12 +127,8 @@ def image_homes(source: str) -> tuple[Path, ...]:
     return tuple(Path(cache).resolve() for cache in (*caches, constants.HF_HUB_CACHE))
 
 
-def check_local(folder: Path) -> None:
-    """Look at a local folder before `datasets` follows what it names.
-
-    Raises:
-        DataError: Links, archives or paths that lead out of the folder, or a card without a readable header.
-    """
+def _check_local(folder: Path) -> None:
+    """Refuse links, archives and paths in a card that lead out of a local folder: `datasets` follows all of them."""
     homes = homes_of(folder)
     for entry in visible_entries(folder):
         if entry.is_symlink() and not is_inside(Path(entry.path), homes):

@@ -6,11 +6,9 @@ Pixels are optimized in one *reference normalization* (that of the ImageNet mode
 channel), so that published learning rates keep their meaning whatever the teachers' own normalization is.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,9 +34,9 @@ def reference_mean_std(channels: int, *, like: Tensor | None = None) -> tuple[Te
 
 def to_reference(images_uint8: Tensor) -> Tensor:
     """(B, C, H, W) uint8 -> float32 in the reference normalization."""
-    mean, std = reference_mean_std(images_uint8.shape[1])
-    mean, std = mean.to(images_uint8.device), std.to(images_uint8.device)
-    return (images_uint8.float() / 255 - mean) / std
+    images = images_uint8.float()
+    mean, std = reference_mean_std(images.shape[1], like=images)
+    return (images / 255 - mean) / std
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -63,16 +61,15 @@ def encode(image_uint8: Tensor, image_format: ImageFormat, *, jpeg_quality: int 
 
     A recipe refuses `webp` for one channel: the format has no gray mode, and would come back as RGB.
     """
-    array = image_uint8.cpu().numpy()
-    picture = Image.fromarray(array[0], "L") if len(array) == 1 else Image.fromarray(array.transpose(1, 2, 0), "RGB")
-    buffer = io.BytesIO()
-    if image_format == "png":
-        picture.save(buffer, "PNG")
-    elif image_format == "webp":
-        picture.convert("RGB").save(buffer, "WEBP", lossless=True)
-    else:
+    options: dict[str, dict[str, Any]] = {
+        "png": {},
+        "webp": {"lossless": True},
         # 4:4:4: chroma subsampling would blur colors that were optimized pixel by pixel.
-        picture.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
+        "jpeg": {"quality": jpeg_quality, "subsampling": 0},
+    }
+    picture = Image.fromarray(image_uint8.cpu().permute(1, 2, 0).squeeze(2).numpy())
+    buffer = io.BytesIO()
+    picture.save(buffer, image_format, **options[image_format])
     return buffer.getvalue()
 
 

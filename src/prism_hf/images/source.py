@@ -4,8 +4,6 @@ Real *training* images serve init, squeeze, the random-real control and the dive
 students and nothing else.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections.abc import Sequence
@@ -31,16 +29,9 @@ _CACHE_BYTES = 2**31
 
 
 class ImageSplit:
-    """Labeled images of one split at the working size.
+    """Labeled images of one split, resized to squares of `size` pixels with 1 or 3 channels.
 
-    Args:
-        rows: A `datasets.Dataset` with the two columns.
-        image_column: Name of the Image column.
-        label_column: Name of the label column.
-        size: Side of the square working image in pixels.
-        channels: 1 or 3.
-        name: Names the split in errors.
-        homes: Folders whose files the images may be; a table can name any file of this machine.
+    Images may be files in `homes` only: a table can name any file of this machine. `name` is that of the split, for errors.
     """
 
     def __init__(
@@ -54,7 +45,7 @@ class ImageSplit:
         name: str,
         homes: tuple[Path, ...] = (),
     ) -> None:
-        self._rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        self._cells = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
         self._image_column = image_column
         self.size, self.channels, self.name, self._homes = size, channels, name, homes
         # A missing label comes as `None` or not-a-number, which would become another number on each machine.
@@ -84,7 +75,7 @@ class ImageSplit:
             return torch.stack(list(pool.map(self._one, indices.tolist())))
 
     def _one(self, index: int) -> Tensor:
-        cell = self._rows[index][self._image_column]
+        cell = self._cells[index][self._image_column]
         if cell and cell["bytes"] is None and cell["path"] and not is_inside(Path(cell["path"]), self._homes):
             raise DataError(
                 f"row {index} of split {self.name!r} is the file {cell['path']!r}, which does not belong to the source; "
@@ -104,8 +95,7 @@ class ImageSplit:
     def content(self) -> str:
         """Sixteen hex digits over all labels and up to 2048 evenly spaced images: whether these are the same data."""
         digest = hashlib.sha256(self.labels.tobytes())
-        count = min(len(self), 2048)
-        chosen = np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
+        chosen = np.unique(np.linspace(0, len(self) - 1, min(len(self), 2048)).astype(np.int64))
         for start in range(0, len(chosen), 256):
             digest.update(self.images(chosen[start : start + 256]).numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -123,7 +113,7 @@ class SourceData:
         train: The training split (without what `validation_fraction` holds out).
         test: The test part.
         class_names: Name of each class, K.
-        revision: What was resolved for a Hub source, or `None`.
+        revision: Commit of a Hub source.
         on_hub: Whether the source is a Hub dataset.
     """
 
@@ -163,11 +153,7 @@ def load_source(recipe: DataRecipe) -> SourceData:
 
 
 def count_classes(recipe: DataRecipe) -> int:
-    """K of a source, as its labels say it; `num_classes` of the recipe is not read.
-
-    Raises:
-        DataError: Not found, or labels that do not say how many classes there are.
-    """
+    """K of a source, as its labels say it; `num_classes` of the recipe is not read."""
     rows = open_split(recipe, recipe.train_split)
     column = find_column(rows, recipe, "label_column")
     feature = rows.features[column]
@@ -192,15 +178,8 @@ def _checked_split(
             f"split {split!r} of {recipe.source!r} lists its classes in another order or number than the training data; "
             "both must share one ClassLabel"
         )
-    part = ImageSplit(
-        rows,
-        image_column=image,
-        label_column=label,
-        size=recipe.size,
-        channels=recipe.channels,
-        name=split,
-        homes=image_homes(recipe.source),
-    )
+    size, channels, homes = recipe.size, recipe.channels, image_homes(recipe.source)
+    part = ImageSplit(rows, image_column=image, label_column=label, size=size, channels=channels, name=split, homes=homes)
     wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(names)))
     if len(wrong):
         raise DataError(
@@ -211,11 +190,7 @@ def _checked_split(
 
 
 def load_test_split(recipe: DataRecipe, source: str, split: str, class_names: Sequence[str]) -> ImageSplit:
-    """Another test set for the same classes: a Hub id or a folder, at the recipe's working size.
-
-    Raises:
-        DataError: Not found, no image or label column, or other classes.
-    """
+    """Another test set for the same classes: a Hub id or a folder, at the recipe's working size."""
     other = replace(recipe, source=source, config=None, revision=None, test_split=split, validation_fraction=0.0)
     rows = open_split(other, split)
     image_column, label_column = (find_column(rows, other, key) for key in ("image_column", "label_column"))

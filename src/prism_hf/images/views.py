@@ -8,11 +8,10 @@ linear map along each axis, applied as `rows @ image @ columns^T`: exactly what
 `torch.nn.functional.interpolate(crop, mode="bilinear", antialias=True)` computes, for all images in one call.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -40,11 +39,8 @@ class View:
     mix_box: Tensor
     mix_weight: Tensor
 
-    def __len__(self) -> int:
-        return len(self.crop)
-
-    def __getitem__(self, rows: slice) -> View:
-        return View(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def __getitem__(self, rows: slice) -> Self:
+        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def draw_crop(count: int, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
@@ -75,16 +71,10 @@ def draw_views(
     mix: str = "none",
     mix_alpha: float = 1.0,
 ) -> View:
-    """Draw one view for each of `count` images of a batch; mixing uses one weight (and box) for the whole batch.
+    """Draw one view for each of `count` square images of a batch, whose side is `size` before and after.
 
-    Args:
-        count: Images in the batch.
-        size: Side of the square images, of source and result alike.
-        generator: Where all randomness comes from; on the CPU.
-        crop_scale: Smallest and largest share of the area.
-        flip: Flip with probability 0.5.
-        mix: `cutmix` (arXiv 1905.04899), `mixup` (arXiv 1710.09412) or `none`.
-        mix_alpha: Both parameters of the Beta distribution.
+    `crop_scale` is the smallest and largest share of the area; a flip has probability 0.5. `mix` is `cutmix` (arXiv
+    1905.04899), `mixup` (arXiv 1710.09412) or `none`: one weight (and box) for the whole batch, from Beta(alpha, alpha).
     """
     crop = draw_crop(count, size, crop_scale, generator)
     flips = torch.rand(count, generator=generator) < 0.5 if flip else torch.zeros(count, dtype=torch.bool)
@@ -112,17 +102,11 @@ def _cutmix_box(size: int, share: float, generator: torch.Generator) -> Tensor:
 
 
 def axis_matrix(start: Tensor, length: Tensor, in_size: int, out_size: int) -> Tensor:
-    """The map from one source axis to one result axis: crop [start, start + length), resize to `out_size`.
+    """The map from `in_size` source pixels of an axis to `out_size` result pixels: crop [start, start + length), resize.
 
-    Args:
-        start: First source pixel of each crop, (B,) int64.
-        length: Its length in pixels, (B,) int64.
-        in_size: Source pixels on the axis.
-        out_size: Result pixels on the axis.
-
-    Returns:
-        (B, out_size, in_size) float32 on the device of `start`; rows sum to 1. Triangle filter, widened when it shrinks
-        (antialiasing), border pixels renormalized: PyTorch's `interpolate(..., mode="bilinear", antialias=True)`.
+    Start and length are (B,) int64. The result is (B, out_size, in_size) float32 on their device; rows sum to 1. Triangle
+    filter, widened when it shrinks (antialiasing), border pixels renormalized: PyTorch's `interpolate(..., mode="bilinear",
+    antialias=True)`.
     """
     start, length = start.double().view(-1, 1, 1), length.double().view(-1, 1, 1)
     scale = length / out_size
@@ -137,17 +121,10 @@ def axis_matrix(start: Tensor, length: Tensor, in_size: int, out_size: int) -> T
 def resample(
     images: Tensor, crop: Tensor, flip: Tensor, *, out_size: int | None = None, roll: tuple[int, int] = (0, 0)
 ) -> Tensor:
-    """Crop, resize, flip and roll a batch of images, differentiably.
+    """Crop, resize, flip and roll a batch of images, differentiably: (B, C, H, W) float -> (B, C, S, S).
 
-    Args:
-        images: (B, C, H, W), float.
-        crop: (B, 4) or (1, 4) int64; one row serves the whole batch.
-        flip: (B,) or (1,) bool.
-        out_size: Side of the result; default W.
-        roll: Pixels to roll down and right, wrapping around.
-
-    Returns:
-        (B, C, S, S), dtype and device of `images`.
+    `crop` is (B, 4) int64 and `flip` (B,) bool; a single row serves the whole batch. S is `out_size`, by default W. `roll`
+    counts pixels down and right, wrapping around.
     """
     out_size = out_size or images.shape[-1]
     crop, flip = crop.to(images.device), flip.to(images.device)
@@ -159,14 +136,9 @@ def resample(
 
 
 def apply_views(images: Tensor, view: View, partners: Tensor | None = None, partner_view: View | None = None) -> Tensor:
-    """The views of a batch: (B, C, H, W) float -> (B, C, H, W).
+    """The views of a batch: (B, C, H, W) float -> (B, C, H, W), in any normalization (the map is linear, rows sum to 1).
 
-    Args:
-        images: The images, in any normalization (the map is linear and its rows sum to 1).
-        view: One row per image.
-        partners: Images of the mix partners, (B, C, H, W), with their own `partner_view`; by default partners are found
-            in the batch itself, at `view.mix_with`.
-        partner_view: Crop and flip of the partners.
+    Mix partners are found in the batch itself, at `view.mix_with`, unless they are given with their own crops and flips.
     """
     shown = resample(images, view.crop, view.flip)
     mixed = view.mix_with >= 0
@@ -193,13 +165,7 @@ def _own_share(view: View, size: int) -> Tensor:
 def to_columns(view: View, image_index: Tensor) -> dict[str, np.ndarray]:
     """One batch of views as table columns; a row alone is enough to replay its view.
 
-    Args:
-        view: The views of a batch.
-        image_index: Row in the image table of each image of the batch, (B,) int64.
-
-    Returns:
-        `image_index` and `mix_image_index` int32 (-1: no partner), `crop`, `mix_crop`, `mix_box` (B, 4) int16, `flip` and
-        `mix_flip` bool, `mix_weight` float32.
+    `image_index`, (B,) int64, is the row in the image table of each image; a `mix_image_index` of -1 means no partner.
     """
     partner = view.mix_with.clamp(min=0)
     mixed = view.mix_with >= 0
@@ -229,36 +195,27 @@ class ViewRows:
     view: View
     partner: View
 
-    def __getitem__(self, rows: slice) -> ViewRows:
-        return ViewRows(self.image_index[rows], self.view[rows], self.partner[rows])
+    def __getitem__(self, rows: slice) -> Self:
+        return type(self)(self.image_index[rows], self.view[rows], self.partner[rows])
 
     def replay(self, images: Tensor, prepare: Callable[[Tensor], Tensor] = lambda picked: picked) -> Tensor:
-        """The recorded views of a table of images, (N, C, H, W); only the images of these rows are read.
+        """The recorded views of a table of images, (N_images, C, H, W); only the images of these rows are read.
 
-        Args:
-            images: All images, (N_images, C, H, W).
-            prepare: Images of the table -> float, where the views are to be; by default the table is so already.
+        `prepare` makes them float, where the views are to be; by default the table is so already.
         """
-        own, partners = (
-            prepare(images[index.to(images.device)]) for index in (self.image_index, self.view.mix_with.clamp(min=0))
-        )
+        rows = (self.image_index, self.view.mix_with.clamp(min=0))
+        own, partners = (prepare(images[index.to(images.device)]) for index in rows)
         return apply_views(own, self.view, partners, self.partner)
 
 
 def from_columns(columns: dict[str, np.ndarray]) -> ViewRows:
     """Table columns -> `ViewRows`; the inverse of `to_columns`."""
 
-    def integers(name: str) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(columns[name], dtype=np.int64))
+    def tensor(name: str, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(columns[name], dtype=dtype)
 
-    view = View(
-        integers("crop"),
-        torch.from_numpy(np.array(columns["flip"], dtype=bool)),
-        integers("mix_image_index"),
-        integers("mix_box"),
-        torch.from_numpy(np.array(columns["mix_weight"], dtype=np.float32)),
-    )
+    flip, weight = tensor("flip", torch.bool), tensor("mix_weight", torch.float32)
+    view = View(tensor("crop"), flip, tensor("mix_image_index"), tensor("mix_box"), weight)
     # An unmixed row has an empty partner crop; give the replay a valid one, it has no weight in the result.
-    crop = torch.where((view.mix_with >= 0)[:, None], integers("mix_crop"), view.crop)
-    flip = torch.from_numpy(np.array(columns["mix_flip"], dtype=bool))
-    return ViewRows(integers("image_index"), view, replace(view, crop=crop, flip=flip))
+    crop = torch.where((view.mix_with >= 0)[:, None], tensor("mix_crop"), view.crop)
+    return ViewRows(tensor("image_index"), view, replace(view, crop=crop, flip=tensor("mix_flip", torch.bool)))

@@ -113,9 +113,7 @@ def nearest_to_centers(features: np.ndarray, count: int, *, seed: int) -> np.nda
 
 def _features(split: ImageSplit, rows: np.ndarray, teacher: Teacher) -> np.ndarray:
     """Penultimate features of some images, (N, D) float64."""
-    parts = penultimate_features(
-        teacher, lambda part: split.images(rows[part]), len(rows), device=teacher.device, batch_size=_BATCH
-    )
+    parts = penultimate_features(teacher, lambda part: split.images(rows[part]), len(rows), batch_size=_BATCH)
     return np.concatenate([features.double().numpy() for _, features in parts])
 
 

@@ -2,9 +2,8 @@
 
 from .build import build_network, check_network, seeded
 from .facts import DistilledFacts, NetworkConfig, ScoredOn, SourceFacts, StudentFacts, TeacherFacts, read_facts
-from .features import classifier_of, penultimate_features
 from .folder import scored_on, source_facts, store_network
 from .load import load_teacher, load_teachers
 from .squeeze import check_batch, check_squeezed, clear_scratch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
-from .teacher import Teacher, check_teacher
+from .teacher import Teacher, check_teacher, classifier_of, penultimate_features
 from .training import Batches, ShuffledBatches, fit, score

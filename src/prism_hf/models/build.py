@@ -1,7 +1,5 @@
 """Networks from scratch: timm architectures, and model types of transformers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,16 +26,20 @@ def build_network(name: str, *, num_classes: int, channels: int) -> nn.Module:
     Raises:
         RecipeError: Unknown architecture.
     """
-    if name.startswith("transformers:"):
-        return _transformers_network(name.removeprefix("transformers:"), num_classes, channels)
-    if ":" in name or not timm.is_model(name):
-        raise RecipeError(
-            f"network {name!r} cannot be built: expected a timm architecture (no weights tag), or transformers:MODEL_TYPE"
-        )
     try:
-        return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=channels)
-    except (RuntimeError, TypeError) as error:
+        if name.startswith("transformers:"):
+            from transformers import AutoConfig, AutoModelForImageClassification
+
+            model_type = name.removeprefix("transformers:")
+            config = AutoConfig.for_model(model_type, num_labels=num_classes, num_channels=channels)
+            return LogitsOnly(AutoModelForImageClassification.from_config(config))
+        if ":" not in name and timm.is_model(name):
+            return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=channels)
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:
         raise RecipeError(f"network {name!r} cannot be built: {' '.join(str(error).split())[:200]}") from error
+    raise RecipeError(
+        f"network {name!r} cannot be built: expected a timm architecture (no weights tag), or transformers:MODEL_TYPE"
+    )
 
 
 def check_network(name: str, *, num_classes: int, channels: int, size: int) -> nn.Module:
@@ -51,23 +53,10 @@ def check_network(name: str, *, num_classes: int, channels: int, size: int) -> n
         try:
             logits = network(torch.zeros(2, channels, size, size))
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())[:150]
             raise RecipeError(
-                f"network {name!r} cannot take {channels} x {size} x {size} images ({reason}); name another architecture, "
-                "or change data.size"
+                f"network {name!r} cannot take {channels} x {size} x {size} images ({' '.join(str(error).split())[:150]}); "
+                "name another architecture, or change data.size"
             ) from error
     if logits.shape != (2, num_classes):
         raise RecipeError(f"network {name!r} answers with shape {tuple(logits.shape)}, expected (2, {num_classes})")
     return network
-
-
-def _transformers_network(model_type: str, num_classes: int, channels: int) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForImageClassification
-
-    try:
-        config = AutoConfig.for_model(model_type, num_labels=num_classes, num_channels=channels)
-        return LogitsOnly(AutoModelForImageClassification.from_config(config))
-    except (ValueError, KeyError) as error:
-        raise RecipeError(
-            f"network 'transformers:{model_type}' cannot be built: {' '.join(str(error).split())[:200]}"
-        ) from error

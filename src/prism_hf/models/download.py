@@ -1,10 +1,8 @@
-"""Where a Hub teacher's files come from: the Hub or its cache, safetensors only.
+"""Files of a teacher on the Hub, from the Hub or its cache: safetensors only.
 
 One question to the Hub turns a branch or tag into a commit. The files of that commit that are read, and no others, go
 into the ordinary Hugging Face cache: weights in a format that can run code when opened are never fetched.
 """
-
-from __future__ import annotations
 
 import logging
 import re
@@ -20,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import Field
 
 from ..errors import HubError, TeacherError
-from ..runtime import Facts, read_header, sha256_of, write_bytes
+from ..runtime import Facts, read_card, sha256_of, write_bytes
 from ..runtime.hub_client import BRIEF, UNREACHABLE, again, explain, hub_name
 
 CONFIG = "config.json"
@@ -35,91 +33,44 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar", ".npz")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
+Wanted = Sequence[Sequence[str]]
+"""Of each group of names the first file that there is; the last group are the weights, and an index brings its shards."""
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class HubFiles:
-    """The files of one commit of a model on the Hub.
-
-    Attributes:
-        folder: Where they are on this disk.
-        commit: The commit they belong to.
-        licence: As the model's card says, or `None`.
-    """
+class ModelFiles:
+    """The folder of a model and, if it is from the Hub, its commit and the license that its card states."""
 
     folder: Path
-    commit: str
-    licence: str | None
+    commit: str | None = None
+    licence: str | None = None
 
 
-class _Index(Facts):
-    """The index of weights in shards: tensor -> file, like model-00001-of-00002.safetensors."""
+class ShardIndex(Facts):
+    """The index of weights in shards: tensor -> file; nothing but safetensors beside the index."""
 
     weight_map: dict[str, Annotated[str, Field(pattern=f"^{SHARD}$")]] = Field(min_length=1)
 
 
-def shard_names(index: Path) -> list[str]:
-    """Return the names of the safetensors files that an index of shards lists.
-
-    Raises:
-        ValueError: It is not such an index, or lists anything but safetensors files beside itself; one line.
-    """
-    return sorted(set(_Index.read(index).weight_map.values()))
-
-
-def fetch(name: str, source: str, *, needed: Sequence[str] = (CONFIG,), weights: Sequence[str] = (WEIGHTS,)) -> HubFiles:
-    """Bring a model's files into the Hugging Face cache, or find them there.
+def fetch(name: str, source: str, wanted: Wanted) -> ModelFiles:
+    """Bring files of `source`, ORG/NAME[@REVISION], into the Hugging Face cache, or find them there.
 
     A commit that is complete in the cache is not asked for. With HF_HUB_OFFLINE=1, or while the Hub gives no answer, a
     complete snapshot in the cache is used, and the log says so.
-
-    Args:
-        name: The teacher, for messages.
-        source: `ORG/NAME` or `ORG/NAME@REVISION`.
-        needed: Files that must be there beside the weights.
-        weights: Names of the weights, best first; an index brings its shards.
 
     Raises:
         TeacherError: One line: no such model or revision, no access, no safetensors, a missing file, a damaged file, or
             neither Hub nor complete cache.
     """
     try:
-        folder = _snapshot(name, *_parse(source), needed, weights)
-        for file in _weight_files(folder, weights):
+        folder = _snapshot(name, *_parse(source), wanted)
+        for file in _chosen(folder, wanted):
             _check_content(folder / file)
     except (TeacherError, HubError) as error:
         raise TeacherError(f"teacher {name!r}: {error}") from error
-    return HubFiles(folder, folder.name, _licence(folder))
-
-
-def _snapshot(name: str, repo: str, revision: str, needed: Sequence[str], weights: Sequence[str]) -> Path:
-    """Return the complete folder of a revision in the cache, from the Hub if need be."""
-    folder = _cached_folder(repo, revision, (*needed, *weights))
-    if folder and COMMIT.fullmatch(revision) and not _lacking(folder, needed, weights):
-        return folder
-    try:
-        info = _ask(repo, revision)
-    except HubError as error:
-        if not error.away:
-            raise
-        reason = explain(error.__cause__ or error)  # without the advice to try again later
-    else:
-        return _download(info, repo, revision, needed, weights)
-    lacking = _lacking(folder, needed, weights) if folder else []
-    if folder and not lacking:
-        level = logging.INFO if is_offline_mode() else logging.WARNING
-        log.log(level, "teacher %r: %s; using commit %s of %s from the cache", name, reason, folder.name, repo)
-        return folder
-    origin = f"{repo} at {revision!r}"
-    problem = f"the cache has {origin} without {', '.join(lacking)}"
-    if folder is None:
-        problem = f"nothing of {origin} is in the cache {constants.HF_HUB_CACHE}"
-    at = "" if revision == constants.DEFAULT_REVISION else f" --revision {revision}"
-    raise TeacherError(
-        f"{reason}, and {problem}; run `hf download {repo}{at}` with a network and without HF_HUB_OFFLINE, or use "
-        "local-dir:PATH"
-    )
+    return ModelFiles(folder, folder.name, _licence(folder))
 
 
 def _parse(source: str) -> tuple[str, str]:
@@ -135,15 +86,36 @@ def _parse(source: str) -> tuple[str, str]:
     return repo, revision
 
 
-# -- the Hub ----------------------------------------------------------------------------------------------------------
+def _snapshot(name: str, repo: str, revision: str, wanted: Wanted) -> Path:
+    """Return the complete folder of a revision in the cache, from the Hub if need be."""
+    folder = _cached_folder(repo, revision, wanted)
+    if folder and COMMIT.fullmatch(revision) and not _lacking(folder, wanted):
+        return folder
+    try:
+        info = _ask(repo, revision)
+    except HubError as error:
+        if not error.away:
+            raise
+        reason = explain(error.__cause__ or error)  # without the advice to try again later
+    else:
+        return _download(info, repo, revision, wanted)
+    if folder is None:
+        problem = f"nothing of {repo} at {revision!r} is in the cache {constants.HF_HUB_CACHE}"
+    elif lacking := _lacking(folder, wanted):
+        problem = f"the cache has {repo} at {revision!r} without {', '.join(lacking)}"
+    else:
+        level = logging.INFO if is_offline_mode() else logging.WARNING
+        log.log(level, "teacher %r: %s; using commit %s of %s from the cache", name, reason, folder.name, repo)
+        return folder
+    at = "" if revision == constants.DEFAULT_REVISION else f" --revision {revision}"
+    raise TeacherError(
+        f"{reason}, and {problem}; run `hf download {repo}{at}` with a network and without HF_HUB_OFFLINE, or use "
+        "local-dir:PATH"
+    )
 
 
 def _ask(repo: str, revision: str) -> ModelInfo:
-    """Return commit and files of a revision.
-
-    Raises:
-        HubError: The Hub says no; `away` if it gives no answer, or must not be asked.
-    """
+    """Return commit and files of a revision; a `HubError` is `away` if the Hub gives no answer, or must not be asked."""
 
     def attempt() -> ModelInfo:
         try:
@@ -159,19 +131,40 @@ def _ask(repo: str, revision: str) -> ModelInfo:
     return again(attempt, f"asking the Hub for {repo!r} at {revision!r}", BRIEF, at_once=UNREACHABLE)
 
 
-def _download(info: ModelInfo, repo: str, revision: str, needed: Sequence[str], weights: Sequence[str]) -> Path:
+def _download(info: ModelInfo, repo: str, revision: str, wanted: Wanted) -> Path:
     """Bring what is read of a commit into the cache, and look whether all of it came."""
     commit = str(info.sha)
-    names = _select({file.rfilename for file in info.siblings or ()}, f"{repo} at {revision!r}", needed, weights)
-    folder = _cached_folder(repo, commit, (*needed, *weights))
+    names = _select({file.rfilename for file in info.siblings or ()}, f"{repo} at {revision!r}", wanted)
+    folder = _cached_folder(repo, commit, wanted)
     if folder is None or not all((folder / name).is_file() for name in names):
         attempt = partial(snapshot_download, repo, revision=commit, allow_patterns=names)
         folder = Path(again(attempt, f"downloading {repo!r}", BRIEF))
     # The client returns what the cache has if the Hub stops answering half way.
-    if lacking := _lacking(folder, needed, weights):
+    if lacking := _lacking(folder, wanted):
         raise TeacherError(f"{repo} at {commit} came without {', '.join(lacking)}; run again")
     _remember(folder, revision)
     return folder
+
+
+def _select(files: Collection[str], origin: str, wanted: Wanted) -> list[str]:
+    """Choose the files to fetch, out of those that a commit has."""
+    best = _best(files, wanted)
+    missing = [file for file in best if file not in files]
+    if missing:
+        pickled = sorted(file for file in files if file.endswith(PICKLED)) if best[-1] in missing else []
+        but = f", only {', '.join(pickled[:3])}, which is not opened: a pickle can run any code" if pickled else ""
+        raise TeacherError(
+            f"{origin} has no {' and no '.join(missing)}{but}; expected a model saved by "
+            "timm.models.save_for_hf(model, FOLDER, safe_serialization=True), or by model.save_pretrained(FOLDER) of "
+            "transformers"
+        )
+    shards = [file for file in files if re.fullmatch(SHARD, file)] if INDEX in best else []
+    return sorted({*best, *shards, *(file for file in OPTIONAL if file in files)})
+
+
+def _best(files: Collection[str], wanted: Wanted) -> list[str]:
+    """Name the first file that there is of each group, or its first name."""
+    return [next((name for name in names if name in files), names[0]) for names in wanted]
 
 
 def _remember(folder: Path, revision: str) -> None:
@@ -180,54 +173,33 @@ def _remember(folder: Path, revision: str) -> None:
     Only once all files have come: a broken download leaves the older, complete snapshot in use.
     """
     commit, note = folder.name, folder.parents[1] / "refs" / revision
-    if revision == commit:
-        return
     try:
-        if not note.is_file() or note.read_text(encoding="utf-8") != commit:
+        if revision != commit and (not note.is_file() or note.read_text(encoding="utf-8") != commit):
             write_bytes(note, commit.encode())
     except OSError as error:
         log.warning("the cache cannot note that %r is %s (%s); offline it will not be found", revision, commit, error)
 
 
-def _select(files: Collection[str], origin: str, needed: Sequence[str], weights: Sequence[str]) -> list[str]:
-    """Choose the files to fetch, out of those that a commit has."""
-    best = next((file for file in weights if file in files), None)
-    missing = [file for file in needed if file not in files] + ([] if best else [weights[0]])
-    if best is None or missing:
-        pickled = [] if best else sorted(file for file in files if file.endswith(PICKLED))
-        but = f", only {', '.join(pickled[:3])}, which is not opened: a pickle can run any code" if pickled else ""
-        raise TeacherError(
-            f"{origin} has no {' and no '.join(missing)}{but}; expected a model saved by "
-            "timm.models.save_for_hf(model, FOLDER, safe_serialization=True), or by model.save_pretrained(FOLDER) of "
-            "transformers"
-        )
-    shards = [file for file in files if re.fullmatch(SHARD, file)] if best == INDEX else []
-    return sorted({*needed, best, *shards, *(file for file in OPTIONAL if file in files)})
-
-
-# -- the cache --------------------------------------------------------------------------------------------------------
-
-
-def _cached_folder(repo: str, revision: str, files: Sequence[str]) -> Path | None:
-    """Return the folder of a revision in the cache, if it has any of these files."""
-    paths = (try_to_load_from_cache(repo, file, revision=revision) for file in files)
+def _cached_folder(repo: str, revision: str, wanted: Wanted) -> Path | None:
+    """Return the folder of a revision in the cache, if it has any of the files."""
+    paths = (try_to_load_from_cache(repo, name, revision=revision) for names in wanted for name in names)
     return next((Path(path).parent for path in paths if isinstance(path, str)), None)
 
 
-def _weight_files(folder: Path, weights: Sequence[str]) -> list[str]:
-    """Name the best weights that a folder has (the first of all if it has none), and the shards that an index lists."""
-    best = next((file for file in weights if (folder / file).is_file()), weights[0])
-    if best != INDEX:
-        return [best]
+def _chosen(folder: Path, wanted: Wanted) -> list[str]:
+    """Name the files to read from a folder, shards included."""
+    best = _best([path.name for path in folder.iterdir() if path.is_file()], wanted)
+    if INDEX not in best:
+        return best
     try:
-        return [best, *shard_names(folder / INDEX)]
+        return best + sorted(set(ShardIndex.read(folder / INDEX).weight_map.values()))
     except ValueError as error:
         raise TeacherError(f"{error}; use other weights") from error
 
 
-def _lacking(folder: Path, needed: Sequence[str], weights: Sequence[str]) -> list[str]:
+def _lacking(folder: Path, wanted: Wanted) -> list[str]:
     """Name the files without which nothing can be loaded from a folder."""
-    return [file for file in (*needed, *_weight_files(folder, weights)) if not (folder / file).is_file()]
+    return [file for file in _chosen(folder, wanted) if not (folder / file).is_file()]
 
 
 def _check_content(path: Path) -> None:
@@ -241,12 +213,9 @@ def _check_content(path: Path) -> None:
 
 
 def _licence(folder: Path) -> str | None:
-    """Return the license that the model's card states."""
     try:
-        card = read_header((folder / CARD).read_text(encoding="utf-8"))
+        card = read_card((folder / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    if not isinstance(card, dict):
         return None
     licence = card.get("license")
     if licence == "other":

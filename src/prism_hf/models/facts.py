@@ -1,7 +1,5 @@
 """What is known of a trained network: squeeze.json of a teacher, student.json of a student, config.json of both."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 

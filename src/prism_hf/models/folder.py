@@ -1,10 +1,7 @@
 """A model folder: a trained network stored so that timm and transformers both load it.
 
-A folder holds config.json, model.safetensors and one facts file: squeeze.json of a teacher, student.json of a student.
-Facts say what the network learned from and how good it is; they name nothing local, so that the folder can be shared.
+It holds config.json, model.safetensors and one facts file (see `facts`), which names nothing local: it can be shared.
 """
-
-from __future__ import annotations
 
 import copy
 import json
@@ -47,16 +44,9 @@ def store_network(
 ) -> None:
     """Write a complete folder under another name, then rename it: a reader sees all of it or nothing.
 
-    Args:
-        network: A timm network that takes the reference normalization; left as it is.
-        folder: Where it is stored.
-        facts: What is written beside it.
-        architecture: Its timm name.
-        size: Side of its input in pixels.
-        channels: 3, or 1: a grey network is widened to RGB, and answers on three copies of a grey image as it did on one.
-        class_names: K names.
-        licence: Of the data; weights are derived from them, and whoever shares them may know better.
-        replace: Take the place of a finished network; otherwise that is left as it is.
+    A finished network in `folder` is left as it is, unless `replace`. The network takes images of `size` pixels in the
+    reference normalization. One with 1 channel is widened to RGB, and answers on three copies of a gray image as it did
+    on one. The license is that of the data: weights are derived from them.
 
     Raises:
         RecipeError: Not a timm architecture, or one that cannot be widened.
@@ -114,11 +104,7 @@ def _repair_config(path: Path) -> None:
 
 
 def _widened(network: nn.Module, architecture: str, size: int, num_classes: int) -> nn.Module:
-    """A grey network for RGB; timm's `in_chans=1` folds it back.
-
-    Raises:
-        RecipeError: It answers otherwise on three copies of an image; some first layers rescale their own weights.
-    """
+    """A gray network for RGB; timm's `in_chans=1` folds it back."""
     first: Any = network.pretrained_cfg.get("first_conv") or ()  # type: ignore[operator, union-attr]
     state = dict(network.state_dict())
     for key in (f"{name}.weight" for name in ([first] if isinstance(first, str) else first)):
@@ -126,25 +112,20 @@ def _widened(network: nn.Module, architecture: str, size: int, num_classes: int)
             state[key] = state[key].repeat(1, 3, 1, 1) / 3
     with seeded(0, torch.device("cpu")), torch.no_grad():
         wide = build_network(architecture, num_classes=num_classes, channels=3).eval()
-        grey = torch.randn(2, 1, size, size)
-        expected = network.eval()(grey)
+        gray = torch.randn(2, 1, size, size)
+        expected = network.eval()(gray)
         try:
             wide.load_state_dict(state)
-            equal = torch.allclose(wide(grey.expand(-1, 3, -1, -1)), expected, rtol=1e-3, atol=1e-3)
+            equal = torch.allclose(wide(gray.expand(-1, 3, -1, -1)), expected, rtol=1e-3, atol=1e-3)
         except RuntimeError:
             equal = False
-    if not equal:
+    if not equal:  # some first layers rescale their own weights
         raise RecipeError(f"network {architecture!r} cannot be shared: its first layer cannot be widened from grey to RGB")
     return wide
 
 
 def source_facts(recipe: Recipe, data: SourceData | None) -> SourceFacts:
-    """The real data that a network comes from.
-
-    Args:
-        recipe: Names them; a local path is cut as in `public_recipe`.
-        data: What the name was resolved to, or `None` if the data cannot be reached.
-    """
+    """The real data that a network comes from; `data` is `None` if they cannot be reached."""
     public = public_recipe(recipe).data
     return SourceFacts(
         id=public.source,

@@ -1,9 +1,6 @@
 """Teachers from transformers."""
 
-from __future__ import annotations
-
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,46 +8,33 @@ from torch import Tensor, nn
 
 from ..errors import TeacherError
 from ..runtime import Facts
-from .download import ADAPTER, CONFIG, INDEX, WEIGHTS, fetch, shard_names
-from .teacher import LOAD_ERRORS, StatedInput, Teacher, cannot_load, check_links, state_sha256
-
-
-class _WrappedTimm(Facts):
-    """The facts of a timm model in the config of its wrapper."""
-
-    license: str | None = None
-
-
-class _Config(Facts):
-    """A config.json of transformers, as far as it is read here."""
-
-    pretrained_cfg: _WrappedTimm | None = None
-    model_args: dict[str, object] | None = None
+from .download import ADAPTER, CONFIG, INDEX, WEIGHTS, ModelFiles, ShardIndex
+from .teacher import StatedInput, Teacher, cannot_load, check_links, digest_of_tensors
 
 
 class LogitsOnly(nn.Module):
-    """A transformers classifier with timm's calling convention."""
+    """A transformers classifier with timm's calling convention: images (B, C, H, W) -> logits (B, K)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> logits (B, K)."""
+        """Return the logits."""
         return self.model(pixel_values=x).logits
 
 
-def from_transformers(source: str, name: str) -> Teacher:
-    """Load a classifier of transformers, with the normalization of its image processor.
+class _Config(Facts):
+    """A config.json of transformers, as far as it is read here; `pretrained_cfg` is that of a wrapped timm model."""
 
-    Args:
-        source: Folder, or `ORG/NAME[@REVISION]`.
-        name: The teacher, for messages.
-    """
-    hub = None if os.path.isdir(source) else fetch(name, source, weights=(WEIGHTS, INDEX))
-    folder = hub.folder if hub else Path(source)
-    wrapped = _check_folder(folder, name).pretrained_cfg
-    model, processor = _load(folder, name)
+    pretrained_cfg: dict[str, object] | None = None
+    model_args: dict[str, object] | None = None
+
+
+def from_transformers(files: ModelFiles, name: str) -> Teacher:
+    """Load a classifier of transformers, with the normalization of its image processor."""
+    wrapped = _check_folder(files.folder, name).pretrained_cfg or {}
+    model, processor = _open(files.folder, name)
     config = model.config
     size, mean, std = _input_of(processor, getattr(config, "num_channels", 3), name)
     labels = [config.id2label.get(i, f"LABEL_{i}") for i in range(config.num_labels)]
@@ -63,40 +47,20 @@ def from_transformers(source: str, name: str) -> Teacher:
         size=size,
         num_classes=int(config.num_labels),
         architecture=str(getattr(config, "architecture", None) or config.model_type),
-        licence=(wrapped and wrapped.license) or (hub and hub.licence) or "unknown",
-        revision=hub.commit if hub else None,
-        weights_sha256=state_sha256(model),
+        licence=str(wrapped.get("license") or files.licence or "unknown"),
+        revision=files.commit,
+        weights_sha256=digest_of_tensors(model.state_dict()),
         label_names=None if generic else tuple(labels),
     )
 
 
-def _load(folder: Path, name: str) -> tuple[Any, object]:
-    """Open model and image processor, and refuse weights that transformers would complete with random numbers."""
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        model, report = AutoModelForImageClassification.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, **local
-        )
-        processor = AutoImageProcessor.from_pretrained(folder, **local)
-    except LOAD_ERRORS as error:
-        raise cannot_load(name, error) from error
-    if absent := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
-        raise TeacherError(
-            f"teacher {name!r}: its weights lack {len(absent)} tensors of the model, {absent[0]!r} first; "
-            "use a checkpoint trained to classify images"
-        )
-    return model, processor
-
-
 def _check_folder(folder: Path, name: str) -> _Config:
-    """Read the config of a model, and refuse a folder that would open more than its own safetensors."""
+    """Refuse a folder that would open more than its own safetensors."""
     check_links(folder, name)
     try:
         config = _Config.read(folder / CONFIG)
         if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
-            shard_names(folder / INDEX)
+            ShardIndex.read(folder / INDEX)
     except ValueError as error:
         raise cannot_load(name, error) from error
     # What is called model_args reaches timm's own loader of checkpoints, pickles among them.
@@ -109,12 +73,28 @@ def _check_folder(folder: Path, name: str) -> _Config:
     return config
 
 
-def _input_of(processor: object, channels: int, name: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Return side, mean and std that an image processor prepares, in [0, 1] pixel units.
+def _open(folder: Path, name: str) -> tuple[Any, object]:
+    """Open model and image processor, and refuse weights that transformers would complete with random numbers."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    Raises:
-        TeacherError: It does something else to pixels (another channel order or scale), or does not state the three.
-    """
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        model, report = AutoModelForImageClassification.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **local
+        )
+        processor = AutoImageProcessor.from_pretrained(folder, **local)
+    except Exception as error:  # a foreign config.json reaches constructors as keyword arguments: anything can follow
+        raise cannot_load(name, error) from error
+    if absent := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
+        raise TeacherError(
+            f"teacher {name!r}: its weights lack {len(absent)} tensors of the model, {absent[0]!r} first; "
+            "use a checkpoint trained to classify images"
+        )
+    return model, processor
+
+
+def _input_of(processor: object, channels: int, name: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Side, mean and std that an image processor prepares, in [0, 1] pixel units; one that does more is refused."""
     scale = getattr(processor, "rescale_factor", None)
     if getattr(processor, "do_flip_channel_order", False) or (scale is not None and abs(scale * 255 - 1) > 1e-6):
         raise TeacherError(

@@ -1,10 +1,7 @@
 """Squeeze: teachers are trained on a dataset that has none on the Hub (SRe2L stage 1).
 
-A squeezed teacher is a model folder (see `folder`) whose squeeze.json says what it was trained on. The folder's name
-carries a fingerprint, so that recipes share teachers.
+A squeezed teacher is a model folder (see `folder`); its name carries a fingerprint, so that recipes share teachers.
 """
-
-from __future__ import annotations
 
 import hashlib
 import logging
@@ -21,13 +18,13 @@ from torch import Tensor, nn
 
 from ..errors import DamagedError, TeacherError
 from ..images import ImageSplit, SourceData, draw_views, reference_mean_std, resample, to_reference
-from ..recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe, public_recipe
+from ..recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
 from ..runtime import EVERY_S, Artifact, clear_drafts, derived_seed, holder_of, holder_text, is_held, locked
 from ..runtime.checkpoint import Checkpoint
 from .build import build_network, seeded
 from .facts import SqueezeSettings, TeacherFacts
 from .folder import is_stored, scored_on, source_facts, store_network
-from .teacher import digest_of_tensors, state_sha256
+from .teacher import digest_of_tensors
 from .training import ShuffledBatches, fit, score
 
 log = logging.getLogger(__name__)
@@ -96,15 +93,9 @@ def check_batch(recipe: Recipe, data: SourceData) -> None:
 def squeeze_teacher(
     name: str, recipe: Recipe, data: SourceData, root: Path, *, device: torch.device, every_s: float = EVERY_S
 ) -> TeacherFacts:
-    """Train a `squeeze:` teacher and store it; a finished one is left as it is, one that another run trains is waited for.
+    """Train a `squeeze:` teacher and store it below `root`, with a checkpoint every so many seconds.
 
-    Args:
-        name: `squeeze:<timm architecture>`.
-        recipe: Gives settings and seed.
-        data: The real data.
-        root: Folder of all squeezed teachers.
-        device: Where to train.
-        every_s: Seconds between two checkpoints.
+    A finished one is left as it is, one that another run trains is waited for.
 
     Raises:
         StoppedError: Somebody asked the program to stop; the training goes on from its checkpoint.
@@ -125,41 +116,6 @@ def squeeze_teacher(
     return facts
 
 
-def _train_and_store(
-    name: str, recipe: Recipe, data: SourceData, folder: Path, checkpoint: Checkpoint, device: torch.device
-) -> TeacherFacts:
-    architecture, started = name.removeprefix(SQUEEZE_PREFIX), time.perf_counter()
-    network = _train(architecture, recipe, data, device, checkpoint)
-    top1 = score(lambda x: network(_as_rgb(x)), data.test, device=device)
-    facts = TeacherFacts(
-        kind="teacher",
-        teacher=name,
-        architecture=architecture,
-        train_content=data.train.content,
-        train_count=len(data.train),
-        test_count=len(data.test),
-        channels=recipe.data.channels,
-        source=source_facts(recipe, data),
-        test=scored_on(recipe),
-        settings=_settings(recipe, data),
-        fingerprint=folder.name.rpartition("-")[2],
-        test_top1=top1,
-        weights_sha256=state_sha256(network),
-        wall_time_s=round(time.perf_counter() - started, 2),
-    )
-    size, names, licence = recipe.data.size, data.class_names, recipe.data.licence
-    store_network(
-        network, folder, facts, architecture=architecture, size=size, channels=3, class_names=names, licence=licence
-    )
-    return facts
-
-
-def _settings(recipe: Recipe, data: SourceData) -> SqueezeSettings:
-    settings, source = recipe.squeeze, public_recipe(recipe).data.source
-    steps = settings.epochs * (len(data.train) // settings.batch_size)
-    return SqueezeSettings(seed=_seed(recipe), data=source, steps=steps, epochs=settings.epochs)
-
-
 def _scratch(folder: Path) -> Path:
     """Where a teacher is while it is trained."""
     return folder.with_name(f".work-{folder.name}")
@@ -172,7 +128,39 @@ def clear_scratch(folder: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _train(architecture: str, recipe: Recipe, data: SourceData, device: torch.device, checkpoint: Checkpoint) -> nn.Module:
+def _train_and_store(
+    name: str, recipe: Recipe, data: SourceData, folder: Path, checkpoint: Checkpoint, device: torch.device
+) -> TeacherFacts:
+    architecture, started = name.removeprefix(SQUEEZE_PREFIX), time.perf_counter()
+    source, epochs = source_facts(recipe, data), recipe.squeeze.epochs
+    steps = epochs * (len(data.train) // recipe.squeeze.batch_size)
+    network = _train(architecture, recipe, data, steps, checkpoint, device)
+    facts = TeacherFacts(
+        kind="teacher",
+        teacher=name,
+        architecture=architecture,
+        train_content=data.train.content,
+        train_count=len(data.train),
+        test_count=len(data.test),
+        channels=recipe.data.channels,
+        source=source,
+        test=scored_on(recipe),
+        settings=SqueezeSettings(seed=_seed(recipe), data=source.id, steps=steps, epochs=epochs),
+        fingerprint=folder.name.rpartition("-")[2],
+        test_top1=score(lambda x: network(_as_rgb(x)), data.test, device=device),
+        weights_sha256=digest_of_tensors(network.state_dict()),
+        wall_time_s=round(time.perf_counter() - started, 2),
+    )
+    size, names, licence = recipe.data.size, data.class_names, recipe.data.licence
+    store_network(
+        network, folder, facts, architecture=architecture, size=size, channels=3, class_names=names, licence=licence
+    )
+    return facts
+
+
+def _train(
+    architecture: str, recipe: Recipe, data: SourceData, steps: int, checkpoint: Checkpoint, device: torch.device
+) -> nn.Module:
     settings, seed = recipe.squeeze, derived_seed(_seed(recipe), "squeeze", architecture)
     with seeded(seed, device):
         network = build_network(architecture, num_classes=data.num_classes, channels=3)
@@ -181,23 +169,13 @@ def _train(architecture: str, recipe: Recipe, data: SourceData, device: torch.de
             network,
             _batches(data.train, settings, seed, device),
             F.cross_entropy,
-            steps=_settings(recipe, data).steps,
+            steps=steps,
             lr=settings.lr,
             weight_decay=settings.weight_decay,
             schedule="one_cycle",
             what=f"squeeze: teacher {architecture}",
             checkpoint=checkpoint,
         )
-
-
-def _as_rgb(images: Tensor) -> Tensor:
-    """Reference-normalized images -> the RGB reference normalization, in which squeezed teachers work.
-
-    Grey is copied to three channels: the stored teacher then takes what everybody feeds a classifier.
-    """
-    mean, std = reference_mean_std(images.shape[1], like=images)
-    rgb_mean, rgb_std = reference_mean_std(3, like=images)
-    return ((images * std + mean) - rgb_mean) / rgb_std
 
 
 def _batches(split: ImageSplit, settings: SqueezeRecipe, seed: int, device: torch.device) -> ShuffledBatches:
@@ -207,7 +185,10 @@ def _batches(split: ImageSplit, settings: SqueezeRecipe, seed: int, device: torc
     def make(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         images = to_reference(split.images(rows))
         view = draw_views(len(rows), images.shape[-1], generator, crop_scale=settings.crop_scale, flip=settings.flip)
-        images = _noisy(resample(images, view.crop, view.flip), settings.noise_std, generator)
+        images = resample(images, view.crop, view.flip)
+        _, std = reference_mean_std(images.shape[1])
+        strength = settings.noise_std * torch.rand((len(rows), 1, 1, 1), generator=generator) / std
+        images = images + strength * torch.randn(images.shape, generator=generator)
         return _as_rgb(images.to(device)), labels[rows].to(device)
 
     # Every batch is full: BatchNorm learns its statistics from them.
@@ -215,7 +196,11 @@ def _batches(split: ImageSplit, settings: SqueezeRecipe, seed: int, device: torc
     return ShuffledBatches(parts, settings.epochs, torch.Generator().manual_seed(seed), make, count=count)
 
 
-def _noisy(images: Tensor, noise_std: float, generator: torch.Generator) -> Tensor:
-    _, std = reference_mean_std(images.shape[1])
-    strength = noise_std * torch.rand((len(images), 1, 1, 1), generator=generator) / std
-    return images + strength * torch.randn(images.shape, generator=generator)
+def _as_rgb(images: Tensor) -> Tensor:
+    """Reference-normalized images -> the RGB reference normalization, in which squeezed teachers work.
+
+    Gray is copied to three channels: the stored teacher then takes what everybody feeds a classifier.
+    """
+    mean, std = reference_mean_std(images.shape[1], like=images)
+    rgb_mean, rgb_std = reference_mean_std(3, like=images)
+    return ((images * std + mean) - rgb_mean) / rgb_std

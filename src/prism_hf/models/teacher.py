@@ -1,9 +1,7 @@
 """A teacher: a frozen image classifier with its own normalization, input size and license."""
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self
@@ -11,11 +9,10 @@ from typing import Annotated, Self
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import TeacherError
-from ..images import reference_mean_std
+from ..images import reference_mean_std, to_reference
 from ..runtime import Facts, stray_link
 
 
@@ -24,16 +21,14 @@ class Teacher:
     """A frozen classifier and what it expects of its input.
 
     Attributes:
-        name: As in the recipe.
         model: (B, 3 or 1, H, W) in its own normalization -> logits (B, K); eval mode, no parameter gradients.
         mean: Per channel, in [0, 1] pixel units.
         std: Per channel, in [0, 1] pixel units.
         size: Side of its input in pixels.
         num_classes: K.
-        architecture: timm or transformers architecture.
         licence: Of the weights, or "unknown".
         revision: Hub commit of the weights, or `None` for local ones.
-        weights_sha256: Of all parameters and buffers.
+        weights_sha256: Of all parameters and buffers, from `digest_of_tensors`.
         label_names: The teacher's own class names, if it says.
     """
 
@@ -95,24 +90,50 @@ def check_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int
         )
 
 
-def state_sha256(model: nn.Module) -> str:
-    """Return the SHA-256 over names, shapes, dtypes and bytes of all parameters and buffers."""
-    return digest_of_tensors(model.state_dict())
+@torch.no_grad()
+def penultimate_features(
+    teacher: Teacher, images: Callable[[range], Tensor], count: int, *, batch_size: int = 256
+) -> Iterator[tuple[range, Tensor]]:
+    """Yield the inputs of the classifier layer, batch by batch: rows and their features, (B, D) float32 on the CPU.
+
+    `images` turns rows, of `count` in all, into (B, C, H, W) uint8.
+
+    Raises:
+        TeacherError: The network does not end in a linear layer.
+    """
+    classifier = classifier_of(teacher.model)
+    if classifier is None:
+        raise TeacherError(f"network {teacher.name!r} has no linear layer and so no penultimate features; name another one")
+    seen: list[Tensor] = []
+    handle = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
+    try:
+        for start in range(0, count, batch_size):
+            rows = range(start, min(start + batch_size, count))
+            teacher.logits(to_reference(images(rows).to(teacher.device)))
+            yield rows, torch.cat(seen)
+            seen.clear()
+    finally:
+        handle.remove()
+
+
+def classifier_of(model: nn.Module) -> nn.Linear | None:
+    """Return the layer that makes the logits: timm says which it is; elsewhere it is the last linear layer."""
+    named = getattr(model, "get_classifier", None)
+    if callable(named):
+        layer = named()
+        return layer if isinstance(layer, nn.Linear) else None
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return linear[-1] if linear else None
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, shapes, dtypes and bytes."""
+    """Return the SHA-256 over names, shapes, dtypes and bytes, as of all parameters and buffers of a network."""
     digest = hashlib.sha256()
     for key, value in sorted(tensors.items()):
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
-
-# A foreign config.json reaches the constructors of timm and transformers as keyword arguments: anything can follow.
-LOAD_ERRORS = (
-    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError, OSError, SafetensorError,
-)  # fmt: skip
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 

@@ -3,15 +3,14 @@
 Legend: B images, C channels, H W pixels, K classes.
 """
 
-from __future__ import annotations
-
-import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import datasets
 import evaluate
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..errors import NotFiniteError
@@ -33,20 +32,31 @@ CHECK_EVERY = 20
 Schedule = Literal["cosine", "one_cycle"]
 
 
-class Batches(Protocol):
-    """Tuples of tensors to train on, which can be continued after any of them."""
+class Batches:
+    """Tuples of tensors to train on, which can be continued after any of them.
+
+    Args:
+        draw: Number of batches that are done -> the others.
+    """
+
+    def __init__(self, draw: Callable[[int], Iterator[tuple[Tensor, ...]]]) -> None:
+        self._draw, self._done = draw, 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """Draw the remaining batches."""
+        for batch in self._draw(self._done):
+            self._done += 1
+            yield batch
 
     def state(self) -> dict[str, Tensor]:
         """Return what the next batch depends on."""
+        return {"done": torch.tensor(self._done)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state`."""
+        self._done = int(state["done"])
 
 
-class ShuffledBatches:
+class ShuffledBatches(Batches):
     """Batches of a table in a new order each epoch.
 
     Args:
@@ -66,29 +76,29 @@ class ShuffledBatches:
         *,
         count: int,
     ) -> None:
+        super().__init__(self._shuffled)
         self._parts, self._epochs, self._generator, self._make, self._count = parts, epochs, generator, make, count
         self._order = torch.empty(0, dtype=torch.int64)
-        self._drawn = 0
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        while self._drawn < self._epochs * len(self._parts):
-            part = self._parts[self._drawn % len(self._parts)]
+    def _shuffled(self, done: int) -> Iterator[tuple[Tensor, ...]]:
+        for number in range(done, self._epochs * len(self._parts)):
+            part = self._parts[number % len(self._parts)]
             if part is self._parts[0]:
                 self._order = torch.randperm(self._count, generator=self._generator)
-            self._drawn += 1
             yield self._make(self._order[part.start : part.stop], self._generator)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the order of the running epoch, the number of batches drawn and the generator."""
-        return {"order": self._order, "drawn": torch.tensor(self._drawn), "generator": self._generator.get_state()}
+        """Return the order of the running epoch and the generator too."""
+        return super().state() | {"order": self._order, "generator": self._generator.get_state()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state`."""
-        self._order, self._drawn = state["order"], int(state["drawn"])
+        super().restore(state)
+        self._order = state["order"]
         self._generator.set_state(state["generator"])
 
 
-class _Fitting:
+class _Training:
     """A network between two steps of its training; see `fit` for the arguments."""
 
     def __init__(
@@ -98,21 +108,17 @@ class _Fitting:
         vectors = [p for p in network.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.network, self.what, self.ema, self.step = network, what, ema, 0
+        self.device = next(network.parameters()).device
         self.optimizer = torch.optim.AdamW(groups, lr=lr)
         self.scheduler: torch.optim.lr_scheduler.LRScheduler
         if schedule == "one_cycle":
             self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=lr, total_steps=steps)
         else:
             self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
-        self.average = copy.deepcopy(network) if ema else None
+        self.average = ModelEmaV3(network) if ema else None
         self.losses: list[Tensor] = []
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
-
     def advance(self, loss: Callable[..., Tensor], images: Tensor, targets: Sequence[Tensor]) -> None:
-        """Take one step down the gradient of a loss."""
         with told_in_one_line(
             f"{self.what}: a batch of {len(images)} images",
             "Lower its batch_size in the recipe, or use a device with more memory",
@@ -124,19 +130,19 @@ class _Fitting:
         self.scheduler.step()
         if self.average is not None:
             # A short warm-up: the first steps would otherwise keep the random init in the average.
-            _average_(self.average, self.network, min(self.ema, (1 + self.step) / (10 + self.step)))
+            self.average.decay = min(self.ema, (1 + self.step) / (10 + self.step))
+            self.average.update(self.network)
         self.losses.append(value.detach())
         self.step += 1
 
     def check(self) -> None:
         """Refuse a loss that is not finite; reading the losses waits for the device."""
-        values = torch.stack(self.losses).cpu() if self.losses else torch.empty(0)
-        bad = (~values.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            step = self.step - len(values) + bad[0] + 1
-            raise NotFiniteError(
-                f"{self.what}, step {step}: the loss is {values[bad[0]]:g}; lower the learning rate of the recipe"
-            )
+        values = torch.stack(self.losses).tolist() if self.losses else []
+        for step, value in enumerate(values, self.step - len(values) + 1):
+            if not math.isfinite(value):
+                raise NotFiniteError(
+                    f"{self.what}, step {step}: the loss is {value:g}; lower the learning rate of the recipe"
+                )
         self.losses = []
 
     def state(self, batches: Batches) -> State:
@@ -175,59 +181,38 @@ def fit(
 ) -> nn.Module:
     """Train with AdamW; the state after the last step is the result, never the best on a test set.
 
-    Args:
-        network: Trained in place.
-        batches: Tuples on the network's device; the first tensor is the input (B, C, H, W) in the network's own
-            normalization, the others go to `loss`.
-        loss: `loss(logits, *rest)` -> scalar.
-        steps: Number of batches, for the schedule.
-        lr: Peak learning rate.
-        weight_decay: None on one-dimensional parameters (norms and biases).
-        schedule: `cosine` to zero, or `one_cycle` (warm-up, then to zero).
-        ema: Decay of a moving average of the weights, which is then the result; 0 is off.
-        what: Names the network in errors.
-        checkpoint: Where the state is kept now and then, and where the training goes on if there is one.
+    Batches are on the network's device: the input, (B, C, H, W) in the network's own normalization, and what
+    `loss(logits, *rest)` takes to make a scalar. `lr` is the peak of a schedule over `steps` batches: `cosine` to zero, or
+    `one_cycle` (warm-up, then to zero). One-dimensional parameters (norms and biases) have no weight decay. `ema` is the
+    decay of a moving average of the weights; 0 is off. `what` names the network in errors.
 
     Returns:
-        The trained network in eval mode (the average, if `ema`).
+        The network, or the average if there is one, in eval mode.
 
     Raises:
         NotFiniteError: The loss is NaN or infinite.
-        DeviceMemoryError: A batch does not fit.
-        StoppedError: Somebody asked the program to stop.
     """
     network.train()
-    fitting = _Fitting(network, what, steps=steps, lr=lr, weight_decay=weight_decay, schedule=schedule, ema=ema)
+    training = _Training(network, what, steps=steps, lr=lr, weight_decay=weight_decay, schedule=schedule, ema=ema)
     if checkpoint is not None and (saved := checkpoint.load()) is not None:
-        fitting.restore(saved, batches)
+        training.restore(saved, batches)
     for images, *targets in batches:
-        fitting.advance(loss, images, targets)
-        if fitting.step % CHECK_EVERY == 0 or fitting.step == steps:
-            fitting.check()
+        training.advance(loss, images, targets)
+        if training.step % CHECK_EVERY == 0 or training.step == steps:
+            training.check()
         if checkpoint is not None:
-            checkpoint.tick(lambda: fitting.state(batches))
+            checkpoint.tick(lambda: training.state(batches))
         else:
             raise_if_stopped()
-    return (fitting.average if fitting.average is not None else network).eval()
-
-
-@torch.no_grad()
-def _average_(average: nn.Module, network: nn.Module, decay: float) -> None:
-    for ours, theirs in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
-        if ours.is_floating_point():
-            ours.lerp_(theirs, 1 - decay)
-        else:
-            ours.copy_(theirs)
+    return (network if training.average is None else training.average.module).eval()
 
 
 class Top1(evaluate.Metric):
     """Share of predictions that equal their reference, in [0, 1]; `evaluate`'s accuracy, without its download."""
 
     def _info(self) -> evaluate.MetricInfo:
-        integers = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
-        return evaluate.MetricInfo(
-            description="Top-1 accuracy.", citation="", inputs_description="class indices", features=integers
-        )
+        features = datasets.Features(dict.fromkeys(("predictions", "references"), datasets.Value("int64")))
+        return evaluate.MetricInfo(description="Top-1 accuracy.", citation="", features=features)
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
         hits = sum(p == r for p, r in zip(predictions, references, strict=True))
@@ -238,17 +223,10 @@ class Top1(evaluate.Metric):
 def score(logits: Callable[[Tensor], Tensor], split: ImageSplit, *, device: torch.device, batch_size: int = 256) -> float:
     """Return top-1 in [0, 1] on a split of real images.
 
-    Args:
-        logits: Images in the reference normalization (B, C, H, W) -> (B, K).
-        split: The images.
-        device: Where `logits` computes.
-        batch_size: Images per call.
+    `logits` takes images in the reference normalization, (B, C, H, W) on `device`, and returns (B, K).
     """
     metric = Top1(keep_in_memory=True)
-    for start in range(0, len(split), batch_size):
-        rows = range(start, min(start + batch_size, len(split)))
+    for rows in torch.arange(len(split)).split(batch_size):
         images = to_reference(split.images(rows).to(device))
-        metric.add_batch(predictions=logits(images).argmax(1).cpu(), references=split.labels[rows.start : rows.stop])
-    result = metric.compute()
-    assert result is not None
-    return float(result["top1"])
+        metric.add_batch(predictions=logits(images).argmax(1).cpu(), references=split.labels[rows.numpy()])
+    return float(metric.compute()["top1"])
