@@ -58,7 +58,8 @@ def _compare(args: argparse.Namespace) -> None:
     if args.data is not None:
         quiet()
         overrides = _with_data(recipes[0], args.data, overrides)
-    first, *_ = recipes = [override_recipe(recipe, overrides) for recipe in recipes]
+    recipes = [override_recipe(recipe, overrides) for recipe in recipes]
+    first = recipes[0]
     methods, notes = under_one_protocol([(recipe.name, recipe) for recipe in recipes])
     seeds = args.seeds or first.evaluation.seeds
     students = [first.evaluation.student] if args.students is None else list(dict.fromkeys(args.students.split(",")))
