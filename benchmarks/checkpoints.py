@@ -18,7 +18,7 @@ from prism_hf.recipe.plan import plan_jobs
 from prism_hf.recipe.yaml_file import load_recipe
 from prism_hf.runtime.checkpoint import Checkpoint, State
 from prism_hf.runtime.stop import EVERY_S
-from prism_hf.runtime.store import write_json
+from prism_hf.runtime.store import Artifact, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,13 +34,13 @@ def main() -> None:
     pixels = torch.randn(len(job.classes), data.channels, data.size, data.size)
     # As `Step.state` gives it: the pixels and their two moments.
     state = State({key: torch.randn_like(pixels) for key in ("pixels", "adam/exp_avg", "adam/exp_avg_sq")}, {})
-    checkpoint = Checkpoint(args.output / "checkpoint.safetensors", "key")
+    checkpoint = Checkpoint(Artifact(args.output / "checkpoint.safetensors", "key"))
     seconds = []
     for _ in range(7):
         started = time.perf_counter()
         checkpoint.save(state)
         seconds.append(time.perf_counter() - started)
-    write, size = statistics.median(seconds), checkpoint.path.stat().st_size
+    write, size = statistics.median(seconds), checkpoint.file.path.stat().st_size
     checkpoint.clear()
     facts = {
         "recipe": recipe.name,

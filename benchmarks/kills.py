@@ -141,9 +141,8 @@ def finished_files(folder: Path) -> dict[str, int]:
     """Modification time of everything that counts as finished."""
     seals = {p.with_name(p.name.removesuffix(".seal")) for p in (folder / "work").rglob("*.seal")}
     lasting = {p for p in seals if ".checkpoint" not in p.name and p.is_file()}
-    scores = set((folder / "work" / "students").glob("*.json"))
     teachers = set((folder / "teachers").glob("[!.]*/model.safetensors"))
-    return {p.relative_to(folder).as_posix(): p.stat().st_mtime_ns for p in lasting | scores | teachers}
+    return {p.relative_to(folder).as_posix(): p.stat().st_mtime_ns for p in lasting | teachers}
 
 
 def stage_of(folder: Path) -> str | None:

@@ -232,7 +232,8 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
     """One table, and its JSON."""
     from prism_hf.compare.findings import write_page
     from prism_hf.compare.methods import under_one_protocol
-    from prism_hf.compare.runs import Comparison
+    from prism_hf.compare.runs import Comparison, check_comparison
+    from prism_hf.compare.runs import make as make_runs
     from prism_hf.runtime.lock import locked
     from prism_hf.runtime.store import write_json
 
@@ -250,20 +251,19 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
         checkpoint_s=args.checkpoint_every,
         ceilings=table.students[:1] if table.ceiling else (),
     )
-    made.check()
+    check_comparison(made)
     if accelerator.is_main_process:
         with locked(folder):
             accelerator.wait_for_everyone()
-            if not args.as_is:
-                made()
+            failed = {} if args.as_is else make_runs(made)
             command = f"accelerate launch benchmarks/tables.py {name}" + (" --reduced" if args.reduced else "")
-            found = write_page(made, notes=notes, command=command)
+            found = write_page(made, failed, notes=notes, command=command)
             result = {**small(found), "hardware": machine.hardware() | found["hardware"]}
             write_json(ROOT / "benchmarks" / "results" / f"fashion-{folder.name}.json", result)
     else:
         accelerator.wait_for_everyone()
         if not args.as_is:
-            made()
+            make_runs(made)
 
 
 def setups_of(table: Table) -> list[StudentSetup]:

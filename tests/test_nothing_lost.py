@@ -127,7 +127,7 @@ def undisturbed(tmp_path_factory):
 def test_a_disk_that_is_full_in_every_stage_costs_nothing_that_is_finished(undisturbed, tmp_path):
     """In a process of its own: what pytest captures goes into files, which the limit would cut as well."""
     folder, packaged = tmp_path / "run", Path(shutil.copytree(undisturbed, tmp_path / "packaged"))
-    for record in (packaged / "work").glob("*/packaged.json"):
+    for record in (packaged / "work").glob("*/provenance.json*"):
         record.unlink()
     code = STARVED.format(paths=[str(ROOT / "tests"), str(ROOT / "src")])
     done = subprocess.run(

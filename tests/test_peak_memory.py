@@ -4,6 +4,7 @@ Counted is anonymous memory, which only the swap can take; pages of a mapped fil
 stage is another entry of `CASES`; naive code must fail it, so the images are large enough to show beside the libraries.
 """
 
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -41,36 +42,32 @@ assert data.num_epochs in (20, 200)
 for epoch in range(data.num_epochs):
     data.epoch(epoch)
 """,
-    "package": """
+    "relabel and package": """
 import sys
 from pathlib import Path
 
 import torch
-from pipeline import tiny
+from pipeline import run_in
 from torch import nn
 
-from prism_hf.dataset.writer import build_dataset
-from prism_hf.method.relabel import label_images, relabel_batches
-from prism_hf.models.load import Teacher
-from prism_hf.run.artifacts import StoredImages, Work
+from prism_hf.models.teacher import Teacher
+from prism_hf.run.artifacts import ImageSet
+from prism_hf.run.context import Loaded
+from prism_hf.run.package import package_control
+from prism_hf.run.relabel import label
 
-torch.set_num_threads(1)
 folder = Path(sys.argv[2])
 ipc = int(sys.argv[2].rpartition("/")[2].strip("-"))
-scale = f"synthesis.ipc={ipc}", f"relabel.epochs={max(1, ipc // 100)}"
-recipe = tiny(*scale, "data.size=64", "data.channels=3", "relabel.batch_size=20")
 network = nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).requires_grad_(False)
 teacher = Teacher("t", network, (0.5,) * 3, (0.5,) * 3, 64, 10, "t", "mit", None, "0", None)
-work = Work(folder, recipe, {"train": "0", "teachers": dict.fromkeys(recipe.all_teachers, "0")})
-places = ((label, slot, 0) for label in range(10) for slot in range(ipc))
-images = ((place, torch.randint(256, (3, 64, 64), dtype=torch.uint8)) for place in places)
-work.keep_images("distilled", "key", images, 10 * ipc)
-pixels, settings = work.pixels("distilled"), recipe.relabel
-work.keep_labels("distilled", "key", label_images(pixels, [teacher], settings), 10 * ipc)
-for epoch in range(settings.epochs):
-    work.keep_epoch("distilled", epoch, "key", relabel_batches(epoch, pixels, [teacher], settings, seed=0))
-names = [str(label) for label in range(10)]
-build_dataset(folder / "set", StoredImages(work, "distilled"), work.epochs("distilled"), recipe=recipe, class_names=names)
+words = "data.size=64", "data.channels=3", "teachers.logit=t", "teachers.bn_pool=[]", "relabel.teachers=[t]"
+scale = f"synthesis.ipc={ipc}", f"relabel.epochs={max(1, ipc // 100)}", "relabel.batch_size=20"
+run = run_in(folder, folder, *words, *scale, loaded=Loaded(teachers={("t", None): teacher}))
+origins = tuple((c, s, -1, (c * ipc + s) % len(run.data.train)) for c in range(10) for s in range(ipc))
+images = ImageSet("random_real", origins, "key")
+label(run, [images])
+package_control(run, images)
+assert (run.control / "README.md").is_file()
 """,
     "verify and export": """
 import sys
@@ -93,7 +90,7 @@ def peak_anonymous(code, *words, cache):
     # As benchmarks/memory.py measures: what is freed goes back, so that a peak is what was in use and not what was kept.
     plain = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     plain |= {"ARROW_DEFAULT_MEMORY_POOL": "system", "HF_DATASETS_CACHE": str(cache)}
-    plain["PYTHONPATH"] = str(Path(__file__).parent)  # for pipeline.py
+    plain["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), quiet_env()["PYTHONPATH"]])  # for pipeline.py
     process = subprocess.Popen([PYTHON, "-c", code, *map(str, words)], env=quiet_env() | plain)
     status, peak = Path(f"/proc/{process.pid}/status"), 0
     while process.poll() is None:
@@ -116,7 +113,9 @@ def sets(tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize("case", ["train", "package", pytest.param("verify and export", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", ["train", "relabel and package", pytest.param("verify and export", marks=pytest.mark.slow)]
+)
 def test_ten_times_the_images_need_no_more_memory(sets, tmp_path, case):
     small, large = (
         peak_anonymous(CASES[case], folder, tmp_path / f"{ipc}-", cache=tmp_path / f"cache-{ipc}")
