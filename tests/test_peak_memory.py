@@ -47,24 +47,37 @@ import sys
 from pathlib import Path
 
 import torch
-from pipeline import run_in
+from pipeline import run_in, tiny
 from torch import nn
 
+from prism_hf.images.source import SourceData
 from prism_hf.models.teacher import Teacher
 from prism_hf.run.artifacts import ImageSet
 from prism_hf.run.context import Loaded
 from prism_hf.run.package import package_set
 from prism_hf.run.relabel import label
 
+
+class Noise:
+    \"""Pictures that no format makes small.\"""
+
+    content = "noise"
+
+    def images(self, rows):
+        return torch.randint(256, (len(rows), 3, 32, 32), dtype=torch.uint8)
+
+
 folder = Path(sys.argv[2])
-ipc = int(sys.argv[2].rpartition("/")[2].strip("-"))
-network = nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).requires_grad_(False)
-teacher = Teacher("t", network, (0.5,) * 3, (0.5,) * 3, 64, 10, "t", "mit", None, "0", None)
-words = "data.size=64", "data.channels=3", "teachers.logit=t", "teachers.bn_pool=[]", "relabel.teachers=[t]"
-scale = f"synthesis.ipc={ipc}", f"relabel.epochs={max(1, ipc // 100)}", "relabel.batch_size=20"
-run = run_in(folder, folder, *words, *scale, loaded=Loaded(teachers={("t", None): teacher}))
-origins = tuple((c, s, -1, (c * ipc + s) % len(run.data.train)) for c in range(10) for s in range(ipc))
-images = ImageSet("random_real", origins, "key")
+ipc = int(sys.argv[2].rpartition("/")[2].strip("-")) // 15
+words = (
+    "data.num_classes=1000", "data.size=32", "data.channels=3", "teachers.logit=t", "teachers.bn_pool=[]",
+    f"synthesis.ipc={ipc}", "relabel.teachers=[t]", "relabel.epochs=1", "relabel.batch_size=100",
+)
+network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1000)).requires_grad_(False)
+teacher = Teacher("t", network, (0.5,) * 3, (0.5,) * 3, 32, 1000, "t", "mit", None, "0", None)
+data = SourceData(Noise(), Noise(), tuple(map(str, range(1000))), None)
+run = run_in(folder, folder, *words, loaded=Loaded({tiny(*words).data: data}, {("t", None): teacher}))
+images = ImageSet("random_real", tuple((c, s, -1, 0) for c in range(1000) for s in range(ipc)), "key")
 label(run, [images])
 package_set(run, images)
 assert (run.control / "README.md").is_file()
