@@ -959,7 +959,7 @@ CASES |= {
         f"prism-hf export set pictures {EXPORT}", OutputError, ("pictures is not empty", "give a folder")
     ),
     "export: into a file": Bad(
-        f"prism-hf export set good.yaml {EXPORT}", OutputError, ("good.yaml is no folder", "give one")
+        f"prism-hf export set good.yaml {EXPORT}", OutputError, ("good.yaml is not a folder", "give one")
     ),
     "export: below a file": Bad(
         f"prism-hf export set good.yaml/x {EXPORT}", OutputError, ("good.yaml/x", "cannot be written")
