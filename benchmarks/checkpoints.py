@@ -3,8 +3,6 @@
 python benchmarks/checkpoints.py --output /a/folder --record benchmarks/results/checkpoints.json
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

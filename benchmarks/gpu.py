@@ -7,8 +7,6 @@ random weights: time does not depend on them. Each round runs every variant once
 `plain` is what published codes do; see step_time.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

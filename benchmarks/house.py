@@ -13,8 +13,6 @@ Counted are the Python files below src/prism_hf, the templates beside them, and 
 `--json KEY` keeps the numbers under KEY in benchmarks/results/house.json, beside the limits.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import json

@@ -7,8 +7,6 @@ Every case is drawn from its own seed: recipe, processes, stage, moment in it, s
 the run is finished with another number of processes.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -6,8 +6,6 @@ Counted is anonymous memory (RssAnon of Linux): what the kernel cannot drop. Fil
 `--plain` the allocators give back what is freed; by default they keep some of it, more after more requests.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

@@ -3,8 +3,6 @@
 python benchmarks/precision.py RECIPE.yaml --teachers outputs/teachers --record benchmarks/results/precision.json
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -3,8 +3,6 @@
 python benchmarks/refusals.py --record benchmarks/results/refusals.json
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import subprocess

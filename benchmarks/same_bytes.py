@@ -8,8 +8,6 @@ real images. Compared are the SHA-256 of each Parquet file of data set and contr
 The hashes hold for one version of torch on one kind of CPU; record them again on another machine, from the old commit.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -4,8 +4,6 @@
 `accelerate launch ... -m prism_hf COMMAND ...`.
 """
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import sys

@@ -1,7 +1,5 @@
 """Options and behavior that commands share: recipes and overrides, quiet libraries, errors in one line."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os
@@ -73,7 +71,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(public=False)
 
 
-def target_of(repo: str, args: argparse.Namespace) -> Target:
+def target_of(repo: str, args: argparse.Namespace) -> "Target":
     """A repo, with the options of `add_target`."""
     from ..hub import Target
 

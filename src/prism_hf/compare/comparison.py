@@ -5,8 +5,6 @@ DIR/cells/               what was measured of each run
 DIR/full/                students of all real images
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Pictures of a comparison: accuracy, images, similarity and a feature map; the same facts give the same bytes."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence

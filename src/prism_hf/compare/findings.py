@@ -1,7 +1,5 @@
 """What a comparison found, as plain values: for comparison.json, the page, and the tables of the docs."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Methods of a comparison: recipes under the protocol of the first one, with random real images among them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -51,7 +49,7 @@ class StudentSetup:
     """
 
     student: str
-    labels: Labels
+    labels: "Labels"
     label_epochs: int | None = None
 
     @property

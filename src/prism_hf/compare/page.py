@@ -4,8 +4,6 @@ All text from outside (labels, class names, notes, recipes) is escaped where a t
 Markdown by a parser that knows neither raw HTML nor links.
 """
 
-from __future__ import annotations
-
 import base64
 import math
 import re

@@ -1,7 +1,5 @@
 """A whole comparison: its runs, made one after the other by all processes together, and its page."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Mapping, Sequence

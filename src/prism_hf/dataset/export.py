@@ -1,7 +1,5 @@
 """Export a distilled dataset in the layouts of other programs: class folders, or the columns of rethinkdc."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

@@ -7,8 +7,6 @@
 docs/dataset_format.md is the contract. No pickles, no scripts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

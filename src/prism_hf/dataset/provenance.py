@@ -1,7 +1,5 @@
 """provenance.json: what a dataset was made from and with, and the SHA-256 of each of its files."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Legend: N images, B rows, C channels, H W pixels, K classes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import math

@@ -3,8 +3,6 @@
 No Arrow cache is made of them. In memory is one row group, and the rows that were asked for.
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence

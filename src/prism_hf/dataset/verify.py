@@ -1,7 +1,5 @@
 """Whether a dataset is what was packaged: every file against provenance.json, every table against its row count."""
 
-from __future__ import annotations
-
 import os
 import re
 import tempfile

@@ -1,7 +1,5 @@
 """Writing the tables of a distilled dataset, shard by shard, with memory that does not grow with the number of rows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -51,7 +49,7 @@ class ImageRows:
     def __len__(self) -> int:
         return len(self.encoded)
 
-    def __getitem__(self, rows: slice) -> ImageRows:
+    def __getitem__(self, rows: slice) -> "ImageRows":
         columns = (self.labels, self.slots, self.jobs, self.teacher_logits)
         return ImageRows(self.encoded[rows], *(column[rows] for column in columns))
 

@@ -6,8 +6,6 @@ Intra-class cosine similarity of penultimate features, as PRISM, G-VBSM and DELT
 nothing: noise is diverse too. So it always stands beside that of random real images and of the full training set.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

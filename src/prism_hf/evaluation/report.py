@@ -1,7 +1,5 @@
 """Report of an evaluation: for machines (report.json) and for people (the table and plain sentences)."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The honest table: every row trained under one protocol, each student an independent task."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -6,8 +6,6 @@ The controls answer the field's criticism (arXiv 2604.18811, 2502.06434): random
 relabeling and protocol, hard labels only, and the full training set. Last epoch, several seeds.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass

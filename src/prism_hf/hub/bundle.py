@@ -1,7 +1,5 @@
 """A bundle: what of a folder is published, its card, and which files of an older version have to go; no network."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping

@@ -1,7 +1,5 @@
 """A card, of a dataset or of a network: template, YAML header and escaped text from outside; no network."""
 
-from __future__ import annotations
-
 import html
 import json
 import re

@@ -1,7 +1,5 @@
 """The dataset card: what a distilled dataset says about itself, rendered strictly from facts; pure, no network."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

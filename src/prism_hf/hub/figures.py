@@ -1,7 +1,5 @@
 """Figures of the card: the grid of images and the diversity plot, as PNG files with the same bytes each time."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

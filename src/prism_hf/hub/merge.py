@@ -1,7 +1,5 @@
 """A generated card meets the README on the Hub: our part is replaced, what others wrote stays; no network."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The model card: what a shared network says about itself, rendered strictly from its folder; pure, no network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

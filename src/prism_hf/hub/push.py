@@ -5,8 +5,6 @@ so that a killed push goes on where it stopped. Whatever fails for a moment is t
 answer that was lost is not published twice, and somebody else's commit in between is kept.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """A repo of the Hub: what it holds, and whether something may be published there; reads, and never writes."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import tempfile

@@ -1,7 +1,5 @@
 """What a run will do and how much disk it needs, from the recipe alone."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from ..runtime import size_text

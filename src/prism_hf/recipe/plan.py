@@ -1,7 +1,5 @@
 """Which images are optimized together, under which teachers, with which seed: decided by the recipe alone."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ A recipe holds the science (every value that can change a result) and nothing ab
 device, precision and paths are arguments of the commands. Two runs of one recipe give the same bytes on the CPU.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

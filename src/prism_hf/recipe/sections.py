@@ -1,7 +1,5 @@
 """The sections of a recipe, but for the optimization of pixels: what each key means stands beside it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 

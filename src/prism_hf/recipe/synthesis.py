@@ -1,7 +1,5 @@
 """How pixels are optimized, as a section of a recipe: statistics, optimizer, views, start images."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

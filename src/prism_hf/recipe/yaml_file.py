@@ -1,7 +1,5 @@
 """A recipe's YAML: read, override, check, write and compare."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json

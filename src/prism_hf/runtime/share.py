@@ -1,7 +1,5 @@
 """The one loop over independent tasks: skip what is done, say how many, split over processes, show progress, wait."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket
@@ -30,7 +28,7 @@ def share(
     tasks: Sequence[T],
     *,
     is_done: Callable[[T], bool],
-    do: Callable[[T, Progress], None],
+    do: Callable[[T, "Progress"], None],
     unit: str,
     notes: Path,
     prepare: Callable[[list[T]], None] = lambda _: None,
