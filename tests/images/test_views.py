@@ -2,14 +2,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from prism_hf.images.resampling import axis_matrix, resample
 from prism_hf.images.views import (
     ViewRows,
     apply_views,
-    axis_matrix,
     draw_crop,
     draw_views,
     from_columns,
-    resample,
     to_columns,
 )  # fmt: skip
 

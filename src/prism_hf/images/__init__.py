@@ -2,5 +2,6 @@
 
 from .open_source import local_folder, reason_of
 from .pixels import REFERENCE, UNREADABLE, clamp_, decode, encode, noise, reference_mean_std, to_reference, to_uint8
+from .resampling import axis_matrix, resample
 from .source import ImageSplit, SourceData, count_classes, load_source, load_test_split
-from .views import ViewRows, apply_views, axis_matrix, draw_crop, draw_views, from_columns, resample, to_columns
+from .views import ViewRows, apply_views, draw_crop, draw_views, from_columns, to_columns

@@ -2,10 +2,8 @@
 
 Legend: B images, C channels, H W pixels of the source, S side of the result.
 
-A view is a crop box in whole source pixels, resized to S x S (bilinear with antialiasing), an optional flip, an
-optional roll, and an optional partner: pasted as a box (CutMix) or blended (MixUp). Crop, resize, flip and roll are one
-linear map along each axis, applied as `rows @ image @ columns^T`: exactly what
-`torch.nn.functional.interpolate(crop, mode="bilinear", antialias=True)` computes, for all images in one call.
+A view is a crop box in whole source pixels, resized to S x S (bilinear with antialiasing), an optional flip, and an
+optional partner: pasted as a box (CutMix) or blended (MixUp).
 """
 
 import math
@@ -16,6 +14,8 @@ from typing import Self
 import numpy as np
 import torch
 from torch import Tensor
+
+from .resampling import resample
 
 _ASPECT = (3 / 4, 4 / 3)
 """Range of the aspect ratio of a random resized crop: torchvision's default, as in all published codes."""
@@ -99,40 +99,6 @@ def _cutmix_box(size: int, share: float, generator: torch.Generator) -> Tensor:
     low = (center - side // 2).clamp(0, size)
     high = (center - side // 2 + side).clamp(0, size)
     return torch.cat([low, high - low])
-
-
-def axis_matrix(start: Tensor, length: Tensor, in_size: int, out_size: int) -> Tensor:
-    """The map from `in_size` source pixels of an axis to `out_size` result pixels: crop [start, start + length), resize.
-
-    Start and length are (B,) int64. The result is (B, out_size, in_size) float32 on their device; rows sum to 1. Triangle
-    filter, widened when it shrinks (antialiasing), border pixels renormalized: PyTorch's `interpolate(..., mode="bilinear",
-    antialias=True)`.
-    """
-    start, length = start.double().view(-1, 1, 1), length.double().view(-1, 1, 1)
-    scale = length / out_size
-    support = scale.clamp(min=1)
-    center = (torch.arange(out_size, device=start.device, dtype=torch.float64).view(1, -1, 1) + 0.5) * scale
-    pixel = torch.arange(in_size, device=start.device, dtype=torch.float64).view(1, 1, -1) - start
-    weight = (1 - (pixel + 0.5 - center).abs() / support).clamp(min=0)
-    weight = weight * ((pixel >= 0) & (pixel < length))
-    return (weight / weight.sum(-1, keepdim=True)).float()
-
-
-def resample(
-    images: Tensor, crop: Tensor, flip: Tensor, *, out_size: int | None = None, roll: tuple[int, int] = (0, 0)
-) -> Tensor:
-    """Crop, resize, flip and roll a batch of images, differentiably: (B, C, H, W) float -> (B, C, S, S).
-
-    `crop` is (B, 4) int64 and `flip` (B,) bool; a single row serves the whole batch. S is `out_size`, by default W. `roll`
-    counts pixels down and right, wrapping around.
-    """
-    out_size = out_size or images.shape[-1]
-    crop, flip = crop.to(images.device), flip.to(images.device)
-    rows = axis_matrix(crop[:, 0], crop[:, 2], images.shape[-2], out_size)
-    columns = axis_matrix(crop[:, 1], crop[:, 3], images.shape[-1], out_size)
-    columns = torch.where(flip.view(-1, 1, 1), columns.flip(1), columns)
-    rows, columns = rows.roll(roll[0], dims=1), columns.roll(roll[1], dims=1)
-    return rows.unsqueeze(1).to(images) @ images @ columns.mT.unsqueeze(1).to(images)
 
 
 def apply_views(images: Tensor, view: View, partners: Tensor | None = None, partner_view: View | None = None) -> Tensor:
