@@ -88,10 +88,7 @@ Made with prism-hf.
 def folder_of(folder, facts, names=NAMES, channels=3):
     with torch.random.fork_rng(devices=[]):
         network = build_network("test_resnet", num_classes=len(names), channels=channels).eval()
-    store_network(
-        network, folder, facts, architecture="test_resnet", size=32, channels=channels, class_names=names,
-        licence="CC BY 4.0",
-    )  # fmt: skip
+    store_network(network, folder, facts, size=32, class_names=names)
     return folder
 
 

@@ -151,10 +151,7 @@ def _train_and_store(
         weights_sha256=digest_of_tensors(network.state_dict()),
         wall_time_s=round(time.perf_counter() - started, 2),
     )
-    size, names, licence = recipe.data.size, data.class_names, recipe.data.licence
-    store_network(
-        network, folder, facts, architecture=architecture, size=size, channels=3, class_names=names, licence=licence
-    )
+    store_network(network, folder, facts, size=recipe.data.size, class_names=data.class_names)
     return facts
 
 
