@@ -96,11 +96,13 @@ def folder_of(folder, facts, names=NAMES, channels=3):
 def made(tmp_path_factory):
     """Real model folders of both kinds."""
     root = tmp_path_factory.mktemp("models")
-    return {
+    folders = {
         "student": folder_of(root / "student", StudentFacts(**STUDENT)),
         "teacher": folder_of(root / "teacher", TeacherFacts(**TEACHER)),
-        "older": folder_of(root / "older", TeacherFacts(**OLDER_TEACHER)),
+        "older": folder_of(root / "older", TeacherFacts(**TEACHER)),
     }
+    TeacherFacts(**OLDER_TEACHER).write(folders["older"] / TeacherFacts.FILE)
+    return folders
 
 
 def written(folder, *, student=None, teacher=None, **config):

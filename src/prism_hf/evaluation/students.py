@@ -228,6 +228,7 @@ def keep_student(
     recipe = distilled.recipe
     elsewhere = ("student", "seeds", "epochs", "full_data_epochs") + (() if settings.label_epochs else ("label_epochs",))
     facts = StudentFacts(
+        kind="student",
         architecture=settings.student,
         labels=KEPT.labels,
         epochs=settings.epochs or distilled.num_epochs,

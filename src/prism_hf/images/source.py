@@ -107,15 +107,7 @@ class ImageSplit:
 
 @dataclass(frozen=True)
 class SourceData:
-    """The real data of a recipe.
-
-    Attributes:
-        train: The training split (without what `validation_fraction` holds out).
-        test: The test part.
-        class_names: Name of each class, K.
-        revision: Commit of a Hub source.
-        on_hub: Whether the source is a Hub dataset.
-    """
+    """The real data of a recipe; what `validation_fraction` holds out is in `test`, and `revision` is a commit of the Hub."""
 
     train: ImageSplit
     test: ImageSplit

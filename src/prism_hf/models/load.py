@@ -10,17 +10,12 @@ import timm
 import torch
 from pydantic import Field, model_validator
 from timm.data import resolve_model_data_config
-from timm.models import PretrainedCfg
 
 from ..errors import TeacherError
 from ..runtime import Facts, stray_link
 from .build import LogitsOnly
 from .download import ADAPTER, CONFIG, INDEX, WEIGHTS, ModelFiles, ShardIndex, fetch
 from .teacher import Teacher, digest_of_tensors
-
-PICKLED_DEFAULT = "pytorch_model.bin"
-"""What timm calls weights whose safe twin is model.safetensors."""
-
 
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -126,16 +121,6 @@ def _from_folder(files: ModelFiles, name: str) -> Teacher:
 
 def _from_registry(name: str) -> Teacher:
     """Load a plain timm name: timm knows architecture, classes and normalization, the Hub has the weights."""
-    cfg = _registered(name)
-    file = cfg.hf_hub_filename or PICKLED_DEFAULT
-    weights = WEIGHTS if file == PICKLED_DEFAULT else file
-    if not weights.endswith(".safetensors"):
-        raise TeacherError(f"teacher {name!r}: timm loads it from {file}, and only safetensors are opened; use another one")
-    files = fetch(name, cfg.hf_hub_id, [[weights]])
-    return _from_timm(name, name, files, {"file": str(files.folder / weights)})
-
-
-def _registered(name: str) -> PretrainedCfg:
     architecture = name.split(".")[0]
     if ":" in name or "/" in name:
         raise TeacherError(
@@ -154,7 +139,12 @@ def _registered(name: str) -> PretrainedCfg:
         tags = [known for known in timm.list_pretrained(f"{architecture}.*") if timm.get_pretrained_cfg(known).hf_hub_id]
         hint = f"timm has {', '.join(tags[:4])}" if tags else "timm.list_pretrained() lists what it has"
         raise TeacherError(f"teacher {name!r}: timm knows no weights of that name on the Hub; {hint}")
-    return cfg
+    file = cfg.hf_hub_filename or WEIGHTS
+    weights = WEIGHTS if file == "pytorch_model.bin" else file  # the Hub has a safe twin of what timm calls so
+    if not weights.endswith(".safetensors"):
+        raise TeacherError(f"teacher {name!r}: timm loads it from {file}, and only safetensors are opened; use another one")
+    files = fetch(name, cfg.hf_hub_id, [[weights]])
+    return _from_timm(name, name, files, {"file": str(files.folder / weights)})
 
 
 def _from_timm(source: str, name: str, files: ModelFiles, overlay: dict[str, str] | None = None) -> Teacher:

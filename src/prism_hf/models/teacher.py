@@ -18,10 +18,8 @@ class Teacher:
 
     Attributes:
         model: (B, 3 or 1, H, W) in its own normalization -> logits (B, K); eval mode, no parameter gradients.
-        mean: Per channel, in [0, 1] pixel units.
-        std: Per channel, in [0, 1] pixel units.
+        mean, std: Per channel, in [0, 1] pixel units.
         size: Side of its input in pixels.
-        num_classes: K.
         licence: Of the weights, or "unknown".
         revision: Hub commit of the weights, or `None` for local ones.
         weights_sha256: Of all parameters and buffers, from `digest_of_tensors`.
