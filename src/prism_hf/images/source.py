@@ -107,7 +107,7 @@ class ImageSplit:
 
 @dataclass(frozen=True)
 class SourceData:
-    """The real data of a recipe; what `validation_fraction` holds out is in `test`, and `revision` is a commit of the Hub."""
+    """The real data of a recipe; `test` is what `validation_fraction` holds out, if it does. `revision` is a commit."""
 
     train: ImageSplit
     test: ImageSplit
