@@ -88,10 +88,7 @@ Made with prism-hf.
 def folder_of(folder, facts, names=NAMES, channels=3):
     with torch.random.fork_rng(devices=[]):
         network = build_network("test_resnet", num_classes=len(names), channels=channels).eval()
-    store_network(
-        network, folder, facts, architecture="test_resnet", size=32, channels=channels, class_names=names,
-        licence="CC BY 4.0",
-    )  # fmt: skip
+    store_network(network, folder, facts, size=32, class_names=names)
     return folder
 
 
@@ -99,11 +96,13 @@ def folder_of(folder, facts, names=NAMES, channels=3):
 def made(tmp_path_factory):
     """Real model folders of both kinds."""
     root = tmp_path_factory.mktemp("models")
-    return {
+    folders = {
         "student": folder_of(root / "student", StudentFacts(**STUDENT)),
         "teacher": folder_of(root / "teacher", TeacherFacts(**TEACHER)),
-        "older": folder_of(root / "older", TeacherFacts(**OLDER_TEACHER)),
+        "older": folder_of(root / "older", TeacherFacts(**TEACHER)),
     }
+    TeacherFacts(**OLDER_TEACHER).write(folders["older"] / TeacherFacts.FILE)
+    return folders
 
 
 def written(folder, *, student=None, teacher=None, **config):

@@ -37,9 +37,9 @@ def network_of(architecture="test_resnet", channels=3, seed=0):
 
 
 def store(folder, network=None, *, architecture="test_resnet", channels=3, facts=FACTS, **changes):
-    values = {"size": SIZE, "class_names": NAMES, "licence": "my terms"} | changes
     network = network or network_of(architecture, channels)
-    store_network(network, folder, facts, architecture=architecture, channels=channels, **values)
+    facts = facts.model_copy(update={"architecture": architecture, "channels": channels})
+    store_network(network, folder, facts, size=SIZE, class_names=NAMES, **changes)
     return network
 
 

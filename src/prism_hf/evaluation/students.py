@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -225,44 +225,30 @@ def keep_student(
     `source` is the real data behind the distilled set; `dataset_id` is its Hub id, or `None` if it is a local folder.
     """
     _, channels, _, size = distilled.images_uint8.shape
-    facts = _student_facts(
-        distilled, settings, dataset_id, source=source, test=tested_on, test_top1=top1, test_count=test_count
-    )
-    try:
-        store_network(
-            student,
-            folder,
-            facts,
-            architecture=settings.student,
-            size=size,
-            channels=channels,
-            class_names=distilled.class_names,
-            licence=source.licence,
-            replace=True,  # one that is there belongs to a score that is gone, or to other seeds
-        )
-    except RecipeError as error:
-        log.info("student not kept: %s", error)
-
-
-def _student_facts(
-    distilled: DistilledDataset, settings: EvaluationRecipe, dataset_id: str | None, **measured: Any
-) -> StudentFacts:
     recipe = distilled.recipe
     elsewhere = ("student", "seeds", "epochs", "full_data_epochs") + (() if settings.label_epochs else ("label_epochs",))
-    return StudentFacts(
+    facts = StudentFacts(
         kind="student",
         architecture=settings.student,
         labels=KEPT.labels,
         epochs=settings.epochs or distilled.num_epochs,
-        channels=distilled.images_uint8.shape[1],
+        channels=channels,
         dataset=DistilledFacts(
             name=recipe.name if recipe else None,
             content=distilled.content,
             images=len(distilled.labels),
             hub_id=dataset_id,
         ),
+        source=source,
+        test=tested_on,
         recipe_fingerprint=recipe.fingerprint() if recipe else None,
         settings={key: value for key, value in asdict(settings).items() if key not in elsewhere},
         seed=settings.seeds[0],
-        **measured,
+        test_top1=top1,
+        test_count=test_count,
     )
+    try:
+        # One that is there belongs to a score that is gone, or to other seeds.
+        store_network(student, folder, facts, size=size, class_names=distilled.class_names, replace=True)
+    except RecipeError as error:
+        log.info("student not kept: %s", error)

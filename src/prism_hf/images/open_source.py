@@ -14,7 +14,9 @@ from sklearn.model_selection import train_test_split
 
 from ..errors import DataError, PrismError
 from ..recipe import DataRecipe
-from ..runtime import ARCHIVES, folder_state, foreign_files, homes_of, is_inside, is_plain_path, read_card, visible_entries
+from ..runtime import folder_state, foreign_files, homes_of, is_inside, is_plain_path, read_card, visible_entries
+
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".tbz2", ".xz", ".txz", ".7z", ".rar", ".zst", ".lz4")
 
 
 def open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
@@ -133,7 +135,7 @@ def _check_local(folder: Path) -> None:
     for entry in visible_entries(folder):
         if entry.is_symlink() and not is_inside(Path(entry.path), homes):
             raise DataError(f"{entry.path!r} is a link that leads out of {str(folder)!r}; put the files themselves there")
-        if entry.name.lower().endswith(ARCHIVES):
+        if entry.name.lower().endswith(_ARCHIVES):
             raise DataError(f"{entry.path!r} is an archive, and none is opened; unpack it, and move it out of the folder")
     _check_card(folder / datasets.config.REPOCARD_FILENAME, "{}")
     _check_card(folder / datasets.config.REPOYAML_FILENAME, "---\n{}\n---\n")  # a header in a file of its own

@@ -107,15 +107,7 @@ class ImageSplit:
 
 @dataclass(frozen=True)
 class SourceData:
-    """The real data of a recipe.
-
-    Attributes:
-        train: The training split (without what `validation_fraction` holds out).
-        test: The test part.
-        class_names: Name of each class, K.
-        revision: Commit of a Hub source.
-        on_hub: Whether the source is a Hub dataset.
-    """
+    """The real data of a recipe; `test` is what `validation_fraction` holds out, if it does. `revision` is a commit."""
 
     train: ImageSplit
     test: ImageSplit

@@ -5,10 +5,9 @@ from contextlib import contextmanager
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import RecipeError
-from .load_transformers import LogitsOnly
 
 
 @contextmanager
@@ -18,6 +17,18 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+class LogitsOnly(nn.Module):
+    """A transformers classifier with timm's calling convention: images (B, C, H, W) -> logits (B, K)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        return self.model(pixel_values=x).logits
 
 
 def build_network(name: str, *, num_classes: int, channels: int) -> nn.Module:

@@ -35,30 +35,31 @@ def store_network(
     folder: Path,
     facts: TeacherFacts | StudentFacts,
     *,
-    architecture: str,
     size: int,
-    channels: int,
     class_names: Sequence[str],
-    licence: str,
     replace: bool = False,
 ) -> None:
     """Write a complete folder under another name, then rename it: a reader sees all of it or nothing.
 
     A finished network in `folder` is left as it is, unless `replace`. The network takes images of `size` pixels in the
-    reference normalization. One with 1 channel is widened to RGB, and answers on three copies of a gray image as it did
-    on one. The license is that of the data: weights are derived from them.
+    reference normalization. A student with 1 channel is widened to RGB, and answers on three copies of a gray image as it
+    did on one; a teacher takes RGB already. The license is that of the data: weights are derived from them.
 
     Raises:
         RecipeError: Not a timm architecture, or one that cannot be widened.
     """
+    architecture, source = facts.architecture, facts.source
+    assert architecture is not None, "only facts of earlier versions lack these two"
+    assert source is not None
     if not timm.is_model(architecture):
         raise RecipeError(
             f"network {architecture!r} cannot be kept as a model folder: only timm architectures can be shared"
         )
     network = copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    channels = facts.channels if isinstance(facts, StudentFacts) else 3
     if channels == 1:
         network = _widened(network, architecture, size, len(class_names))
-    config = _config(network, size, channels, class_names, licence)
+    config = _config(network, size, channels, class_names, source.licence)
     draft = draft_folder(folder)
     try:
         with writing(folder):

@@ -1,22 +1,59 @@
 """Load teachers by name: frozen image classifiers, each with its own normalization, input size and license."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Any, Self
 
 import timm
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from timm.data import resolve_model_data_config
-from timm.models import PretrainedCfg
 
 from ..errors import TeacherError
-from .download import CONFIG, INDEX, WEIGHTS, ModelFiles, fetch
-from .load_transformers import from_transformers
-from .teacher import StatedInput, Teacher, cannot_load, check_links, digest_of_tensors
+from ..runtime import Facts, stray_link
+from .build import LogitsOnly
+from .download import ADAPTER, CONFIG, INDEX, WEIGHTS, ModelFiles, ShardIndex, fetch
+from .teacher import Teacher, digest_of_tensors
 
-PICKLED_DEFAULT = "pytorch_model.bin"
-"""What timm calls weights whose safe twin is model.safetensors."""
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _StatedInput(Facts):
+    """The input of a network as a config states it; the libraries take it unread, and fail late or calculate with it."""
+
+    input_size: list[Annotated[int, Field(gt=0)]] | None = Field(None, min_length=3, max_length=3)
+    mean: list[_Number] | None = None
+    std: list[Annotated[_Number, Field(gt=0)]] | None = None
+
+    @model_validator(mode="after")
+    def _is_per_channel(self) -> Self:
+        channels = self.input_size[0] if self.input_size else 3
+        for key, value in (("mean", self.mean), ("std", self.std)):
+            if value is not None and len(value) != channels:
+                raise ValueError(f"{key} is {value}; expected {channels} numbers")
+        return self
+
+
+class _TimmConfig(_StatedInput):
+    """A config.json of timm, as far as it is read here; facts lie in `pretrained_cfg`, or flat in older files."""
+
+    architecture: str
+    label_names: list[str] | dict[str, str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, content: object) -> object:
+        facts = content.get("pretrained_cfg") if isinstance(content, dict) else None
+        return {**content, **facts} if isinstance(content, dict) and isinstance(facts, dict) else content
+
+
+class _WrappedConfig(Facts):
+    """A config.json of transformers, as far as it is read here; `pretrained_cfg` is that of a wrapped timm model."""
+
+    pretrained_cfg: dict[str, object] | None = None
+    model_args: dict[str, object] | None = None
 
 
 def load_teachers(
@@ -24,11 +61,8 @@ def load_teachers(
 ) -> dict[str, Teacher]:
     """Load each named teacher once.
 
-    Args:
-        names: `squeeze:arch`, a timm name, `hf-hub:org/name@revision`, `local-dir:path` or
-            `transformers:org/name@revision`.
-        device: Where the networks go.
-        squeezed: Folder of each `squeeze:` teacher.
+    A name is `squeeze:arch` (its folder is in `squeezed`), a timm name, `hf-hub:org/name@revision`, `local-dir:path` or
+    `transformers:org/name@revision`.
 
     Raises:
         TeacherError: One line that names the teacher that cannot be loaded, and why.
@@ -59,22 +93,9 @@ def _load(name: str, squeezed: Mapping[str, Path]) -> Teacher:
         case "transformers:":
             local = os.path.isdir(source)
             files = ModelFiles(Path(source)) if local else fetch(name, source, [[CONFIG], [WEIGHTS, INDEX]])
-            return from_transformers(files, name)
+            return _from_transformers(files, name)
         case _:
             return _from_registry(name)
-
-
-class _Config(StatedInput):
-    """A config.json of timm, as far as it is read here; facts lie in `pretrained_cfg`, or flat in older files."""
-
-    architecture: str
-    label_names: list[str] | dict[str, str] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _flat(cls, content: object) -> object:
-        facts = content.get("pretrained_cfg") if isinstance(content, dict) else None
-        return {**content, **facts} if isinstance(content, dict) and isinstance(facts, dict) else content
 
 
 def _from_folder(files: ModelFiles, name: str) -> Teacher:
@@ -86,9 +107,9 @@ def _from_folder(files: ModelFiles, name: str) -> Teacher:
             f"teacher {name!r}: {folder} has no {' and no '.join(missing)}; expected a timm folder with config.json and "
             "model.safetensors (pickled weights are not loaded)"
         )
-    check_links(folder, name)
+    _check_links(folder, name)
     try:
-        architecture = _Config.read(folder / CONFIG).architecture
+        architecture = _TimmConfig.read(folder / CONFIG).architecture
     except ValueError as error:
         raise TeacherError(
             f"teacher {name!r}: {error}; if it is a model of transformers, name it transformers:ORG/NAME"
@@ -100,16 +121,6 @@ def _from_folder(files: ModelFiles, name: str) -> Teacher:
 
 def _from_registry(name: str) -> Teacher:
     """Load a plain timm name: timm knows architecture, classes and normalization, the Hub has the weights."""
-    cfg = _registered(name)
-    file = cfg.hf_hub_filename or PICKLED_DEFAULT
-    weights = WEIGHTS if file == PICKLED_DEFAULT else file
-    if not weights.endswith(".safetensors"):
-        raise TeacherError(f"teacher {name!r}: timm loads it from {file}, and only safetensors are opened; use another one")
-    files = fetch(name, cfg.hf_hub_id, [[weights]])
-    return _from_timm(name, name, files, {"file": str(files.folder / weights)})
-
-
-def _registered(name: str) -> PretrainedCfg:
     architecture = name.split(".")[0]
     if ":" in name or "/" in name:
         raise TeacherError(
@@ -128,7 +139,12 @@ def _registered(name: str) -> PretrainedCfg:
         tags = [known for known in timm.list_pretrained(f"{architecture}.*") if timm.get_pretrained_cfg(known).hf_hub_id]
         hint = f"timm has {', '.join(tags[:4])}" if tags else "timm.list_pretrained() lists what it has"
         raise TeacherError(f"teacher {name!r}: timm knows no weights of that name on the Hub; {hint}")
-    return cfg
+    file = cfg.hf_hub_filename or WEIGHTS
+    weights = WEIGHTS if file == "pytorch_model.bin" else file  # the Hub has a safe twin of what timm calls so
+    if not weights.endswith(".safetensors"):
+        raise TeacherError(f"teacher {name!r}: timm loads it from {file}, and only safetensors are opened; use another one")
+    files = fetch(name, cfg.hf_hub_id, [[weights]])
+    return _from_timm(name, name, files, {"file": str(files.folder / weights)})
 
 
 def _from_timm(source: str, name: str, files: ModelFiles, overlay: dict[str, str] | None = None) -> Teacher:
@@ -139,7 +155,7 @@ def _from_timm(source: str, name: str, files: ModelFiles, overlay: dict[str, str
         # timm allows a list, or names by number.
         names = [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) else list(labels)
     except Exception as error:  # a foreign config.json reaches constructors as keyword arguments: anything can follow
-        raise cannot_load(name, error) from error
+        raise _cannot_load(name, error) from error
     if classes != cfg["num_classes"]:
         # timm drops the stored head then, and leaves a random one.
         raise TeacherError(
@@ -158,4 +174,107 @@ def _from_timm(source: str, name: str, files: ModelFiles, overlay: dict[str, str
         revision=files.commit,
         weights_sha256=digest_of_tensors(model.state_dict()),
         label_names=tuple(map(str, names)) or None,
+    )
+
+
+def _from_transformers(files: ModelFiles, name: str) -> Teacher:
+    """Load a classifier of transformers, with the normalization of its image processor."""
+    wrapped = _check_folder(files.folder, name).pretrained_cfg or {}
+    model, processor = _open(files.folder, name)
+    config = model.config
+    size, mean, std = _input_of(processor, getattr(config, "num_channels", 3), name)
+    labels = [config.id2label.get(i, f"LABEL_{i}") for i in range(config.num_labels)]
+    generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
+    return Teacher(
+        name=name,
+        model=LogitsOnly(model),
+        mean=mean,
+        std=std,
+        size=size,
+        num_classes=int(config.num_labels),
+        architecture=str(getattr(config, "architecture", None) or config.model_type),
+        licence=str(wrapped.get("license") or files.licence or "unknown"),
+        revision=files.commit,
+        weights_sha256=digest_of_tensors(model.state_dict()),
+        label_names=None if generic else tuple(labels),
+    )
+
+
+def _check_folder(folder: Path, name: str) -> _WrappedConfig:
+    """Refuse a folder that would open more than its own safetensors."""
+    _check_links(folder, name)
+    try:
+        config = _WrappedConfig.read(folder / CONFIG)
+        if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+            ShardIndex.read(folder / INDEX)
+    except ValueError as error:
+        raise _cannot_load(name, error) from error
+    # What is called model_args reaches timm's own loader of checkpoints, pickles among them.
+    if "checkpoint_path" in (config.model_args or {}):
+        raise TeacherError(
+            f"teacher {name!r}: its config.json names a checkpoint of its own; only model.safetensors is opened"
+        )
+    if (folder / ADAPTER).is_file():
+        raise TeacherError(f"teacher {name!r} adapts another model ({ADAPTER}); merge the two and save the whole model")
+    return config
+
+
+def _open(folder: Path, name: str) -> tuple[Any, object]:
+    """Open model and image processor, and refuse weights that transformers would complete with random numbers."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        model, report = AutoModelForImageClassification.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **local
+        )
+        processor = AutoImageProcessor.from_pretrained(folder, **local)
+    except Exception as error:  # a foreign config.json reaches constructors as keyword arguments: anything can follow
+        raise _cannot_load(name, error) from error
+    if absent := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
+        raise TeacherError(
+            f"teacher {name!r}: its weights lack {len(absent)} tensors of the model, {absent[0]!r} first; "
+            "use a checkpoint trained to classify images"
+        )
+    return model, processor
+
+
+def _input_of(processor: object, channels: int, name: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Side, mean and std that an image processor prepares, in [0, 1] pixel units; one that does more is refused."""
+    scale = getattr(processor, "rescale_factor", None)
+    if getattr(processor, "do_flip_channel_order", False) or (scale is not None and abs(scale * 255 - 1) > 1e-6):
+        raise TeacherError(
+            f"teacher {name!r} wants its channels or pixel values in another order or scale than RGB in [0, 1]; "
+            "use the model through timm, or another teacher"
+        )
+    values = getattr(processor, "data_config", None)  # of a timm model in its wrapper
+    if values is None:
+        crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+        size = crop or getattr(processor, "size", None) or {}
+        side = next((size[key] for key in ("height", "shortest_edge") if key in size and size[key]), None)
+        plain = not getattr(processor, "do_normalize", True)
+        mean, std = ([0.0] * channels, [1.0] * channels) if plain else (processor.image_mean, processor.image_std)  # type: ignore[attr-defined]
+        values = {"input_size": side and [channels, side, side], "mean": mean, "std": std}
+    try:
+        stated = _StatedInput.parse(json.dumps(values).encode(), "its image processor")
+    except ValueError as error:
+        raise TeacherError(f"teacher {name!r}: {error}") from error
+    if stated.input_size is None or stated.mean is None or stated.std is None:
+        raise TeacherError(f"teacher {name!r}: its image processor states no input size; use the model through timm")
+    return stated.input_size[-1], tuple(stated.mean), tuple(stated.std)
+
+
+def _check_links(folder: Path, name: str) -> None:
+    """Refuse a folder with a link that leads out of it."""
+    link = stray_link(folder)
+    if link is not None:
+        raise TeacherError(f"teacher {name!r}: {link} is a link that leads out of its folder; put the file itself there")
+
+
+def _cannot_load(name: str, error: Exception) -> TeacherError:
+    """Make the error for what timm or transformers could not load."""
+    reason = " ".join(str(error).split())[:300]
+    return TeacherError(
+        f"teacher {name!r} cannot be loaded ({type(error).__name__}: {reason}); expected config.json and safetensors that "
+        "fit each other, as timm or transformers saves them"
     )

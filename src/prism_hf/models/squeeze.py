@@ -4,7 +4,6 @@ A squeezed teacher is a model folder (see `folder`); its name carries a fingerpr
 """
 
 import hashlib
-import logging
 import shutil
 import time
 from dataclasses import replace
@@ -14,20 +13,18 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import DamagedError, TeacherError
 from ..images import ImageSplit, SourceData, draw_views, reference_mean_std, resample, to_reference
 from ..recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
-from ..runtime import EVERY_S, Artifact, clear_drafts, derived_seed, holder_of, holder_text, is_held, locked
+from ..runtime import EVERY_S, Artifact, clear_drafts, derived_seed, is_held, waited_for
 from ..runtime.checkpoint import Checkpoint
 from .build import build_network, seeded
 from .facts import SqueezeSettings, TeacherFacts
 from .folder import is_stored, scored_on, source_facts, store_network
 from .teacher import digest_of_tensors
 from .training import ShuffledBatches, fit, score
-
-log = logging.getLogger(__name__)
 
 
 def teacher_folder(name: str, recipe: Recipe, root: Path) -> Path:
@@ -103,12 +100,9 @@ def squeeze_teacher(
     folder = teacher_folder(name, recipe, root)
     work = _scratch(folder)
     check_batch(recipe, data)
-    if is_held(work):
-        log.info("squeeze: %s is being trained by %s; waiting for it", name, holder_text(holder_of(work)))
-    with locked(work, patience_s=-1):
+    with waited_for(work, f"squeeze: {name} is being trained"):
         if is_squeezed(folder):
             return read_squeezed(folder, data)
-        clear_drafts(work)
         clear_drafts(root, of=folder.name, deep=False)
         checkpoint = Checkpoint(Artifact(work / "checkpoint.safetensors", f"{folder.name} {data.train.content}"), every_s)
         facts = _train_and_store(name, recipe, data, folder, checkpoint, device)
@@ -132,9 +126,23 @@ def _train_and_store(
     name: str, recipe: Recipe, data: SourceData, folder: Path, checkpoint: Checkpoint, device: torch.device
 ) -> TeacherFacts:
     architecture, started = name.removeprefix(SQUEEZE_PREFIX), time.perf_counter()
-    source, epochs = source_facts(recipe, data), recipe.squeeze.epochs
-    steps = epochs * (len(data.train) // recipe.squeeze.batch_size)
-    network = _train(architecture, recipe, data, steps, checkpoint, device)
+    source, settings = source_facts(recipe, data), recipe.squeeze
+    seed, steps = _seed(recipe), settings.epochs * (len(data.train) // settings.batch_size)
+    drawn = derived_seed(seed, "squeeze", architecture)
+    with seeded(drawn, device):
+        network = build_network(architecture, num_classes=data.num_classes, channels=3)
+        network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = fit(
+            network,
+            _batches(data.train, settings, drawn, device),
+            F.cross_entropy,
+            steps=steps,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            schedule="one_cycle",
+            what=f"squeeze: teacher {architecture}",
+            checkpoint=checkpoint,
+        )
     facts = TeacherFacts(
         kind="teacher",
         teacher=name,
@@ -145,37 +153,14 @@ def _train_and_store(
         channels=recipe.data.channels,
         source=source,
         test=scored_on(recipe),
-        settings=SqueezeSettings(seed=_seed(recipe), data=source.id, steps=steps, epochs=epochs),
+        settings=SqueezeSettings(seed=seed, data=source.id, steps=steps, epochs=settings.epochs),
         fingerprint=folder.name.rpartition("-")[2],
         test_top1=score(lambda x: network(_as_rgb(x)), data.test, device=device),
         weights_sha256=digest_of_tensors(network.state_dict()),
         wall_time_s=round(time.perf_counter() - started, 2),
     )
-    size, names, licence = recipe.data.size, data.class_names, recipe.data.licence
-    store_network(
-        network, folder, facts, architecture=architecture, size=size, channels=3, class_names=names, licence=licence
-    )
+    store_network(network, folder, facts, size=recipe.data.size, class_names=data.class_names)
     return facts
-
-
-def _train(
-    architecture: str, recipe: Recipe, data: SourceData, steps: int, checkpoint: Checkpoint, device: torch.device
-) -> nn.Module:
-    settings, seed = recipe.squeeze, derived_seed(_seed(recipe), "squeeze", architecture)
-    with seeded(seed, device):
-        network = build_network(architecture, num_classes=data.num_classes, channels=3)
-        network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return fit(
-            network,
-            _batches(data.train, settings, seed, device),
-            F.cross_entropy,
-            steps=steps,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            schedule="one_cycle",
-            what=f"squeeze: teacher {architecture}",
-            checkpoint=checkpoint,
-        )
 
 
 def _batches(split: ImageSplit, settings: SqueezeRecipe, seed: int, device: torch.device) -> ShuffledBatches:

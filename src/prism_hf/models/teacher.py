@@ -3,17 +3,13 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..errors import TeacherError
 from ..images import reference_mean_std, to_reference
-from ..runtime import Facts, stray_link
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,10 +18,8 @@ class Teacher:
 
     Attributes:
         model: (B, 3 or 1, H, W) in its own normalization -> logits (B, K); eval mode, no parameter gradients.
-        mean: Per channel, in [0, 1] pixel units.
-        std: Per channel, in [0, 1] pixel units.
+        mean, std: Per channel, in [0, 1] pixel units.
         size: Side of its input in pixels.
-        num_classes: K.
         licence: Of the weights, or "unknown".
         revision: Hub commit of the weights, or `None` for local ones.
         weights_sha256: Of all parameters and buffers, from `digest_of_tensors`.
@@ -133,38 +127,3 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class StatedInput(Facts):
-    """The input of a network as a config states it; the libraries take it unread, and fail late or calculate with it."""
-
-    input_size: list[Annotated[int, Field(gt=0)]] | None = Field(None, min_length=3, max_length=3)
-    mean: list[Number] | None = None
-    std: list[Annotated[Number, Field(gt=0)]] | None = None
-
-    @model_validator(mode="after")
-    def _is_per_channel(self) -> Self:
-        channels = self.input_size[0] if self.input_size else 3
-        for key, value in (("mean", self.mean), ("std", self.std)):
-            if value is not None and len(value) != channels:
-                raise ValueError(f"{key} is {value}; expected {channels} numbers")
-        return self
-
-
-def check_links(folder: Path, name: str) -> None:
-    """Refuse a folder with a link that leads out of it."""
-    link = stray_link(folder)
-    if link is not None:
-        raise TeacherError(f"teacher {name!r}: {link} is a link that leads out of its folder; put the file itself there")
-
-
-def cannot_load(name: str, error: Exception) -> TeacherError:
-    """Make the error for what timm or transformers could not load."""
-    reason = " ".join(str(error).split())[:300]
-    return TeacherError(
-        f"teacher {name!r} cannot be loaded ({type(error).__name__}: {reason}); expected config.json and safetensors that "
-        "fit each other, as timm or transformers saves them"
-    )

@@ -33,11 +33,7 @@ Schedule = Literal["cosine", "one_cycle"]
 
 
 class Batches:
-    """Tuples of tensors to train on, which can be continued after any of them.
-
-    Args:
-        draw: Number of batches that are done -> the others.
-    """
+    """Tuples of tensors to train on, continued after any of them: `draw` takes how many are done, and makes the others."""
 
     def __init__(self, draw: Callable[[int], Iterator[tuple[Tensor, ...]]]) -> None:
         self._draw, self._done = draw, 0
@@ -57,14 +53,10 @@ class Batches:
 
 
 class ShuffledBatches(Batches):
-    """Batches of a table in a new order each epoch.
+    """Batches of a table of `count` rows in a new order each epoch.
 
-    Args:
-        parts: Positions of each batch in an epoch's order.
-        epochs: Number of epochs.
-        generator: Draws the orders, and whatever `make` draws.
-        make: Row numbers (B,) int64 and the generator -> a batch.
-        count: Rows of the table.
+    `parts` are the positions of each batch in an epoch's order. `generator` draws the orders, and whatever `make` draws,
+    which turns row numbers, (B,) int64, and the generator into a batch.
     """
 
     def __init__(

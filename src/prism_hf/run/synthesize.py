@@ -16,7 +16,7 @@ from ..images import ImageSplit, noise, to_reference
 from ..method import BATCH_SIZE, SCORED, choose_start_images, gather_statistics, real_rows, shuffled_batches
 from ..models import Teacher
 from ..recipe import SynthesisJob, plan_jobs
-from ..runtime import Artifact, clear_drafts, digest, holder_of, holder_text, is_held, locked, told_in_one_line
+from ..runtime import Artifact, digest, told_in_one_line, waited_for
 from ..runtime.checkpoint import Checkpoint
 from ..runtime.share import Progress
 from ..runtime.tensors import open_rows, read_tensors, write_rows, write_tensors
@@ -108,10 +108,7 @@ def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: i
     slug = re.sub(r"[^a-z0-9.]+", "-", teacher.architecture.lower()).strip("-.")[:80] or "unknown"
     folder = root / "statistics" / f"{slug}-{key[:12]}"
     file = Artifact(folder / "conv.safetensors", key)
-    if is_held(folder):
-        log.info("%s is being gathered by %s; waiting for it", file.path, holder_text(holder_of(folder)))
-    with locked(folder, patience_s=-1):
-        clear_drafts(folder)
+    with waited_for(folder, f"{file.path} is being gathered"):
         if not file.is_whole():
             log.info("teacher %s: statistics of convolutions over %d real images", teacher.name, len(split))
             batch = f"a batch of {min(BATCH_SIZE, len(split))} real images for statistics of convolutions"

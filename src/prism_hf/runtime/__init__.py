@@ -1,7 +1,7 @@
 """What any long job needs: whole files, checkpoints, locks, signals, logs, the Hub's client. Nothing here knows images."""
 
 from .facts import Facts
-from .lock import HOLDER, LOCK, check_free, holder_of, holder_text, is_held, locked
+from .lock import HOLDER, LOCK, check_free, holder_of, holder_text, is_held, locked, waited_for
 from .logs import log_file
 from .memory import told_in_one_line
 from .plain_yaml import YamlError, dump_yaml, read_header, read_yaml
@@ -29,7 +29,6 @@ from .store import (
 )
 from .units import duration_text, size_text
 from .untrusted import (
-    ARCHIVES,
     foreign_files,
     homes_of,
     is_inside,

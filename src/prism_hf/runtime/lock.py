@@ -1,6 +1,7 @@
 """One launch at a time in one folder. The operating system holds the lock: it ends with the process, however that dies."""
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ from filelock import FileLock, Timeout
 
 from ..errors import OutputError
 from .stop import is_first_process
-from .store import write_json, writing
+from .store import clear_drafts, write_json, writing
 
+log = logging.getLogger(__name__)
 LOCK, HOLDER = ".lock", ".holder.json"
 PATIENCE_S = 6.0  # for a launch that is about to end: people press Ctrl-C and start again
 
@@ -42,6 +44,16 @@ def locked(folder: Path, *, patience_s: float = PATIENCE_S) -> Iterator[dict[str
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def waited_for(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder for the length of the block, and clear it of drafts; a log line says that `what` by another goes on."""
+    if is_held(folder):
+        log.info("%s by %s; waiting for it", what, holder_text(holder_of(folder)))
+    with locked(folder, patience_s=-1):
+        clear_drafts(folder)
+        yield
 
 
 def check_free(folder: Path, *, patience_s: float = PATIENCE_S) -> None:
