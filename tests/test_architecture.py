@@ -1,4 +1,5 @@
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import prism_hf
+from prism_hf import runtime
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "prism_hf"
@@ -26,6 +28,9 @@ def name_of(path):
     return ".".join(path.relative_to(SRC).with_suffix("").parts)
 
 
+LATER = {name: module for module, names in runtime._LATER.items() for name in names.split()}
+"""Name -> the module of runtime/ from which its face imports it when it is first used."""
+
 every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: name_of(p))
 
 
@@ -33,10 +38,22 @@ def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports(path):
-    """(top-level package, our module or None) of every import statement, those inside functions included."""
+def run_time_tree(path):
+    """The tree without what only type checkers see."""
+    found = tree(path)
+    found.body = [
+        node for node in found.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    return found
+
+
+def imports(path, read=tree):
+    """(top-level package, our module or None) of every import statement, those inside functions included.
+
+    A name that a face imports when it is first used leads to the module behind it too.
+    """
     folder = path.relative_to(SRC).parts[:-1]
-    for node in ast.walk(tree(path)):
+    for node in ast.walk(read(path)):
         if isinstance(node, ast.Import):
             for name in node.names:
                 yield name.name.split(".")[0], None
@@ -45,7 +62,10 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             above = folder[: len(folder) + 1 - node.level]
             assert node.level <= len(folder) + 1, f"{path.name}: import from above the package"
-            yield "prism_hf", ".".join([*above, node.module] if node.module else above)
+            ours = ".".join([*above, node.module] if node.module else above)
+            yield "prism_hf", ours
+            if ours == "runtime":
+                yield from (("prism_hf", f"runtime.{LATER[name.name]}") for name in node.names if name.name in LATER)
 
 
 def graph():
@@ -67,12 +87,26 @@ def test_imports_point_down_the_packages(path):
 
 
 def faces():
-    """Package -> names that its `__init__.py` offers to the packages above."""
+    """Package -> names that its `__init__.py` offers to the packages above, those imported when first used included."""
     found = {}
     for package in PACKAGES[1:]:
-        nodes = tree(SRC / package / "__init__.py").body
-        found[package] = {name.name for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names}
+        nodes = [node for node in ast.walk(tree(SRC / package / "__init__.py")) if isinstance(node, ast.ImportFrom)]
+        found[package] = {name.name for node in nodes if node.level for name in node.names}
     return found
+
+
+def test_names_imported_when_first_used_are_those_that_type_checkers_see():
+    path = SRC / "runtime" / "__init__.py"
+    seen, at_once = (
+        [node for node in ast.walk(read(path)) if isinstance(node, ast.ImportFrom)] for read in (tree, run_time_tree)
+    )
+    behind = {node.module for node in at_once}
+    typed = {name.name: node.module for node in seen if node.module not in behind for name in node.names}
+    assert typed == LATER
+    for name, module in LATER.items():
+        assert getattr(runtime, name) is getattr(importlib.import_module(f"prism_hf.runtime.{module}"), name)
+    with pytest.raises(AttributeError, match="'prism_hf.runtime' has no attribute 'nothing'"):
+        _ = runtime.nothing
 
 
 @every_module
@@ -108,11 +142,23 @@ def test_nothing_imports_recipes_tests_or_itself_by_name(path):
 def test_light_modules_import_nothing_heavy(name):
     seen = queue = [name]
     while queue:
-        found = [item for module in queue for item in imports(file_of(module))]
+        found = [item for module in queue for item in imports(file_of(module), run_time_tree)]
         heavy = {package for package, _ in found} & {"torch", "numpy", "timm", "datasets", "transformers", "accelerate"}
         assert not heavy, name
         queue = sorted({ours for _, ours in found if ours} - set(seen))
         seen = [*seen, *queue]
+
+
+@pytest.mark.parametrize(
+    ("name", "heavy"),
+    [("recipe", {"torch", "accelerate", "timm", "datasets"}), ("runtime", {"torch", "accelerate", "huggingface_hub"})],
+)
+def test_light_packages_load_nothing_heavy(name, heavy):
+    names = [name, *(name_of(path) for path in MODULES if path.parent.name == name == "recipe")]
+    loads = "; ".join(f"import prism_hf.{module}" for module in names)
+    code = f"import sys; {loads}; sys.exit(str(sorted({heavy} & set(sys.modules)) or ''))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
 
 
 QUICK = {

@@ -21,8 +21,7 @@ from ..run.evaluate import collect, conclude, train_students
 from ..run.folder import check_place, claimed_together, is_of_another
 from ..run.preflight import check, check_space, missing_space
 from ..run.squeeze import squeeze
-from ..runtime import DRAFT, HOLDER, LOCK, check_free, clear_drafts, duration_text, locked, log_file, read_proof
-from ..runtime.share import unfinished
+from ..runtime import DRAFT, HOLDER, LOCK, check_free, clear_drafts, duration_text, locked, log_file, read_proof, unfinished
 from .comparison import Comparison, name_of, task_of
 from .findings import findings
 from .methods import StudentSetup

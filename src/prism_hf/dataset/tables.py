@@ -20,8 +20,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import DataError
 from ..images import local_folder, reason_of
-from ..runtime import stray_link
-from ..runtime.hub_client import SHORT, again
+from ..runtime import SHORT, again, stray_link
 from .format import IMAGES, VIEWS, image_features
 
 ROWS_AT_ONCE = 4096

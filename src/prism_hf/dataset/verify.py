@@ -14,8 +14,7 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData, HfApi
 
 from ..errors import HubError
-from ..runtime import homes_of, is_inside, is_plain_path, read_card, sha256_of
-from ..runtime.hub_client import SHORT, again
+from ..runtime import SHORT, again, homes_of, is_inside, is_plain_path, read_card, sha256_of
 from .format import FORMAT_VERSION, TABLES, VIEWS
 from .provenance import FileEntry, Provenance
 from .tables import is_hub_id

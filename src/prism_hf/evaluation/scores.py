@@ -12,8 +12,7 @@ from ..dataset import DistilledDataset
 from ..images import ImageSplit, to_reference
 from ..models import Teacher, penultimate_features, score
 from ..recipe import EvaluationRecipe, RelabelView
-from ..runtime import EVERY_S, Artifact, digest
-from ..runtime.checkpoint import Checkpoint
+from ..runtime import EVERY_S, Artifact, Checkpoint, digest
 from .diversity import Diversity, similarity_of_batches
 from .report import score_row
 from .students import ROWS, Row, train_on_real, train_student

@@ -33,8 +33,7 @@ from ..models import (
     store_network,
 )
 from ..recipe import EvaluationRecipe, RelabelView, batch_ranges
-from ..runtime import derived_seed
-from ..runtime.checkpoint import Checkpoint
+from ..runtime import Checkpoint, derived_seed
 
 log = logging.getLogger(__name__)
 Labels = Literal["soft", "hard", "image"]

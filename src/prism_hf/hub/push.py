@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetInfo, ModelInfo
 
 from ..errors import HubError
-from ..runtime.hub_client import PAUSES, SHORT, again
+from ..runtime import PAUSES, SHORT, again
 from .bundle import Bundle, bundle_of, stale
 from .merge import merge_readme
 from .repository import MAIN, Repository, Target, check_here, check_target

@@ -13,8 +13,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
 
 from ..errors import HubError
-from ..runtime import without_password
-from ..runtime.hub_client import SHORT, again
+from ..runtime import SHORT, again, without_password
 from .bundle import LABELS, Entry, Kind, name_in
 from .card import hub_id_problem
 

@@ -18,8 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import Field
 
 from ..errors import HubError, TeacherError
-from ..runtime import Facts, read_card, sha256_of, write_bytes
-from ..runtime.hub_client import BRIEF, UNREACHABLE, again, explain, hub_name
+from ..runtime import BRIEF, UNREACHABLE, Facts, again, explain, hub_name, read_card, sha256_of, write_bytes
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

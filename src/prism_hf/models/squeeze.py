@@ -18,8 +18,7 @@ from torch import Tensor
 from ..errors import DamagedError, TeacherError
 from ..images import ImageSplit, SourceData, draw_views, reference_mean_std, resample, to_reference
 from ..recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
-from ..runtime import EVERY_S, Artifact, clear_drafts, derived_seed, is_held, waited_for
-from ..runtime.checkpoint import Checkpoint
+from ..runtime import EVERY_S, Artifact, Checkpoint, clear_drafts, derived_seed, is_held, waited_for
 from .build import build_network, seeded
 from .facts import SqueezeSettings, TeacherFacts
 from .folder import is_stored, scored_on, source_facts, store_network

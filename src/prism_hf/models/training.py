@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from ..errors import NotFiniteError
 from ..images import ImageSplit, to_reference
-from ..runtime import raise_if_stopped, told_in_one_line
-from ..runtime.checkpoint import (
+from ..runtime import (
     Checkpoint,
     State,
     optimizer_state,
     part,
     prefixed,
+    raise_if_stopped,
     random_state,
     restore_optimizer,
     restore_random_state,
+    told_in_one_line,
 )
 
 CHECK_EVERY = 20

@@ -32,8 +32,7 @@ from ..images import SourceData, load_source
 from ..method import Precision
 from ..models import Teacher, check_teacher, is_squeezed, load_teacher, read_squeezed, teacher_folder
 from ..recipe import STAGES, TRACKERS, DataRecipe, Recipe
-from ..runtime import EVERY_S, write_json
-from ..runtime.share import share
+from ..runtime import EVERY_S, share, write_json
 from .artifacts import TIMES, Artifacts
 
 log = logging.getLogger(__name__)
@@ -176,7 +175,7 @@ class Run:
         return {"device": self.accelerator.device.type, "threads": threads, "precision": self.precision}
 
     def share(self, stage: str, tasks: Sequence[T], **how: Any) -> None:
-        """Do the tasks of a stage that are not done, shared over the processes; see `runtime.share.share`."""
+        """Do the tasks of a stage that are not done, shared over the processes; see `runtime.share`."""
         share(self.accelerator, stage, tasks, notes=self.work, title=self.title, **how)
 
     def say(self, text: str) -> None:

@@ -13,8 +13,7 @@ from ..images import to_reference, to_uint8
 from ..method import Precision, Step, synthesize
 from ..models import Teacher
 from ..recipe import SynthesisJob, SynthesisRecipe
-from ..runtime import told_in_one_line
-from ..runtime.checkpoint import Checkpoint, State
+from ..runtime import Checkpoint, State, told_in_one_line
 
 CHECK_EVERY = 10
 """Steps between looks at the losses; each look waits for the device, and finds the exact step that went wrong."""

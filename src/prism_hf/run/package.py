@@ -16,8 +16,7 @@ from ..dataset import DISTILLED, RANDOM_REAL, Provenance, check_folder, read_pro
 from ..errors import DamagedError, DataError, StageError
 from ..hub import MAX_CLASSES, MAX_SLOTS, card_facts, draw_grid, grid, render_card, render_control_card
 from ..recipe import dump_recipe, plan_jobs, public_recipe
-from ..runtime import Artifact, digest, draft_folder, files_below, read_proof, swap_folder, write_bytes, writing
-from ..runtime.share import unfinished
+from ..runtime import Artifact, digest, draft_folder, files_below, read_proof, swap_folder, unfinished, write_bytes, writing
 from .artifacts import ImageSet, job_file, read_failed
 from .context import Run, log_picture
 from .relabel import decoded_images, image_sets

@@ -16,9 +16,7 @@ from ..evaluation import LABELS
 from ..images import decode, encode, to_reference
 from ..method import ask_teachers, real_rows, relabel_batches
 from ..recipe import SynthesisJob, batch_ranges, plan_jobs
-from ..runtime import raise_if_stopped, read_proof, told_in_one_line
-from ..runtime.share import Progress, unfinished
-from ..runtime.tensors import open_rows, read_row, write_rows
+from ..runtime import Progress, open_rows, raise_if_stopped, read_proof, read_row, told_in_one_line, unfinished, write_rows
 from .artifacts import ImageSet, ShardTask, job_file, read_failed
 from .context import Run
 

@@ -1,8 +1,7 @@
 """The stage squeeze: train the `squeeze:` teachers that are not there yet."""
 
 from ..models import check_squeezed, clear_scratch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
-from ..runtime import sound_or_aside, write_json
-from ..runtime.share import Progress
+from ..runtime import Progress, sound_or_aside, write_json
 from .artifacts import SQUEEZED
 from .context import Run
 

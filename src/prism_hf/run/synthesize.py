@@ -16,10 +16,18 @@ from ..images import ImageSplit, noise, to_reference
 from ..method import BATCH_SIZE, SCORED, choose_start_images, gather_statistics, real_rows, shuffled_batches
 from ..models import Teacher
 from ..recipe import SynthesisJob, plan_jobs
-from ..runtime import Artifact, digest, told_in_one_line, waited_for
-from ..runtime.checkpoint import Checkpoint
-from ..runtime.share import Progress
-from ..runtime.tensors import open_rows, read_tensors, write_rows, write_tensors
+from ..runtime import (
+    Artifact,
+    Checkpoint,
+    Progress,
+    digest,
+    open_rows,
+    read_tensors,
+    told_in_one_line,
+    waited_for,
+    write_rows,
+    write_tensors,
+)
 from .artifacts import read_failed
 from .context import Run, log_picture
 from .optimize import CHECK_EVERY, optimize

@@ -1,4 +1,10 @@
-"""What any long job needs: whole files, checkpoints, locks, signals, logs, the Hub's client. Nothing here knows images."""
+"""What any long job needs: whole files, checkpoints, locks, signals, logs, the Hub's client. Nothing here knows images.
+
+Names of modules that load torch, accelerate or huggingface_hub are imported when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from .facts import Facts
 from .lock import HOLDER, LOCK, check_free, holder_of, holder_text, is_held, locked, waited_for
@@ -41,3 +47,32 @@ from .untrusted import (
     visible_entries,
     without_password,
 )
+
+if TYPE_CHECKING:
+    from .checkpoint import (
+        Checkpoint,
+        State,
+        optimizer_state,
+        part,
+        prefixed,
+        random_state,
+        restore_optimizer,
+        restore_random_state,
+    )
+    from .hub_client import BRIEF, PAUSES, SHORT, UNREACHABLE, again, explain, hub_name
+    from .share_loop import Progress, share, unfinished
+    from .tensors import open_rows, read_row, read_tensors, write_rows, write_tensors
+
+_LATER = {
+    "checkpoint": "Checkpoint State optimizer_state part prefixed random_state restore_optimizer restore_random_state",
+    "hub_client": "BRIEF PAUSES SHORT UNREACHABLE again explain hub_name",
+    "share_loop": "Progress share unfinished",
+    "tensors": "open_rows read_row read_tensors write_rows write_tensors",
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _LATER.items():
+        if name in names.split():
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import DatasetCard
-
 from .plain_yaml import read_header
 
 _LONGEST_NAME = 200
@@ -25,6 +23,8 @@ def read_card(text: str) -> dict[str, Any]:
     """A card's header as huggingface_hub and `datasets` read it, by YAML 1.1, or a `ValueError` of one line."""
     if read_header(text) is None:  # read by us first, since the library follows aliases without end
         return {}
+    from huggingface_hub import DatasetCard
+
     try:
         return DatasetCard(text).data.to_dict()
     except Exception as error:  # what YAML readers and the classes of the library make of foreign text

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pytest
 from pipeline import PYTHON, file_limit, quiet_env
 
-from prism_hf.runtime import share as module
-from prism_hf.runtime.share import Progress, share, unfinished
+from prism_hf.runtime import share_loop as module
+from prism_hf.runtime.share_loop import Progress, share, unfinished
 
 
 @dataclass
@@ -108,7 +108,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from accelerate import Accelerator
-from prism_hf.runtime.share import share
+from prism_hf.runtime.share_loop import share
 
 accelerator, folder = Accelerator(cpu=True), Path(sys.argv[1])
 rank = accelerator.process_index
