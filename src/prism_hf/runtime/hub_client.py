@@ -74,20 +74,19 @@ _SENTENCES: tuple[tuple[int | type | tuple[type, ...], str], ...] = (
 def again(
     attempt: Callable[[], T], doing: str, pauses: Sequence[float] = PAUSES, *, at_once: tuple[type[Exception], ...] = ()
 ) -> T:
-    """Run `attempt` until it succeeds, fails for good, or has been tried once more than there are pauses.
+    """Run `attempt` until it succeeds, fails for good, or has been tried once more than there are pauses, in seconds.
 
-    Args:
-        attempt: Reads afresh what it builds upon, so that running it again is safe.
-        doing: Says in errors and logs what failed.
-        pauses: Seconds between tries; a longer Retry-After is obeyed, up to five minutes.
-        at_once: Errors that are not waited for although they may pass: the caller can do without the Hub.
+    It reads afresh what it builds upon, so that running it again is safe. A longer Retry-After is obeyed, up to five
+    minutes. Errors `at_once` are not waited for although they may pass: the caller can do without the Hub.
 
     Raises:
         HubError: One line: what failed, why, and what to do. `away` if it was tried in vain, and may work later.
     """
     for pause in (*pauses, None):
         try:
-            _limit_time()
+            # There is no public name for the default; a factory that somebody has set (a proxy's) stays.
+            if _http._GLOBAL_CLIENT_FACTORY is _http.default_client_factory:
+                set_client_factory(_client)
             return attempt()
         except HubError:
             raise
@@ -98,20 +97,16 @@ def again(
             if pause is None or isinstance(error, at_once):
                 times = "" if pause is not None else f" {len(pauses) + 1} times"
                 raise HubError(f"{doing} failed{times}: {reason}; run the same command again later", away=True) from error
-            wait = max(pause, _requested_pause(error))
+            answer = _answer(error)
+            wish = "" if answer is None else answer.headers.get("Retry-After", "")
+            wait = max(pause, min(float(wish), _LONGEST_PAUSE) if wish.isdecimal() else 0.0)
             log.info("%s: %s; trying again in %g s", doing, reason, wait)
             time.sleep(wait)
     raise AssertionError("the loop returns or raises")
 
 
-def _limit_time() -> None:
-    """Give the library's requests a time limit, also those of a session that replaces one whose connection broke."""
-    # There is no public name for the default; a factory that somebody has set (a proxy's) stays.
-    if _http._GLOBAL_CLIENT_FACTORY is _http.default_client_factory:
-        set_client_factory(_client)
-
-
 def _client() -> httpx2.Client:
+    """The library's client with a time limit, also where it replaces one whose connection broke."""
     client = _http.default_client_factory()
     client.timeout = _TIMEOUT
     return client
@@ -177,9 +172,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _answer(error: BaseException) -> httpx2.Response | None:
     links = (link for link in _chain(error) if isinstance(link, HfHubHTTPError | httpx2.HTTPStatusError))
     return next((link.response for link in links), None)
-
-
-def _requested_pause(error: BaseException) -> float:
-    answer = _answer(error)
-    seconds = "" if answer is None else answer.headers.get("Retry-After", "")
-    return min(float(seconds), _LONGEST_PAUSE) if seconds.isdecimal() else 0.0

@@ -1,12 +1,11 @@
 """The log of a run, DIR/logs/run.log: what the terminal shows, with times. Secrets are blotted out."""
 
-import contextlib
 import logging
 import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _OURS = "prism_hf"
@@ -41,7 +40,7 @@ class _LogFile(logging.FileHandler):
 
     def close(self) -> None:
         # What could not be written is tried once more here, and is lost.
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
@@ -54,7 +53,7 @@ class _LogFile(logging.FileHandler):
 def log_file(folder: Path, rank: int) -> Iterator[Path]:
     """Append our log lines to DIR/logs/run.log (of other processes: run-RANK.log) for the length of the block."""
     path = folder / "logs" / ("run.log" if rank == 0 else f"run-{rank}.log")
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
     handler = _LogFile(path, encoding="utf-8", delay=True)
     handler.setFormatter(_Blotted("%(asctime)s %(levelname)s %(message)s"))

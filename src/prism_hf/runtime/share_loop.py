@@ -52,8 +52,7 @@ def share(
         log.info("%s: %d of %d %ss found, %d to do", stage, len(tasks) - len(missing), len(tasks), unit, len(missing))
     if missing:
         prepare(missing)
-        largest_first = sorted(missing, key=size, reverse=True)
-        mine = largest_first[accelerator.process_index :: accelerator.num_processes]
+        mine = sorted(missing, key=size, reverse=True)[accelerator.process_index :: accelerator.num_processes]
         path, total = notes / f"progress-{accelerator.process_index}.json", sum(map(size, mine))
         tell = accelerator.is_main_process and not title
         progress = Progress(path, stage, total, steps or unit, title, tell=tell)
@@ -109,10 +108,8 @@ class Progress:
     def end(self, steps: int) -> None:
         """A task of so many steps ends; those that it did not tell are counted now."""
         told = self.count - self._at_begin
-        if told:
-            self.skip(steps - told)
-        else:
-            self.advance(steps)
+        count = self.skip if told else self.advance
+        count(steps - told)
 
     def close(self) -> None:
         """The share ends."""

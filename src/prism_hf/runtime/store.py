@@ -44,7 +44,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then rename it to `path`: a reader sees the old file or the new one."""
     with _drafted(path, write) as draft, writing(path):
         os.replace(draft, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
 
 
 @contextmanager
@@ -58,22 +58,22 @@ def _drafted(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
     try:
         with writing(path):
             write(draft)
-            with open(draft, "rb+") as file:
-                os.fsync(file.fileno())
+            _sync(draft)
             os.chmod(draft, 0o644)
         yield draft
     finally:
         draft.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """A rename survives a power cut only when its folder has reached the disk too."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _sync(path: Path) -> None:
+    """Wait until a file is on the disk, or a folder: only then does a rename in it survive a power cut."""
+    if path.is_dir() and os.name != "posix":
+        return  # folders cannot be opened there
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def draft_folder(folder: Path) -> Path:
@@ -88,10 +88,8 @@ def draft_folder(folder: Path) -> Path:
 def swap_folder(draft: Path, folder: Path) -> None:
     """Put `draft` in the place of `folder`; what was there stays whole until then, and is removed after."""
     with writing(folder):
-        for path in draft.rglob("*"):
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
+        for path in files_below(draft):
+            _sync(path)
         old = draft.with_name(f"{draft.name}-old")
         if folder.is_dir():
             os.replace(folder, old)
@@ -100,7 +98,7 @@ def swap_folder(draft: Path, folder: Path) -> None:
         except OSError:
             restore_swapped(folder)
             raise
-        _sync_folder(folder.parent)
+        _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -116,8 +114,7 @@ def clear_drafts(folder: Path, *, of: str = "", deep: bool = True) -> int:
 
     `of` takes only drafts of files and folders whose name begins so, `deep` those below the folder too.
     """
-    pattern = f"{DRAFT}{of}*"
-    drafts = list(folder.rglob(pattern) if deep else folder.glob(pattern))
+    drafts = list(folder.glob(f"{'**/' if deep else ''}{DRAFT}{of}*"))
     for path in drafts:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -171,7 +168,7 @@ class Artifact:
                 seal_of(self.path).unlink(missing_ok=True)
                 os.replace(draft, self.path)
                 os.replace(seal, seal_of(self.path))
-                _sync_folder(self.path.parent)
+                _sync(self.path.parent)
 
     def write_bytes(self, data: bytes) -> None:
         """Write the file."""

@@ -93,9 +93,8 @@ def stray_link(folder: Path) -> Path | None:
 
 def visible_entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
     """Files, folders and links below a folder, hidden ones and what links lead to left out."""
-    with os.scandir(folder) as scan:
-        entries = [entry for entry in scan if not entry.name.startswith(".")]
-    for entry in entries:
-        yield entry
-        if entry.is_dir(follow_symlinks=False):
-            yield from visible_entries(entry.path)
+    for entry in list(os.scandir(folder)):  # read to its end, which closes it
+        if not entry.name.startswith("."):
+            yield entry
+            if entry.is_dir(follow_symlinks=False):
+                yield from visible_entries(entry.path)
