@@ -68,17 +68,9 @@ def _compare(args: argparse.Namespace) -> None:
     from ..compare.runs import compare
 
     folder = args.output or Path("outputs") / f"compare-{first.name}"
-    table = compare(
-        methods,
-        students,
-        seeds,
-        folder,
-        teachers_folder(args, folder),
-        threads=args.threads,
-        checkpoint_s=args.checkpoint_every,
-        notes=notes,
-        command=" ".join([args.parser.prog, *map(public_word, args.argv)]),
-    )
+    runs = (methods, students, seeds, folder, teachers_folder(args, folder))
+    command = " ".join([args.parser.prog, *map(public_word, args.argv)])
+    table = compare(*runs, threads=args.threads, checkpoint_s=args.checkpoint_every, notes=notes, command=command)
     if table is not None:
         sys.stdout.write(f"{table}\npage: {folder / 'comparison.html'}\n")
 

@@ -76,12 +76,8 @@ def _distill(args: argparse.Namespace) -> None:
         checkpoint_s=args.checkpoint_every,
     )
     if is_first_process():
-        if result.report is not None:
-            sys.stdout.write(f"{summary(result.report)}\n")
-        if result.dataset is not None:
-            sys.stdout.write(f"dataset: {result.dataset}\n")
-        if result.url is not None:
-            sys.stdout.write(f"{result.url}\n")
+        made = (result.report and summary(result.report), result.dataset and f"dataset: {result.dataset}", result.url)
+        sys.stdout.writelines(f"{line}\n" for line in made if line)
 
 
 def squeeze(parser: argparse.ArgumentParser) -> Command:

@@ -121,8 +121,7 @@ def _verify(args: argparse.Namespace) -> int:
     from ..dataset.verify import verify
 
     result = verify(args.source, revision=args.revision)
-    for line in result.differences:
-        sys.stdout.write(f"{line}\n")
+    sys.stdout.writelines(f"{line}\n" for line in result.differences)
     rows = ", ".join(f"{count} rows in {config!r}" for config, count in result.rows.items())
     sys.stdout.write(f"{args.source}: {result.files} files, {rows}; {len(result.differences) or 'no'} differences\n")
     return 1 if result.differences else 0

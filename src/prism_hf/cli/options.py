@@ -70,7 +70,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
 
 def target_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_target`, as a `Target` takes them."""
-    return {"replace_other": args.replace} | {key: getattr(args, key) for key in ("public", "revision", "create_pr")}
+    return {"public": args.public, "revision": args.revision, "create_pr": args.create_pr, "replace_other": args.replace}
 
 
 def _positive(text: str) -> int:

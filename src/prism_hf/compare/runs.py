@@ -129,8 +129,7 @@ def _make_run(comparison: Comparison, run: Run) -> str | None:
         train_students(run, list(tasks.values()))
         if comparison.accelerator.is_main_process:
             record = _measure(comparison, run, distilled, tasks)
-            seconds = time.perf_counter() - began  # of this launch
-            comparison.record(run).write_json({**record, "wall_time_s": seconds})
+            comparison.record(run).write_json({**record, "wall_time_s": time.perf_counter() - began})  # of this launch
         comparison.accelerator.wait_for_everyone()
     return None
 
@@ -163,9 +162,7 @@ def _measure(
     return {
         "scores": scores,
         "images": images,
-        "image_bytes": measured["image_bytes"],
-        "label_bytes": measured["label_bytes"],
-        "verifier_top1": measured["verifier_top1"],
+        **{key: measured[key] for key in ("image_bytes", "label_bytes", "verifier_top1")},
         "similarity": measured["intra_class_similarity"],
         "seconds_per_image": run.times().get("synthesize", 0.0) / images,
         "steps": sum(job.iterations for job in jobs),
