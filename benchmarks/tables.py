@@ -17,7 +17,7 @@ from pathlib import Path
 import machine
 
 from prism_hf.cli.options import add_compute, quiet, run_command
-from prism_hf.compare.methods import StudentSetup
+from prism_hf.compare.comparison import StudentSetup
 from prism_hf.errors import RecipeError
 from prism_hf.evaluation.students import Labels
 from prism_hf.recipe.schema import Recipe
@@ -230,9 +230,9 @@ def main(args: argparse.Namespace) -> None:
 
 def make(name: str, table: Table, args: argparse.Namespace, accelerator: object) -> None:
     """One table, and its JSON."""
+    from prism_hf.compare import under_one_protocol
     from prism_hf.compare.comparison import Comparison
     from prism_hf.compare.findings import findings
-    from prism_hf.compare.methods import under_one_protocol
     from prism_hf.compare.page import write_page
     from prism_hf.compare.runs import check_comparison
     from prism_hf.compare.runs import make as make_runs

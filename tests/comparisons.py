@@ -3,9 +3,9 @@
 from accelerate.state import AcceleratorState
 from pipeline import tiny
 
-from prism_hf.compare.comparison import Comparison
+from prism_hf.compare.comparison import Comparison, StudentSetup
 from prism_hf.compare.findings import findings
-from prism_hf.compare.methods import StudentSetup, under_one_protocol
+from prism_hf.compare.methods import under_one_protocol
 from prism_hf.run.context import make_accelerator
 
 STUDENTS = ("test_byobnet", "test_efficientnet")

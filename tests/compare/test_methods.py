@@ -4,7 +4,8 @@ import pytest
 from comparisons import named
 from pipeline import one_line, tiny
 
-from prism_hf.compare.methods import PROTOCOL, RANDOM, Method, StudentSetup, random_recipe, under_one_protocol
+from prism_hf.compare.comparison import StudentSetup
+from prism_hf.compare.methods import PROTOCOL, RANDOM, Method, random_recipe, under_one_protocol
 from prism_hf.errors import RecipeError
 from prism_hf.recipe.schema import to_dict
 

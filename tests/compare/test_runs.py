@@ -8,8 +8,8 @@ from accelerate.state import AcceleratorState
 from comparisons import LIGHT, STUDENTS, comparison, facts_of, named
 from pipeline import copy_run, launch, mtimes, one_line, run_in, sha_tree, tiny
 
-from prism_hf.compare.comparison import Comparison, name_of
-from prism_hf.compare.methods import StudentSetup, under_one_protocol
+from prism_hf.compare.comparison import Comparison, StudentSetup, name_of
+from prism_hf.compare.methods import under_one_protocol
 from prism_hf.compare.runs import check_comparison, make
 from prism_hf.errors import OutputError
 from prism_hf.recipe.yaml_file import dump_recipe

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ..compare.methods import Method, StudentSetup, under_one_protocol
+from ..compare import Method, under_one_protocol
 from ..errors import RecipeError
 from ..recipe import Recipe, load_recipe, override_recipe, plan_jobs
 from .options import Command, add_compute, quiet, split_overrides, teachers_folder
@@ -61,24 +61,18 @@ def _compare(args: argparse.Namespace) -> None:
     methods, notes = under_one_protocol([(recipe.name, recipe) for recipe in recipes])
     seeds = args.seeds or first.evaluation.seeds
     students = [first.evaluation.student] if args.students is None else list(dict.fromkeys(args.students.split(",")))
-    setups = [StudentSetup(student, labels) for student in students for labels in ("soft", "hard")]
     if args.dry_run:
-        sys.stdout.write(_plan(methods, notes, seeds, setups))
+        sys.stdout.write(_plan(methods, notes, seeds, students))
         return
     quiet()
-    from ..compare.comparison import Comparison
-    from ..compare.page import table_of
     from ..compare.runs import compare
-    from ..evaluation import plain_table
-    from ..run.context import make_accelerator
 
     folder = args.output or Path("outputs") / f"compare-{first.name}"
-    teachers, accelerator = teachers_folder(args, folder), make_accelerator(threads=args.threads)
-    comparison = Comparison(methods, setups, seeds, folder, teachers, accelerator, args.checkpoint_every, ceilings=students)
+    runs = (methods, students, seeds, folder, teachers_folder(args, folder))
     command = " ".join([args.parser.prog, *map(public_word, args.argv)])
-    facts = compare(comparison, notes=notes, command=command)
-    if facts is not None:
-        sys.stdout.write(f"{plain_table(table_of(facts))}\npage: {folder / 'comparison.html'}\n")
+    table = compare(*runs, threads=args.threads, checkpoint_s=args.checkpoint_every, notes=notes, command=command)
+    if table is not None:
+        sys.stdout.write(f"{table}\npage: {folder / 'comparison.html'}\n")
 
 
 def _with_data(first: Recipe, source: str, overrides: Sequence[str]) -> list[str]:
@@ -94,12 +88,12 @@ def _with_data(first: Recipe, source: str, overrides: Sequence[str]) -> list[str
     return [f"data={json.dumps(section, ensure_ascii=False)}", *overrides]
 
 
-def _plan(methods: Sequence[Method], notes: Sequence[str], seeds: Sequence[int], setups: Sequence[StudentSetup]) -> str:
+def _plan(methods: Sequence[Method], notes: Sequence[str], seeds: Sequence[int], students: Sequence[str]) -> str:
     lines = [f"{len(methods)} methods, {len(seeds)} seeds: {len(methods) * len(seeds)} runs"]
     for method in methods:
         steps = sum(job.iterations for job in plan_jobs(method.recipe))
         lines.append(f"  {method.label}: {method.recipe.num_images} images, {steps:,} steps")
-    lines.append("students: " + ", ".join(f"{setup.student} ({setup.key} labels)" for setup in setups))
+    lines.append("students: " + ", ".join(f"{name} (soft labels), {name} (hard labels)" for name in students))
     return "\n".join([*lines, *(f"note: {note}" for note in notes)]) + "\n"
 
 

@@ -9,7 +9,7 @@ from ..errors import RecipeError
 from ..recipe import STAGES, TRACKERS, describe_plan
 from ..runtime import is_first_process
 from .folders import print_status
-from .options import Command, add_compute, add_target, quiet, read_recipe, split_overrides, target_of, teachers_folder
+from .options import Command, add_compute, add_target, quiet, read_recipe, split_overrides, target_options, teachers_folder
 
 
 def distill(parser: argparse.ArgumentParser) -> Command:
@@ -60,6 +60,7 @@ def _distill(args: argparse.Namespace) -> None:
         return
     quiet()
     from ..evaluation import summary
+    from ..hub import Target
     from ..run.distill import distill
 
     result = distill(
@@ -69,18 +70,14 @@ def _distill(args: argparse.Namespace) -> None:
         stage=args.stage,
         fresh=args.fresh,
         allow_partial=args.allow_partial,
-        push_to_hub=None if args.repo is None else target_of(args.repo, args),
+        push_to_hub=None if args.repo is None else Target(args.repo, **target_options(args)),
         log_with=args.log_with,
         threads=args.threads,
         checkpoint_s=args.checkpoint_every,
     )
     if is_first_process():
-        if result.report is not None:
-            sys.stdout.write(f"{summary(result.report)}\n")
-        if result.dataset is not None:
-            sys.stdout.write(f"dataset: {result.dataset}\n")
-        if result.url is not None:
-            sys.stdout.write(f"{result.url}\n")
+        made = (result.report and summary(result.report), result.dataset and f"dataset: {result.dataset}", result.url)
+        sys.stdout.writelines(f"{line}\n" for line in made if line)
 
 
 def squeeze(parser: argparse.ArgumentParser) -> Command:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import RecipeError
 from ..runtime import is_first_process
-from .options import Command, add_compute, add_target, quiet, split_overrides, target_of
+from .options import Command, add_compute, add_target, quiet, split_overrides, target_options
 
 
 def status(parser: argparse.ArgumentParser) -> Command:
@@ -97,9 +97,10 @@ def push(parser: argparse.ArgumentParser) -> Command:
 
 def _push(args: argparse.Namespace) -> None:
     quiet()
-    from ..hub import push_folder
+    from ..hub import Target, push_folder
 
-    sys.stdout.write(f"{push_folder(args.folder, target_of(args.repo, args), dataset_id=args.dataset).url}\n")
+    target = Target(args.repo, **target_options(args))
+    sys.stdout.write(f"{push_folder(args.folder, target, dataset_id=args.dataset).url}\n")
 
 
 def verify(parser: argparse.ArgumentParser) -> Command:
@@ -120,8 +121,7 @@ def _verify(args: argparse.Namespace) -> int:
     from ..dataset.verify import verify
 
     result = verify(args.source, revision=args.revision)
-    for line in result.differences:
-        sys.stdout.write(f"{line}\n")
+    sys.stdout.writelines(f"{line}\n" for line in result.differences)
     rows = ", ".join(f"{count} rows in {config!r}" for config, count in result.rows.items())
     sys.stdout.write(f"{args.source}: {result.files} files, {rows}; {len(result.differences) or 'no'} differences\n")
     return 1 if result.differences else 0

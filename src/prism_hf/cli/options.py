@@ -7,14 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..errors import PrismError, RecipeError, StoppedError
 from ..recipe import Recipe, load_recipe
 from ..runtime import EVERY_S, leave_at_once, stopping_cleanly
-
-if TYPE_CHECKING:
-    from ..hub import Target
 
 Command = Callable[[argparse.Namespace], int | None]
 """What runs a command: its options -> its exit code; `None` is 0."""
@@ -71,11 +68,9 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(public=False)
 
 
-def target_of(repo: str, args: argparse.Namespace) -> "Target":
-    """A repo, with the options of `add_target`."""
-    from ..hub import Target
-
-    return Target(repo, public=args.public, revision=args.revision, create_pr=args.create_pr, replace_other=args.replace)
+def target_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_target`, as a `Target` takes them."""
+    return {"public": args.public, "revision": args.revision, "create_pr": args.create_pr, "replace_other": args.replace}
 
 
 def _positive(text: str) -> int:

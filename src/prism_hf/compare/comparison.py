@@ -14,12 +14,29 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..dataset import DistilledDataset, check_folder
-from ..evaluation import Row, StudentTask
+from ..evaluation import Labels, Row, StudentTask
 from ..models import Teacher
 from ..recipe import Recipe
 from ..run.context import Loaded, Run
 from ..runtime import EVERY_S, Artifact, digest
-from .methods import Method, StudentSetup
+from .methods import Method
+
+
+@dataclass(frozen=True)
+class StudentSetup:
+    """A student architecture and the labels of a dataset that it learns from.
+
+    With `label_epochs` only the first so many epochs of views, used in turn; else as many as the student trains.
+    """
+
+    student: str
+    labels: Labels
+    label_epochs: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of the labels in files and reports: `soft`, `hard`, `image`, `soft-10`."""
+        return self.labels if self.label_epochs is None else f"{self.labels}-{self.label_epochs}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -115,8 +115,8 @@ def _draw_score(axes: Axes, score: Facts, height: float, color: str, marker: str
     top1 = 100 * np.asarray(score["top1"], dtype=float)
     axes.plot(top1, np.full(len(top1), height + 0.1), "o", color=color, alpha=0.45, markersize=2.6, markeredgewidth=0)
     spread = None if score["std"] is None else 100 * score["std"]
-    style: dict[str, Any] = {"fmt": marker, "color": color, "markersize": 4.6, "capsize": 2.5, "linewidth": 1.2}
-    axes.errorbar(100 * score["mean"], height, xerr=spread, **style)
+    mean = 100 * score["mean"]
+    axes.errorbar(mean, height, xerr=spread, fmt=marker, color=color, markersize=4.6, capsize=2.5, linewidth=1.2)
 
 
 @matplotlib.rc_context(STYLE)
@@ -195,8 +195,8 @@ def draw_similarity(path: Path, comparison: Facts) -> None:
         axes.spines["left"].set_visible(False)
     histograms = [entry["histogram"] for entry in (real, *methods) if entry["histogram"]]
     bins = [bin_ for h in histograms for bin_ in zip(h["density"], h["edges"], h["edges"][1:], strict=False)]
-    low = min(left for density, left, _ in bins if density > 0)
-    high = max(right for density, _, right in bins if density > 0)
+    shown = [edge for density, *edges in bins if density > 0 for edge in edges]
+    low, high = min(shown), max(shown)
     panels[0].set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
     handles = [_line("images of the method", LABEL_STYLE["soft"][0], width=1.4)]
     handles += [_line("random real (control)", _CONTROL_COLOR, width=1.4)]

@@ -4,15 +4,14 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dataset import DistilledDataset, load_distilled, versions
-from ..evaluation import FeatureMap, difference, intra_class_similarity, pair_histogram, read_scores, score_row
-from ..models import penultimate_features
+from ..dataset import load_distilled, versions
+from ..evaluation import FeatureMap, difference, features_of, intra_class_similarity, pair_histogram, read_scores, score_row
 from ..recipe import dump_recipe, public_recipe, to_dict
 from ..runtime import is_finished
 from .comparison import Comparison, name_of
@@ -36,17 +35,21 @@ def findings(
     """
     records, data = _records(comparison), comparison.common_run().data
     sample = torch.cat([torch.from_numpy(rows[:_SAMPLE]) for rows in data.train.rows_by_class(data.num_classes)])
-    labels = torch.from_numpy(data.train.labels)[sample]
-    features = _features(comparison, lambda rows: data.train.images(sample[rows.start : rows.stop]), len(sample))
+    features, labels = map(torch.cat, zip(*features_of(comparison.network, data.train, sample), strict=True))
     similarity, plane = intra_class_similarity(features, labels, data.num_classes), FeatureMap(features)
     methods, images = [], {}
     for method in comparison.methods:
         if own := records[method.label]:
             distilled = load_distilled(comparison.run_of(method, own[0]["seed"]).dataset)
             images[method.label] = distilled.images_uint8
-            pictured = _pictured(_distilled_features(comparison, distilled), distilled.labels, plane)
-            methods.append(_facts(method, own) | pictured)
-    scores, full_data = _scores(comparison, records), _full_scores(comparison)
+            own_features, own_labels = map(torch.cat, zip(*features_of(comparison.network, distilled), strict=True))
+            methods.append(_facts(method, own) | _pictured(own_features, own_labels, plane))
+    full_data = [
+        {"student": student, **score}
+        for student in comparison.ceilings
+        for score in read_scores([task for task in comparison.full_tasks(student) if is_finished(task.score.path)])
+    ]
+    scores = _scores(comparison, records)
     real = {"mean": similarity.mean, "per_class": list(similarity.per_class), "images_per_class": _SAMPLE}
     how = "first two principal components of the features of real training images"
     return {
@@ -92,9 +95,7 @@ def _protocol(comparison: Comparison) -> dict[str, Any]:
     recipe, students = public_recipe(comparison.protocol), comparison.students
     asked_for = {"student": students[0] if len(students) == 1 else students, "seeds": list(comparison.seeds)}
     names = dict.fromkeys(name for method in comparison.methods for name in method.recipe.all_teachers)
-    squeezed: dict[str, float] = {}
-    for run in comparison.one_of_each:
-        squeezed |= run.squeezed_top1
+    squeezed = {name: top1 for run in comparison.one_of_each for name, top1 in run.squeezed_top1.items()}
     return {
         "teachers": {name: squeezed.get(name) for name in names},
         "relabel": to_dict(recipe)["relabel"],
@@ -103,15 +104,6 @@ def _protocol(comparison: Comparison) -> dict[str, Any]:
         "verifier": recipe.teachers.verifier,
         "seeds": list(comparison.seeds),
     }
-
-
-def _full_scores(comparison: Comparison) -> list[dict[str, Any]]:
-    """Students of all real images."""
-    rows = []
-    for student in comparison.ceilings:
-        trained = [task for task in comparison.full_tasks(student) if is_finished(task.score.path)]
-        rows += [{"student": student, **score} for score in read_scores(trained)]
-    return rows
 
 
 def _left_out(
@@ -192,17 +184,6 @@ def _differences(scores: Sequence[Mapping[str, Any]], methods: Sequence[Method])
             known = error if math.isfinite(error) else None
             rows.append({"a": a["method"], "b": b["method"], **shared, "difference": gap, "error": known})
     return rows
-
-
-def _distilled_features(comparison: Comparison, distilled: DistilledDataset) -> Tensor:
-    pixels = distilled.images_uint8
-    return _features(comparison, lambda rows: pixels[rows.start : rows.stop], len(pixels))
-
-
-def _features(comparison: Comparison, images: Callable[[range], Tensor], count: int) -> Tensor:
-    """Penultimate features (N, D) float32 of images (rows -> (B, C, H, W) uint8)."""
-    batches = penultimate_features(comparison.network, images, count)
-    return torch.cat([features for _, features in batches])
 
 
 def _pictured(features: Tensor, labels: Tensor, plane: FeatureMap) -> dict[str, Any]:

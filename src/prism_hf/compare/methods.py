@@ -3,13 +3,9 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from ..errors import RecipeError
 from ..recipe import Recipe, differing_keys, parse_recipe, to_dict
-
-if TYPE_CHECKING:
-    from ..evaluation import Labels
 
 RANDOM = "random real"
 PROTOCOL = ("data", "squeeze", "relabel", "packaging", "evaluation")
@@ -39,23 +35,6 @@ class Method:
         squeeze = replace(base.squeeze, seed=base.seed if base.squeeze.seed is None else base.squeeze.seed)
         evaluation = replace(base.evaluation, seeds=(seed,))
         return replace(base, name=self.slug, seed=seed, squeeze=squeeze, evaluation=evaluation)
-
-
-@dataclass(frozen=True)
-class StudentSetup:
-    """A student architecture and the labels of a dataset that it learns from.
-
-    With `label_epochs` only the first so many epochs of views, used in turn; else as many as the student trains.
-    """
-
-    student: str
-    labels: "Labels"
-    label_epochs: int | None = None
-
-    @property
-    def key(self) -> str:
-        """Name of the labels in files and reports: `soft`, `hard`, `image`, `soft-10`."""
-        return self.labels if self.label_epochs is None else f"{self.labels}-{self.label_epochs}"
 
 
 def under_one_protocol(recipes: Sequence[tuple[str, Recipe]], *, own: Sequence[str] = ()) -> tuple[list[Method], list[str]]:

@@ -47,8 +47,7 @@ def write_page(folder: Path, comparison: Mapping[str, Any], images: Mapping[str,
 def render_markdown(comparison: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> str:
     """The page as Markdown; `pictures` are addresses by name, by default those in assets/.
 
-    Raises:
-        KeyError, jinja2.UndefinedError: A fact is missing; one that is not known is `None`.
+    A fact that is not known is `None`; one that is missing raises KeyError or jinja2.UndefinedError.
     """
     if pictures is None:
         pictures = {name: f"assets/{name}.png" for name in picture_names(comparison)}
@@ -155,8 +154,7 @@ def _verdicts(comparison: Mapping[str, Any]) -> tuple[list[Markup], list[Markup]
         clauses.setdefault((entry["a"], entry["b"], entry["student"]), []).append(clause)
     controls = {method["label"] for method in comparison["methods"] if method["control"]}
     several = len({score["student"] for score in comparison["scores"]}) > 1
-    against_controls: list[Markup] = []
-    against_each_other: list[Markup] = []
+    against_controls, against_each_other = list[Markup](), list[Markup]()
     for (a, b, student), said in clauses.items():
         where = f", student {escape(student)}" if several else ""
         sentence = Markup(f"**{escape(a)}** against {escape(b)}{where}: {'; '.join(said)}.")

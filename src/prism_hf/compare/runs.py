@@ -5,27 +5,26 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import tqdm
 
 from ..dataset import DistilledDataset, load_distilled
 from ..errors import OutputError, SynthesisError
-from ..evaluation import StudentTask, label_bytes
+from ..evaluation import StudentTask, label_bytes, plain_table
 from ..models import check_network
 from ..recipe import plan_jobs
 from ..run.artifacts import job_file
-from ..run.context import Run
+from ..run.context import Run, make_accelerator
 from ..run.distill import run_stages
 from ..run.evaluate import collect, conclude, train_students
 from ..run.folder import check_place, claimed_together, is_of_another
 from ..run.preflight import check, check_space, missing_space
 from ..run.squeeze import squeeze
 from ..runtime import DRAFT, HOLDER, LOCK, check_free, clear_drafts, duration_text, locked, log_file, read_proof, unfinished
-from .comparison import Comparison, name_of, task_of
+from .comparison import Comparison, StudentSetup, name_of, task_of
 from .findings import findings
-from .methods import StudentSetup
-from .page import write_page
+from .methods import Method
+from .page import table_of, write_page
 
 _OURS = (
     "runs", "cells", "full", "teachers", "work", "logs", "assets", "comparison.html", "comparison.md", "comparison.json",
@@ -33,16 +32,32 @@ _OURS = (
 )  # fmt: skip
 
 
-def compare(comparison: Comparison, *, notes: Sequence[str], command: str) -> dict[str, Any] | None:
-    """Make the runs of a comparison and its page; the same call resumes an interrupted one.
+def compare(
+    methods: Sequence[Method],
+    students: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    teachers_root: Path,
+    *,
+    threads: int | None,
+    checkpoint_s: float,
+    notes: Sequence[str],
+    command: str,
+) -> str | None:
+    """Make the runs of a comparison and its page, with soft and hard labels; the same call resumes an interrupted one.
 
-    Returns comparison.json, with the notes of `under_one_protocol` and the command; `None` in every process but the first.
+    Returns the table for a terminal; `None` in every process but the first. The page has the notes of `under_one_protocol`.
     """
-    folder, accelerator = comparison.folder, comparison.accelerator
-    _check_folder(folder)
+    setups = [StudentSetup(student, labels) for student in students for labels in ("soft", "hard")]
+    accelerator = make_accelerator(threads=threads)
+    comparison = Comparison(methods, setups, seeds, folder, teachers_root, accelerator, checkpoint_s, ceilings=students)
+    check_place(folder, "--output")
+    ours = not folder.is_dir() or (folder / "runs").is_dir()
+    if not ours and any(path.name not in _OURS and not path.name.startswith(DRAFT) for path in folder.iterdir()):
+        raise OutputError(f"output {str(folder)!r} is not empty and holds no comparison; use another folder (--output DIR)")
     check_free(folder)
     check_comparison(comparison)
-    facts = None
+    table = None
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(locked(folder))
@@ -55,16 +70,9 @@ def compare(comparison: Comparison, *, notes: Sequence[str], command: str) -> di
         if accelerator.is_main_process:
             facts, images = findings(comparison, failed, notes=notes, command=command)
             write_page(folder, facts, images)
+            table = plain_table(table_of(facts))
         accelerator.end_training()
-    return facts
-
-
-def _check_folder(folder: Path) -> None:
-    check_place(folder, "--output")
-    if not folder.is_dir() or (folder / "runs").is_dir():
-        return
-    if any(path.name not in _OURS and not path.name.startswith(DRAFT) for path in folder.iterdir()):
-        raise OutputError(f"output {str(folder)!r} is not empty and holds no comparison; use another folder (--output DIR)")
+    return table
 
 
 def check_comparison(comparison: Comparison) -> None:
@@ -120,8 +128,7 @@ def _make_run(comparison: Comparison, run: Run) -> str | None:
         train_students(run, list(tasks.values()))
         if comparison.accelerator.is_main_process:
             record = _measure(comparison, run, distilled, tasks)
-            seconds = time.perf_counter() - began  # of this launch
-            comparison.record(run).write_json({**record, "wall_time_s": seconds})
+            comparison.record(run).write_json({**record, "wall_time_s": time.perf_counter() - began})  # of this launch
         comparison.accelerator.wait_for_everyone()
     return None
 
@@ -154,9 +161,7 @@ def _measure(
     return {
         "scores": scores,
         "images": images,
-        "image_bytes": measured["image_bytes"],
-        "label_bytes": measured["label_bytes"],
-        "verifier_top1": measured["verifier_top1"],
+        **{key: measured[key] for key in ("image_bytes", "label_bytes", "verifier_top1")},
         "similarity": measured["intra_class_similarity"],
         "seconds_per_image": run.times().get("synthesize", 0.0) / images,
         "steps": sum(job.iterations for job in jobs),

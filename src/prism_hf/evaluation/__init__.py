@@ -17,5 +17,5 @@ from .report import (
     top1_text,
     verdict,
 )
-from .scores import Source, StudentTask, is_scored, read_scores, set_facts, student_tasks, train_and_score
+from .scores import Source, StudentTask, features_of, is_scored, read_scores, set_facts, student_tasks, train_and_score
 from .students import KEPT, Labels, Row, keep_student, label_bytes, train_student

@@ -71,18 +71,15 @@ def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
     sentences = []
     for labels in ("soft", "image", "hard"):
         distilled, control = by_key.get(("distilled", labels)), by_key.get(("random_real", labels))
-        if distilled is None:
-            continue
-        if control is None:
+        if distilled and control:
+            gap, error = difference(distilled, control)
+            outcome, points = verdict(gap, error), f"distilled minus random real is {100 * gap:+.1f} points"
+            said = f"{points}; one seed allows no verdict"
+            if outcome is not None:
+                said = f"{_VERDICTS[outcome]}: {points} (standard error {100 * error:.1f})"
+            sentences.append(f"With {labels} labels {said}.")
+        elif distilled:
             sentences.append(f"With {labels} labels there is no random-real control to compare with.")
-            continue
-        gap, error = difference(distilled, control)
-        outcome, points = verdict(gap, error), f"distilled minus random real is {100 * gap:+.1f} points"
-        if outcome is None:
-            sentences.append(f"With {labels} labels {points}; one seed allows no verdict.")
-        else:
-            points += f" (standard error {100 * error:.1f})."
-            sentences.append(f"With {labels} labels {_VERDICTS[outcome]}: {points}")
     return " ".join(sentences)
 
 
@@ -169,7 +166,6 @@ def summary(report: Mapping[str, Any]) -> str:
         evaluation["in_words"],
     ]
     parts += [f"left out: {name}: {reason}" for name, reason in evaluation["left_out"].items()]
-    times = report.get("wall_time_s")
-    if times:
+    if times := report.get("wall_time_s"):
         parts.append("time: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in times.items()))
     return "\n".join(part for part in parts if part)

@@ -1,6 +1,6 @@
 """The honest table: every row trained under one protocol, each student an independent task."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ..images import ImageSplit, to_reference
 from ..models import Teacher, penultimate_features, score
 from ..recipe import EvaluationRecipe, RelabelView
 from ..runtime import EVERY_S, Artifact, Checkpoint, digest
-from .diversity import Diversity, similarity_of_batches
+from .diversity import similarity_of_batches
 from .report import score_row
 from .students import ROWS, Row, train_on_real, train_student
 
@@ -23,15 +23,7 @@ Source = DistilledDataset | ImageSplit
 
 @dataclass(frozen=True, eq=False)
 class StudentTask:
-    """One student to train and score.
-
-    Attributes:
-        seed: Of its weights.
-        source: What it learns from.
-        test: The real images that it is scored on.
-        view: Crops of real training images.
-        folder: Where scores are kept.
-    """
+    """One student to train on a source, where real images are cropped as the view says, and to score on test images."""
 
     row: Row
     seed: int
@@ -121,11 +113,9 @@ def read_scores(tasks: Sequence[StudentTask]) -> list[dict[str, Any]]:
     Raises:
         DamagedError: A score is not what was written.
     """
-    by_row: dict[Row, list[StudentTask]] = {}
-    for task in tasks:
-        by_row.setdefault(task.row, []).append(task)
     rows = []
-    for row, students in reversed(by_row.items()):
+    for row in reversed(dict.fromkeys(task.row for task in tasks)):
+        students = [task for task in tasks if task.row == row]
         top1 = [float(student.score.read_json()["top1"]) for student in students]
         seeds, count = [student.seed for student in students], len(students[0].source.labels)
         rows.append(score_row(row.images, row.labels, seeds, top1, count))
@@ -142,7 +132,7 @@ def set_facts(
         images that the verifier puts in their class; `intra_class_similarity` in the features of the network.
     """
     packaged = source if isinstance(source, DistilledDataset) else None
-    similarity = _similarity(source, network, num_classes) if network else Diversity((None,) * num_classes, None)
+    similarity = similarity_of_batches(features_of(network, source) if network else (), num_classes)
     return {
         "image_bytes": packaged.image_bytes if packaged else None,
         "label_bytes": packaged.label_bytes if packaged else None,
@@ -161,11 +151,14 @@ def _agreement(verifier: Teacher, source: DistilledDataset, device: torch.device
     return hits / len(source.labels)
 
 
-def _similarity(source: Source, network: Teacher, num_classes: int) -> Diversity:
-    labels = torch.as_tensor(source.labels)
+def features_of(network: Teacher, source: Source, chosen: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Penultimate features (B, D) float32 of images, and labels (B,), batch by batch; of the chosen rows if not of all."""
+    at = torch.arange(len(source.labels)) if chosen is None else chosen
+    labels = torch.as_tensor(source.labels)[at]
 
     def images(rows: range) -> Tensor:
-        return source.images(rows) if isinstance(source, ImageSplit) else source.images_uint8[rows.start : rows.stop]
+        wanted = at[rows.start : rows.stop]
+        return source.images(wanted) if isinstance(source, ImageSplit) else source.images_uint8[wanted]
 
-    batches = penultimate_features(network, images, len(labels))
-    return similarity_of_batches(((features, labels[rows.start : rows.stop]) for rows, features in batches), num_classes)
+    for rows, features in penultimate_features(network, images, len(at)):
+        yield features, labels[rows.start : rows.stop]
