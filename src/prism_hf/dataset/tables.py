@@ -65,11 +65,16 @@ def _downloaded(repo_id: str, revision: str | None) -> Path:
 
 def is_hub_id(text: str) -> bool:
     """Whether a text has the form org/name."""
+    return "/" in text and hub_id_problem(text) is None
+
+
+def hub_id_problem(text: str) -> str | None:
+    """What is wrong with the name of a Hub repo, if anything."""
     try:
         validate_repo_id(text)
-    except HFValidationError:
-        return False
-    return "/" in text
+    except HFValidationError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 class RowGroup(NamedTuple):

@@ -30,21 +30,13 @@ Columns = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class ImageRows:
-    """Images as they ship; a whole table is class-major, and a complete set has row = class * ipc + slot.
+    """Images as they ship; a whole table is class-major, and a complete set has row = class * ipc + slot."""
 
-    Attributes:
-        encoded: File bytes of each image, B.
-        labels: (B,) int64.
-        slots: (B,) int64.
-        jobs: Synthesis job of each image, or -1 for real ones, (B,) int64.
-        teacher_logits: (B, K) float16.
-    """
-
-    encoded: Sequence[bytes]
-    labels: Tensor
-    slots: Tensor
-    jobs: Tensor
-    teacher_logits: Tensor
+    encoded: Sequence[bytes]  # file bytes of each image, B
+    labels: Tensor  # (B,) int64
+    slots: Tensor  # (B,) int64
+    jobs: Tensor  # synthesis job of each image, or -1 for real ones, (B,) int64
+    teacher_logits: Tensor  # (B, K) float16
 
     def __len__(self) -> int:
         return len(self.encoded)
