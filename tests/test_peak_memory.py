@@ -85,7 +85,7 @@ assert (run.control / "README.md").is_file()
     "verify and export": """
 import sys
 from prism_hf.dataset.export import export
-from prism_hf.dataset.verify import verify
+from prism_hf.dataset.provenance import verify
 
 assert verify(sys.argv[1]).differences == ()
 for layout in ("imagefolder", "rethinkdc"):

@@ -32,8 +32,8 @@ from pipeline import ROOT, TINY, add_card, launch, one_line, random_picture, sav
 
 from prism_hf.cli.main import main
 from prism_hf.dataset.export import export
+from prism_hf.dataset.provenance import check_folder
 from prism_hf.dataset.reader import load_distilled
-from prism_hf.dataset.verify import check_folder
 from prism_hf.errors import DataError, HubError, PrismError, RecipeError, TeacherError
 from prism_hf.hub.bundle import bundle_of
 from prism_hf.hub.merge import merge_readme

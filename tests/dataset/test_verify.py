@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 from pipeline import add_card, small_set
 
-from prism_hf.dataset.verify import check_folder, verify
+from prism_hf.dataset.provenance import check_folder, verify
 from prism_hf.runtime.store import sha256_of
 
 TABLE = "data/train-00000-of-00001.parquet"

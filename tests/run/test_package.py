@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from pipeline import copy_run, file_limit, make, mtimes, one_line, run_in, sha_tree, tiny
 
-from prism_hf.dataset.verify import check_folder
+from prism_hf.dataset.provenance import check_folder
 from prism_hf.errors import OutputError, StageError
 from prism_hf.images.source import load_source
 from prism_hf.run.context import Loaded

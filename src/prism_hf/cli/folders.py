@@ -118,7 +118,7 @@ def verify(parser: argparse.ArgumentParser) -> Command:
 
 def _verify(args: argparse.Namespace) -> int:
     quiet()
-    from ..dataset.verify import verify
+    from ..dataset.provenance import verify
 
     result = verify(args.source, revision=args.revision)
     sys.stdout.writelines(f"{line}\n" for line in result.differences)

@@ -50,7 +50,7 @@ class _Picture(NamedTuple):
 
 
 def export(source: str | Path, target: str | Path, *, format: ExportFormat, revision: str | None = None) -> Path:
-    """Write a distilled dataset in a layout that other programs read.
+    """Write a distilled dataset in a layout that other programs read; returns the target.
 
     Only the images and their classes are carried: neither layout has a place for soft labels, so a student trained on an
     export learns from hard labels.
@@ -61,9 +61,6 @@ def export(source: str | Path, target: str | Path, *, format: ExportFormat, revi
     - `rethinkdc`: one Parquet table with the columns `image` and `class_id`. Its transforms need three channels, so images
       of another mode become RGB PNGs; the others keep their bytes. (Its command line reads Parquet only from a path with
       "he-y" in it, and class folders, which `imagefolder` writes into `train`, from any other.)
-
-    Returns:
-        The target.
 
     Raises:
         OutputError: The target is not empty or cannot be written; nothing is left half-written.

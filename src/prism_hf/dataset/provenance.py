@@ -1,20 +1,30 @@
-"""provenance.json: what a dataset was made from and with, and the SHA-256 of each of its files."""
+"""provenance.json: what a dataset was made from and with, and whether its files and tables are still those."""
 
 import importlib.metadata
+import os
 import platform
-from collections.abc import Mapping
-from pathlib import Path
+import re
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
+import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.info import DatasetInfosDict
+from huggingface_hub import DatasetCardData, HfApi
 
-from ..errors import DataError
+from ..errors import DataError, HubError
 from ..models import SourceFacts, Teacher
 from ..recipe import Recipe
-from ..runtime import Facts, files_below, sha256_of
-from .format import DISTILLED, FORMAT_VERSION
+from ..runtime import SHORT, Facts, again, files_below, homes_of, is_inside, is_plain_path, read_card, sha256_of
+from .format import DISTILLED, FORMAT_VERSION, TABLES, VIEWS
+from .tables import is_hub_id
 
 PACKAGES = ("prism-hf", "torch", "timm", "transformers", "datasets", "accelerate", "numpy", "pillow", "pyarrow")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Partial(Facts):
@@ -55,18 +65,13 @@ class Provenance(Facts):
     """provenance.json. What programs go by must be there; the rest is for people, and may be missing.
 
     Holds no time, host name or path: the same recipe gives the same bytes. A complete dataset has no `partial`.
-
-    Attributes:
-        recipe: Its name.
-        images: `distilled`, or `random_real`.
-        files: Path in the folder -> what the file must be; all but this one, the card and its pictures.
     """
 
     FILE: ClassVar[str] = "provenance.json"
 
     format_version: int
-    recipe: str
-    images: str = DISTILLED
+    recipe: str  # its name
+    images: str = DISTILLED  # or `random_real`
     partial: Partial | None = None
     recipe_fingerprint: str | None = None
     seed: int | None = None
@@ -75,7 +80,7 @@ class Provenance(Facts):
     teachers: list[TeacherEntry]
     versions: dict[str, str] = {}
     hardware: dict[str, object] = {}
-    files: dict[str, FileEntry]
+    files: dict[str, FileEntry]  # by path in the folder: all but this one, the card and its pictures
 
     @property
     def title(self) -> str:
@@ -154,3 +159,138 @@ def data_files(folder: Path) -> list[Path]:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a result."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How many files were compared, the rows of each config, and the differences from what was packaged, one line each."""
+
+    files: int
+    rows: Mapping[str, int]
+    differences: tuple[str, ...]
+
+
+def check_folder(folder: Path) -> Verification:
+    """Compare a dataset folder with its provenance.json and its card; downloads check sizes only."""
+    try:
+        if _leads_out(folder, Provenance.FILE):
+            raise ValueError(f"{Provenance.FILE}: a link that leads out of the folder")
+        provenance = Provenance.read(folder / Provenance.FILE, Provenance.FILE)
+        version, files = provenance.format_version, provenance.files
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{Provenance.FILE}: format version {version}, but this program knows {FORMAT_VERSION}")
+    except ValueError as error:
+        return Verification(0, {}, (str(error),))
+    strange = {name: reason for name in files if (reason := _strange(folder, name))}
+    tables = {name: _footer(folder / name) for name in files if name.endswith(".parquet") and name not in strange}
+    rows = {
+        config: sum(footer.num_rows for name, footer in tables.items() if footer and name.startswith(f"{sub}/"))
+        for config, sub in TABLES.items()
+    }
+    listed = [strange.get(name) or _difference(folder, name, entry, tables.get(name)) for name, entry in files.items()]
+    differences = (*filter(None, listed), *_unlisted(folder, files), *_card_differences(folder, tables, rows))
+    return Verification(len(files), rows, differences)
+
+
+def _leads_out(folder: Path, name: str) -> bool:
+    return not is_inside(folder / name, homes_of(folder))
+
+
+def _strange(folder: Path, name: str) -> str | None:
+    """Why a file that provenance.json names is not opened, if it is not."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts:
+        return f"{name[:80]!r}: provenance.json names a file outside the folder"
+    own = name in ("README.md", Provenance.FILE)
+    if own or not is_plain_path(name) or any(part.startswith(".") for part in pure.parts):
+        return f"{name[:80]!r}: provenance.json names a file that is no part of a data set"
+    return f"{name}: a link that leads out of the folder" if _leads_out(folder, name) else None
+
+
+def _footer(path: Path) -> pq.FileMetaData | None:
+    """Row count and columns of a table; `None` if it is not readable Parquet."""
+    try:
+        return pq.read_metadata(path)
+    except (pa.ArrowInvalid, OSError):
+        return None
+
+
+def _difference(folder: Path, name: str, entry: FileEntry, footer: pq.FileMetaData | None) -> str | None:
+    path = folder / name
+    if not _SHA256.fullmatch(entry.sha256):
+        return f"{name}: provenance.json holds no SHA-256 for it"
+    if not path.is_file():
+        return f"{name}: missing"
+    if path.stat().st_size != entry.bytes:
+        return f"{name}: {path.stat().st_size} bytes, expected {entry.bytes}"
+    if sha256_of(path) != entry.sha256:
+        return f"{name}: other content than packaged (SHA-256 differs)"
+    if path.suffix == ".parquet" and footer is None:
+        return f"{name}: no readable Parquet"
+    if footer and entry.rows not in (None, footer.num_rows):
+        return f"{name}: {footer.num_rows} rows, expected {entry.rows}"
+    return None
+
+
+def _unlisted(folder: Path, files: Collection[str]) -> list[str]:
+    """Files that `datasets` would read along with the tables."""
+    paths = (path for sub in TABLES.values() for path in sorted((folder / sub).glob("train-*")))
+    unlisted = (name for path in paths if (name := path.relative_to(folder).as_posix()) not in files)
+    return [f"{name!r}: provenance.json does not list it, and it would be mixed in" for name in unlisted]
+
+
+def _card_differences(folder: Path, tables: Mapping[str, pq.FileMetaData | None], rows: Mapping[str, int]) -> Iterator[str]:
+    """What `datasets` goes by: where the card's configs point to, their rows and columns; and whole epochs of views."""
+    if _leads_out(folder, "README.md"):
+        yield "README.md: a link that leads out of the folder"
+        return
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        header = read_card(text)
+        infos = DatasetInfosDict.from_dataset_card_data(DatasetCardData(**header))
+        stated = {name: (infos[name].splits["train"].num_examples, infos[name].features) for name in TABLES}
+        paths = {config["config_name"]: config["data_files"] for config in header["configs"]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        yield f"README.md: no readable `configs` and `dataset_info` ({type(error).__name__})"
+        return
+    kinds = {name: datasets.Features.from_arrow_schema(f.schema.to_arrow_schema()) for name, f in tables.items() if f}
+    for config, sub in TABLES.items():
+        count, features = stated[config]
+        if paths.get(config) != [{"split": "train", "path": f"{sub}/train-*"}]:
+            yield f"README.md: config {config!r} is missing, or does not point to {sub}/train-*"
+        if count != rows[config]:
+            yield f"README.md: config {config!r} is said to have {count} rows, the tables have {rows[config]}"
+        for name in (name for name, kind in kinds.items() if name.startswith(f"{sub}/") and kind != features):
+            yield f"README.md: config {config!r} is said to have other columns or types than {name}"
+    if not rows["default"] or rows[VIEWS] % rows["default"]:
+        yield f"{rows[VIEWS]} views of {rows['default']} images; expected whole epochs"
+
+
+def verify(source: str | Path, *, revision: str | None = None) -> Verification:
+    """Check a dataset folder, or download a Hub dataset afresh and check that.
+
+    Raises:
+        HubError: It is neither a folder nor a Hub id, or cannot be downloaded.
+    """
+    if os.path.isdir(source):
+        return check_folder(Path(source))
+    repo_id = str(source)
+    if not is_hub_id(repo_id):
+        raise HubError(f"{repo_id!r} is neither a folder here nor a Hub id (org/name); give one of the two")
+    cache = Path(datasets.config.HF_DATASETS_CACHE)  # not /tmp, which may be memory
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        missing = again(lambda: _download(repo_id, revision, folder), f"downloading data set {repo_id!r}", SHORT)
+        checked = check_folder(Path(folder))
+    return replace(checked, differences=(*missing, *checked.differences))
+
+
+def _download(repo_id: str, revision: str | None, folder: str) -> list[str]:
+    """Bring a dataset into a folder; what is not there as the Hub lists it, one line each."""
+    api = HfApi()
+    commit = api.repo_info(repo_id, repo_type="dataset", revision=revision).sha
+    api.snapshot_download(repo_id, repo_type="dataset", revision=commit, local_dir=folder)
+    # Card and pictures are not in provenance.json; the Hub's own list has the hashes of all files.
+    report = api.verify_repo_checksums(repo_id, repo_type="dataset", revision=commit, local_dir=folder)
+    wrong = [f"{item['path']}: other content than the Hub lists" for item in report.mismatches]
+    return [*wrong, *(f"{path}: not downloaded" for path in report.missing_paths)]

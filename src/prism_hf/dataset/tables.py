@@ -64,11 +64,16 @@ def _downloaded(repo_id: str, revision: str | None) -> Path:
 
 def is_hub_id(text: str) -> bool:
     """Whether a text has the form org/name."""
+    return "/" in text and hub_id_problem(text) is None
+
+
+def hub_id_problem(text: str) -> str | None:
+    """What is wrong with the name of a Hub repo, if anything."""
     try:
         validate_repo_id(text)
-    except HFValidationError:
-        return False
-    return "/" in text
+    except HFValidationError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 class RowGroup(NamedTuple):
@@ -83,11 +88,6 @@ class RowGroup(NamedTuple):
 class Table:
     """A table of a dataset folder, `data` or `views`. Only the row groups that hold the rows in question are read.
 
-    Attributes:
-        features: Columns and their types.
-        groups: The row groups that hold rows, in order.
-        file_bytes: Bytes of the files.
-
     Raises:
         DataError: A shard is missing, strange, not readable, or has other columns than the first one.
     """
@@ -95,7 +95,7 @@ class Table:
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self.num_rows, self.file_bytes = name, 0, 0
         self.features = datasets.Features()
-        self.groups: list[RowGroup] = []
+        self.groups: list[RowGroup] = []  # those that hold rows, in order
         self._paths = _shards(folder, name)
         self._last: tuple[object, pa.Table] = None, None
         for path in self._paths:

@@ -1,6 +1,7 @@
 """Writing the tables of a distilled dataset, shard by shard, with memory that does not grow with the number of rows."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
@@ -30,21 +31,13 @@ Columns = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class ImageRows:
-    """Images as they ship; a whole table is class-major, and a complete set has row = class * ipc + slot.
+    """Images as they ship; a whole table is class-major, and a complete set has row = class * ipc + slot."""
 
-    Attributes:
-        encoded: File bytes of each image, B.
-        labels: (B,) int64.
-        slots: (B,) int64.
-        jobs: Synthesis job of each image, or -1 for real ones, (B,) int64.
-        teacher_logits: (B, K) float16.
-    """
-
-    encoded: Sequence[bytes]
-    labels: Tensor
-    slots: Tensor
-    jobs: Tensor
-    teacher_logits: Tensor
+    encoded: Sequence[bytes]  # file bytes of each image, B
+    labels: Tensor  # (B,) int64
+    slots: Tensor  # (B,) int64
+    jobs: Tensor  # synthesis job of each image, or -1 for real ones, (B,) int64
+    teacher_logits: Tensor  # (B, K) float16
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -55,12 +48,7 @@ class ImageRows:
 
 
 def build_dataset(
-    folder: Path,
-    images: ImageRows,
-    epochs: Sequence[Columns],
-    *,
-    recipe: Recipe,
-    class_names: Sequence[str],
+    folder: Path, images: ImageRows, epochs: Sequence[Columns], *, recipe: Recipe, class_names: Sequence[str]
 ) -> None:
     """Write both tables and the recipe into a folder, from images and views in memory; older tables are replaced.
 
@@ -142,24 +130,24 @@ def _regrouped(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 def write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
     """Write tables of one schema as row groups: encoded images as they are, logits with split bytes."""
-    writer: pq.ParquetWriter | None = None
-    try:
+    with ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
         for table in tables:
-            if writer is None:
-                leaves = _leaves(table.schema)
-                split = [name for name in leaves if name.startswith("teacher_logits")]
-                writer = pq.ParquetWriter(
-                    path,
-                    table.schema,
-                    compression={name: "none" if name == "image.bytes" else "zstd" for name in leaves},
-                    use_dictionary=[name for name in leaves if name not in (*split, "image.bytes", "image.path")],
-                    column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
-                    write_page_index=True,
-                )
+            writer = writer or stack.enter_context(_writer(path, table.schema))
             writer.write_table(table)
-    finally:
-        if writer is not None:
-            writer.close()
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    leaves = _leaves(schema)
+    split = [name for name in leaves if name.startswith("teacher_logits")]
+    return pq.ParquetWriter(
+        path,
+        schema,
+        compression={name: "none" if name == "image.bytes" else "zstd" for name in leaves},
+        use_dictionary=[name for name in leaves if name not in (*split, "image.bytes", "image.path")],
+        column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+        write_page_index=True,
+    )
 
 
 def _leaves(schema: pa.Schema) -> list[str]:

@@ -95,13 +95,8 @@ def _dataset(folder: Path) -> Bundle:
     changed = [path for path, entry in provenance.files.items() if files[path].sha256 != entry.sha256]
     if changed or files[Provenance.FILE].source != held:
         raise HubError(f"{str(folder)!r} is being written just now ({[*changed, Provenance.FILE][0]}); push again later")
-    return Bundle(
-        kind="dataset",
-        name=provenance.title,
-        files=files,
-        readme=partial(address_card, card, provenance.recipe),
-        owned_keys=METADATA_KEYS,
-    )
+    readme = partial(address_card, card, provenance.recipe)
+    return Bundle("dataset", provenance.title, files, readme, owned_keys=METADATA_KEYS)
 
 
 def _model(folder: Path, dataset_id: str | None) -> Bundle:
@@ -109,13 +104,7 @@ def _model(folder: Path, dataset_id: str | None) -> Bundle:
     files = {path: _entry(folder, path) for path in ("config.json", "model.safetensors", facts_file)}
     readme = partial(render_model_card, folder, dataset_id=dataset_id)
     readme("org/name")  # what is wrong with it is told before any request
-    return Bundle(
-        kind="model",
-        name=read_facts(folder).title,
-        files=files,
-        readme=readme,
-        owned_keys=MODEL_METADATA_KEYS,
-    )
+    return Bundle("model", read_facts(folder).title, files, readme, owned_keys=MODEL_METADATA_KEYS)
 
 
 def _entry(folder: Path, path: str) -> Entry:

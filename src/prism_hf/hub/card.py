@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined
 
 from ..runtime import dump_yaml, visible
@@ -62,15 +60,6 @@ def escape(text: object) -> str:
     line = _LINE_START.sub(r"\1\\\2", line)
     # Addresses and @names would become links on their own.
     return _LINK.sub(lambda sign: f"&#{ord(sign[0])};", html.escape(line, quote=False))
-
-
-def hub_id_problem(text: str) -> str | None:
-    """What is wrong with the name of a Hub repo, if anything."""
-    try:
-        validate_repo_id(text)
-    except HFValidationError as error:
-        return " ".join(str(error).split())
-    return None
 
 
 def fence_for(text: str) -> str:

@@ -19,18 +19,12 @@ _UNREADABLE = ("self", "ignore_metadata_errors")
 
 
 def merge_readme(ours: str, theirs: bytes | None, *, owned: Collection[str]) -> bytes:
-    """Our card with what others wrote around it.
+    """Our card with what others wrote around it, to be published: `theirs`, from the Hub, itself if it says all already.
 
-    Args:
-        ours: A generated card. What somebody wrote around its body in the local file is published with the first version;
-            after that the README on the Hub is the one to edit.
-        theirs: README.md on the Hub, or `None`. Text outside the two marker lines is kept; so is all of it if there is no
-            pair of them.
-        owned: Header keys that are ours alone, whether we set them now or not. Others' keys are kept, and so are their
-            tags, their configs and the `dataset_info` of those.
-
-    Returns:
-        The README to publish; `theirs` itself if it says all that it should. Merging it again changes nothing.
+    Of theirs, text outside the two marker lines is kept, and all of it if there is no pair of them; so are header keys that
+    are not `owned` (ours alone, set now or not), tags, configs and the `dataset_info` of those. What somebody wrote around
+    our card in the local file is published with the first version; after that the README on the Hub is the one to edit.
+    Merging it again changes nothing.
     """
     header, body = _parse(_as_text(ours.encode()))
     kept, written = _parse(_as_text(theirs or b""))

@@ -6,10 +6,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..dataset import hub_id_problem
 from ..errors import HubError
 from ..models import NetworkConfig, StudentFacts, TeacherFacts, read_facts
 from ..runtime import map_texts, texts_in
-from .card import checked_header, escape, hub_id_problem, license_keys, render, slug, with_header
+from .card import checked_header, escape, license_keys, render, slug, with_header
 
 MODEL_METADATA_KEYS = (
     "license", "license_name", "library_name", "pipeline_tag", "tags", "datasets", "model-index",
@@ -18,13 +19,9 @@ MODEL_METADATA_KEYS = (
 
 
 def render_model_card(folder: Path, repo_id: str, revision: str | None = None, *, dataset_id: str | None = None) -> str:
-    """The card, README.md of a model repo.
+    """The card, README.md of a model repo, from a model folder; the lines that load the network name a branch `revision`.
 
-    Args:
-        folder: A model folder; see `models.folder.store_network`.
-        repo_id: Where the network is shared.
-        revision: Branch, unless it is the main one: the lines that load the network then name it.
-        dataset_id: Hub id of the distilled dataset, if a student's facts do not know it yet.
+    `dataset_id` is the Hub id of the distilled dataset, for a student whose facts do not know it yet.
 
     Raises:
         HubError: A file is missing, incomplete or names a local path (it is named), or an id is not a Hub id.

@@ -33,12 +33,9 @@ class Publication:
 
 
 def push_folder(folder: Path, target: Target, *, dataset_id: str | None = None) -> Publication:
-    """Publish a dataset folder, a squeezed teacher or a student.
+    """Publish a dataset folder, a squeezed teacher or a student (for its card: of the dataset `dataset_id`).
 
-    Args:
-        folder: What a run left.
-        target: Where; its kind follows from the folder.
-        dataset_id: Hub id of the dataset that a student learned from, for its card.
+    The kind of the target follows from the folder.
 
     Raises:
         HubError: The folder cannot be published, or not there; see `publish`.
@@ -57,12 +54,9 @@ def reserve(target: Target, *, pauses: Sequence[float] = SHORT) -> None:
 
 
 def publish(bundle: Bundle, target: Target, *, pauses: Sequence[float] = PAUSES) -> Publication:
-    """Bring a branch to the state of a bundle, in one commit, or in none if it is in that state.
+    """Bring a branch, of a target from `check_target`, to the state of a bundle: in one commit, or in none if it is there.
 
-    Args:
-        bundle: What to publish.
-        target: From `check_target`.
-        pauses: Seconds between tries of what can pass: 408, 409, 412, 425, 429, 5xx, broken connections, a rival's commit.
+    What can pass is tried again, after so many seconds: 408, 409, 412, 425, 429, 5xx, broken connections, a rival's commit.
 
     Raises:
         HubError: It cannot be done (401, 403, ...), or fails still after the last try. The branch has the old version then;

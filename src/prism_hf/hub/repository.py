@@ -12,10 +12,10 @@ from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoFile
 
+from ..dataset import hub_id_problem
 from ..errors import HubError
 from ..runtime import SHORT, again, without_password
 from .bundle import LABELS, Entry, Kind, name_in
-from .card import hub_id_problem
 
 MAIN = "main"
 

@@ -15,23 +15,14 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 @dataclass(frozen=True)
 class SynthesisJob:
-    """One batch of images to optimize, whose result never depends on rank, process count, order or resume.
+    """One batch of images to optimize, whose result never depends on rank, process count, order or resume."""
 
-    Attributes:
-        id: 0 to the number of jobs - 1.
-        classes: Class of each image, (B,).
-        slots: Slot of each image, (B,).
-        iterations: Adam steps; 0 ships the start images.
-        seed: Of the job's own generator (init noise, views).
-        draw_key: Names the teacher draw; jobs of one slot share it.
-    """
-
-    id: int
-    classes: tuple[int, ...]
-    slots: tuple[int, ...]
-    iterations: int
-    seed: int
-    draw_key: str
+    id: int  # 0 to the number of jobs - 1
+    classes: tuple[int, ...]  # of each image
+    slots: tuple[int, ...]  # of each image
+    iterations: int  # Adam steps; 0 ships the start images
+    seed: int  # of the job's own generator (init noise, views)
+    draw_key: str  # names the teacher draw; jobs of one slot share it
     teachers: TeachersRecipe
     recipe_seed: int
 
