@@ -8,14 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import constants, get_token, set_client_factory
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, errors, get_token, set_client_factory
 from huggingface_hub.utils import _http
 
 from ..errors import HubError
@@ -27,7 +20,7 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0)
 """Seconds between tries: four minutes in all, time enough for a restart of the Hub or of a router."""
 SHORT = (1.0, 2.0, 4.0, 8.0)  # for a check that somebody is waiting for
 BRIEF = (0.5, 1.0, 2.0)  # for a question that the cache may answer instead
-HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, ValueError)
+HUB_ERRORS = (errors.HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, ValueError)
 """All that the Hub's clients raise: LFS wraps into RuntimeError, Xet into ConnectionError, a page that is not JSON into
 ValueError."""
 UNREACHABLE = (httpx2.ConnectError, httpx2.TimeoutException, httpx2.ProxyError, httpx2.UnsupportedProtocol)
@@ -38,36 +31,28 @@ _LONGEST_TEXT = 240
 _BAD_TOKEN = (httpx2.LocalProtocolError, UnicodeEncodeError)
 """What a token that cannot stand in an HTTP header leads to; the text of these errors quotes it."""
 _STATED = re.compile(r"\b(?:HTTP status|status(?: code)?)\W{0,3}(?:client error|server error)?\W{0,3}(\d{3})\b", re.I)
-_TELLING = (HubError, OfflineModeIsEnabled, httpx2.HTTPError, json.JSONDecodeError, UnicodeEncodeError)
+_TELLING = (HubError, errors.OfflineModeIsEnabled, httpx2.HTTPError, json.JSONDecodeError, UnicodeEncodeError)
 """What tells more than an error that wraps it ("Error while uploading") or one that it wraps (of a socket)."""
-_SENTENCES: tuple[tuple[int | type | tuple[type, ...], str], ...] = (
-    (OfflineModeIsEnabled, "HF_HUB_OFFLINE=1 is set, and the cache does not have it; unset it, or run once with a network"),
-    (
-        GatedRepoError,
-        "{repo} is gated ({status}); ask for access at {page}, then set HF_TOKEN or run `hf auth login` with the account "
-        "that has it",
-    ),
-    (
-        RepositoryNotFoundError,
-        "{repo} is not on the Hub, or it is private ({status}); check the spelling, or set HF_TOKEN or run "
-        "`hf auth login` with an account that may read it",
-    ),
-    (RevisionNotFoundError, "{repo} has no such revision ({status}); expected one of its branches, tags or commits"),
-    (json.JSONDecodeError, "{hub} does not answer as a Hub does; check HF_ENDPOINT and the proxy"),
-    (_BAD_TOKEN, "the token holds characters that no token has; set HF_TOKEN anew or run `hf auth login`"),
-    ((httpx2.ReadError, httpx2.RemoteProtocolError), "{hub} broke off ({error})"),
-    (httpx2.TransportError, "{hub} is not reachable ({error})"),
-    (
-        401,
-        "the Hub does not accept the token ({status}: {text}); set HF_TOKEN to a valid one or run `hf auth login`, or "
-        "unset it for what is public",
-    ),
-    (402, "the Hub wants payment for this ({status}: {text}); private storage? see the billing page of the account"),
-    (403, "the token has no right to do this ({status}: {text}); use one that may read, or write, there"),
-    (404, "not found on the Hub, or not visible with this token ({status}: {text})"),
-    ((HfHubHTTPError, httpx2.HTTPStatusError), "{hub} answers {status}: {text}"),
-    (Exception, "{error}: {text}"),
-)
+_SENTENCES: dict[int | type | tuple[type, ...], str] = {
+    errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE=1 is set, and the cache does not have it; unset it, or run once "
+    "with a network",
+    errors.GatedRepoError: "{repo} is gated ({status}); ask for access at {page}, then set HF_TOKEN or run "
+    "`hf auth login` with the account that has it",
+    errors.RepositoryNotFoundError: "{repo} is not on the Hub, or it is private ({status}); check the spelling, or "
+    "set HF_TOKEN or run `hf auth login` with an account that may read it",
+    errors.RevisionNotFoundError: "{repo} has no such revision ({status}); expected one of its branches, tags or commits",
+    json.JSONDecodeError: "{hub} does not answer as a Hub does; check HF_ENDPOINT and the proxy",
+    _BAD_TOKEN: "the token holds characters that no token has; set HF_TOKEN anew or run `hf auth login`",
+    (httpx2.ReadError, httpx2.RemoteProtocolError): "{hub} broke off ({error})",
+    httpx2.TransportError: "{hub} is not reachable ({error})",
+    401: "the Hub does not accept the token ({status}: {text}); set HF_TOKEN to a valid one or run `hf auth login`, or "
+    "unset it for what is public",
+    402: "the Hub wants payment for this ({status}: {text}); private storage? see the billing page of the account",
+    403: "the token has no right to do this ({status}: {text}); use one that may read, or write, there",
+    404: "not found on the Hub, or not visible with this token ({status}: {text})",
+    (errors.HfHubHTTPError, httpx2.HTTPStatusError): "{hub} answers {status}: {text}",
+    Exception: "{error}: {text}",
+}
 """Error or HTTP status -> what it means and what to do; the first that fits."""
 
 
@@ -77,10 +62,8 @@ def again(
     """Run `attempt` until it succeeds, fails for good, or has been tried once more than there are pauses, in seconds.
 
     It reads afresh what it builds upon, so that running it again is safe. A longer Retry-After is obeyed, up to five
-    minutes. Errors `at_once` are not waited for although they may pass: the caller can do without the Hub.
-
-    Raises:
-        HubError: One line: what failed, why, and what to do. `away` if it was tried in vain, and may work later.
+    minutes. Errors `at_once` are not waited for although they may pass: the caller can do without the Hub. The `HubError`
+    says in one line what failed, why, and what to do; it is `away` if it was tried in vain, and may work later.
     """
     for pause in (*pauses, None):
         try:
@@ -114,7 +97,8 @@ def _client() -> httpx2.Client:
 
 def passes(error: BaseException) -> bool:
     """Tell whether an error of the Hub's clients may be gone at the next try."""
-    if any(isinstance(link, OfflineModeIsEnabled | GatedRepoError | httpx2.LocalProtocolError) for link in _chain(error)):
+    lasting = errors.OfflineModeIsEnabled | errors.GatedRepoError | httpx2.LocalProtocolError
+    if any(isinstance(link, lasting) for link in _chain(error)):
         return False
     status = status_of(error)
     if status is not None:
@@ -141,12 +125,14 @@ def explain(error: BaseException) -> str:
         return str(cause)
     status = status_of(error)
     sentence = next(
-        text for case, text in _SENTENCES if case == status or (not isinstance(case, int) and isinstance(cause, case))
+        text
+        for case, text in _SENTENCES.items()
+        if case == status or (not isinstance(case, int) and isinstance(cause, case))
     )
     repo, kind = getattr(cause, "repo_id", None), getattr(cause, "repo_type", None)
     page = f"{without_password(constants.ENDPOINT)}/{'datasets/' if kind == 'dataset' else ''}{repo or ''}"
     text = str(cause) or "no reason given"
-    if isinstance(cause, HfHubHTTPError):  # whose own text is long and advises what is not meant here
+    if isinstance(cause, errors.HfHubHTTPError):  # whose own text is long and advises what is not meant here
         text = cause.server_message or f"{cause.response.reason_phrase} at {cause.response.url.path}"
     return sentence.format(
         hub=hub_name(),
@@ -170,5 +156,5 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _answer(error: BaseException) -> httpx2.Response | None:
-    links = (link for link in _chain(error) if isinstance(link, HfHubHTTPError | httpx2.HTTPStatusError))
+    links = (link for link in _chain(error) if isinstance(link, errors.HfHubHTTPError | httpx2.HTTPStatusError))
     return next((link.response for link in links), None)

@@ -63,11 +63,9 @@ def log_file(folder: Path, rank: int) -> Iterator[Path]:
         yield path
     except BaseException as error:
         # What ends a run stands in its log too; a traceback only for what nobody expected, without the values in it.
-        expected = type(error).__module__.startswith(_OURS)
-        note = logger.makeRecord(_OURS, logging.ERROR, "", 0, "%s: %s", (type(error).__name__, error), None)
-        if not expected and isinstance(error, Exception):
-            note.exc_info = (type(error), error, error.__traceback__)
-        handler.emit(note)
+        expected = type(error).__module__.startswith(_OURS) or not isinstance(error, Exception)
+        trace = None if expected else (type(error), error, error.__traceback__)
+        handler.emit(logger.makeRecord(_OURS, logging.ERROR, "", 0, "%s: %s", (type(error).__name__, error), trace))
         raise
     finally:
         logger.removeHandler(handler)

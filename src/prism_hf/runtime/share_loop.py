@@ -54,8 +54,7 @@ def share(
         prepare(missing)
         mine = sorted(missing, key=size, reverse=True)[accelerator.process_index :: accelerator.num_processes]
         path, total = notes / f"progress-{accelerator.process_index}.json", sum(map(size, mine))
-        tell = accelerator.is_main_process and not title
-        progress = Progress(path, stage, total, steps or unit, title, tell=tell)
+        progress = Progress(path, stage, total, steps or unit, title, tell=accelerator.is_main_process and not title)
         try:
             for task in mine:
                 progress.begin(name(task))

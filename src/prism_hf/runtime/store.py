@@ -179,10 +179,9 @@ class Artifact:
         self.write_bytes(_json_bytes(value))
 
     def check(self) -> Proof:
-        """The proof, after comparing file and key with it; an untouched file is not read again.
+        """The proof, or a `DamagedError`: file or seal is missing, truncated or edited, or made from something else.
 
-        Raises:
-            DamagedError: File or seal is missing, truncated or edited, or the file was made from something else.
+        An untouched file is not read again.
         """
         proof = read_proof(self.path)
         if not self.path.is_file():
