@@ -41,23 +41,17 @@ class StudentSetup:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Methods, seeds and students, and the folder of their runs.
-
-    Attributes:
-        setups: How students read each dataset. The first student reads all its views at least once.
-        ceilings: Architectures that are trained on all real images too.
-        loaded: Data and networks that all runs share.
-    """
+    """Methods, seeds and students, and the folder of their runs."""
 
     methods: Sequence[Method]
-    setups: Sequence[StudentSetup]
+    setups: Sequence[StudentSetup]  # how students read each dataset; the first student reads all its views at least once
     seeds: Sequence[int]
     folder: Path
     teachers_root: Path
     accelerator: Accelerator
     checkpoint_s: float = EVERY_S
-    ceilings: Sequence[str] = ()
-    loaded: Loaded = field(default_factory=Loaded)
+    ceilings: Sequence[str] = ()  # architectures that are trained on all real images too
+    loaded: Loaded = field(default_factory=Loaded)  # data and networks that all runs share
 
     def __post_init__(self) -> None:
         if not self.plain_setups:

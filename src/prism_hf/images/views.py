@@ -149,17 +149,11 @@ def to_columns(view: View, image_index: Tensor) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class ViewRows:
-    """Rows of the views table, as tensors: what a student trains on.
+    """Rows of the views table, as tensors: what a student trains on."""
 
-    Attributes:
-        image_index: Row of the image, (N,) int64.
-        view: Its view; `mix_with` is the *image row* of the partner here, or -1.
-        partner: The same with crop and flip of the partner.
-    """
-
-    image_index: Tensor
-    view: View
-    partner: View
+    image_index: Tensor  # row of the image, (N,) int64
+    view: View  # `mix_with` is the *image row* of the partner here, or -1
+    partner: View  # the same with crop and flip of the partner
 
     def __getitem__(self, rows: slice) -> Self:
         return type(self)(self.image_index[rows], self.view[rows], self.partner[rows])

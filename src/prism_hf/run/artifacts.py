@@ -33,16 +33,13 @@ SQUEEZED, TIMES = "squeezed.json", "times.json"
 class ImageSet:
     """A set of images to label and package: the distilled ones, or random real ones as their control.
 
-    Attributes:
-        name: `distilled` or `random_real`.
-        origins: (class, slot, job, row) of each image, in the order of the table. The row is one of the job's file; of a
-            real image, whose job is -1, one of the training split.
-        key: Digest of what the images are made from.
+    `origins` are (class, slot, job, row) of each image, in the order of the table. The row is one of the job's file; of a
+    real image, whose job is -1, one of the training split.
     """
 
-    name: str
+    name: str  # `distilled` or `random_real`
     origins: tuple[tuple[int, int, int, int], ...]
-    key: str
+    key: str  # digest of what the images are made from
 
     def __len__(self) -> int:
         return len(self.origins)
@@ -54,19 +51,13 @@ ShardTask = tuple[ImageSet, str, Shard]
 
 @dataclass(frozen=True, eq=False)
 class Artifacts:
-    """Names and keys of the files of one run.
+    """Names and keys of the files of one run."""
 
-    Attributes:
-        folder: DIR/work.
-        train_content: Digest of the training data.
-        weights: SHA-256 of the weights of every teacher.
-    """
-
-    folder: Path
+    folder: Path  # DIR/work
     recipe: Recipe
-    train_content: str
+    train_content: str  # digest of the training data
     class_names: Sequence[str]
-    weights: Mapping[str, str]
+    weights: Mapping[str, str]  # SHA-256 of the weights of every teacher
 
     def _key(self, what: str, sections: Sequence[str], teachers: Sequence[str], *parts: object) -> str:
         weights = {name: self.weights[name] for name in teachers}

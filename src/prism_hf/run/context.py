@@ -49,25 +49,16 @@ class Loaded:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One recipe in one output folder, on some processes.
-
-    Attributes:
-        teachers_root: Where squeezed teachers are kept; recipes may share it.
-        accelerator: Processes, device, trackers.
-        checkpoint_s: Seconds between two checkpoints of a long job.
-        allow_partial: Go on without the jobs whose numbers went bad.
-        with_control: Make random real images beside the distilled ones, as every recipe by itself does.
-        title: What the run is called beside its stages, where it is one of many.
-    """
+    """One recipe in one output folder, on some processes."""
 
     recipe: Recipe
     folder: Path
-    teachers_root: Path
-    accelerator: Accelerator
-    checkpoint_s: float = EVERY_S
-    allow_partial: bool = False
-    with_control: bool = True
-    title: str = ""
+    teachers_root: Path  # where squeezed teachers are kept; recipes may share it
+    accelerator: Accelerator  # processes, device, trackers
+    checkpoint_s: float = EVERY_S  # seconds between two checkpoints of a long job
+    allow_partial: bool = False  # go on without the jobs whose numbers went bad
+    with_control: bool = True  # make random real images beside the distilled ones, as every recipe by itself does
+    title: str = ""  # what the run is called beside its stages, where it is one of many
     loaded: Loaded = field(default_factory=Loaded)
 
     @property

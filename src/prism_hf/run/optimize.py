@@ -28,18 +28,14 @@ History = list[dict[str, float]]
 class JobResult:
     """A finished job.
 
-    Attributes:
-        images_uint8: (B, C, H, W).
-        history: One dict each `CHECK_EVERY` steps: `step`, `ce`, `bn`, `grad` (largest size of a pixel's gradient), `lr`,
-            `densification` where it is on, and `verifier_top1` where it was asked.
-        logit_top1: Share of the final 8-bit images that the logit teacher puts in their class.
-        verifier_top1: The same of the held-out verifier, or `None` without one.
+    The history has one dict each `CHECK_EVERY` steps: `step`, `ce`, `bn`, `grad` (largest size of a pixel's gradient),
+    `lr`, `densification` where it is on, and `verifier_top1` where it was asked.
     """
 
-    images_uint8: Tensor
+    images_uint8: Tensor  # (B, C, H, W)
     history: History
-    logit_top1: float
-    verifier_top1: float | None
+    logit_top1: float  # share of the final 8-bit images that the logit teacher puts in their class
+    verifier_top1: float | None  # the same of the held-out verifier, or `None` without one
 
 
 def optimize(
