@@ -99,8 +99,7 @@ def _push(args: argparse.Namespace) -> None:
     quiet()
     from ..hub import Target, push_folder
 
-    target = Target(args.repo, **target_options(args))
-    sys.stdout.write(f"{push_folder(args.folder, target, dataset_id=args.dataset).url}\n")
+    sys.stdout.write(f"{push_folder(args.folder, Target(args.repo, **target_options(args)), dataset_id=args.dataset).url}\n")
 
 
 def verify(parser: argparse.ArgumentParser) -> Command:
