@@ -9,7 +9,7 @@ from ..errors import RecipeError
 from ..recipe import STAGES, TRACKERS, describe_plan
 from ..runtime import is_first_process
 from .folders import print_status
-from .options import Command, add_compute, add_target, quiet, read_recipe, split_overrides, target_options, teachers_folder
+from .options import Command, add_compute, add_target, push_options, quiet, read_recipe, split_overrides, teachers_folder
 
 
 def distill(parser: argparse.ArgumentParser) -> Command:
@@ -70,7 +70,7 @@ def _distill(args: argparse.Namespace) -> None:
         stage=args.stage,
         fresh=args.fresh,
         allow_partial=args.allow_partial,
-        push_to_hub=None if args.repo is None else Target(args.repo, **target_options(args)),
+        push_to_hub=None if args.repo is None else Target(args.repo, **push_options(args)),
         log_with=args.log_with,
         threads=args.threads,
         checkpoint_s=args.checkpoint_every,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import RecipeError
 from ..runtime import is_first_process
-from .options import Command, add_compute, add_target, quiet, split_overrides, target_options
+from .options import Command, add_compute, add_target, push_options, quiet, split_overrides
 
 
 def status(parser: argparse.ArgumentParser) -> Command:
@@ -99,8 +99,7 @@ def _push(args: argparse.Namespace) -> None:
     quiet()
     from ..hub import Target, push_folder
 
-    target = Target(args.repo, **target_options(args))
-    sys.stdout.write(f"{push_folder(args.folder, target, dataset_id=args.dataset).url}\n")
+    sys.stdout.write(f"{push_folder(args.folder, Target(args.repo, **push_options(args)), dataset_id=args.dataset).url}\n")
 
 
 def verify(parser: argparse.ArgumentParser) -> Command:

@@ -68,7 +68,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(public=False)
 
 
-def target_options(args: argparse.Namespace) -> dict[str, Any]:
+def push_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_target`, as a `Target` takes them."""
     return {"public": args.public, "revision": args.revision, "create_pr": args.create_pr, "replace_other": args.replace}
 
