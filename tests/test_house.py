@@ -59,7 +59,6 @@ def test_it_counts_what_it_says(checkout):
 
 
 @pytest.mark.parametrize("name", house.LIMITS)
-@pytest.mark.xfail(strict=False, reason="the packages are being simplified")
 def test_the_house_keeps_its_limits(name):
     assert house.measure(ROOT)[name] <= house.LIMITS[name]
 

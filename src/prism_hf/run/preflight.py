@@ -41,8 +41,9 @@ def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
     if recipe.synthesis.init != "noise":
         real_rows(run.data, recipe.synthesis.ipc, seed=recipe.seed)
     check_candidates(run.data, recipe.synthesis)
-    inputs = run.work / INPUTS
-    if not fresh and inputs.is_file() and json.loads(inputs.read_text(encoding="utf-8")) != _inputs_of(run):
+    # Always asked, since it decodes images of both parts: one that cannot be read is told before anything is written.
+    inputs, now = run.work / INPUTS, _inputs_of(run)
+    if not fresh and inputs.is_file() and json.loads(inputs.read_text(encoding="utf-8")) != now:
         raise OutputError(
             f"the data or the teachers of this run have changed since it was started (see {inputs}); what is finished "
             "there would not fit. Use another folder (--output DIR)"
