@@ -1,15 +1,13 @@
-"""The commands distill and squeeze: a recipe as a whole, or its teachers alone."""
+"""The command distill: a recipe as a whole."""
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
-from ..errors import RecipeError
 from ..recipe import STAGES, TRACKERS, describe_plan
 from ..runtime import is_first_process
-from .folders import print_status
-from .options import Command, add_compute, add_target, push_options, quiet, read_recipe, split_overrides, teachers_folder
+from .options import Command, add_compute, add_target, push_options, quiet, read_recipe, teachers_folder
+from .status import print_status
 
 
 def distill(parser: argparse.ArgumentParser) -> Command:
@@ -78,42 +76,3 @@ def _distill(args: argparse.Namespace) -> None:
     if is_first_process():
         made = (result.report and summary(result.report), result.dataset and f"dataset: {result.dataset}", result.url)
         sys.stdout.writelines(f"{line}\n" for line in made if line)
-
-
-def squeeze(parser: argparse.ArgumentParser) -> Command:
-    """Train the `squeeze:` teachers of a recipe.
-
-        %(prog)s RECIPE.yaml [key=value ...] [--output DIR]
-
-    They learn the recipe's real data; finished ones are left as they are. Prints a folder per teacher, which both
-    `timm.create_model("local-dir:FOLDER", pretrained=True)` and transformers'
-    `AutoModelForImageClassification.from_pretrained("FOLDER")` load.
-    """
-    parser.add_argument("words", nargs="+", metavar="RECIPE.yaml | key=value", help="a recipe, and overrides")
-    parser.add_argument("--output", type=Path, default="outputs/teachers", metavar="DIR", help="default: %(default)s")
-    add_compute(parser)
-    return _squeeze
-
-
-def _squeeze(args: argparse.Namespace) -> None:
-    recipe = read_recipe(args.words)
-    if not recipe.squeezed_teachers:
-        (path,), _ = split_overrides(args.words)
-        raise RecipeError(f"{path} names no `squeeze:` teacher, so there is nothing to train")
-    quiet()
-    from ..models import teacher_folder
-    from ..run.context import Run, make_accelerator
-    from ..run.folder import check_place
-    from ..run.preflight import check_architectures
-    from ..run.squeeze import squeeze
-
-    check_place(args.output, "--output")
-    check_architectures(recipe)
-    accelerator = make_accelerator(threads=args.threads)
-    # Only later stages need the folder of a run; teachers go straight to the output.
-    scratch = args.output / f".work-{recipe.name}"
-    squeeze(Run(recipe, scratch, args.output, accelerator, args.checkpoint_every))
-    if is_first_process():
-        shutil.rmtree(scratch, ignore_errors=True)
-        for name in recipe.squeezed_teachers:
-            sys.stdout.write(f"{name}  {teacher_folder(name, recipe, args.output)}\n")

@@ -12,9 +12,14 @@ from pathlib import Path
 
 from .. import __version__
 from .compare import compare
-from .distill import distill, squeeze
-from .folders import evaluate, export, push, status, verify
+from .distill import distill
+from .evaluate import evaluate
+from .export import export
 from .options import run_command
+from .push import push
+from .squeeze import squeeze
+from .status import status
+from .verify import verify
 
 COMMANDS = (distill, squeeze, evaluate, compare, status, push, verify, export)
 """Each adds the options of its command to a parser and returns what runs it; its docstring is the help."""

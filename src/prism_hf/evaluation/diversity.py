@@ -21,15 +21,10 @@ _MOST_PAIRS_OF = 200
 
 @dataclass(frozen=True)
 class Diversity:
-    """Intra-class cosine similarity of one set of images.
+    """Intra-class cosine similarity of one set of images."""
 
-    Attributes:
-        per_class: Mean over all pairs of a class, in [-1, 1]; `None` for a class with fewer than two images.
-        mean: Mean over the classes, or `None` if no class has two images.
-    """
-
-    per_class: tuple[float | None, ...]
-    mean: float | None
+    per_class: tuple[float | None, ...]  # mean over all pairs of a class, in [-1, 1]; `None` with fewer than two images
+    mean: float | None  # over the classes, or `None` if no class has two images
 
 
 def intra_class_similarity(features: Tensor, labels: Tensor, num_classes: int) -> Diversity:

@@ -23,21 +23,13 @@ _ASPECT = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class View:
-    """The views of a batch, one row per image; all tensors on the CPU.
+    """The views of a batch, one row per image; all tensors on the CPU."""
 
-    Attributes:
-        crop: Top, left, height, width in source pixels, (B, 4) int64.
-        flip: Horizontal flip after resizing, (B,) bool.
-        mix_with: Position in the batch of the partner, or -1, (B,) int64.
-        mix_box: Top, left, height, width in result pixels of the box that shows the partner; all zero for a blend.
-        mix_weight: Share of the image itself in the label and, for a blend, in the pixels, (B,) float32; 1 without mix.
-    """
-
-    crop: Tensor
-    flip: Tensor
-    mix_with: Tensor
-    mix_box: Tensor
-    mix_weight: Tensor
+    crop: Tensor  # top, left, height, width in source pixels, (B, 4) int64
+    flip: Tensor  # horizontal flip after resizing, (B,) bool
+    mix_with: Tensor  # position in the batch of the partner, or -1, (B,) int64
+    mix_box: Tensor  # top, left, height, width in result pixels of the box that shows the partner; all zero for a blend
+    mix_weight: Tensor  # share of the image itself in the label and in a blend's pixels, (B,) float32; 1 without mix
 
     def __getitem__(self, rows: slice) -> Self:
         return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))

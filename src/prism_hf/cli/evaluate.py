@@ -1,0 +1,62 @@
+"""The command evaluate: students on a distilled dataset."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..errors import RecipeError
+from ..runtime import is_first_process
+from .options import Command, add_compute, quiet, split_overrides
+
+
+def evaluate(parser: argparse.ArgumentParser) -> Command:
+    """Train students on a distilled dataset, and print the table.
+
+        %(prog)s DATASET
+        %(prog)s DATASET --student resnet18 --seeds 3 evaluation.epochs=100
+        %(prog)s DATASET --test DATA:SPLIT
+
+    DATASET is a folder or a Hub id. Students see only what it contains: images, labels, views. The test data are the
+    recipe's unless named. The random-real rows appear when the real training data and the teachers can be reached
+    (--teachers DIR for squeezed ones).
+    """
+    parser.add_argument("words", nargs="+", metavar="DATASET | evaluation.key=value", help="a folder or a Hub id")
+    parser.add_argument("--revision", help="of a Hub dataset")
+    parser.add_argument("--student", metavar="NAME", help="timm architecture, or transformers:MODEL_TYPE")
+    parser.add_argument("--test", metavar="DATA[:SPLIT]", help="test data: Hub id or folder; split `test` if not named")
+    parser.add_argument("--seeds", type=int, metavar="N", help="students per row")
+    parser.add_argument("--teachers", type=Path, metavar="DIR", help="default: those beside DATASET, or outputs/teachers")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/evaluate/<recipe name>")
+    add_compute(parser)
+    return _evaluate
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    sources, overrides = split_overrides(args.words)
+    if len(sources) != 1:
+        raise RecipeError(f"expected one dataset, got {len(sources)}; protocol changes are written evaluation.key=value")
+    if args.seeds is not None:
+        if args.seeds < 1:
+            raise RecipeError(f"--seeds is {args.seeds}; expected at least 1")
+        overrides.append(f"evaluation.seeds={list(range(args.seeds))}")
+    if args.student is not None:
+        overrides.append(f"evaluation.student={json.dumps(args.student)}")
+    quiet()
+    from ..evaluation import summary
+    from ..run.evaluate_dataset import evaluate_dataset
+
+    report, student = evaluate_dataset(
+        sources[0],
+        overrides,
+        revision=args.revision,
+        test=args.test,
+        teachers=args.teachers,
+        folder=args.output,
+        threads=args.threads,
+        checkpoint_s=args.checkpoint_every,
+    )
+    if is_first_process():
+        sys.stdout.write(f"{summary(json.loads(report.read_text(encoding='utf-8')))}\nreport: {report}\n")
+        if student is not None:
+            sys.stdout.write(f"student: {student}\n")

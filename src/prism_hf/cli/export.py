@@ -1,0 +1,29 @@
+"""The command export: a dataset for other programs."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .options import Command, quiet
+
+
+def export(parser: argparse.ArgumentParser) -> Command:
+    """Write the images of a dataset for other programs.
+
+        %(prog)s outputs/NAME/dataset DIR --format imagefolder
+        %(prog)s ORG/NAME DIR --format rethinkdc --revision v1
+
+    imagefolder: a folder of image files per class. rethinkdc: one Parquet table with the columns that rethinkdc reads.
+    """
+    parser.add_argument("source", metavar="FOLDER_OR_REPO", help="a dataset folder, or a Hub id")
+    parser.add_argument("target", type=Path, metavar="DIR", help="new folder")
+    parser.add_argument("--format", required=True, choices=("imagefolder", "rethinkdc"))
+    parser.add_argument("--revision", help="of a Hub dataset")
+    return _export
+
+
+def _export(args: argparse.Namespace) -> None:
+    quiet()
+    from ..dataset.export import export
+
+    sys.stdout.write(f"{export(args.source, args.target, format=args.format, revision=args.revision)}\n")

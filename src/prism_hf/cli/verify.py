@@ -1,0 +1,30 @@
+"""The command verify: a dataset against its provenance."""
+
+import argparse
+import sys
+
+from .options import Command, quiet
+
+
+def verify(parser: argparse.ArgumentParser) -> Command:
+    """Compare every file of a dataset with provenance.json.
+
+        %(prog)s outputs/NAME/dataset
+        %(prog)s ORG/NAME --revision v1
+
+    The exit code is 1 if anything differs.
+    """
+    parser.add_argument("source", metavar="FOLDER_OR_REPO", help="a dataset folder, or a Hub id")
+    parser.add_argument("--revision", help="of a Hub dataset")
+    return _verify
+
+
+def _verify(args: argparse.Namespace) -> int:
+    quiet()
+    from ..dataset.provenance import verify
+
+    result = verify(args.source, revision=args.revision)
+    sys.stdout.writelines(f"{line}\n" for line in result.differences)
+    rows = ", ".join(f"{count} rows in {config!r}" for config, count in result.rows.items())
+    sys.stdout.write(f"{args.source}: {result.files} files, {rows}; {len(result.differences) or 'no'} differences\n")
+    return 1 if result.differences else 0
