@@ -7,12 +7,9 @@ from torch import nn
 
 from prism_hf.errors import OutputError, StoppedError
 from prism_hf.models.build import seeded
-from prism_hf.models.training import ShuffledBatches, fit
-from prism_hf.runtime import checkpoint as module
-from prism_hf.runtime import stop as interruption
-from prism_hf.runtime.checkpoint import (
-    Checkpoint,
-    State,
+from prism_hf.models.training import (
+    ShuffledBatches,
+    fit,
     optimizer_state,
     part,
     prefixed,
@@ -20,6 +17,9 @@ from prism_hf.runtime.checkpoint import (
     restore_optimizer,
     restore_random_state,
 )
+from prism_hf.runtime import checkpoint as module
+from prism_hf.runtime import stop as interruption
+from prism_hf.runtime.checkpoint import Checkpoint, State
 from prism_hf.runtime.store import Artifact, seal_of
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ..errors import RecipeError
-from ..runtime import is_first_process
+from ..runtime import is_first_process, read_json
 from .options import Command, add_compute, quiet, split_overrides
 
 
@@ -57,6 +57,6 @@ def _evaluate(args: argparse.Namespace) -> None:
         checkpoint_s=args.checkpoint_every,
     )
     if is_first_process():
-        sys.stdout.write(f"{summary(json.loads(report.read_text(encoding='utf-8')))}\nreport: {report}\n")
+        sys.stdout.write(f"{summary(read_json(report))}\nreport: {report}\n")
         if student is not None:
             sys.stdout.write(f"student: {student}\n")

@@ -1,7 +1,7 @@
 """The format of a distilled dataset: tables, provenance, reading, checking, export."""
 
 from .format import DISTILLED, IMAGES, RANDOM_REAL, VIEWS, Shard, image_features, image_shards, view_features, view_shards
-from .provenance import FileEntry, Provenance, check_folder, read_provenance, versions, write_provenance
+from .provenance import Provenance, check_folder, read_provenance, versions, write_provenance
 from .reader import DistilledDataset, load_distilled
 from .tables import hub_id_problem
 from .writer import ImageRows, build_dataset, image_tables, view_tables, write_parquet

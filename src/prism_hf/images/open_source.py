@@ -1,6 +1,5 @@
 """The rows of a source: splits are opened without following what leads out of it, and their columns found."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,16 @@ from sklearn.model_selection import train_test_split
 
 from ..errors import DataError, PrismError
 from ..recipe import DataRecipe
-from ..runtime import folder_state, foreign_files, homes_of, is_inside, is_plain_path, read_card, visible_entries
+from ..runtime import (
+    folder_state,
+    foreign_files,
+    homes_of,
+    is_inside,
+    is_plain_path,
+    read_card,
+    read_json,
+    visible_entries,
+)
 
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".tbz2", ".xz", ".txz", ".7z", ".rar", ".zst", ".lz4")
 
@@ -78,9 +86,9 @@ def _open_saved(folder: Path, name: str, what: str) -> datasets.Dataset:
 
 
 def _saved_names(folder: Path) -> Iterator[object]:
-    for split in json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]:
+    for split in read_json(folder / "dataset_dict.json")["splits"]:
         yield split
-        state = json.loads((folder / split / "state.json").read_text(encoding="utf-8"))
+        state = read_json(folder / split / "state.json")
         yield from (file["filename"] for file in state["_data_files"])
 
 

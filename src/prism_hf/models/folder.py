@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import RecipeError
 from ..images import REFERENCE, SourceData
 from ..recipe import Recipe, public_recipe
-from ..runtime import draft_folder, swap_folder, writing
+from ..runtime import draft_folder, read_json, swap_folder, writing
 from .build import build_network, seeded
 from .facts import ScoredOn, SourceFacts, StudentFacts, TeacherFacts
 
@@ -96,7 +96,7 @@ def _config(network: nn.Module, size: int, channels: int, class_names: Sequence[
 
 def _repair_config(path: Path) -> None:
     # timm writes model_args.num_classes, which transformers then passes twice (timm 1.0.31, transformers 5.23).
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     config.get("model_args", {}).pop("num_classes", None)
     # It also names the weights that it would download for this architecture; these are others.
     cfg = config["pretrained_cfg"]

@@ -15,18 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import NotFiniteError
 from ..images import ImageSplit, to_reference
-from ..runtime import (
-    Checkpoint,
-    State,
-    optimizer_state,
-    part,
-    prefixed,
-    raise_if_stopped,
-    random_state,
-    restore_optimizer,
-    restore_random_state,
-    told_in_one_line,
-)
+from ..runtime import Checkpoint, State, raise_if_stopped, told_in_one_line
 
 CHECK_EVERY = 20
 """Steps between looks at the losses; each look waits for the device."""
@@ -223,3 +212,48 @@ def score(logits: Callable[[Tensor], Tensor], split: ImageSplit, *, device: torc
         images = to_reference(split.images(rows).to(device))
         metric.add_batch(predictions=logits(images).argmax(1).cpu(), references=split.labels[rows.numpy()])
     return float(metric.compute()["top1"])
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
+    """The state of an optimizer: tensors as `INDEX.KEY`, parameter groups in the notes."""
+    plain = optimizer.state_dict()
+    tensors = {f"{index}.{key}": value for index, entry in plain["state"].items() for key, value in entry.items()}
+    return State(tensors, {"groups": plain["param_groups"]})
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Give an optimizer the state that `optimizer_state` read."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name, value in state.tensors.items():
+        index, _, key = name.partition(".")
+        like = parameters[int(index)]
+        # In the parameter's own memory layout: another one may round differently in the last bit.
+        same = torch.empty_like(like, dtype=value.dtype).copy_(value) if value.shape == like.shape else value
+        entries.setdefault(int(index), {})[key] = same
+    optimizer.load_state_dict({"state": entries, "param_groups": state.notes["groups"]})
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names with a prefix: several states in one file."""
+    return {f"{prefix}/{key}": value for key, value in tensors.items()}
+
+
+def part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a prefix again, without it."""
+    return {key.removeprefix(f"{prefix}/"): value for key, value in tensors.items() if key.startswith(f"{prefix}/")}
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Global random state, of the CPU and of `device`."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set what `random_state` read; a state of another kind of device is left out."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -9,7 +9,6 @@ DIR/work/           what the stages leave for each other
 DIR/logs/           run.log, trackers
 """
 
-import json
 import logging
 import os
 import time
@@ -32,7 +31,7 @@ from ..images import SourceData, load_source
 from ..method import Precision
 from ..models import Teacher, check_teacher, is_squeezed, load_teacher, read_squeezed, teacher_folder
 from ..recipe import STAGES, TRACKERS, DataRecipe, Recipe
-from ..runtime import EVERY_S, share, write_json
+from ..runtime import EVERY_S, read_json, share, write_json
 from .artifacts import TIMES, Artifacts
 
 log = logging.getLogger(__name__)
@@ -182,7 +181,7 @@ class Run:
     def times(self) -> dict[str, float]:
         """Seconds spent in each stage so far, all launches added up (those that were killed outright left none)."""
         path = self.work / TIMES
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -16,7 +16,7 @@ from ..errors import HubError, RecipeError
 from ..evaluation import summary
 from ..hub import Target, bundle_of, check_here, check_target, publish, reserve
 from ..recipe import STAGES, Recipe, flat_values, load_recipe, override_recipe, public_recipe
-from ..runtime import EVERY_S, check_free, log_file, raise_if_stopped, write_json
+from ..runtime import EVERY_S, check_free, log_file, raise_if_stopped, read_json, write_json
 from .context import Run, make_accelerator
 from .evaluate import evaluate
 from .folder import check_folder, claimed_together
@@ -120,7 +120,7 @@ def _distill(run: Run, stage: str | None, target: Target | None, *, fresh: bool)
         start_trackers(run.accelerator, recipe)
         run_stages(run, STAGES if stage is None else [stage])
         path = run.folder / "report.json"
-        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        report = read_json(path) if path.is_file() else None
         run.accelerator.end_training()
         try:
             url = None if target is None else publish(bundle_of(run.dataset), target).url
@@ -142,8 +142,7 @@ def run_stages(run: Run, wanted: Sequence[str]) -> None:
     report = run.folder / "report.json"
     if run.accelerator.is_main_process and report.is_file():
         # Only now is the time of the last stage known.
-        values = json.loads(report.read_text(encoding="utf-8"))
-        write_json(report, values | {"wall_time_s": run.times()})
+        write_json(report, read_json(report) | {"wall_time_s": run.times()})
 
 
 def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:

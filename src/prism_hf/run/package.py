@@ -3,7 +3,6 @@
 The shards of the tables are written already; they get a second name in the folder, no second copy.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,7 +15,18 @@ from ..dataset import DISTILLED, RANDOM_REAL, Provenance, check_folder, read_pro
 from ..errors import DamagedError, DataError, StageError
 from ..hub import MAX_CLASSES, MAX_SLOTS, card_facts, draw_grid, grid, render_card, render_control_card
 from ..recipe import dump_recipe, plan_jobs, public_recipe
-from ..runtime import Artifact, digest, draft_folder, files_below, read_proof, swap_folder, unfinished, write_bytes, writing
+from ..runtime import (
+    Artifact,
+    digest,
+    draft_folder,
+    files_below,
+    read_json,
+    read_proof,
+    swap_folder,
+    unfinished,
+    write_bytes,
+    writing,
+)
 from .artifacts import ImageSet, job_file, read_failed
 from .context import Run, log_picture
 from .relabel import decoded_images, image_sets
@@ -167,7 +177,7 @@ def _kept_report(run: Run, draft: Path) -> dict[str, Any] | None:
     if _listed(run.dataset) != _listed(draft) or not report.is_file() or not figures.is_file():
         return None
     _copy(figures, draft / "assets" / "diversity.png")
-    return json.loads(report.read_text(encoding="utf-8"))
+    return read_json(report)
 
 
 def _keep_foreign(old: Path, draft: Path) -> None:

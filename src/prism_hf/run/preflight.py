@@ -1,6 +1,5 @@
 """The checks before the work: what is wrong with a run is told before anything costs time or is written."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from ..images import local_folder
 from ..method import Alignment, check_candidates, real_rows
 from ..models import Teacher, check_batch, check_network, classifier_of
 from ..recipe import SQUEEZE_PREFIX, STAGES, Recipe, space_needed
-from ..runtime import size_text, write_json
+from ..runtime import read_json, size_text, write_json
 from .context import Run
 from .folder import check_place
 from .status import bytes_below
@@ -43,7 +42,7 @@ def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
     check_candidates(run.data, recipe.synthesis)
     # Always asked, since it decodes images of both parts: one that cannot be read is told before anything is written.
     inputs, now = run.work / INPUTS, _inputs_of(run)
-    if not fresh and inputs.is_file() and json.loads(inputs.read_text(encoding="utf-8")) != now:
+    if not fresh and inputs.is_file() and read_json(inputs) != now:
         raise OutputError(
             f"the data or the teachers of this run have changed since it was started (see {inputs}); what is finished "
             "there would not fit. Use another folder (--output DIR)"

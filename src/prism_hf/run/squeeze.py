@@ -15,10 +15,11 @@ def squeeze(run: Run) -> None:
 
     names = run.recipe.squeezed_teachers
     run.share("squeeze", names, is_done=lambda name: _is_trained(run, name), do=train, unit="teacher")
-    for name, top1 in run.squeezed_top1.items():
+    scores = run.squeezed_top1
+    for name, top1 in scores.items():
         run.say(f"squeeze: {name} scores {100 * top1:.1f} % on the test part")
     if run.accelerator.is_main_process:
-        write_json(run.work / SQUEEZED, run.squeezed_top1)  # for the status: teachers may lie anywhere
+        write_json(run.work / SQUEEZED, scores)  # for the status: teachers may lie anywhere
 
 
 def _is_trained(run: Run, name: str) -> bool:

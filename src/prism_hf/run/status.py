@@ -11,7 +11,7 @@ from typing import Any
 from ..dataset import DISTILLED, RANDOM_REAL, VIEWS, view_shards
 from ..errors import OutputError, RecipeError
 from ..recipe import Recipe, load_recipe, plan_jobs
-from ..runtime import duration_text, holder_of, is_finished, is_held, size_text
+from ..runtime import duration_text, holder_of, is_finished, is_held, read_json, size_text
 from .artifacts import SQUEEZED, TIMES, job_file, read_failed
 
 _QUIET_S = 600.0
@@ -62,7 +62,7 @@ def bytes_below(*folders: Path) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError):  # removed by its process in this moment
         return {}
     return value if isinstance(value, dict) else {}

@@ -22,6 +22,7 @@ from .store import (
     files_below,
     folder_state,
     is_finished,
+    read_json,
     read_proof,
     restore_swapped,
     set_aside,
@@ -49,22 +50,13 @@ from .untrusted import (
 )
 
 if TYPE_CHECKING:
-    from .checkpoint import (
-        Checkpoint,
-        State,
-        optimizer_state,
-        part,
-        prefixed,
-        random_state,
-        restore_optimizer,
-        restore_random_state,
-    )
+    from .checkpoint import Checkpoint, State
     from .hub_client import BRIEF, PAUSES, SHORT, UNREACHABLE, again, explain, hub_name
     from .share_loop import Progress, share, unfinished
     from .tensors import open_rows, read_row, read_tensors, write_rows, write_tensors
 
 _LATER = {
-    "checkpoint": "Checkpoint State optimizer_state part prefixed random_state restore_optimizer restore_random_state",
+    "checkpoint": "Checkpoint State",
     "hub_client": "BRIEF PAUSES SHORT UNREACHABLE again explain hub_name",
     "share_loop": "Progress share unfinished",
     "tensors": "open_rows read_row read_tensors write_rows write_tensors",

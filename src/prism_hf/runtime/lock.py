@@ -1,6 +1,5 @@
 """One launch at a time in one folder. The operating system holds the lock: it ends with the process, however that dies."""
 
-import json
 import logging
 import os
 import socket
@@ -13,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import OutputError
 from .stop import is_first_process
-from .store import clear_drafts, write_json, writing
+from .store import clear_drafts, read_json, write_json, writing
 
 log = logging.getLogger(__name__)
 LOCK, HOLDER = ".lock", ".holder.json"
@@ -74,7 +73,7 @@ def _in_use(folder: Path) -> OutputError:
 def holder_of(folder: Path) -> dict[str, object] | None:
     """Who holds a folder, or held it when it was killed; `None` if nobody says so."""
     try:
-        value = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        value = read_json(folder / HOLDER)
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None

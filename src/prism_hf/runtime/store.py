@@ -133,6 +133,11 @@ def write_json(path: Path, value: object) -> None:
     write_bytes(path, _json_bytes(value))
 
 
+def read_json(path: Path) -> Any:
+    """The JSON value of a file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _json_bytes(value: object) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
@@ -202,7 +207,7 @@ class Artifact:
     def read_json(self) -> Any:
         """The JSON value that `write_json` wrote; see `check`."""
         self.check()
-        return json.loads(self.path.read_text(encoding="utf-8"))
+        return read_json(self.path)
 
     def remove(self) -> None:
         """Remove the file and its seal, the seal first: in between the file counts as not written."""
@@ -224,7 +229,7 @@ def read_proof(path: Path) -> Proof:
     """What the seal of a file says, or a `DamagedError`; the file itself is not read."""
     seal = seal_of(path)
     try:
-        facts = json.loads(seal.read_text(encoding="utf-8"))
+        facts = read_json(seal)
         sha256, notes = facts.pop("sha256"), dict(facts["notes"])
         proof = Proof(notes.pop("key"), facts["file_sha256"], facts["bytes"], notes)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
