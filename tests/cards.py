@@ -3,9 +3,10 @@
 import re
 
 import yaml
+from pipeline import add_card, small_set
 
 from prism_hf.evaluation.report import evaluation_facts, score_row
-from prism_hf.hub.dataset_card import render_card
+from prism_hf.hub.dataset_card import card_facts, render_card
 
 # markdown-it-py is there wherever huggingface-hub is (through typer and rich).
 from markdown_it import MarkdownIt  # isort: skip
@@ -85,3 +86,12 @@ def shape(body):
 
 def shown(body):
     return "".join(t.content if t.type in ("text", "text_special") else "\n" for t in tokens(body))
+
+
+def packed_card(folder):
+    """A small dataset with its card: its recipe, and the facts of a card with figures and a teacher."""
+    recipe, *_ = small_set(folder, names=NAMES)
+    add_card(folder, recipe, NAMES)
+    facts = card_facts(folder, recipe, NAMES, {"evaluation": evaluation()})
+    facts["provenance"]["teachers"] = [TEACHER]
+    return recipe, facts

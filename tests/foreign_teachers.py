@@ -1,5 +1,7 @@
 """Teachers that other programs have saved."""
 
+import pickle
+
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
@@ -16,3 +18,23 @@ def resnet(folder, *, classes=3, names=None, size=None, **save):
     size = size or {"height": 24, "width": 24}
     ViTImageProcessor(size=size, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(folder)
     return folder
+
+
+class Bomb:
+    """What creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def bomb_in(folder):
+    """Bytes that create a file when they are unpickled, and that file."""
+    fired = folder / "fired"
+    data = pickle.dumps(Bomb(fired))
+    pickle.loads(data)
+    assert fired.exists(), "the bomb works"
+    fired.unlink()
+    return data, fired

@@ -9,11 +9,11 @@ import yaml
 from huggingface_hub import DatasetCard
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from pipeline import RECIPE, add_card, one_line, small_set
+from pipeline import RECIPE, one_line
 
-from cards import HOSTILE, NAMES, TEACHER, evaluation, render, shape, shown, tokens
+from cards import HOSTILE, NAMES, packed_card, render, shape, shown, tokens
 from prism_hf.errors import RecipeError
-from prism_hf.hub.dataset_card import METADATA_KEYS, address_card, card_facts, metadata, render_control_card
+from prism_hf.hub.dataset_card import METADATA_KEYS, address_card, metadata, render_control_card
 from prism_hf.hub.merge import BEGIN, END, merge_readme
 from prism_hf.recipe.schema import Recipe, to_dict
 from prism_hf.recipe.yaml_file import dump_recipe, load_recipe, override_recipe, parse_recipe, public_recipe
@@ -355,11 +355,7 @@ something = prose.filter(bool)
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("card")
-    recipe, *_ = small_set(folder, names=NAMES)
-    add_card(folder, recipe, NAMES)
-    facts = card_facts(folder, recipe, NAMES, {"evaluation": evaluation()})
-    facts["provenance"]["teachers"] = [TEACHER]
+    recipe, facts = packed_card(tmp_path_factory.mktemp("card"))
     return recipe, facts, " ".join(shape(render(facts, recipe)[2]))
 
 

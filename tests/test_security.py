@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
 import tarfile
@@ -26,7 +25,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from foreign_teachers import resnet
+from foreign_teachers import Bomb, bomb_in, resnet
 from hub_fixtures import connected, hub, online, transport  # noqa: F401
 from pipeline import ROOT, TINY, add_card, launch, one_line, random_picture, save_timm, sha_tree, small_set, tiny
 
@@ -50,22 +49,10 @@ CPU = torch.device("cpu")
 lfs_only = pytest.mark.parametrize("transport", ["lfs"], indirect=True)
 
 
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.fixture
 def bomb(tmp_path):
     """Bytes that create a file when they are unpickled; nothing in the test may do so."""
-    fired = tmp_path / "fired"
-    data = pickle.dumps(Bomb(fired))
-    pickle.loads(data)
-    assert fired.exists(), "the bomb works"
-    fired.unlink()
+    data, fired = bomb_in(tmp_path)
     yield data
     assert not fired.exists()
 

@@ -9,7 +9,7 @@ from jinja2 import UndefinedError
 from pipeline import add_card, small_set, tiny
 
 # markdown-it-py is there wherever huggingface-hub is (through typer and rich).
-from cards import HOSTILE, NAMES, TEACHER, evaluation, render, shape, shown, tokens
+from cards import HOSTILE, NAMES, evaluation, packed_card, render, shape, shown, tokens
 from prism_hf.dataset.writer import image_features, view_features
 from prism_hf.hub.card import checked_header, escape, fence_for
 from prism_hf.hub.dataset_card import (
@@ -27,11 +27,7 @@ from prism_hf.recipe.yaml_file import load_recipe
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("card")
-    recipe, *_ = small_set(folder, names=NAMES)
-    add_card(folder, recipe, NAMES)
-    facts = card_facts(folder, recipe, NAMES, {"evaluation": evaluation()})
-    facts["provenance"]["teachers"] = [TEACHER]
-    return folder, recipe, facts
+    return folder, *packed_card(folder)
 
 
 @pytest.fixture

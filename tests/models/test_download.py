@@ -2,7 +2,6 @@
 import dataclasses
 import json
 import logging
-import pickle
 import shutil
 import socket
 from pathlib import Path
@@ -11,6 +10,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from foreign_teachers import bomb_in
 from hub_fixtures import fast_retries, hub, online, transport  # noqa: F401
 from hub_server import CutBody, Reset, Status
 from huggingface_hub import HfApi
@@ -130,23 +130,9 @@ def kinds(server):
     return [request.kind for request in server.requests]
 
 
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.fixture
 def bomb(tmp_path):
-    """Bytes that create a file when they are unpickled, and that file."""
-    fired = tmp_path / "fired"
-    data = pickle.dumps(Bomb(fired))
-    pickle.loads(data)
-    assert fired.exists(), "the bomb works"
-    fired.unlink()
-    return data, fired
+    return bomb_in(tmp_path)
 
 
 # -- what is loaded ---------------------------------------------------------------------------------------------------
