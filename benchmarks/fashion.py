@@ -155,8 +155,8 @@ def summary_table(found: dict[str, dict[str, Any]]) -> str:
     for method in methods:
         rows.append((method, *(_cell_at(results[ipc], method, ipc, labels) for ipc, labels in kinds)))
     for a, b in (
-        ("prism_best", control),
-        ("prism_best", "PRISM per slot"),
+        ("PRISM from k-means", control),
+        ("PRISM from k-means", "PRISM per slot"),
         ("PRISM per slot", control),
         ("PRISM per slot", "SRe2L"),
     ):

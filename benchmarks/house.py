@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "house.json"
 SCRIPTS = ("prism.py", "squeeze.py", "evaluate.py", "compare.py")
 LIMITS = {
-    "lines": 12_500,
+    "lines": 12_800,  # 12,500 when the packages were made; 300 more for recipes by name, recorded threads and citations
     "median_module": 150,
     "longest_module": 350,
     "longest_function": 50,

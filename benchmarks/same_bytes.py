@@ -4,7 +4,7 @@
     python benchmarks/same_bytes.py --root OTHER --record   # run another checkout, and record its hashes
 
 Five small runs on digits are made from nothing: PRISM per slot, PRISM per iteration from noise, SRe2L, G-VBSM and random
-real images. Compared are the SHA-256 of each Parquet file of data set and control, and the scores of the students.
+real images. Compared are the SHA-256 of each Parquet file of dataset and control, and the scores of the students.
 The hashes hold for one version of torch on one kind of CPU; record them again on another machine, from the old commit.
 """
 
@@ -40,7 +40,7 @@ RUNS = {
 
 
 def run(root: Path, folder: Path, teachers: Path, recipe: str, overrides: tuple[str, ...]) -> dict[str, object]:
-    """Make one data set with the code in `root`; its hashes and scores."""
+    """Make one dataset with the code in `root`; its hashes and scores."""
     env = os.environ | {
         "PYTHONPATH": str(root / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1",
         "HF_HOME": str(folder.parent / "hf"),

@@ -62,7 +62,7 @@ def evaluation(similarity=0.5, verifier="squeeze:judge"):
 
 TEACHER = {
     "name": "squeeze:test_resnet", "roles": ["logit", "bn_pool"], "architecture": "test_resnet", "revision": None,
-    "licence": "apache-2.0", "weights_sha256": "0" * 64, "test_top1": 0.9125,
+    "license": "apache-2.0", "weights_sha256": "0" * 64, "test_top1": 0.9125,
 }  # fmt: skip
 
 

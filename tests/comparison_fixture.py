@@ -24,7 +24,7 @@ def make_comparison(*, methods=4, classes=10, ipc=10, seeds=3, students=("test_r
         "data": {
             "source": "digits", "classes": [f"class {k}" if classes > 10 else f"digit {k}" for k in range(classes)],
             "train_count": 1347, "test_count": 450, "tested_on": "test images",
-            "licence": "CC BY 4.0",
+            "license": "CC BY 4.0",
         },
         "protocol": {
             "teachers": {"squeeze:test_resnet": 0.91234, "squeeze:test_byobnet": None},
@@ -98,9 +98,9 @@ def histogram(random, mean, spread):
 
 
 def points(random, classes, ipc, spread):
-    centres = 5 * np.stack([np.cos(np.arange(classes) * 2.4), np.sin(np.arange(classes) * 2.4)], 1)
-    centres *= np.sqrt(np.arange(1, classes + 1) / classes)[:, None]
-    xy = np.repeat(centres, ipc, 0) + random.normal(0, spread, (classes * ipc, 2))
+    centers = 5 * np.stack([np.cos(np.arange(classes) * 2.4), np.sin(np.arange(classes) * 2.4)], 1)
+    centers *= np.sqrt(np.arange(1, classes + 1) / classes)[:, None]
+    xy = np.repeat(centers, ipc, 0) + random.normal(0, spread, (classes * ipc, 2))
     return {"xy": xy.round(3).tolist(), "label": np.repeat(np.arange(classes), ipc).tolist()}
 
 

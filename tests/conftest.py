@@ -117,7 +117,7 @@ def make_teacher(name: str, *, seed: int = 0, size: int = 32, num_classes: int =
         size=size,
         num_classes=num_classes,
         architecture=architecture,
-        licence="apache-2.0",
+        license="apache-2.0",
         revision=None,
         weights_sha256=digest_of_tensors(model.state_dict()),
         label_names=None,

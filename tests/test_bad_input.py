@@ -52,7 +52,7 @@ def values():
 
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory):
-    """good.yaml, its pictures, a timm and a transformers teacher of them, and a data set."""
+    """good.yaml, its pictures, a timm and a transformers teacher of them, and a dataset."""
     folder = tmp_path_factory.mktemp("stock")
     (folder / "good.yaml").write_text(dump_recipe(tiny(*GOOD)), encoding="utf-8")
     datasets.DatasetDict({"train": rows(4), "test": rows(2, offset=100)}).save_to_disk(folder / "pictures")
@@ -262,7 +262,7 @@ VALUES = {
     "a beta of one": ({"synthesis.betas": [0.5, 1.0]}, ["synthesis.betas.1", "less than 1"]),
     "a ladder too long": ({"synthesis.ladder": {"step": 4, "period": 2}}, ["ladder", "raise iterations"]),
     "a ladder without period": ({"synthesis.ladder": {"step": 1}}, ["'synthesis.ladder.period' is missing"]),
-    "grey WebP": ({"data.channels": 1, "packaging.image_format": "webp"}, ["webp has no grey mode", "use png"]),
+    "gray WebP": ({"data.channels": 1, "packaging.image_format": "webp"}, ["webp has no gray mode", "use png"]),
     "a batch above all images": ({"relabel.batch_size": 99}, ["relabel.batch_size is 99", "6 images", "lower"]),
     "more epochs than views": ({"evaluation.epochs": 9}, ["evaluation.epochs is 9", "raise the second"]),
 }
@@ -328,9 +328,9 @@ CASES = {
         for name, (word, says) in OVERRIDES.items()
     },
     "override: of 300 letters": Bad(
-        f"prism.py good.yaml data.licences={LONG}",
+        f"prism.py good.yaml data.licenses={LONG}",
         RecipeError,
-        ("licence'?",),
+        ("license'?",),
     ),
     "override: in another command": Bad("squeeze.py good.yaml squeeze.lr=fast", RecipeError, ("squeeze.lr", '"fast"')),
 }
@@ -377,7 +377,7 @@ class Trap:
 pickled = write("bad/pytorch_model.bin", pickle.dumps(Trap()))
 
 
-def grey(here):
+def gray(here):
     model = timm.create_model("test_byobnet", num_classes=3, in_chans=1)
     own = {"input_size": [1, 16, 16], "mean": [0.5], "std": [0.5], "num_classes": 3}
     content = {"num_classes": 3, "model_args": {"in_chans": 1}, "pretrained_cfg": {**model.pretrained_cfg, **own}}
@@ -452,7 +452,7 @@ TEACHERS = {
         ["no BatchNorm2d", "bad"],
         lambda here: save_timm(here / "bad", "test_vit", names=NAMES),
     ),
-    "grey": ("local-dir:bad", ["1 channel", "the data have 3"], grey),
+    "gray": ("local-dir:bad", ["1 channel", "the data have 3"], gray),
     "transformers, a timm folder cut": (
         "transformers:bad",
         ["cannot be loaded"],
@@ -713,7 +713,7 @@ DATA = {
     "a label that is missing": ("bad", ["row 2", "'train'", "label -1", "expected 0 to 2"], saved(label=[0, 1, None] * 4)),
     "a test split without labels": (
         "bad",
-        ["'test'", "label -1", "labelled split"],
+        ["'test'", "label -1", "labeled split"],
         saved(test=lambda: rows(2, label=[-1] * 6)),
     ),
     "a test split of other classes": (
@@ -874,7 +874,7 @@ IMAGES, VIEWS = "set/data/train-00000-of-00001.parquet", "set/views/train-00000-
 
 
 def table(name, change):
-    """Rewrite a table of the data set."""
+    """Rewrite a table of the dataset."""
     return lambda here: pq.write_table(change(pq.read_table(here / name)), here / name)
 
 
@@ -894,8 +894,8 @@ EVALUATE = {
     "the Hub, offline": ("org/set", HubError, ["org/set", "HF_HUB_OFFLINE"]),
     "no id": ("'no id'", DataError, ["'no id' cannot be loaded: it is neither a folder here nor a Hub id"]),
     "a file": ("./good.yaml", DataError, ["good.yaml", "give a folder"]),
-    "two data sets": ("set pictures", RecipeError, ["one dataset", "got 2", "evaluation.key=value"]),
-    "no data set": ("evaluation.lr=1", RecipeError, ["one dataset", "got 0"]),
+    "two datasets": ("set pictures", RecipeError, ["one dataset", "got 2", "evaluation.key=value"]),
+    "no dataset": ("evaluation.lr=1", RecipeError, ["one dataset", "got 0"]),
     "an empty folder": ("bad", DataError, ["'bad'", "give a folder"], folder("bad")),
     "real pictures": ("pictures", DataError, ["'pictures'"]),
     "no recipe": ("set", DataError, ["recipe.yaml", "names the test data"], remove("set/recipe.yaml")),
@@ -1211,10 +1211,10 @@ HUB = {
         ["can only read", "settings/tokens"],
         token("hf_read"),
     ),
-    "push: of somebody else's": ("prism-hf push set other/x", HubError, ["other", "neither you nor your organisation"]),
+    "push: of somebody else's": ("prism-hf push set other/x", HubError, ["other", "neither you nor your organization"]),
     "push: into a public repo": ("prism-hf push set org/public", HubError, ["is public", "--public"]),
     "push: over something else": ("prism-hf push set org/full", HubError, ["org/full", "--replace"]),
-    "push: no folder": ("prism-hf push ./gone org/new", HubError, ["'gone'", "nothing to push", "expected a data set"]),
+    "push: no folder": ("prism-hf push ./gone org/new", HubError, ["'gone'", "nothing to push", "expected a dataset"]),
     "push: a name of 300 letters": (f"prism-hf push {LONG} org/new", HubError, ["File name too long"]),
     "push: a file": ("prism-hf push good.yaml org/new", HubError, ["good.yaml", "nothing to push"]),
     "push: a teacher without facts": ("prism-hf push net org/new", HubError, ["'net'", "nothing to push", "squeeze.json"]),
@@ -1253,7 +1253,7 @@ HUB = {
     "push: before the work": (
         "prism.py good.yaml --push-to-hub other/x --output out",
         HubError,
-        ["neither you nor your organisation"],
+        ["neither you nor your organization"],
     ),
 }
 

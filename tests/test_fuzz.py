@@ -364,7 +364,7 @@ def packed(tmp_path_factory):
     names=st.lists(something, min_size=4, max_size=4, unique=True),
     source=something,
     on_hub=st.booleans(),
-    licence=something,
+    license=something,
     teacher=st.lists(something, min_size=3, max_size=3),
     student=prose,
     reason=prose,
@@ -373,19 +373,19 @@ def packed(tmp_path_factory):
     names=NAMES,
     source="digits",
     on_hub=False,
-    licence=f"{'a' * 80} {END} {'b' * 80}",
+    license=f"{'a' * 80} {END} {'b' * 80}",
     teacher=["a"] * 3,
     student="a",
     reason="a",
 )
-@example(names=NAMES, source="digits", on_hub=False, licence=f"a\n{END}\nb", teacher=["a"] * 3, student="a", reason="a")
-def test_a_card_is_the_same_card_in_any_words(packed, names, source, on_hub, licence, teacher, student, reason):
+@example(names=NAMES, source="digits", on_hub=False, license=f"a\n{END}\nb", teacher=["a"] * 3, student="a", reason="a")
+def test_a_card_is_the_same_card_in_any_words(packed, names, source, on_hub, license, teacher, student, reason):
     recipe, facts, plain = packed
     facts = copy.deepcopy(facts)
-    recipe = replace(recipe, data=replace(recipe.data, source=source, licence=licence))
+    recipe = replace(recipe, data=replace(recipe.data, source=source, license=license))
     facts["recipe"], facts["class_names"] = to_dict(recipe), names
     facts["provenance"]["source"] |= {"id": source, "on_hub": on_hub}
-    facts["provenance"]["teachers"][0] |= dict(zip(("name", "architecture", "licence"), teacher, strict=True))
+    facts["provenance"]["teachers"][0] |= dict(zip(("name", "architecture", "license"), teacher, strict=True))
     facts["evaluation"] |= {"student": student, "left_out": {"all real": reason}, "verifier": teacher[0]}
     card, header, body = render(facts, recipe)
     # The header: what it should be, to each reader.

@@ -41,10 +41,10 @@ def test_random_real_images_are_a_data_set_like_any_other(finished_run, tmp_path
     evaluation = json.loads((run / "report.json").read_text())["evaluation"]
     assert [(row["images"], row["labels"]) for row in evaluation["rows"]] == [("distilled", "soft"), ("distilled", "hard")]
     assert evaluation["names"] == {"distilled": "random real"}
-    assert evaluation["left_out"]["random real"] == "the data set itself is random real images"
+    assert evaluation["left_out"]["random real"] == "the dataset itself is random real images"
     card = (run / "dataset" / "README.md").read_text()
-    assert "20 real images, chosen and not optimised" in card
-    assert "Real training images, drawn at random; nothing is optimised." in card
+    assert "20 real images, chosen and not optimized" in card
+    assert "Real training images, drawn at random; nothing is optimized." in card
     assert "| random real | 20 | soft |" in card
     assert "distilled images" not in card.split("---", 2)[2]
     assert json.loads((run / "dataset" / "provenance.json").read_text())["images"] == "random_real"

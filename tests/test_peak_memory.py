@@ -116,7 +116,7 @@ def peak_anonymous(code, *words, cache):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Two data sets that differ in the number of their images alone."""
+    """Two datasets that differ in the number of their images alone."""
     folders = []
     for ipc in IPC:
         folder = tmp_path_factory.mktemp("memory") / "set"

@@ -98,7 +98,7 @@ def fresh(hub, home, transport, code, *args):
 
 @pytest.fixture
 def reader(connected, tmp_path):
-    """Somebody of the organisation with a read token, on a new machine."""
+    """Somebody of the organization with a read token, on a new machine."""
     connected.add_user("rita", token="hf_readers", role="read", orgs=(("org", "read"),))
     (tmp_path / "home").mkdir()
     return tmp_path / "home"

@@ -579,7 +579,7 @@ def test_links_out_of_a_folder_of_weights_are_refused(network, tmp_path, name):
 
 @pytest.fixture
 def distilled(tmp_path):
-    """A data set folder with card and provenance."""
+    """A dataset folder with card and provenance."""
     recipe, names, *_ = small_set(tmp_path / "set")
     add_card(tmp_path / "set", recipe, names)
     return tmp_path / "set"
@@ -717,7 +717,7 @@ def test_endless_yaml_is_one_line_at_once(distilled, tmp_path, kind):
         load_recipe(path)
     assert len(one_line(error)) < 1000
     with pytest.raises(RecipeError):
-        tiny(f"data.licence={text.removeprefix('a: ')}")
+        tiny(f"data.license={text.removeprefix('a: ')}")
     (distilled / "recipe.yaml").write_text(text)
     with pytest.raises(PrismError) as error:
         load_distilled(distilled)
@@ -747,11 +747,11 @@ def test_an_endless_provenance_is_one_line(distilled, text):
         one_line(error)
 
 
-# -- a data set that is not what it says ------------------------------------------------------------------------------
+# -- a dataset that is not what it says ------------------------------------------------------------------------------
 
 
 def rewritten(folder, table, **columns):
-    """The data set with other cells in a column; an array comes with a type of its own."""
+    """The dataset with other cells in a column; an array comes with a type of its own."""
     path = folder / table / "train-00000-of-00001.parquet"
     old = pq.read_table(path)
     notes = json.loads(old.schema.metadata[b"huggingface"])
@@ -867,7 +867,7 @@ def test_no_secret_of_the_environment_is_written_or_said(connected, tmp_path, mo
     [
         lambda secret: f"data.revision={secret}",
         lambda secret: f"data.source=org/name@{secret}",
-        lambda secret: f"data.licence=see {secret}.",
+        lambda secret: f"data.license=see {secret}.",
         lambda secret: f"teachers.logit=hf-hub:org/name@{secret}",
         lambda secret: f"teachers.bn_pool=[test_resnet, {secret}]",
         lambda secret: f"relabel.teachers=['{secret}']",
@@ -904,7 +904,7 @@ def test_a_secret_in_a_recipe_file_is_refused_and_not_repeated(tmp_path, capsys)
 
 @pytest.mark.parametrize("value", ["https://host/terms", "hf_hub:org/name", "org/hf_name", "mailto:a@b.example", "a" * 40])
 def test_what_only_resembles_a_secret_is_fine(value):
-    assert tiny(f"data.licence={json.dumps(value)}").data.licence == value
+    assert tiny(f"data.license={json.dumps(value)}").data.license == value
 
 
 def test_an_address_is_told_without_its_password(monkeypatch):
@@ -921,7 +921,7 @@ def test_any_text_reaches_a_tracker_as_text(tmp_path, text):
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     recipe = tiny("name=hostile")
-    recipe = replace(recipe, data=replace(recipe.data, licence=text))
+    recipe = replace(recipe, data=replace(recipe.data, license=text))
     AcceleratorState._reset_state(True)
     accelerator = make_accelerator(tmp_path / "run", log_with="tensorboard")
     start_trackers(accelerator, recipe)
@@ -931,7 +931,7 @@ def test_any_text_reaches_a_tracker_as_text(tmp_path, text):
     assert all(path.is_relative_to(tmp_path / "run" / "logs" / "prism-hf") for path in files)
     for path in files:
         if path.suffix in (".yml", ".yaml"):
-            assert yaml.safe_load(path.read_text())["data.licence"] == text
+            assert yaml.safe_load(path.read_text())["data.license"] == text
         else:
             assert list(EventFileLoader(str(path)).Load())
 

@@ -44,9 +44,9 @@ def test_methods_have_the_same_iterations_and_labels(ipc):
     if ipc == 10:  # the choice before this one stays in the table
         assert differing_keys(others.pop(), others[-2]) == ["synthesis.easiest"]
     assert len(others) == 7
-    *optimised, chosen = others
-    assert {recipe.synthesis.iterations for recipe in optimised} == {100}
-    assert differing_keys(optimised[-1], chosen) == ["synthesis.iterations"]
+    *optimized, chosen = others
+    assert {recipe.synthesis.iterations for recipe in optimized} == {100}
+    assert differing_keys(optimized[-1], chosen) == ["synthesis.iterations"]
     assert chosen.synthesis.iterations == 0
     assert len({recipe.relabel for recipe in others}) == 1
     assert {recipe.synthesis.ipc for recipe in others} == {ipc}

@@ -1,4 +1,4 @@
-"""Fashion-MNIST's own files as a data set folder: for machines that cannot reach the Hub.
+"""Fashion-MNIST's own files as a dataset folder: for machines that cannot reach the Hub.
 
     python recipes/fashion/to_parquet.py IDX_FOLDER OUT      # e.g. /usr/share/datasets/fashion-mnist outputs/fashion-mnist
 

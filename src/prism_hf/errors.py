@@ -22,7 +22,7 @@ class TeacherError(PrismError, ValueError):
 
 
 class SynthesisError(PrismError, RuntimeError):
-    """Optimisation went wrong (a loss that is not finite, out of memory); finished jobs are kept."""
+    """Optimization went wrong (a loss that is not finite, out of memory); finished jobs are kept."""
 
 
 class NotFiniteError(SynthesisError):

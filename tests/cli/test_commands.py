@@ -332,7 +332,7 @@ def test_paths_with_an_equals_sign_are_paths(tmp_path):
     assert split_overrides([str(odd), "a.b=1"]) == ([str(odd)], ["a.b=1"])
 
 
-def test_the_control_is_labelled_by_the_very_same_teachers_or_left_out(made, tmp_path):
+def test_the_control_is_labeled_by_the_very_same_teachers_or_left_out(made, tmp_path):
     folder = Path(shutil.copytree(made / "dataset", tmp_path / "copy"))
     provenance = json.loads((folder / "provenance.json").read_text())
     for teacher in provenance["teachers"]:
@@ -470,6 +470,6 @@ def test_python_takes_one_stage_and_says_what_there_is(made, tmp_path):
 
 
 def test_python_refuses_a_stage_that_does_not_exist(tmp_path):
-    with pytest.raises(RecipeError, match="stage 'distil' is unknown; use one of squeeze, synthesize, "):
-        prism_hf.distill(tiny(), tmp_path / "run", stage="distil")
+    with pytest.raises(RecipeError, match="stage 'distill' is unknown; use one of squeeze, synthesize, "):
+        prism_hf.distill(tiny(), tmp_path / "run", stage="distill")
     assert not (tmp_path / "run").exists()

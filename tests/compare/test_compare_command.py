@@ -108,8 +108,8 @@ def test_it_compares_on_pictures_in_a_folder(tmp_path, capsys, monkeypatch, pict
     assert f"page: {tmp_path / 'out' / 'comparison.html'}" in out
     text = (tmp_path / "out" / "comparison.json").read_text()
     found = json.loads(text)
-    assert found["data"] | {"licence": ""} == {
-        "source": "zoo", "classes": ["ant", "bee", "cat"], "train_count": 36, "test_count": 12, "licence": "",
+    assert found["data"] | {"license": ""} == {
+        "source": "zoo", "classes": ["ant", "bee", "cat"], "train_count": 36, "test_count": 12, "license": "",
         "tested_on": "test images",
     }  # fmt: skip
     assert [method["label"] for method in found["methods"]] == ["random real", "prism", "sre2l"]
@@ -173,7 +173,7 @@ def test_a_verifier_that_teaches_elsewhere_is_said_to_be_the_protocols(tmp_path,
         ("--data=/home/me/my zoo", "'--data=my zoo'"),
         ("data.source=/home/me/zoo", "data.source=zoo"),
         ("teachers.bn_pool=[local-dir:/home/me/a, local-dir:/home/me/b]", "'teachers.bn_pool=[local-dir:a, local-dir:b]'"),
-        ("data.licence=https://a.org/b", "data.licence=https://a.org/b"),
+        ("data.license=https://a.org/b", "data.license=https://a.org/b"),
         ("recipes/digits/prism_ipc10.yaml", "recipes/digits/prism_ipc10.yaml"),
         ("../zoo", "../zoo"),
         ("a.yaml; rm -r x", "'a.yaml; rm -r x'"),

@@ -108,7 +108,7 @@ def test_what_is_not_known_is_not_picture_names(tmp_path, made):
     assert draw_comparison(tmp_path, sparse | {"methods": [], "scores": []}, {}) == {}
 
 
-def test_large_colour_images_of_any_shape(tmp_path):
+def test_large_color_images_of_any_shape(tmp_path):
     comparison, _ = make_comparison(methods=2, classes=3, ipc=7)
     grids = {m["label"]: torch.randint(256, (21, 3, 64, 48), dtype=torch.uint8) for m in comparison["methods"]}
     assert max(size(draw_comparison(tmp_path, comparison, grids)["grids"])) <= 1200

@@ -262,7 +262,7 @@ TEXTS = [
     " and ".join(HOSTILE), "a|b](c $x$ \u200f\u202eabc", '" onload="x', "- item", "1. item", "x\n\n# y",
     "x\n```\n\n# y", "</details>", "<details><summary>x</summary>", "![x](accuracy)", "&lt;b&gt;",
 ]  # fmt: skip
-PLACES = ["label", "class", "source", "licence", "note", "recipe", "yaml", "command", "name", "teacher", "setting",
+PLACES = ["label", "class", "source", "license", "note", "recipe", "yaml", "command", "name", "teacher", "setting",
           "setting name", "verifier", "map", "left out", "reason", "hardware", "version", "student"]  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def put(comparison, place, text):
     match place:
         case "class":
             data["classes"][1] = text
-        case "source" | "licence":
+        case "source" | "license":
             data[place] = text
         case "note":
             protocol["notes"] = [text]

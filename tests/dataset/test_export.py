@@ -50,7 +50,7 @@ def make(folder, **options):
 
 @pytest.fixture(scope="module")
 def nasty(tmp_path_factory):
-    """A data set whose class names are bad names for folders, more slots than a wrong sort would bear."""
+    """A dataset whose class names are bad names for folders, more slots than a wrong sort would bear."""
     folder = tmp_path_factory.mktemp("export") / "set"
     return folder, *make(folder, channels=3, size=8, names=NASTY, ipc=11, epochs=1)
 
@@ -316,7 +316,7 @@ def test_a_foreign_data_set_is_one_line(tmp_path, layout):
 
 
 def change(folder, *, rows=None, **columns):
-    """The data set with some rows only, or other cells in a column."""
+    """The dataset with some rows only, or other cells in a column."""
     path = folder / "data" / "train-00000-of-00001.parquet"
     table = pq.read_table(path)
     for name, values in columns.items():

@@ -52,7 +52,7 @@ def test_provenance_says_who_made_it_from_what(described):
         "id": "flowers",
         "on_hub": True,
         "revision": "abc",
-        "licence": "CC BY 4.0",
+        "license": "CC BY 4.0",
     }
     assert provenance["seed"] == 0
     assert provenance["student_seeds"] == [0, 1, 2]
@@ -110,7 +110,7 @@ TEXT = """\
     "id": "flowers",
     "on_hub": true,
     "revision": "abc",
-    "licence": "CC BY 4.0"
+    "license": "CC BY 4.0"
   },
   "teachers": [
     {
@@ -121,7 +121,7 @@ TEXT = """\
       ],
       "architecture": "test_byobnet",
       "revision": null,
-      "licence": "apache-2.0",
+      "license": "apache-2.0",
       "weights_sha256": "%(weights)s",
       "test_top1": 0.5
     }
@@ -231,4 +231,4 @@ def test_what_cannot_be_meant_is_one_line(tmp_path, text, words):
     with pytest.raises(DataError) as error:
         read_provenance(tmp_path / "provenance.json")
     assert words in one_line(error)
-    assert "package or download the data set again" in one_line(error)
+    assert "package or download the dataset again" in one_line(error)

@@ -87,7 +87,7 @@ DAMAGE = {
     ),
     "a card in the list of files": (
         lambda f: edit(f, lambda v: v["files"].update({"README.md": v["files"][TABLE]})),
-        "no part of a data set",
+        "no part of a dataset",
     ),
     "a hidden file": (lambda f: edit(f, lambda v: v["files"].update({".git/config": v["files"][TABLE]})), "no part"),
     "a name that rings": (lambda f: edit(f, lambda v: v["files"].update({"a\x1bb": v["files"][TABLE]})), "no part"),

@@ -105,8 +105,8 @@ def features(count=30, dim=8, seed=0):
 
 def test_the_plane_is_that_of_the_two_largest_directions():
     real, other = features(), features(5, seed=1)
-    centred = (real - real.mean(0)).double()
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    centered = (real - real.mean(0)).double()
+    values, vectors = torch.linalg.eigh(centered.T @ centered)
     expected = ((other - real.mean(0)).double() @ vectors[:, -2:].flip(1)).numpy()
     ours = np.array(FeatureMap(real).project(other))
     assert values[-1] > values[-2]

@@ -34,7 +34,7 @@ def settings_of(tiny_recipe, changes=None):
 
 @pytest.fixture(scope="module")
 def toy(tiny_recipe, tiny_teachers, tiny_images):
-    """A distilled data set in memory: seven images, two epochs of labelled views."""
+    """A distilled dataset in memory: seven images, two epochs of labeled views."""
     settings = tiny_recipe().relabel
     teachers = [tiny_teachers[name] for name in settings.teachers]
     epochs = [relabel_epoch(number, tiny_images, teachers, settings, seed=0) for number in range(2)]
@@ -105,7 +105,7 @@ def same_batches(ours, theirs):
 
 @pytest.fixture(params=["cutmix", "mixup", "none"])
 def packed(request, tmp_path, monkeypatch):
-    """A data set of 21 images and four epochs, read from its tables and from files."""
+    """A dataset of 21 images and four epochs, read from its tables and from files."""
     recipe, names, *_ = small_set(tmp_path, channels=3, size=16, classes=3, ipc=7, epochs=4, mix=request.param)
     add_card(tmp_path, recipe, names)
     monkeypatch.setattr(reading, "_IN_MEMORY", 0)
@@ -241,8 +241,8 @@ def test_hard_labels_ignore_the_teachers_logits_and_soft_ones_do_not(student, ba
 
 
 def test_hard_labels_use_the_classes(student, toy):
-    relabelled = dataclasses.replace(toy, labels=toy.labels.flip(0))
-    assert not same(student(labels="hard"), student(labels="hard", source=relabelled))
+    relabeled = dataclasses.replace(toy, labels=toy.labels.flip(0))
+    assert not same(student(labels="hard"), student(labels="hard", source=relabeled))
 
 
 def test_student_learns_the_images(tiny_recipe, toy):
@@ -374,7 +374,7 @@ def test_full_data_epochs_and_seeds_decide_the_tasks(tiny_recipe, toy, split, tm
 def keep(tiny_recipe, toy, folder, changes=None):
     settings = settings_of(tiny_recipe, {"seeds": [5, 0]} | (changes or {}))
     student = build_network(settings.student, num_classes=3, channels=3).eval()
-    source = SourceFacts(id="org/real", on_hub=True, revision="abc", licence="mit")
+    source = SourceFacts(id="org/real", on_hub=True, revision="abc", license="mit")
     keep_student(
         student, 0.25, folder=folder / "student", distilled=toy, settings=settings, source=source,
         tested_on=ScoredOn(id="org/real", split="val"), test_count=450, dataset_id="org/set",
@@ -391,7 +391,7 @@ def test_the_facts_of_a_kept_student_are_complete(tiny_recipe, toy, tmp_path):
         "epochs": 2,
         "channels": 3,
         "dataset": {"name": "tiny", "content": "toy", "images": 7, "hub_id": "org/set"},
-        "source": {"id": "org/real", "on_hub": True, "revision": "abc", "licence": "mit"},
+        "source": {"id": "org/real", "on_hub": True, "revision": "abc", "license": "mit"},
         "test": {"id": "org/real", "split": "val"},
         "recipe_fingerprint": recipe.fingerprint(),
         "settings": {

@@ -67,7 +67,7 @@ def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path, path):
 
 
 PROVENANCE = {"format_version": 1, "recipe": "x", "teachers": [], "files": {"a": {"sha256": "0" * 64, "bytes": 1}}}
-SOURCE = {"id": "digits", "on_hub": False, "revision": None, "licence": "mit"}
+SOURCE = {"id": "digits", "on_hub": False, "revision": None, "license": "mit"}
 OLDER_TEACHER = {
     "teacher": "squeeze:a", "fingerprint": "00ed", "train_content": "7e3f", "test_top1": 0.25, "wall_time_s": 0.7,
     "settings": {"seed": 0, "data": "numbers", "steps": 5},

@@ -68,11 +68,11 @@ def test_configs_and_dataset_info_describe_the_tables(packed, facts):
 
 
 @pytest.mark.parametrize(
-    ("licence", "expected"),
+    ("license", "expected"),
     [("CC BY 4.0", ("cc-by-4.0", None)), ("MIT", ("mit", None)), ("my own terms", ("other", "my-own-terms"))],
 )
-def test_licences_of_the_hub_are_known_and_others_named(packed, facts, licence, expected):
-    recipe = load_recipe(packed[0] / "recipe.yaml", [f"data.licence={licence}"])
+def test_licenses_of_the_hub_are_known_and_others_named(packed, facts, license, expected):
+    recipe = load_recipe(packed[0] / "recipe.yaml", [f"data.license={license}"])
     header = metadata(facts, recipe)
     assert (header["license"], header.get("license_name")) == expected
 
@@ -161,7 +161,7 @@ def test_the_control_card_loads_and_is_named_as_control(packed, facts):
     "path",
     [
         "provenance.versions.torch", "provenance.hardware.threads", "provenance.recipe_fingerprint",
-        "provenance.format_version", "provenance.teachers.0.licence", "provenance.teachers.0.test_top1",
+        "provenance.format_version", "provenance.teachers.0.license", "provenance.teachers.0.test_top1",
         "evaluation.test_count", "evaluation.in_words", "evaluation.left_out", "evaluation.student",
     ],
 )  # fmt: skip
@@ -194,7 +194,7 @@ def test_escaped_text_shows_as_itself_wherever_it_stands(place, text):
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-@pytest.mark.parametrize("place", ["class", "source", "licence", "teacher", "teacher licence", "student", "reason"])
+@pytest.mark.parametrize("place", ["class", "source", "license", "teacher", "teacher license", "student", "reason"])
 def test_hostile_text_breaks_neither_header_nor_table_nor_html(packed, facts, place, text):
     folder, recipe, _ = packed
     plain = shape(render(facts, recipe)[2])
@@ -202,10 +202,10 @@ def test_hostile_text_breaks_neither_header_nor_table_nor_html(packed, facts, pl
         facts["class_names"][1] = text
     elif place == "source":
         facts["recipe"]["data"]["source"] = text
-    elif place == "licence":
-        facts["recipe"]["data"]["licence"] = text
+    elif place == "license":
+        facts["recipe"]["data"]["license"] = text
     elif place.startswith("teacher"):
-        facts["provenance"]["teachers"][0]["licence" if "licence" in place else "name"] = text
+        facts["provenance"]["teachers"][0]["license" if "license" in place else "name"] = text
     elif place == "student":
         facts["evaluation"]["student"] = text
     else:
@@ -222,17 +222,17 @@ def test_hostile_text_breaks_neither_header_nor_table_nor_html(packed, facts, pl
 
 
 @pytest.mark.parametrize("text", [t for t in HOSTILE if "\x00" not in t])
-def test_a_hostile_licence_in_the_recipe_stays_inside_its_yaml(packed, facts, text):
+def test_a_hostile_license_in_the_recipe_stays_inside_its_yaml(packed, facts, text):
     quoted = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    recipe = load_recipe(packed[0] / "recipe.yaml", [f'data.licence="{quoted}"'])
-    assert recipe.data.licence == text
-    facts["recipe"]["data"]["licence"] = text
+    recipe = load_recipe(packed[0] / "recipe.yaml", [f'data.license="{quoted}"'])
+    assert recipe.data.license == text
+    facts["recipe"]["data"]["license"] = text
     card, header, body = render(facts, recipe)
     assert header["license"] == "other"
     assert re.fullmatch(r"[a-z0-9.-]+", header["license_name"]), "an id; the text below has it as it is"
     assert DatasetCard(card).data.to_dict() == header
     fenced = [t for t in tokens(body) if t.type == "fence"]
-    assert yaml.safe_load(fenced[3].content)["data"]["licence"] == text
+    assert yaml.safe_load(fenced[3].content)["data"]["license"] == text
     assert shape(body) == shape(render(facts, packed[1])[2])
 
 

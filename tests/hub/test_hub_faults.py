@@ -86,7 +86,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Two versions of one data set; the older has more shards."""
+    """Two versions of one dataset; the older has more shards."""
     folders = []
     for version, shard_mb, epochs in ((1, 1, 3), (2, 500, 2)):
         folder = tmp_path_factory.mktemp(f"version-{version}")

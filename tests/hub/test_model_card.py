@@ -17,7 +17,7 @@ from prism_hf.models.facts import StudentFacts, TeacherFacts
 from prism_hf.models.folder import store_network
 
 NAMES = ["ant", "bee", "cat", "dog"]
-SOURCE = {"id": "org/pets", "on_hub": True, "revision": "abc123", "licence": "CC BY 4.0"}
+SOURCE = {"id": "org/pets", "on_hub": True, "revision": "abc123", "license": "CC BY 4.0"}
 STUDENT = {
     "kind": "student", "architecture": "test_resnet", "labels": "soft", "seed": 3, "epochs": 40, "test_top1": 0.9125,
     "test_count": 450, "channels": 3, "source": SOURCE, "test": {"id": "org/pets", "split": "val"},
@@ -38,7 +38,7 @@ OLDER_TEACHER = {
 BODY = """
 # pets-student
 
-An image classifier (test\\_resnet, 4 classes), trained from scratch on the distilled data set me/pets-prism and on nothing
+An image classifier (test\\_resnet, 4 classes), trained from scratch on the distilled dataset me/pets-prism and on nothing
 else: 40 images with soft labels, distilled from org/pets (revision abc123) with prism-hf.
 
 ## How good
@@ -67,14 +67,14 @@ labels = classify("picture.png")
 
 ## Input and classes
 
-RGB, 32 × 32 pixels; values in [0, 1] are normalised with mean (0.485, 0.456, 0.406) and standard deviation
+RGB, 32 × 32 pixels; values in [0, 1] are normalized with mean (0.485, 0.456, 0.406) and standard deviation
 (0.229, 0.224, 0.225).
 
 Classes: ant, bee, cat, dog.
 
 ## Limits and terms
 
-The weights were trained on images distilled from org/pets (licence or terms: CC BY 4.0).
+The weights were trained on images distilled from org/pets (license or terms: CC BY 4.0).
 They carry what their data and its teachers taught them, errors and biases included, and are made to tell these classes
 apart, nothing else. Nothing is claimed about privacy. The score holds for the test images
 above; other pictures score differently.
@@ -194,19 +194,19 @@ def test_a_teacher_of_an_older_version_has_dashes_for_what_it_did_not_write(made
     _, header, body = render(made["older"])
     assert "| 25.0 | - | digits | - | 0 | - |" in body
     assert "trained on real training images of digits: a teacher" in shown(body)
-    assert "(licence or terms: CC BY 4.0)" in shown(body)
+    assert "(license or terms: CC BY 4.0)" in shown(body)
     assert "datasets" not in header
     assert header["model-index"][0]["results"][0]["dataset"] == {"type": "digits", "name": "digits"}
 
 
 @pytest.mark.parametrize(("kind", "known"), [("student", True), ("teacher", False)])
-def test_a_network_of_grey_images_says_so(tmp_path, kind, known):
+def test_a_network_of_gray_images_says_so(tmp_path, kind, known):
     facts = {"student": STUDENT, "teacher": TEACHER}[kind] | {"channels": 1}
     text = shown(render(written(tmp_path, **{kind: facts}))[2])
-    assert "It has seen grey images only" in text
+    assert "It has seen gray images only" in text
     assert ("folds the three into one" in text) == known
     assert "## Input" not in text
-    assert "grey" not in shown(render(written(tmp_path, **{kind: facts | {"channels": 3}}))[2])
+    assert "gray" not in shown(render(written(tmp_path, **{kind: facts | {"channels": 3}}))[2])
 
 
 @pytest.mark.parametrize(
@@ -224,17 +224,17 @@ def test_data_sets_on_the_hub_are_linked(tmp_path, hub_id, dataset_id, on_hub, e
     facts = STUDENT | {"dataset": STUDENT["dataset"] | {"hub_id": hub_id}, "source": SOURCE | {"on_hub": on_hub}}
     _, header, body = render(written(tmp_path, student=facts), dataset_id=dataset_id)
     assert header.get("datasets") == expected
-    assert f"the distilled data set {name} and" in shown(body)
+    assert f"the distilled dataset {name} and" in shown(body)
 
 
 @pytest.mark.parametrize(
-    ("licence", "expected"),
+    ("license", "expected"),
     [("CC BY 4.0", ("cc-by-4.0", None)), ("MIT", ("mit", None)), ("my own terms", ("other", "my-own-terms"))],
 )
-def test_licences_of_the_hub_are_known_and_others_named(tmp_path, licence, expected):
-    _, header, body = render(written(tmp_path, student=changed(STUDENT, "source.licence", licence)))
+def test_licenses_of_the_hub_are_known_and_others_named(tmp_path, license, expected):
+    _, header, body = render(written(tmp_path, student=changed(STUDENT, "source.license", license)))
     assert (header["license"], header.get("license_name")) == expected
-    assert f"(licence or terms: {licence})" in shown(body)
+    assert f"(license or terms: {license})" in shown(body)
 
 
 def test_many_classes_are_cut_and_counted(tmp_path):
@@ -286,7 +286,7 @@ def test_a_broken_file_is_one_line_that_names_it(tmp_path, name, text):
     [
         "architecture", "labels", "seed", "epochs", "test_top1", "test_count", "channels", "dataset", "source", "test",
         "dataset.name", "dataset.images", "dataset.hub_id", "source.id", "source.on_hub", "source.revision",
-        "source.licence", "test.id", "test.split",
+        "source.license", "test.id", "test.split",
     ],
 )  # fmt: skip
 def test_a_missing_fact_of_a_student_is_one_line_that_names_it(tmp_path, path):
@@ -355,7 +355,7 @@ def test_an_id_that_is_none_is_one_line(made, given, which):
 # -- hostile text -----------------------------------------------------------------------------------------------------
 
 PLACES = (
-    "class", "architecture", "labels", "dataset.name", "dataset.hub_id", "source.id", "source.revision", "source.licence",
+    "class", "architecture", "labels", "dataset.name", "dataset.hub_id", "source.id", "source.revision", "source.license",
     "test.id", "test.split",
 )  # fmt: skip
 
@@ -374,8 +374,8 @@ def test_hostile_text_breaks_neither_header_nor_table_nor_html(tmp_path, place, 
     assert set(header) <= set(MODEL_METADATA_KEYS)
     assert ModelCard(card).data.to_dict() == header
     assert "<script>" not in body
-    assert header["license"] == ("other" if place == "source.licence" else "cc-by-4.0")
-    assert ("license_name" in header) == (place == "source.licence")
+    assert header["license"] == ("other" if place == "source.license" else "cc-by-4.0")
+    assert ("license_name" in header) == (place == "source.license")
     assert header.get("datasets") == (None if place == "source.id" else ["org/pets"])
 
 

@@ -240,11 +240,11 @@ def test_offline_nothing_is_asked(connected, monkeypatch):
     [
         ({"token": None}, REPO, "token"),
         ({"role": "read"}, REPO, "can only read"),
-        ({"orgs": ()}, REPO, "neither you nor your organisation"),
+        ({"orgs": ()}, REPO, "neither you nor your organization"),
         ({"orgs": (("org", "read"),)}, REPO, "no right"),
         ({"role": "fineGrained", "fine_grained": {"scoped": []}}, REPO, "no right"),
     ],
-    ids=["unknown token", "read token", "foreign organisation", "reader in the organisation", "fine-grained without write"],
+    ids=["unknown token", "read token", "foreign organization", "reader in the organization", "fine-grained without write"],
 )
 def test_who_may_not_write_hears_it_at_once(connected, monkeypatch, account, repo, words):
     token = connected.add_user(
@@ -264,7 +264,7 @@ def test_a_repo_that_others_own_is_refused(connected, monkeypatch):
     connected.create(KIND, "carl/hidden", {"data.csv": b"1"}, private=True)
     with pytest.raises(HubError, match="no right"):
         ready("carl/open", public=True)
-    with pytest.raises(HubError, match="neither you nor your organisation"):
+    with pytest.raises(HubError, match="neither you nor your organization"):
         ready("carl/hidden")
 
 
@@ -291,7 +291,7 @@ def test_another_data_set_of_ours_is_not_published_over_by_accident(connected, f
     assert connected.files(KIND, REPO)["provenance.json"] == (other / "provenance.json").read_bytes()
 
 
-def test_a_readme_and_a_licence_do_not_occupy_a_repo(connected, folder):
+def test_a_readme_and_a_license_do_not_occupy_a_repo(connected, folder):
     connected.create(KIND, REPO, {"README.md": b"---\nlicense: mit\n---\nSoon.\n", "LICENSE": b"x"}, private=True)
     push(folder)
     assert b"Soon." in connected.files(KIND, REPO)["README.md"]

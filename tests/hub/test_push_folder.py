@@ -88,7 +88,7 @@ def refused(connected, tmp_path, *words):
         (None, REPO, "no Hugging Face token"),
         ("hf_unknown", REPO, "does not accept the token"),
         ("read", REPO, "can only read"),
-        ("hf_secret_token", "other/x", "neither you nor your organisation"),
+        ("hf_secret_token", "other/x", "neither you nor your organization"),
         ("hf_secret_token", "bad name", "no name of a Hub repo"),
     ],
 )

@@ -31,7 +31,7 @@ def picture(mode, size=(40, 20)):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_all_256_values_survive_the_reference_normalisation(channels):
+def test_all_256_values_survive_the_reference_normalization(channels):
     images = every_value(channels)[None]
     assert torch.equal(to_uint8(to_reference(images)), images)
     assert torch.equal(to_uint8(to_reference(images).double()), images)
@@ -98,11 +98,11 @@ def test_jpeg_is_close_and_its_quality_counts(channels, tiny_images):
     assert len(low) < len(high)
 
 
-def test_grey_file_becomes_rgb_and_back():
-    grey = every_value(1)
-    rgb = decode(encode(grey, "png"), 3)
-    assert torch.equal(rgb, grey.expand(3, -1, -1))
-    assert torch.equal(decode(encode(rgb, "png"), 1), grey)
+def test_gray_file_becomes_rgb_and_back():
+    gray = every_value(1)
+    rgb = decode(encode(gray, "png"), 3)
+    assert torch.equal(rgb, gray.expand(3, -1, -1))
+    assert torch.equal(decode(encode(rgb, "png"), 1), gray)
 
 
 PNG = encode(every_value(3), "png")
@@ -139,11 +139,11 @@ def test_every_mode_becomes_the_working_channels(mode, channels):
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (33, 32), (7, 50), (16, 16), (500, 3)])
-def test_any_shape_becomes_the_centre_square(size):
+def test_any_shape_becomes_the_center_square(size):
     assert from_pil(picture("RGB", size), 3, size=16).shape == (3, 16, 16)
 
 
-def test_centre_crop_is_the_centre():
+def test_center_crop_is_the_center():
     array = np.zeros((10, 30, 3), dtype=np.uint8)
     array[:, 10:20] = 200
     assert bool((from_pil(Image.fromarray(array), 3, size=10) == 200).all())

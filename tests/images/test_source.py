@@ -104,7 +104,7 @@ def test_local_folders_load(kind, request):
     assert [len(r) for r in data.test.rows_by_class(3)] == [2, 2, 2]
 
 
-def test_parquet_config_is_honoured(tmp_path):
+def test_parquet_config_is_honored(tmp_path):
     parquet(tmp_path / "x", train=rows(2), test=rows(1))
     (tmp_path / "x" / "data").rename(tmp_path / "small")
     (tmp_path / "README.md").write_text(

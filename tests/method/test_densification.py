@@ -37,9 +37,9 @@ def slow_densification(images, labels, temperature, size):
         eigenvalues = [value**2 for value in torch.linalg.svdvals(x)]
         soft = [math.exp(value.item() / temperature) for value in eigenvalues]
         target = [value / sum(soft) for value in soft]
-        normaliser = torch.log(sum(torch.exp(value) for value in eigenvalues))
+        normalizer = torch.log(sum(torch.exp(value) for value in eigenvalues))
         for p, value in zip(target, eigenvalues, strict=True):
-            total = total + p * (math.log(p) - (value - normaliser))
+            total = total + p * (math.log(p) - (value - normalizer))
     return total
 
 

@@ -146,7 +146,7 @@ def test_labels_are_the_teachers_logits_of_the_replayed_view(label, tiny_teacher
         torch.testing.assert_close(torch.from_numpy(batch["teacher_logits"]), expected, rtol=2e-3, atol=1e-3)
 
 
-def test_a_batch_is_labelled_with_the_combined_logits_in_its_order(tiny_recipe, tiny_teachers, tiny_images):
+def test_a_batch_is_labeled_with_the_combined_logits_in_its_order(tiny_recipe, tiny_teachers, tiny_images):
     settings = tiny_recipe().relabel
     teachers = [tiny_teachers[n] for n in settings.teachers]
     images = to_reference(tiny_images)
@@ -173,8 +173,8 @@ def test_logits_beyond_float16_are_an_error_that_names_the_teacher(tiny_recipe, 
 def test_epochs_is_the_number_of_views_per_image(tiny_recipe, label, tmp_path, epochs):
     made = tiny_recipe({"relabel.epochs": epochs})
     rows = ImageRows([b"x"] * 7, *(torch.zeros(7, dtype=torch.int64) for _ in range(3)), torch.zeros(7, 3).half())
-    labelled = [label(epoch=number) for number in range(made.relabel.epochs)]
-    build_dataset(tmp_path, rows, labelled, recipe=made, class_names=["a", "b", "c"])
+    labeled = [label(epoch=number) for number in range(made.relabel.epochs)]
+    build_dataset(tmp_path, rows, labeled, recipe=made, class_names=["a", "b", "c"])
     views = pq.read_table(tmp_path / "views")
     assert views.num_rows == 7 * epochs
     assert set(views["epoch"].to_pylist()) == set(range(epochs))

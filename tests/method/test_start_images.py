@@ -291,7 +291,7 @@ def literal_mosaics(split, teacher, ipc, settings, seed):
         (32, 1, 2, Mosaic(candidates=10, crops=4)),
         (32, 3, 1, Mosaic(crops=1, crop_scale=(1.0, 1.0), candidates=5)),
     ],
-    ids=["plain", "odd side", "grey", "whole images"],
+    ids=["plain", "odd side", "gray", "whole images"],
 )
 def test_mosaics_are_the_literal_ones(monkeypatch, size, channels, ipc, settings):
     split = make_split(size=size, channels=channels)

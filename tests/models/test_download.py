@@ -144,7 +144,7 @@ def test_a_timm_teacher_of_the_hub_is_what_was_stored(server, transport, timm_fo
     name = at.format(repo=REPO, commit=commit)
     teacher = load_teacher(name, device=CPU)
     assert teacher.weights_sha256 == sha256(f"local-dir:{timm_folder}")
-    assert (teacher.name, teacher.revision, teacher.licence) == (name, commit, "mit")
+    assert (teacher.name, teacher.revision, teacher.license) == (name, commit, "mit")
     assert (teacher.mean, teacher.label_names, teacher.architecture) == ((0.1, 0.2, 0.3), NAMES, "test_byobnet")
     check_teacher(teacher, class_names=NAMES, channels=3)
     stored = load_file(snapshot(commit) / "model.safetensors")
@@ -157,7 +157,7 @@ def test_a_transformers_teacher_of_the_hub_is_what_was_stored(server, transport,
     commit = publish(server, transformers_folder)
     teacher = load_teacher(f"transformers:{REPO}", device=CPU)
     assert teacher.weights_sha256 == sha256(f"transformers:{transformers_folder}")
-    assert (teacher.revision, teacher.licence, teacher.label_names) == (commit, "unknown", NAMES)
+    assert (teacher.revision, teacher.license, teacher.label_names) == (commit, "unknown", NAMES)
     assert (teacher.mean, teacher.std, teacher.size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 24)
 
 
@@ -180,7 +180,7 @@ def test_a_plain_timm_name_keeps_the_facts_that_timm_has(server, tmp_path):
         teacher = load_teacher(each, device=CPU)
         assert teacher.weights_sha256 == sha256(f"local-dir:{folder}")
         assert (teacher.num_classes, teacher.architecture, teacher.revision) == (1000, "test_byobnet", commit)
-        assert (teacher.mean, teacher.size, teacher.licence) == (known.mean, known.input_size[-1], known.license)
+        assert (teacher.mean, teacher.size, teacher.license) == (known.mean, known.input_size[-1], known.license)
     # The model's own config is not even fetched.
     assert sorted(path.name for path in snapshot(commit, repo).iterdir()) == ["README.md", "model.safetensors"]
 
@@ -235,12 +235,12 @@ def test_only_what_is_read_is_fetched(server, timm_folder, transformers_folder, 
         (None, None, "unknown"),
     ],
 )
-def test_the_licence_is_that_of_the_config_else_of_the_card(server, monkeypatch, tmp_path, config, card, expected):
+def test_the_license_is_that_of_the_config_else_of_the_card(server, monkeypatch, tmp_path, config, card, expected):
     folder = save_timm(tmp_path / "net", license=config)
     create(server, folder, **({"README__md": card} if card else {}))
-    assert load_teacher(f"hf-hub:{REPO}", device=CPU).licence == expected
+    assert load_teacher(f"hf-hub:{REPO}", device=CPU).license == expected
     go_offline(monkeypatch)
-    assert load_teacher(f"hf-hub:{REPO}", device=CPU).licence == expected
+    assert load_teacher(f"hf-hub:{REPO}", device=CPU).license == expected
 
 
 # -- how the Hub is asked ---------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_a_new_commit_is_loaded_and_a_broken_download_leaves_the_old_one_in_use(
 def test_a_passing_trouble_is_waited_for(server, naps, timm_folder, trouble):
     create(server, timm_folder)
     server.fault("repo_info", trouble, times=2)
-    assert load_teacher(f"hf-hub:{REPO}", device=CPU).licence == "mit"
+    assert load_teacher(f"hf-hub:{REPO}", device=CPU).license == "mit"
     assert [nap for nap in naps if nap in BRIEF] == list(BRIEF[:2])
 
 
@@ -349,7 +349,7 @@ def test_a_complete_cache_does_without_the_hub(
     with caplog.at_level(logging.INFO, "prism_hf.models.download"):
         teacher = load_teacher(name, device=CPU)
     assert (teacher.revision, teacher.weights_sha256) == (commit, online_one.weights_sha256)
-    assert teacher.licence == online_one.licence
+    assert teacher.license == online_one.license
     assert server.requests == naps == []
     (record,) = [record for record in caplog.records if record.name == "prism_hf.models.download"]
     assert record.levelno == level

@@ -13,7 +13,7 @@ from prism_hf.models.facts import (
     read_facts,
 )
 
-SOURCE = SourceFacts(id="pets", on_hub=False, revision=None, licence="mit")
+SOURCE = SourceFacts(id="pets", on_hub=False, revision=None, license="mit")
 TEST = ScoredOn(id="pets", split="val")
 TEACHER = TeacherFacts(
     kind="teacher", teacher="squeeze:a", architecture="a", train_content="7e3f", train_count=9, test_count=5, channels=3,
@@ -30,7 +30,7 @@ SHARED = """\
     "id": "pets",
     "on_hub": false,
     "revision": null,
-    "licence": "mit"
+    "license": "mit"
   },
   "test": {
     "id": "pets",
@@ -119,3 +119,9 @@ def test_a_config_is_read_as_far_as_a_card_tells_it():
     )
     assert config.pretrained_cfg.input_size[-1] == 32
     assert config.pretrained_cfg.std == [1.0, 1.0, 1.0]
+
+
+def test_facts_of_earlier_versions_spell_the_license_their_way():
+    earlier = {"id": "digits", "on_hub": False, "revision": None, "licence": "CC BY 4.0"}
+    facts = SourceFacts.model_validate(earlier)
+    assert facts.plain() == {"id": "digits", "on_hub": False, "revision": None, "license": "CC BY 4.0"}

@@ -20,7 +20,7 @@ NAMES, SIZE = ["a|b", "naïve", "<c>", "4"], 24
 FACTS = StudentFacts(
     architecture="test_resnet", labels="soft", epochs=2, channels=3,
     dataset=DistilledFacts(name=None, content="0123", images=4, hub_id=None),
-    source=SourceFacts(id="pets", on_hub=False, revision=None, licence="my terms"), test=ScoredOn(id="pets", split="val"),
+    source=SourceFacts(id="pets", on_hub=False, revision=None, license="my terms"), test=ScoredOn(id="pets", split="val"),
     recipe_fingerprint=None, settings={"lr": 0.01}, seed=0, test_top1=0.5, test_count=9,
 )  # fmt: skip
 
@@ -48,7 +48,7 @@ def picture(mode):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), mode)
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["grey", "rgb"])
+@pytest.fixture(scope="module", params=[1, 3], ids=["gray", "rgb"])
 def stored(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stored") / "student"
     return request.param, folder, store(folder, channels=request.param)
@@ -64,8 +64,8 @@ def test_a_pipeline_on_a_picture_says_what_the_network_itself_says(stored, mode)
     with torch.no_grad():
         if (channels, mode) == (1, "RGB"):
             # The widened network looks at the mean of the three channels, which is no uint8 image.
-            grey = from_pil(shown, 3).float().mean(0, keepdim=True)
-            expected = network(((grey / 255 - 0.449) / 0.226)[None]).softmax(1)[0]
+            gray = from_pil(shown, 3).float().mean(0, keepdim=True)
+            expected = network(((gray / 255 - 0.449) / 0.226)[None]).softmax(1)[0]
         else:
             expected = network(to_reference(from_pil(shown, channels)[None])).softmax(1)[0]
     assert float(expected.max() - expected.min()) > 0.05, (
@@ -93,7 +93,7 @@ def test_timm_and_transformers_give_the_networks_logits(stored):
     assert transformers.config.id2label == dict(enumerate(NAMES))
 
 
-def test_the_config_tells_input_labels_and_licence(stored):
+def test_the_config_tells_input_labels_and_license(stored):
     channels, folder, _ = stored
     config = json.loads((folder / "config.json").read_text())
     cfg = config["pretrained_cfg"]
@@ -108,11 +108,11 @@ def test_the_config_tells_input_labels_and_licence(stored):
     assert timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}"))["crop_pct"] == 1.0
 
 
-# -- grey networks ----------------------------------------------------------------------------------------------------
+# -- gray networks ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_efficientnet", "test_byobnet", "repvgg_a0"])
-def test_a_grey_network_answers_the_same_on_three_copies_and_folded_back(tmp_path, architecture):
+def test_a_gray_network_answers_the_same_on_three_copies_and_folded_back(tmp_path, architecture):
     """repvgg: two first convolutions."""
     network = store(tmp_path / "n", architecture=architecture, channels=1)
     x = torch.randn(3, 1, SIZE, SIZE)
@@ -129,7 +129,7 @@ def test_a_grey_network_answers_the_same_on_three_copies_and_folded_back(tmp_pat
     [("transformers:resnet", "only timm architectures"), ("test_nfnet", "cannot be widened"), ("nothing", "only timm")],
 )
 def test_what_cannot_be_shared_is_one_line_and_leaves_nothing(tmp_path, architecture, word):
-    """nfnet normalises the weights of its first convolution, so a third of them is not a third of the answer."""
+    """nfnet normalizes the weights of its first convolution, so a third of them is not a third of the answer."""
     network = network_of("test_nfnet" if architecture == "test_nfnet" else "test_resnet", 1)
     with pytest.raises(RecipeError) as error:
         store(tmp_path / "n", network, architecture=architecture, channels=1)
@@ -202,8 +202,8 @@ def test_a_half_written_folder_is_not_finished_and_is_written_again(stored, tmp_
 
 
 def test_facts_of_the_source_name_no_local_path():
-    recipe = tiny("data.source=/home/someone/pets", "data.licence=my terms")
-    facts = {"id": "pets", "on_hub": False, "revision": None, "licence": "my terms"}
+    recipe = tiny("data.source=/home/someone/pets", "data.license=my terms")
+    facts = {"id": "pets", "on_hub": False, "revision": None, "license": "my terms"}
     assert source_facts(recipe, None).plain() == facts
     data = SourceData(train=None, test=None, class_names=(), revision="abc", on_hub=True)
     assert source_facts(recipe, data).plain() == facts | {"on_hub": True, "revision": "abc"}

@@ -50,7 +50,7 @@ def test_a_local_timm_teacher_knows_itself(teacher, folder):
     assert teacher.name == f"local-dir:{folder}"
     assert (teacher.mean, teacher.std, teacher.size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 40)
     assert (teacher.num_classes, teacher.label_names) == (3, NAMES)
-    assert (teacher.architecture, teacher.licence, teacher.revision) == ("test_byobnet", "mit", None)
+    assert (teacher.architecture, teacher.license, teacher.revision) == ("test_byobnet", "mit", None)
     assert re.fullmatch("[0-9a-f]{64}", teacher.weights_sha256)
 
 
@@ -58,7 +58,7 @@ def test_a_transformers_teacher_knows_itself(resnet_folder):
     teacher = load_teacher(f"transformers:{resnet_folder}", device=CPU)
     assert (teacher.mean, teacher.std, teacher.size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 24)
     assert (teacher.num_classes, teacher.label_names) == (3, NAMES)
-    assert (teacher.architecture, teacher.licence, teacher.revision) == ("resnet", "unknown", None)
+    assert (teacher.architecture, teacher.license, teacher.revision) == ("resnet", "unknown", None)
     x = to_reference(images(3))
     expected = ResNetForImageClassification.from_pretrained(resnet_folder).eval()(pixel_values=teacher.prepare(x)).logits
     assert torch.equal(teacher.logits(x), expected)
@@ -115,11 +115,11 @@ def test_prepare_equals_the_literal_conversion(teacher, channels, size):
     torch.testing.assert_close(teacher.logits(to_reference(pixels)), teacher.model(literal), rtol=1e-4, atol=1e-4)
 
 
-def test_the_gradient_of_a_grey_image_is_the_sum_over_channels(teacher):
-    grey = torch.zeros(1, 1, 40, 40, requires_grad=True)
-    teacher.prepare(grey).sum().backward()
+def test_the_gradient_of_a_gray_image_is_the_sum_over_channels(teacher):
+    gray = torch.zeros(1, 1, 40, 40, requires_grad=True)
+    teacher.prepare(gray).sum().backward()
     expected = sum(0.226 / std for std in OWN["std"])
-    torch.testing.assert_close(grey.grad, torch.full_like(grey, expected))
+    torch.testing.assert_close(gray.grad, torch.full_like(gray, expected))
 
 
 def test_prepare_leaves_its_input_alone(teacher):
@@ -150,10 +150,10 @@ def test_other_spellings_of_the_labels_are_fine(teacher):
     check_teacher(teacher, class_names=["Ant", "Bee", "Cat"], channels=1)
 
 
-def test_a_grey_teacher_cannot_take_rgb(tmp_path):
+def test_a_gray_teacher_cannot_take_rgb(tmp_path):
     model = timm.create_model("test_byobnet", num_classes=3, in_chans=1)
-    grey = {"input_size": [1, 16, 16], "mean": [0.5], "std": [0.5], "num_classes": 3}
-    config = {"num_classes": 3, "model_args": {"in_chans": 1}, "pretrained_cfg": {**model.pretrained_cfg, **grey}}
+    gray = {"input_size": [1, 16, 16], "mean": [0.5], "std": [0.5], "num_classes": 3}
+    config = {"num_classes": 3, "model_args": {"in_chans": 1}, "pretrained_cfg": {**model.pretrained_cfg, **gray}}
     timm.models.save_for_hf(model, str(tmp_path), model_config=config, safe_serialization=True)
     teacher = load_teacher(f"local-dir:{tmp_path}", device=CPU)
     assert teacher.logits(to_reference(images(1))).shape == (4, 3)
@@ -288,7 +288,7 @@ def test_image_processor_and_prepare_agree_on_a_picture_of_the_right_size(resnet
         ({"rescale_factor": 1 / 127.5}, None),
     ],
 )
-def test_what_an_image_processor_does_is_honoured_or_refused(resnet_folder, tmp_path, changes, expected):
+def test_what_an_image_processor_does_is_honored_or_refused(resnet_folder, tmp_path, changes, expected):
     folder = Path(shutil.copytree(resnet_folder, tmp_path / "net"))
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -305,7 +305,7 @@ def test_what_an_image_processor_does_is_honoured_or_refused(resnet_folder, tmp_
 
 def test_a_timm_folder_is_the_same_teacher_through_transformers(folder, tmp_path, teacher):
     wrapped = load_teacher(f"transformers:{with_config(folder, tmp_path)}", device=CPU)
-    for key in ("mean", "std", "size", "num_classes", "licence", "architecture"):
+    for key in ("mean", "std", "size", "num_classes", "license", "architecture"):
         assert getattr(wrapped, key) == getattr(teacher, key), key
     x = to_reference(images(3))
     assert torch.equal(wrapped.logits(x), teacher.logits(x))

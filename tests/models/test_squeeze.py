@@ -50,7 +50,7 @@ def test_the_folder_says_what_it_was_trained_on(squeezed):
     assert report["teacher"] == NAME
     assert report["architecture"] == "test_efficientnet"
     assert (report["train_count"], report["test_count"], report["channels"]) == (1347, 450, 1)
-    assert report["source"] == {"id": "digits", "on_hub": False, "revision": None, "licence": recipe.data.licence}
+    assert report["source"] == {"id": "digits", "on_hub": False, "revision": None, "license": recipe.data.license}
     assert report["test"] == {"id": "digits", "split": "test"}
     assert report["settings"] == {"seed": 0, "data": "digits", "steps": 5, "epochs": 1}
     assert report["wall_time_s"] > 0
@@ -58,7 +58,7 @@ def test_the_folder_says_what_it_was_trained_on(squeezed):
     assert folder.name == f"test_efficientnet-{report['fingerprint']}"
     config = json.loads((folder / "config.json").read_text())
     assert config["pretrained_cfg"]["label_names"] == list("0123456789")
-    assert config["pretrained_cfg"]["license"] == recipe.data.licence
+    assert config["pretrained_cfg"]["license"] == recipe.data.license
     assert "num_classes" not in config.get("model_args", {})
     assert str(folder.parent) not in (folder / "squeeze.json").read_text() + (folder / "config.json").read_text()
 
@@ -91,8 +91,8 @@ def test_timm_transformers_and_we_load_it_with_equal_logits(squeezed):
     check_teacher(teacher, class_names=[str(n) for n in range(10)], channels=1)
     assert teacher.label_names == tuple("0123456789")
     assert teacher.size == 8
-    grey = load_source(recipe.data).test.images(range(5))
-    x = teacher.prepare(to_reference(grey))
+    gray = load_source(recipe.data).test.images(range(5))
+    x = teacher.prepare(to_reference(gray))
     ours = teacher.model(x)
     timms = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     transformers = AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -101,7 +101,7 @@ def test_timm_transformers_and_we_load_it_with_equal_logits(squeezed):
         torch.testing.assert_close(transformers(pixel_values=x).logits, ours, rtol=1e-5, atol=1e-5)
     assert [transformers.config.id2label[i] for i in range(10)] == list("0123456789")
     processor = AutoImageProcessor.from_pretrained(folder)
-    rgb = grey.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    rgb = gray.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     shown = processor([picture for picture in rgb], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(shown, x.contiguous(), rtol=1e-3, atol=1e-2)
 

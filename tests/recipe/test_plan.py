@@ -240,7 +240,7 @@ def test_description_of_a_cycle_counts_the_turns(tiny_recipe):
 @pytest.mark.parametrize(
     "changes", [RANDOM, {"synthesis.iterations": 0, "synthesis.init": "real_random"}], ids=["random", "no iterations"]
 )
-def test_description_of_what_is_not_optimised(tiny_recipe, changes):
+def test_description_of_what_is_not_optimized(tiny_recipe, changes):
     text = describe_plan(tiny_recipe(changes))
     assert "steps     0 in all (0 image-iterations)" in text
     assert "\nBN " not in text

@@ -23,9 +23,9 @@ FINGERPRINTS = {
     "digits/sre2l_ipc10.yaml": "d08230951aae8bbc",
     "fashion/gvbsm_bn_ipc10.yaml": "49ab464b7ad1a2bc",
     "fashion/gvbsm_ipc10.yaml": "9ab5d05649f7bd1f",
-    "fashion/prism_best_ipc1.yaml": "f98a14c98fd632b3",
-    "fashion/prism_best_ipc10.yaml": "e7025f3e5b20caac",
-    "fashion/prism_best_ipc50.yaml": "008c8cd9345d3c95",
+    "fashion/prism_kmeans_ipc1.yaml": "f98a14c98fd632b3",
+    "fashion/prism_kmeans_ipc10.yaml": "e7025f3e5b20caac",
+    "fashion/prism_kmeans_ipc50.yaml": "008c8cd9345d3c95",
     "fashion/prism_ipc10.yaml": "0beb9e7f15690e14",
     "fashion/prism_per_iteration_ipc10.yaml": "a87ff4b37a829adc",
     "fashion/random_ipc10.yaml": "0781f6b3f0d249b0",
@@ -165,7 +165,7 @@ def test_every_shipped_digits_recipe_was_published():
 def test_a_key_of_a_later_version_counts_where_it_is_used(tiny_recipe, key):
     assert set(recipe._ADDED) == set(ADDED)
     changed = tiny_recipe(BESIDE.get(key, {}) | ADDED[key])
-    if key == "method":  # past validation: one that optimises has more keys
+    if key == "method":  # past validation: one that optimizes has more keys
         base = copy.deepcopy(changed)
         object.__setattr__(base, "method", "synthesize")
     else:

@@ -19,6 +19,7 @@ from prism_hf.runtime.plain_yaml import read_yaml
         ("relabel.view.mix_alhpa", 3, "did you mean 'mix_alpha'?"),
         ("synthesis.ladder", {"step": 1, "periods": 2}, "did you mean 'period'?"),
         ("teacher", {}, "unknown key 'teacher', did you mean 'teachers'?"),
+        ("data.licence", "mit", "unknown key 'data.licence', did you mean 'license'?"),
         ("data.zzz", 1, "known here: source, num_classes"),
     ],
 )
@@ -70,7 +71,7 @@ def test_dump_and_load_round_trip(tiny_recipe, tmp_path):
             "synthesis.ladder": {"step": 1, "period": 2},
             "relabel.ensemble": "weighted",
             "relabel.weights": [1.0, 2.0],
-            "data.licence": "très libre",
+            "data.license": "très libre",
         }
     )
     path = tmp_path / "recipe.yaml"
@@ -103,10 +104,10 @@ def tiny_yaml(tiny_recipe, tmp_path):
         ("data.source=a=b", ("data", "source"), "a=b"),
         ("seed=7", ("seed",), 7),
         ("packaging.image_format=webp", ("packaging", "image_format"), "webp"),
-        ("data.licence=2024-01-01", ("data", "licence"), "2024-01-01"),
-        ("data.licence=no", ("data", "licence"), "no"),
-        ("data.licence=12:30", ("data", "licence"), "12:30"),
-        ("data.licence=1_000", ("data", "licence"), "1_000"),
+        ("data.license=2024-01-01", ("data", "license"), "2024-01-01"),
+        ("data.license=no", ("data", "license"), "no"),
+        ("data.license=12:30", ("data", "license"), "12:30"),
+        ("data.license=1_000", ("data", "license"), "1_000"),
         ("seed=0x10", ("seed",), 16),
     ],
 )
@@ -135,7 +136,7 @@ def test_a_later_override_wins(tiny_yaml):
         ("synthesis.lr.x=3", "'synthesis.lr' is a value, not a section"),
         ("synthesis.itertions=3", "did you mean 'iterations'?"),
         ("sythesis.iterations=3", "unknown key 'sythesis'"),
-        ("data.licence=!!timestamp 2024-01-01", "tag 'timestamp' makes no plain value"),
+        ("data.license=!!timestamp 2024-01-01", "tag 'timestamp' makes no plain value"),
         ("synthesis.lr='1e-3'", "valid number"),
     ],
 )
@@ -179,15 +180,15 @@ def test_a_seed_that_torch_would_refuse_is_refused_here(tiny_recipe, seed):
         tiny_recipe({"evaluation.seeds": [seed]})
 
 
-def test_grey_webp_is_refused(tiny_recipe):
-    with pytest.raises(RecipeError, match="no grey mode"):
+def test_gray_webp_is_refused(tiny_recipe):
+    with pytest.raises(RecipeError, match="no gray mode"):
         tiny_recipe({"packaging.image_format": "webp", "data.channels": 1})
 
 
-@pytest.mark.parametrize("licence", ["https://creativecommons.org/licenses/by/4.0/", "CC BY 4.0", "custom: see /TERMS"])
-def test_a_licence_ships_as_it_is(tiny_recipe, licence):
-    recipe = tiny_recipe({"data.licence": licence})
-    assert public_recipe(recipe).data.licence == licence
+@pytest.mark.parametrize("license", ["https://creativecommons.org/licenses/by/4.0/", "CC BY 4.0", "custom: see /TERMS"])
+def test_a_license_ships_as_it_is(tiny_recipe, license):
+    recipe = tiny_recipe({"data.license": license})
+    assert public_recipe(recipe).data.license == license
 
 
 def test_an_override_changes_one_place_of_an_alias(tiny_recipe, tmp_path):

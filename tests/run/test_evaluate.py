@@ -36,7 +36,7 @@ def train(folder, finished_run, source, *, rows=(KEPT,), keep=True, settings=Non
     made = tasks(folder / "students", recipe, data, rows=rows, settings=settings)
     run = run_in(folder / "run", finished_run / "teachers")
     run = dataclasses.replace(run, recipe=dataclasses.replace(recipe, evaluation=settings))
-    facts = SourceFacts(id="digits", on_hub=False, revision=None, licence="CC BY 4.0")
+    facts = SourceFacts(id="digits", on_hub=False, revision=None, license="CC BY 4.0")
     keeper = partial(
         keep_student, folder=folder / "student", distilled=packed(data, 0), settings=settings, source=facts,
         tested_on=scored_on(recipe), test_count=len(data.test), dataset_id="org/set",
@@ -68,7 +68,7 @@ def test_the_kept_student_scores_what_its_facts_and_its_score_say(kept, source):
         guesses = student.logits(to_reference(data.test.images(range(450)))).argmax(1)
     assert float((guesses == torch.from_numpy(data.test.labels)).double().mean()) == pytest.approx(facts["test_top1"])
     assert student.label_names == tuple("0123456789")
-    assert student.licence == "CC BY 4.0"
+    assert student.license == "CC BY 4.0"
     assert student.size == 32
 
 

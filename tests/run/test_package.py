@@ -49,7 +49,7 @@ def test_a_folder_that_is_as_it_should_be_is_left_alone(finished_run, copied):
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("name", PARTS)
-def test_a_table_that_ships_is_the_file_that_the_teachers_labelled(finished_run, name, table):
+def test_a_table_that_ships_is_the_file_that_the_teachers_labeled(finished_run, name, table):
     ours, shipped = finished_run / "work" / name / table, finished_run / PARTS[name] / table
     assert ours.samefile(shipped)
     assert shipped.stat().st_nlink == 2
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_the_old_folder_whole_and_no_draft(finished_run, copi
 
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("table", TABLES)
-def test_unlabelled_images_are_not_packaged(finished_run, copied, name, table):
+def test_unlabeled_images_are_not_packaged(finished_run, copied, name, table):
     seal_of(copied / "work" / name / table).unlink()
     before = mtimes(copied / "dataset")
     with pytest.raises(StageError) as error:

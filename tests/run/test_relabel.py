@@ -44,9 +44,9 @@ def begun(finished_run, folder, *overrides, **more):
 
 
 @pytest.fixture(scope="module")
-def labelled(finished_run, tmp_path_factory):
+def labeled(finished_run, tmp_path_factory):
     """A run up to its dataset that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("labelled") / "run"
+    folder = tmp_path_factory.mktemp("labeled") / "run"
     run_stages(begun(finished_run, folder, FOUR), ("synthesize", "relabel", "package"))
     return folder
 
@@ -74,24 +74,24 @@ def kill():
     raise KeyboardInterrupt
 
 
-def test_shards_are_written_in_both_folders_of_a_set(labelled):
+def test_shards_are_written_in_both_folders_of_a_set(labeled):
     for name in SETS:
-        shards = sorted(path.name for path in (labelled / "work" / name / "views").glob("*.parquet"))
+        shards = sorted(path.name for path in (labeled / "work" / name / "views").glob("*.parquet"))
         assert shards == [f"train-{number:05d}-of-00004.parquet" for number in range(4)]
         for number, shard in enumerate(shards):
-            rows = pq.read_table(labelled / "work" / name / "views" / shard)
+            rows = pq.read_table(labeled / "work" / name / "views" / shard)
             assert rows["epoch"].to_pylist() == [number] * 20
             assert rows["batch"].to_pylist() == [0] * 10 + [1] * 10
 
 
-def test_epochs_are_the_same_however_they_are_cut(finished_run, labelled, tmp_path, monkeypatch):
+def test_epochs_are_the_same_however_they_are_cut(finished_run, labeled, tmp_path, monkeypatch):
     monkeypatch.setattr(cutting, "_SHARD_VIEWS", 8192)
     folder = tmp_path / "run"
     run_stages(begun(finished_run, folder, FOUR), ("relabel", "package"))
     assert [path.name for path in (folder / "dataset" / "views").iterdir()] == ["train-00000-of-00001.parquet"]
     for part in ("dataset", "control"):
-        assert pq.read_table(folder / part / "views").equals(pq.read_table(labelled / part / "views"))
-        assert sha_tree(folder / part / "data") == sha_tree(labelled / part / "data")
+        assert pq.read_table(folder / part / "views").equals(pq.read_table(labeled / part / "views"))
+        assert sha_tree(folder / part / "data") == sha_tree(labeled / part / "data")
 
 
 # -- killed, stopped, damaged -----------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_epochs_are_the_same_however_they_are_cut(finished_run, labelled, tmp_pa
 
 @pytest.mark.parametrize("at", [1, 4, 5, 6, 12, CALLS])
 @pytest.mark.parametrize("how", ["killed", "asked to stop"])
-def test_a_run_that_ends_early_loses_at_most_a_shard(finished_run, labelled, tmp_path, at, how):
+def test_a_run_that_ends_early_loses_at_most_a_shard(finished_run, labeled, tmp_path, at, how):
     folder = tmp_path / "run"
     run = begun(finished_run, folder, FOUR)
     asked = counted(run, at, kill if how == "killed" else stop._wanted.set)
@@ -119,10 +119,10 @@ def test_a_run_that_ends_early_loses_at_most_a_shard(finished_run, labelled, tmp
     assert len(asked) + len(more) <= CALLS + 2
     assert tables(folder).items() >= kept.items()
     for part in ("dataset", "control"):
-        assert sha_tree(folder / part) == sha_tree(labelled / part)
+        assert sha_tree(folder / part) == sha_tree(labeled / part)
 
 
-def test_one_shard_that_is_damaged_is_made_again_alone(finished_run, labelled, tmp_path, caplog):
+def test_one_shard_that_is_damaged_is_made_again_alone(finished_run, labeled, tmp_path, caplog):
     folder = tmp_path / "run"
     run = begun(finished_run, folder, FOUR)
     run_stages(run, ("relabel", "package"))
@@ -139,7 +139,7 @@ def test_one_shard_that_is_damaged_is_made_again_alone(finished_run, labelled, t
     assert "relabel: 2 of 2 image shards found, 0 to do" in caplog.messages
     assert "relabel: 7 of 8 view shards found, 1 to do" in caplog.messages
     assert tables(folder).items() >= before.items()
-    assert sha_tree(folder / "control") == sha_tree(labelled / "control")
+    assert sha_tree(folder / "control") == sha_tree(labeled / "control")
 
 
 def test_a_second_launch_asks_nobody(finished_run, tmp_path):
@@ -155,7 +155,7 @@ def test_a_second_launch_asks_nobody(finished_run, tmp_path):
     }
 
 
-# -- what is labelled -------------------------------------------------------------------------------------------------
+# -- what is labeled -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg"])

@@ -286,7 +286,7 @@ def test_two_processes_give_the_same_bytes_as_one(done, tmp_path):
 # -- what stands behind a name ----------------------------------------------------------------------------------------
 
 
-def grey_folder(folder, *, shift):
+def gray_folder(folder, *, shift):
     """A Parquet folder of four classes; `shift` rotates the labels."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("abcd"))})
     for split, per_class in (("train", 40), ("test", 4)):
@@ -303,11 +303,11 @@ def grey_folder(folder, *, shift):
 
 @pytest.mark.parametrize("where", ["same output", "new output"])
 def test_data_that_changed_behind_their_name_are_noticed(tmp_path, capsys, where):
-    source = grey_folder(tmp_path / "source", shift=0)
+    source = gray_folder(tmp_path / "source", shift=0)
     words = [f"data.source={source}", "data.num_classes=4", "relabel.batch_size=8", "synthesis.batch_size=4", *LIGHT]
     teachers = tmp_path / "teachers"
     assert go(tmp_path / "first", *words, "--stage", "squeeze", teachers=teachers) == 0
-    grey_folder(source, shift=1)
+    gray_folder(source, shift=1)
     capsys.readouterr()
     folder = tmp_path / ("first" if where == "same output" else "second")
     assert go(folder, *words, "--stage", "squeeze", teachers=teachers) == 2

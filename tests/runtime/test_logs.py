@@ -9,7 +9,7 @@ from prism_hf.runtime.logs import blotted, log_file
 log = logging.getLogger("prism_hf.test")
 SECRETS = {
     "token": "hf_AbCdEfGhIjKlMnOpQrSt",
-    "of an organisation": "api_org_AbCdEfGhIjKlMnOp",
+    "of an organization": "api_org_AbCdEfGhIjKlMnOp",
     "header": "Authorization: Bearer abcdef.ghijkl-mnop",
     "password": "https://somebody:s3cret-word@host/path",
     "signature": "https://bucket/file?X-Amz-Credential=AKIAabc&X-Amz-Signature=0123abcd&x=1",

@@ -80,7 +80,7 @@ def _with_data(first: Recipe, source: str, overrides: Sequence[str]) -> list[str
     from ..images import count_classes
 
     words = [f"data.{key}=null" for key in ("config", "revision", "image_column", "label_column")]
-    words += ["data.licence=unknown", f"data.source={json.dumps(source)}"]
+    words += ["data.license=unknown", f"data.source={json.dumps(source)}"]
     # The rest of the overrides waits for the number of classes.
     data = override_recipe(first, [*words, *(word for word in overrides if word.startswith("data."))]).data
     # The section as a whole: the other recipes may name splits or columns that these data do not have.

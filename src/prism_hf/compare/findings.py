@@ -86,7 +86,7 @@ def _data(comparison: Comparison) -> dict[str, Any]:
         "train_count": len(data.train),
         "test_count": len(data.test),
         "tested_on": recipe.data.tested_on,
-        "licence": recipe.data.licence,
+        "license": recipe.data.license,
     }
 
 

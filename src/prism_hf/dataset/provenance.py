@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData, HfApi
+from pydantic import AliasChoices, Field
 
 from ..errors import DataError, HubError
-from ..models import SourceFacts, Teacher
+from ..models import LICENSE_KEYS, SourceFacts, Teacher
 from ..recipe import Recipe
 from ..runtime import SHORT, Facts, again, files_below, homes_of, is_inside, is_plain_path, read_card, sha256_of
 from .format import DISTILLED, FORMAT_VERSION, TABLES, VIEWS
@@ -48,7 +49,7 @@ class TeacherEntry(Facts):
     roles: list[str] = []
     architecture: str | None = None
     revision: str | None = None
-    licence: str | None = None
+    license: str | None = Field(default=None, validation_alias=AliasChoices(*LICENSE_KEYS))
     weights_sha256: str
     test_top1: float | None = None
 
@@ -93,7 +94,7 @@ def read_provenance(path: Path) -> Provenance:
     try:
         return Provenance.read(path)
     except ValueError as error:
-        raise DataError(f"{error}; package or download the data set again") from error
+        raise DataError(f"{error}; package or download the dataset again") from error
 
 
 def write_provenance(
@@ -117,7 +118,7 @@ def write_provenance(
         recipe_fingerprint=recipe.fingerprint(),
         seed=recipe.seed,
         student_seeds=list(recipe.evaluation.seeds),
-        source=Source(id=data.source, on_hub=source_on_hub, revision=source_revision, licence=data.licence),
+        source=Source(id=data.source, on_hub=source_on_hub, revision=source_revision, license=data.license),
         teachers=[_teacher_entry(recipe, name, teacher, squeezed_top1.get(name)) for name, teacher in teachers.items()],
         versions=versions(),
         hardware=dict(hardware),
@@ -138,7 +139,7 @@ def _teacher_entry(recipe: Recipe, name: str, teacher: Teacher, top1: float | No
         roles=[role for role, names in roles.items() if name in names],
         architecture=teacher.architecture,
         revision=teacher.revision,
-        licence=teacher.licence,
+        license=teacher.license,
         weights_sha256=teacher.weights_sha256,
         test_top1=top1,
     )
@@ -203,7 +204,7 @@ def _strange(folder: Path, name: str) -> str | None:
         return f"{name[:80]!r}: provenance.json names a file outside the folder"
     own = name in ("README.md", Provenance.FILE)
     if own or not is_plain_path(name) or any(part.startswith(".") for part in pure.parts):
-        return f"{name[:80]!r}: provenance.json names a file that is no part of a data set"
+        return f"{name[:80]!r}: provenance.json names a file that is no part of a dataset"
     return f"{name}: a link that leads out of the folder" if _leads_out(folder, name) else None
 
 
@@ -280,7 +281,7 @@ def verify(source: str | Path, *, revision: str | None = None) -> Verification:
     cache = Path(datasets.config.HF_DATASETS_CACHE)  # not /tmp, which may be memory
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        missing = again(lambda: _download(repo_id, revision, folder), f"downloading data set {repo_id!r}", SHORT)
+        missing = again(lambda: _download(repo_id, revision, folder), f"downloading dataset {repo_id!r}", SHORT)
         checked = check_folder(Path(folder))
     return replace(checked, differences=(*missing, *checked.differences))
 

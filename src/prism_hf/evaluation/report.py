@@ -8,7 +8,7 @@ from typing import Any
 from ..runtime import size_text
 
 CONTROL_ITSELF = "These are random real images: what a distilled set is to be compared with."
-NO_CONTROL = "the data set itself is random real images"
+NO_CONTROL = "the dataset itself is random real images"
 LABELS = {"distilled": "distilled", "random_real": "random real", "full": "all real"}
 _VERDICTS = {
     "level": "the distilled images and random real images are level",

@@ -1,4 +1,4 @@
-"""Students trained from scratch: on a data set, on its controls, and on all real images.
+"""Students trained from scratch: on a dataset, on its controls, and on all real images.
 
 Legend: B images, C channels, H W pixels, K classes.
 
@@ -82,7 +82,7 @@ def train_student(
     device: torch.device,
     checkpoint: Checkpoint | None = None,
 ) -> nn.Module:
-    """Train one student on what a data set folder contains: images, labels, views; nothing else.
+    """Train one student on what a dataset folder contains: images, labels, views; nothing else.
 
     The seed is that of the weights; the order of images comes from the views. Batches and steps are the same for all kinds
     of labels (see `Row`), and the loss on `hard` ones is cross-entropy. A training goes on from its checkpoint.
@@ -115,13 +115,13 @@ def epochs_of(source: DistilledDataset, settings: EvaluationRecipe) -> tuple[int
     """Epochs of the training, and how many recorded epochs of views it takes in turn.
 
     Raises:
-        DataError: The data set holds fewer.
+        DataError: The dataset holds fewer.
     """
     epochs = settings.epochs or source.num_epochs
     recorded = settings.label_epochs or epochs
     if recorded > source.num_epochs:
         key = "label_epochs" if settings.label_epochs else "epochs"
-        raise DataError(f"the data set holds {source.num_epochs} epochs of views, evaluation.{key} is {recorded}; lower it")
+        raise DataError(f"the dataset holds {source.num_epochs} epochs of views, evaluation.{key} is {recorded}; lower it")
     return epochs, recorded
 
 

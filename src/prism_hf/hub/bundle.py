@@ -74,9 +74,9 @@ def bundle_of(folder: Path, *, dataset_id: str | None = None) -> Bundle:
     except OSError as error:
         raise HubError(f"{str(error.filename or folder)!r} cannot be read ({error.strerror or error})") from error
     if (folder / "dataset" / Provenance.FILE).is_file():
-        raise HubError(f"{str(folder)!r} is a run folder; push its data set, {str(folder / 'dataset')!r}")
+        raise HubError(f"{str(folder)!r} is a run folder; push its dataset, {str(folder / 'dataset')!r}")
     raise HubError(
-        f"{str(folder)!r} holds nothing to push: expected a data set (provenance.json, data/, views/) or a network "
+        f"{str(folder)!r} holds nothing to push: expected a dataset (provenance.json, data/, views/) or a network "
         f"(model.safetensors with {' or '.join(MODEL_FACTS)})"
     )
 

@@ -86,7 +86,7 @@ def render_control_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
     return with_header(
         metadata(facts, recipe),
         f"# {recipe.name}: random real images\n\n"
-        f"{facts['tables']['default']['rows']} random real training images of {escape(recipe.data.source)}, relabelled "
+        f"{facts['tables']['default']['rows']} random real training images of {escape(recipe.data.source)}, relabeled "
         "by the same teachers under the same protocol as the distilled set: its control. Not distilled.\n",
     )
 
@@ -142,7 +142,7 @@ def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     on_hub = facts["provenance"]["source"].get("on_hub", False)
     values = {
         "pretty_name": recipe.name,
-        **license_keys(recipe.data.licence),
+        **license_keys(recipe.data.license),
         "task_categories": ["image-classification"],
         "tags": ["dataset-distillation", "soft-labels", "prism", "prism-hf"],
         "source_datasets": [recipe.data.source if on_hub else "extended|other"],
@@ -165,7 +165,7 @@ def method_in_words(recipe: Recipe) -> str:
     """One sentence on who supervised what."""
     teachers = recipe.teachers
     if recipe.method == "random" or not recipe.synthesis.iterations:
-        return "nothing is optimised"
+        return "nothing is optimized"
     if teachers.selection == "cycle" and teachers.bn_pool:
         conv = " and of the inputs of convolutions" if recipe.synthesis.conv else ""
         return (

@@ -61,7 +61,7 @@ def render_model_card(folder: Path, repo_id: str, revision: str | None = None, *
 def _of_teacher(facts: TeacherFacts, config: NetworkConfig) -> dict[str, Any]:
     """What the card tells of a teacher; those of earlier versions name their data alone."""
     told, settings = facts.model_dump(), facts.settings
-    source = {"id": settings.data, "on_hub": False, "revision": None, "licence": config.pretrained_cfg.license}
+    source = {"id": settings.data, "on_hub": False, "revision": None, "license": config.pretrained_cfg.license}
     return told | {
         "architecture": facts.architecture or config.architecture,
         "source": told["source"] or source,
@@ -87,7 +87,7 @@ def _metadata(told: Mapping[str, Any], repo_id: str) -> dict[str, Any]:
         metric_value=told["test_top1"],
     )
     data = ModelCardData(
-        **license_keys(source["licence"]),
+        **license_keys(source["license"]),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "transformers", "dataset-distillation", "prism-hf"],

@@ -148,7 +148,7 @@ def _check_repo(repo: Repository, name: str, spaces: Collection[str]) -> None:
             raise HubError(f"{target.repo_id!r} is not on the Hub, or not for this token; leave out --create-pr to make it")
         space = target.repo_id.split("/")[0]
         if space not in spaces:
-            raise HubError(f"{space!r} is neither you nor your organisation; push to one of {', '.join(sorted(spaces))}")
+            raise HubError(f"{space!r} is neither you nor your organization; push to one of {', '.join(sorted(spaces))}")
         return
     if not target.create_pr:
         repo.api.auth_check(**repo.where, write=True)

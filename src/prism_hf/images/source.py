@@ -176,7 +176,7 @@ def _checked_split(
     if len(wrong):
         raise DataError(
             f"row {wrong[0]} of split {split!r} has label {part.labels[wrong[0]]}, expected 0 to {len(names) - 1}; "
-            "use a labelled split (unlabelled test splits carry -1)"
+            "use a labeled split (unlabeled test splits carry -1)"
         )
     return part
 

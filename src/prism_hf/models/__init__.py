@@ -1,7 +1,16 @@
 """Networks: teachers by name, training, squeezing, the folder of a shared network."""
 
 from .build import build_network, check_network, seeded
-from .facts import DistilledFacts, NetworkConfig, ScoredOn, SourceFacts, StudentFacts, TeacherFacts, read_facts
+from .facts import (
+    LICENSE_KEYS,
+    DistilledFacts,
+    NetworkConfig,
+    ScoredOn,
+    SourceFacts,
+    StudentFacts,
+    TeacherFacts,
+    read_facts,
+)
 from .folder import scored_on, source_facts, store_network
 from .load import load_teacher, load_teachers
 from .squeeze import check_batch, check_squeezed, clear_scratch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder

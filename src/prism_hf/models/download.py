@@ -44,7 +44,7 @@ class ModelFiles:
 
     folder: Path
     commit: str | None = None
-    licence: str | None = None
+    license: str | None = None
 
 
 class ShardIndex(Facts):
@@ -69,7 +69,7 @@ def fetch(name: str, source: str, wanted: Wanted) -> ModelFiles:
             _check_content(folder / file)
     except (TeacherError, HubError) as error:
         raise TeacherError(f"teacher {name!r}: {error}") from error
-    return ModelFiles(folder, folder.name, _licence(folder))
+    return ModelFiles(folder, folder.name, _license(folder))
 
 
 def _parse(source: str) -> tuple[str, str]:
@@ -211,12 +211,12 @@ def _check_content(path: Path) -> None:
         )
 
 
-def _licence(folder: Path) -> str | None:
+def _license(folder: Path) -> str | None:
     try:
         card = read_card((folder / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    licence = card.get("license")
-    if licence == "other":
-        licence = card.get("license_name") or licence
-    return ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence or "") or None
+    license = card.get("license")
+    if license == "other":
+        license = card.get("license_name") or license
+    return ", ".join(map(str, license)) if isinstance(license, list) else str(license or "") or None

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from ..runtime import Facts
 
 Share = Annotated[float, Field(ge=0, le=1)]
+LICENSE_KEYS = ("license", "licence")  # the second is what earlier versions wrote
 Triple = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
@@ -17,7 +18,7 @@ class SourceFacts(Facts):
     id: str
     on_hub: bool
     revision: str | None
-    licence: str
+    license: str = Field(validation_alias=AliasChoices(*LICENSE_KEYS))
 
 
 class ScoredOn(Facts):

@@ -59,7 +59,7 @@ def store_network(
     channels = facts.channels if isinstance(facts, StudentFacts) else 3
     if channels == 1:
         network = _widened(network, architecture, size, len(class_names))
-    config = _config(network, size, channels, class_names, source.licence)
+    config = _config(network, size, channels, class_names, source.license)
     draft = draft_folder(folder)
     try:
         with writing(folder):
@@ -72,7 +72,7 @@ def store_network(
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _config(network: nn.Module, size: int, channels: int, class_names: Sequence[str], licence: str) -> dict[str, object]:
+def _config(network: nn.Module, size: int, channels: int, class_names: Sequence[str], license: str) -> dict[str, object]:
     mean, std = REFERENCE[channels]
     copies = 3 // channels
     return {
@@ -88,7 +88,7 @@ def _config(network: nn.Module, size: int, channels: int, class_names: Sequence[
             "crop_pct": 1.0,
             "test_crop_pct": None,
             "interpolation": "bilinear",
-            "license": licence,
+            "license": license,
             "label_names": list(class_names),
         },
     }
@@ -121,7 +121,7 @@ def _widened(network: nn.Module, architecture: str, size: int, num_classes: int)
         except RuntimeError:
             equal = False
     if not equal:  # some first layers rescale their own weights
-        raise RecipeError(f"network {architecture!r} cannot be shared: its first layer cannot be widened from grey to RGB")
+        raise RecipeError(f"network {architecture!r} cannot be shared: its first layer cannot be widened from gray to RGB")
     return wide
 
 
@@ -132,7 +132,7 @@ def source_facts(recipe: Recipe, data: SourceData | None) -> SourceFacts:
         id=public.source,
         on_hub=data is not None and data.on_hub,
         revision=None if data is None else data.revision,
-        licence=public.licence,
+        license=public.license,
     )
 
 

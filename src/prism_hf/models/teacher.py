@@ -20,7 +20,7 @@ class Teacher:
         model: (B, 3 or 1, H, W) in its own normalization -> logits (B, K); eval mode, no parameter gradients.
         mean, std: Per channel, in [0, 1] pixel units.
         size: Side of its input in pixels.
-        licence: Of the weights, or "unknown".
+        license: Of the weights, or "unknown".
         revision: Hub commit of the weights, or `None` for local ones.
         weights_sha256: Of all parameters and buffers, from `digest_of_tensors`.
         label_names: The teacher's own class names, if it says.
@@ -33,7 +33,7 @@ class Teacher:
     size: int
     num_classes: int
     architecture: str
-    licence: str
+    license: str
     revision: str | None
     weights_sha256: str
     label_names: tuple[str, ...] | None
@@ -46,7 +46,7 @@ class Teacher:
     def prepare(self, images: Tensor) -> Tensor:
         """Convert images, (B, C, H, W), from the reference normalization to this teacher's own, its channels and size.
 
-        Grey images are copied to the channels the teacher has; the gradient of the copies adds up.
+        Gray images are copied to the channels the teacher has; the gradient of the copies adds up.
         """
         reference_mean, reference_std = reference_mean_std(images.shape[1], like=images)
         mean, std = (torch.tensor(v).to(images).view(1, -1, 1, 1) for v in (self.mean, self.std))

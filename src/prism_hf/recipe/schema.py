@@ -91,6 +91,7 @@ class Recipe:
         default, which means what earlier versions did: what was published keeps its fingerprint.
         """
         values = to_dict(self)
+        values["data"]["licence"] = values["data"].pop("license")  # as the key was spelled at first
         for key, default in _ADDED.items():
             *parents, last = key.split(".")
             section = values
@@ -117,7 +118,7 @@ def _check_unused(recipe: Recipe) -> None:
             unused = [field.name for field in dataclasses.fields(section) if field.name not in used]
             refuse_unused(section, unused, "method random optimizes nothing")
     if recipe.packaging.image_format == "webp" and recipe.data.channels == 1:
-        raise ValueError("packaging.image_format webp has no grey mode, and data.channels is 1; use png")
+        raise ValueError("packaging.image_format webp has no gray mode, and data.channels is 1; use png")
 
 
 def _check_counts(recipe: Recipe) -> None:

@@ -56,7 +56,7 @@ class DataRecipe:
     validation_fraction: FractionBelowOne = 0.0
     image_column: Name | None = None  # `null` finds the only column of type Image
     label_column: Name | None = None  # `null` finds the only column of type ClassLabel
-    licence: Name = "unknown"  # license or terms of the source, for the card
+    license: Name = "unknown"  # license or terms of the source, for the card
 
     @property
     def tested_on(self) -> str:

@@ -36,7 +36,7 @@ def package(run: Run) -> None:
     """Make the dataset folder and the control's, each with its provenance; the card says what is not yet run."""
     sets = image_sets(run)
     if unfinished(run.accelerator, run.artifacts.shards(sets), Artifact.is_whole):
-        raise StageError("the images are not all labelled; run --stage relabel first")
+        raise StageError("the images are not all labeled; run --stage relabel first")
     if run.accelerator.is_main_process:
         for images in sets:
             package_set(run, images)
