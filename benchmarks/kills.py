@@ -112,7 +112,7 @@ def words(recipe: str, folder: Path, processes: int, *extra: str) -> list[str]:
     alone = ["--num_processes", "1"]
     launch += [*(several if processes > 1 else alone), "--num_machines", "1", "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no", str(ROOT / "recipes" / "prism.py"), str(ROOT / "recipes" / "digits" / file)]
-    return [*launch, *SMALL, *overrides, "--output", str(folder), "--checkpoint-every", "0.3", *extra]
+    return [*launch, *SMALL, *overrides, "--output", str(folder), "--threads", "1", "--checkpoint-every", "0.3", *extra]
 
 
 def finish(recipe: str, folder: Path, processes: int) -> subprocess.CompletedProcess[str]:

@@ -224,7 +224,7 @@ def main(args: argparse.Namespace) -> None:
     quiet()
     from prism_hf.run.context import make_accelerator
 
-    accelerator = make_accelerator(threads=args.threads)
+    accelerator = make_accelerator()
     for name in args.names or (REDUCED if args.reduced else TABLES):
         table = TABLES[name]
         make(name, reduced(table) if args.reduced else table, args, accelerator)
@@ -239,6 +239,7 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
     from prism_hf.compare.page import write_page
     from prism_hf.compare.runs import check_comparison
     from prism_hf.compare.runs import make as make_runs
+    from prism_hf.run.threads import use_threads
     from prism_hf.runtime.lock import locked
     from prism_hf.runtime.store import write_json
 
@@ -257,6 +258,7 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
         ceilings=table.students[:1] if table.ceiling else (),
     )
     check_comparison(made)
+    use_threads(accelerator, folder / "work", args.threads)
     if accelerator.is_main_process:
         with locked(folder):
             accelerator.wait_for_everyone()

@@ -22,9 +22,7 @@ def comparison(folder, teachers, recipes, *, seeds=(0, 1), students=STUDENTS):
     AcceleratorState._reset_state(True)
     methods, _ = under_one_protocol(recipes)
     readings = [StudentSetup(student, labels) for student in students for labels in ("soft", "hard")]
-    return Comparison(
-        methods, readings, list(seeds), folder=folder, teachers_root=teachers, accelerator=make_accelerator(threads=1)
-    )
+    return Comparison(methods, readings, list(seeds), folder=folder, teachers_root=teachers, accelerator=make_accelerator())
 
 
 def facts_of(made, failed=()):

@@ -59,7 +59,7 @@ def run_in(folder, teachers, *overrides, **more):
     from prism_hf.run.context import Run, make_accelerator
 
     AcceleratorState._reset_state(True)
-    run = Run(tiny(*overrides), Path(folder), Path(teachers), make_accelerator(folder, threads=1), **more)
+    run = Run(tiny(*overrides), Path(folder), Path(teachers), make_accelerator(folder), **more)
     write_bytes(run.folder / "recipe.yaml", dump_recipe(run.recipe).encode())
     return run
 

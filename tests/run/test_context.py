@@ -40,15 +40,6 @@ def test_folders_and_hardware(tmp_path, accelerator):
     assert run.hardware == {"device": accelerator.device.type, "threads": torch.get_num_threads(), "precision": "float32"}
 
 
-def test_threads_are_set_when_asked(tmp_path):
-    AcceleratorState._reset_state(True)
-    before = torch.get_num_threads()
-    make_accelerator(threads=2)
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(before)
-    AcceleratorState._reset_state(True)
-
-
 def test_times_of_an_interrupted_stage_are_kept(tmp_path, accelerator):
     run = Run(tiny(), tmp_path, tmp_path, accelerator)
     with pytest.raises(KeyboardInterrupt), run.timed("squeeze"):

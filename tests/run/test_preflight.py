@@ -135,7 +135,7 @@ def test_inputs_that_changed_are_noticed_unless_the_run_is_moved_aside(finished_
 def needed(folder, *overrides, **more):
     """Bytes that a run still needs."""
     AcceleratorState._reset_state(True)
-    return missing_space(Run(tiny(*overrides), folder, folder / "teachers", make_accelerator(threads=1), **more))
+    return missing_space(Run(tiny(*overrides), folder, folder / "teachers", make_accelerator(), **more))
 
 
 def test_too_little_space_is_one_line_with_both_numbers(tmp_path):
@@ -147,7 +147,7 @@ def test_too_little_space_is_one_line_with_both_numbers(tmp_path):
     assert "needs about 4.16 TB and " in text
     assert "--output DIR" in text
     assert list(tmp_path.iterdir()) == []
-    run = Run(tiny("relabel.epochs=2000000000"), folder, folder / "teachers", make_accelerator(threads=1))
+    run = Run(tiny("relabel.epochs=2000000000"), folder, folder / "teachers", make_accelerator())
     with pytest.raises(OutputError, match="needs about 4.16 TB"):
         check(run)
     check(run, space=False)

@@ -13,7 +13,7 @@ from .status import print_status
 def distill(parser: argparse.ArgumentParser) -> Command:
     r"""Run a recipe: from real data to a distilled dataset.
 
-        %(prog)s RECIPE.yaml                                   # into outputs/<recipe name>
+        %(prog)s digits/prism_ipc10                            # a shipped recipe, into outputs/<recipe name>
         %(prog)s RECIPE.yaml synthesis.ipc=5 --output DIR      # any override, any folder
         %(prog)s RECIPE.yaml --dry-run                         # the plan; touches no tensor and no network
         %(prog)s RECIPE.yaml --stage evaluate                  # one stage, from what the earlier ones left
@@ -27,7 +27,9 @@ def distill(parser: argparse.ArgumentParser) -> Command:
     The stages are squeeze (train teachers), synthesize (images), relabel, package and evaluate (train students). The same
     command resumes an interrupted run, with any number of processes.
     """
-    parser.add_argument("words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe, and overrides")
+    parser.add_argument(
+        "words", nargs="*", metavar="RECIPE | key=value", help="a YAML file or a shipped name, and overrides"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/<recipe name>")
     parser.add_argument("--teachers", type=Path, metavar="DIR", help="where squeezed teachers are kept")
     parser.add_argument("--stage", choices=STAGES, help="run one stage only")
@@ -57,7 +59,6 @@ def _distill(args: argparse.Namespace) -> None:
         print_status(folder)
         return
     quiet()
-    from ..evaluation import summary
     from ..hub import Target
     from ..run.distill import distill
 
@@ -74,5 +75,5 @@ def _distill(args: argparse.Namespace) -> None:
         checkpoint_s=args.checkpoint_every,
     )
     if is_first_process():
-        made = (result.report and summary(result.report), result.dataset and f"dataset: {result.dataset}", result.url)
+        made = (result.table, result.dataset and f"dataset: {result.dataset}", result.url)
         sys.stdout.writelines(f"{line}\n" for line in made if line)

@@ -1,7 +1,8 @@
 """Distill datasets, evaluate and compare them, share and check them.
 
-`prism-hf COMMAND --help` explains a command. `distill`, `squeeze`, `evaluate` and `compare` also run on several processes:
-`accelerate launch ... -m prism_hf COMMAND ...`.
+`prism-hf COMMAND --help` explains a command. `prism-hf recipes` lists the recipes that come with the package, and
+`prism-hf digits/prism_ipc10` is short for `prism-hf distill digits/prism_ipc10`. `distill`, `squeeze`, `evaluate` and
+`compare` also run on several processes: `accelerate launch ... -m prism_hf COMMAND ...`.
 """
 
 import argparse
@@ -17,11 +18,12 @@ from .evaluate import evaluate
 from .export import export
 from .options import run_command
 from .push import push
+from .recipes import recipes
 from .squeeze import squeeze
 from .status import status
 from .verify import verify
 
-COMMANDS = (distill, squeeze, evaluate, compare, status, push, verify, export)
+COMMANDS = (distill, recipes, squeeze, evaluate, compare, status, push, verify, export)
 """Each adds the options of its command to a parser and returns what runs it; its docstring is the help."""
 
 
@@ -33,6 +35,8 @@ def parse(
     `prog` is what the user types in place of `prism-hf COMMAND`; `default_recipe` is for `distill` where none is named.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].isalpha() and words[0] not in ("-h", "--help", "--version"):
+        words.insert(0, "distill")  # a recipe, an override or an option: no command is spelled like these
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("prism-hf", description=__doc__, formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"prism-hf {__version__}")

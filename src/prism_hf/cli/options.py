@@ -52,7 +52,7 @@ def quiet() -> None:
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
     """Options of every command that computes."""
-    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads per process")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads per process; default: all cores shared")
     every = f"keep the state of long jobs this often; default: {EVERY_S:g}"
     parser.add_argument("--checkpoint-every", type=_seconds, default=EVERY_S, metavar="SECONDS", help=every)
 

@@ -36,13 +36,15 @@ def _squeeze(args: argparse.Namespace) -> None:
     from ..run.folder import check_place
     from ..run.preflight import check_architectures
     from ..run.squeeze import squeeze
+    from ..run.threads import use_threads
 
     check_place(args.output, "--output")
     check_architectures(recipe)
-    accelerator = make_accelerator(threads=args.threads)
     # Only later stages need the folder of a run; teachers go straight to the output.
     scratch = args.output / f".work-{recipe.name}"
-    squeeze(Run(recipe, scratch, args.output, accelerator, args.checkpoint_every))
+    run = Run(recipe, scratch, args.output, make_accelerator(), args.checkpoint_every)
+    use_threads(run.accelerator, run.work, args.threads)
+    squeeze(run)
     if is_first_process():
         shutil.rmtree(scratch, ignore_errors=True)
         for name in recipe.squeezed_teachers:

@@ -20,6 +20,7 @@ from ..run.evaluate import collect, conclude, train_students
 from ..run.folder import check_place, claimed_together, is_of_another
 from ..run.preflight import check, check_space, missing_space
 from ..run.squeeze import squeeze
+from ..run.threads import check_threads, use_threads
 from ..runtime import DRAFT, HOLDER, LOCK, check_free, clear_drafts, duration_text, locked, log_file, read_proof, unfinished
 from .comparison import Comparison, StudentSetup, name_of, task_of
 from .findings import findings
@@ -49,13 +50,14 @@ def compare(
     Returns the table for a terminal; `None` in every process but the first. The page has the notes of `under_one_protocol`.
     """
     setups = [StudentSetup(student, labels) for student in students for labels in ("soft", "hard")]
-    accelerator = make_accelerator(threads=threads)
+    accelerator = make_accelerator()
     comparison = Comparison(methods, setups, seeds, folder, teachers_root, accelerator, checkpoint_s, ceilings=students)
     check_place(folder, "--output")
     ours = not folder.is_dir() or (folder / "runs").is_dir()
     if not ours and any(path.name not in _OURS and not path.name.startswith(DRAFT) for path in folder.iterdir()):
         raise OutputError(f"output {str(folder)!r} is not empty and holds no comparison; use another folder (--output DIR)")
     check_free(folder)
+    check_threads(folder / "work", threads)
     check_comparison(comparison)
     table = None
     with ExitStack() as stack:
@@ -66,6 +68,7 @@ def compare(
                 clear_drafts(folder / name, deep=name == "full")
         accelerator.wait_for_everyone()
         stack.enter_context(log_file(folder, accelerator.process_index))
+        use_threads(accelerator, folder / "work", threads)
         failed = make(comparison)
         if accelerator.is_main_process:
             facts, images = findings(comparison, failed, notes=notes, command=command)

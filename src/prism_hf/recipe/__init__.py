@@ -4,5 +4,15 @@ from .describe import VIEW_ROW_BYTES, describe_plan, space_needed
 from .plan import STAGES, TRACKERS, SynthesisJob, batch_ranges, plan_jobs
 from .schema import SQUEEZE_PREFIX, Recipe, to_dict
 from .sections import DataRecipe, EvaluationRecipe, RelabelRecipe, RelabelView, SqueezeRecipe, TeachersRecipe
+from .shipped import shipped_recipes, title_of
 from .synthesis import SynthesisRecipe, SynthesisView
-from .yaml_file import differing_keys, dump_recipe, flat_values, load_recipe, override_recipe, parse_recipe, public_recipe
+from .yaml_file import (
+    Overrides,
+    differing_keys,
+    dump_recipe,
+    flat_values,
+    load_recipe,
+    override_recipe,
+    parse_recipe,
+    public_recipe,
+)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from ..errors import RecipeError
 from ..runtime import YamlError, dump_yaml, map_texts, read_yaml
 from .schema import Recipe, to_dict
+from .shipped import shipped_recipes
 
 _MOST_VALUES = 10_000
 """A recipe has a few dozen; YAML aliases can make billions out of a few lines."""
@@ -22,25 +24,31 @@ _SECRET = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}|://[^/\s@]*:[^/\s@]+@
 """An access token, or an address with a password."""
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from YAML and apply `dotted.key=value` overrides (values are YAML).
+Overrides = Sequence[str] | Mapping[str, object]
+"""Changes of a recipe: `dotted.key=value` with YAML values, as on the command line, or a mapping of dotted keys."""
+
+
+def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
+    """Read a recipe and apply overrides; `path` is a YAML file, or the name of a shipped recipe (`digits/prism_ipc10`).
 
     Raises:
         RecipeError: The file is missing or is not YAML, or a value is wrong.
     """
     path = Path(path)
+    if not os.path.exists(path):  # Path.exists raises at long names
+        path = shipped_recipes().get(path.as_posix().removesuffix(".yaml"), path)
     what = f"recipe {_short(repr(str(path)))}"
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise RecipeError(f"{what} not found; give the path of a YAML file") from error
+        raise RecipeError(f"{what} not found; give a YAML file, or a name that `prism-hf recipes` lists") from error
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise RecipeError(f"{what} cannot be read ({_short(error)}); give the path of a YAML file in UTF-8") from error
     return parse_recipe(_read_yaml(text, what), overrides, origin=str(path))
 
 
-def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """A recipe with `dotted.key=value` overrides applied, checked again."""
+def override_recipe(recipe: Recipe, overrides: Overrides) -> Recipe:
+    """Return the recipe with overrides applied, checked again."""
     return parse_recipe(to_dict(recipe), overrides, origin=recipe.name)
 
 
@@ -49,7 +57,7 @@ def dump_recipe(recipe: Recipe) -> str:
     return dump_yaml(to_dict(recipe))
 
 
-def parse_recipe(values: object, overrides: Sequence[str] = (), *, origin: str = "recipe") -> Recipe:
+def parse_recipe(values: object, overrides: Overrides = (), *, origin: str = "recipe") -> Recipe:
     """Check plain values, with overrides applied, and turn them into a `Recipe`.
 
     Raises:
@@ -58,6 +66,8 @@ def parse_recipe(values: object, overrides: Sequence[str] = (), *, origin: str =
     origin = _short(origin)
     if not isinstance(values, dict):
         raise RecipeError(f"{origin}: expected a mapping of sections, got {type(values).__name__}")
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in overrides.items()]
     for override in overrides:
         values = _overridden(values, override)
     _check_size(values, origin)

@@ -196,11 +196,8 @@ class Run:
                 write_json(self.work / TIMES, {name: spent[name] for name in STAGES if name in spent})
 
 
-def make_accelerator(folder: Path | None = None, *, log_with: str | None = None, threads: int | None = None) -> Accelerator:
-    """The processes of this launch, as `accelerate launch` set them up, with their trackers in the output folder.
-
-    `threads` are CPU threads per process; they are part of what makes CPU results the same byte for byte.
-    """
+def make_accelerator(folder: Path | None = None, *, log_with: str | None = None) -> Accelerator:
+    """Return the processes of this launch, as `accelerate launch` set them up, with trackers in the output folder."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
         raise RecipeError(
@@ -211,8 +208,6 @@ def make_accelerator(folder: Path | None = None, *, log_with: str | None = None,
         raise RecipeError(f"--log-with {log_with!r} is unknown; use one of {', '.join(TRACKERS)}")
     if log_with is not None and find_spec(log_with) is None:
         raise RecipeError(f"--log-with {log_with}: the package is not installed; pip install {log_with}")
-    if threads is not None:
-        torch.set_num_threads(threads)
     return Accelerator(
         # Without this flag, processes on a machine without GPU would not know of each other.
         cpu=not torch.cuda.is_available(),

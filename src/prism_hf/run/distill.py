@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from ..errors import HubError, RecipeError
 from ..evaluation import summary
 from ..hub import Target, bundle_of, check_here, check_target, publish, reserve
-from ..recipe import STAGES, Recipe, flat_values, load_recipe, override_recipe, public_recipe
+from ..recipe import STAGES, Overrides, Recipe, flat_values, load_recipe, override_recipe, public_recipe
 from ..runtime import EVERY_S, check_free, log_file, raise_if_stopped, read_json, write_json
 from .context import Run, make_accelerator
 from .evaluate import evaluate
@@ -25,6 +25,7 @@ from .preflight import check, check_stage, record_inputs
 from .relabel import relabel
 from .squeeze import squeeze
 from .synthesize import synthesize
+from .threads import check_threads, use_threads
 
 _FUNCTIONS = dict(zip(STAGES, (squeeze, synthesize, relabel, package, evaluate), strict=True))
 
@@ -44,11 +45,16 @@ class Distilled:
     report: dict[str, Any] | None
     url: str | None
 
+    @property
+    def table(self) -> str | None:
+        """The table and sentences that the command line prints; `None` if the run is not evaluated yet."""
+        return None if self.report is None else summary(self.report)
+
 
 def distill(
     recipe: Recipe | Path | str,
-    folder: Path | str,
-    overrides: Sequence[str] = (),
+    output: Path | str,
+    overrides: Overrides = (),
     *,
     teachers: Path | str | None = None,
     stage: str | None = None,
@@ -62,31 +68,35 @@ def distill(
     """Distill a dataset into a folder, as `prism-hf distill` does; the same call resumes an interrupted run.
 
     Args:
-        recipe: A recipe, or the path of its YAML.
-        folder: The output folder.
-        overrides: Changes of the recipe, `dotted.key=value`.
-        teachers: Where squeezed teachers are kept, shared between recipes; default: FOLDER/teachers.
+        recipe: A recipe, the path of its YAML, or the name of a shipped one (`digits/prism_ipc10`).
+        output: The output folder.
+        overrides: Changes of the recipe: `{"synthesis.ipc": 5}`, or `["synthesis.ipc=5"]`.
+        teachers: Where squeezed teachers are kept, shared between recipes; default: OUTPUT/teachers.
         stage: Take this stage only: `squeeze`, `synthesize`, `relabel`, `package` or `evaluate`.
         fresh: Move the run that is in the folder aside, and start again.
         allow_partial: Package the finished images although some jobs failed.
         push_to_hub: Publish the dataset in one commit; a plain Hub id means a private repo.
         log_with: Record losses and pictures with `tensorboard`, `wandb` or `trackio`.
-        threads: CPU threads per process; the bytes of a result depend on it.
+        threads: CPU threads per process, on which the bytes of a result depend; default: those that the folder was
+            started with, or else the cores of the machine divided by the processes on it.
         checkpoint_s: Seconds between two checkpoints of a long job.
 
     Raises:
         PrismError: One line on what cannot be used, before anything is written; or on what went wrong later.
 
     Example:
-        >>> distill("recipes/digits/prism_ipc10.yaml", "outputs/digits", ["synthesis.ipc=1"]).report["evaluation"]
+        >>> result = distill("digits/prism_ipc10", "outputs/digits", overrides={"synthesis.ipc": 1})
+        >>> print(result.table)
     """
     recipe = override_recipe(recipe, overrides) if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     target = Target(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
-    folder = Path(folder)
+    folder = Path(output)
     _check_at_once(recipe, folder, stage, target, fresh=fresh)
-    accelerator = make_accelerator(folder, log_with=log_with, threads=threads)
+    if not fresh:
+        check_threads(folder / "work", threads)
+    accelerator = make_accelerator(folder, log_with=log_with)
     run = Run(recipe, folder, Path(teachers or folder / "teachers"), accelerator, checkpoint_s, allow_partial)
-    return _distill(run, stage, target, fresh=fresh)
+    return _distill(run, stage, target, threads, fresh=fresh)
 
 
 def _check_at_once(recipe: Recipe, folder: Path, stage: str | None, target: Target | None, *, fresh: bool) -> None:
@@ -101,7 +111,7 @@ def _check_at_once(recipe: Recipe, folder: Path, stage: str | None, target: Targ
         check_here(target)
 
 
-def _distill(run: Run, stage: str | None, target: Target | None, *, fresh: bool) -> Distilled:
+def _distill(run: Run, stage: str | None, target: Target | None, threads: int | None, *, fresh: bool) -> Distilled:
     """Check what costs time to go wrong, claim the folder, take the stages, publish."""
     is_main, recipe, processes = run.accelerator.is_main_process, run.recipe, run.accelerator.num_processes
     target = check_target(target, recipe.name) if target is not None and is_main else None
@@ -114,7 +124,9 @@ def _distill(run: Run, stage: str | None, target: Target | None, *, fresh: bool)
     with claimed_together(run, fresh=fresh) as earlier, log_file(run.folder, run.accelerator.process_index):
         if is_main:
             record_inputs(run)
-        run.say(f"{recipe.name} (fingerprint {recipe.fingerprint()}) in {run.folder}, {processes} process(es)")
+        threads = use_threads(run.accelerator, run.work, threads)
+        where = f"in {run.folder}, {processes} process(es) with {threads} thread(s) each"
+        run.say(f"{recipe.name} (fingerprint {recipe.fingerprint()}) {where}")
         if earlier is not None:
             run.say(earlier)
         start_trackers(run.accelerator, recipe)

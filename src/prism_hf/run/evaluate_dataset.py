@@ -20,6 +20,7 @@ from .evaluate import fill_table
 from .folder import check_place, held_together
 from .package import package_set
 from .relabel import control_set, label
+from .threads import check_threads, use_threads
 
 T = TypeVar("T")
 
@@ -46,19 +47,20 @@ def evaluate_dataset(
     """
     if folder is not None:
         check_place(folder, "--output")
-    accelerator = make_accelerator(threads=threads)
+    accelerator = make_accelerator()
     with accelerator.main_process_first():
         distilled = load_distilled(source, revision=revision)
     recipe = _protocol(source, distilled, overrides)
     folder = folder or Path("outputs") / "evaluate" / recipe.name
     run = Run(recipe, folder, teachers or _nearest_teachers(source), accelerator, checkpoint_s)
-    student = _evaluate(run, source, distilled, test)
+    check_threads(run.work, threads)
+    student = _evaluate(run, source, distilled, test, threads)
     return folder / "report.json", student if student.is_dir() else None
 
 
-def _evaluate(run: Run, source: str, distilled: DistilledDataset, test: str | None) -> Path:
+def _evaluate(run: Run, source: str, distilled: DistilledDataset, test: str | None, threads: int | None) -> Path:
     """Fill the rows of the table that can be had here, and write report.json; returns where a student is kept."""
-    recipe, report, missing = run.recipe, run.folder / "report.json", dict[str, str]()
+    recipe, report, work, missing = run.recipe, run.folder / "report.json", run.work, dict[str, str]()
     tested = recipe if test is None else _with_test(recipe, test)
     data: SourceData | None
     if test is None:
@@ -83,6 +85,7 @@ def _evaluate(run: Run, source: str, distilled: DistilledDataset, test: str | No
         dataset_id=None if Path(source).is_dir() else source,
     )
     with held_together(run):
+        use_threads(run.accelerator, work, threads)
         sources = _sources(run, distilled, data, missing)
         judge = None if data is None else _unless_missing(lambda: run.judge, missing, "verifier and similarity")
         table = fill_table(run, sources, split, run.folder / f"students-{key}", keep=keep, missing=missing, judge=judge)

@@ -1,0 +1,52 @@
+"""CPU threads per process: by default all cores of the machine, and the same number in every launch on one folder.
+
+The number decides in which order sums are added up, so the bytes of a CPU result depend on it.
+"""
+
+import os
+from pathlib import Path
+
+import joblib
+import torch
+from accelerate import Accelerator
+
+from ..errors import OutputError
+from ..runtime import read_json, write_json
+
+THREADS = "threads.json"
+
+
+def check_threads(work: Path, threads: int | None) -> None:
+    """Raise an `OutputError` if `threads` is another number than earlier launches used on this folder; writes nothing."""
+    recorded = recorded_threads(work)
+    if threads is not None and recorded is not None and threads != recorded:
+        raise OutputError(
+            f"--threads is {threads}, but the run in {str(work.parent)!r} was started with {recorded} threads per process, "
+            "and its bytes depend on that; leave --threads out, or use another folder (--output DIR)"
+        )
+
+
+def recorded_threads(work: Path) -> int | None:
+    """Return the threads per process of the earlier launches on a folder, `None` if there were none."""
+    return int(read_json(work / THREADS)["threads"]) if (work / THREADS).is_file() else None
+
+
+def use_threads(accelerator: Accelerator, work: Path, threads: int | None) -> int:
+    """Set and return the threads of this process: the recorded number, else `threads`, else its share of the cores.
+
+    The first launch records the number in `work`. All processes of a launch use the same number.
+    """
+    check_threads(work, threads)
+    if accelerator.is_main_process and recorded_threads(work) is None:
+        write_json(work / THREADS, {"threads": threads or default_threads()})
+    accelerator.wait_for_everyone()
+    recorded = recorded_threads(work)
+    assert recorded is not None
+    torch.set_num_threads(recorded)
+    return recorded
+
+
+def default_threads() -> int:
+    """Return the cores that this process may use, divided by the processes of the launch on this machine."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun, and so by accelerate launch
+    return max(1, joblib.cpu_count() // processes)
