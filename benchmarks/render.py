@@ -11,7 +11,7 @@ from pathlib import Path
 
 import fashion
 
-from prism_hf.evaluation.report import cosine_text, markdown_table, percent_text, table_rows, top1_text
+from prism_hf.evaluation.report import cosine_text, markdown_table, percent_text, plain_table, table_rows, top1_text
 from prism_hf.hub.dataset_card import render_card
 from prism_hf.recipe.yaml_file import load_recipe, parse_recipe
 
@@ -46,8 +46,10 @@ def section(what: str, found: dict[str, dict]) -> str:
     """One generated part of a document: a run's table by its label, or `comparison` over all runs."""
     if what == "comparison":
         return markdown_table(comparison(found)) + "\n"
-    if what == "fashion-summary":
-        return fashion.summary_table(found) + "\n"
+    if what == "fashion-few":
+        return fashion.few_table(found) + "\n"
+    if what == "digits-printed":
+        return printed(found["digits-prism-ipc10"])
     if what in fashion.SECTIONS:
         source = fashion.SOURCES.get(what, what)
         return fashion.SECTIONS[what](found[source]) + "\n" if source in found else "*not yet run*\n"
@@ -72,6 +74,14 @@ def section(what: str, found: dict[str, dict]) -> str:
         f"Time: {times}; {sum(report['wall_time_s'].values()):.0f} s in all ({hardware['cpu']}, "
         f"{hardware['cores']} cores, {hardware['processes']} process).\n"
     )
+
+
+def printed(result: dict) -> str:
+    """Time and table of a run, as its command prints them."""
+    report, hardware = result["report"], result["hardware"]
+    minutes = sum(report["wall_time_s"].values()) / 60
+    table = plain_table(table_rows(report["evaluation"]))
+    return f"It takes {minutes:.1f} minutes on {hardware['cores']} CPU cores and prints\n\n```text\n{table}\n```\n"
 
 
 def gpu_steps(result: dict) -> str:

@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .dataset import DistilledDataset, build_dataset, load_distilled
+    from .dataset import DistilledDataset, load_distilled
     from .evaluation import intra_class_similarity, train_student
-    from .hub import push_folder, render_card
+    from .hub import Target, push_folder
     from .method import Alignment, relabel_epoch, synthesize
     from .models import Teacher, load_teachers
     from .recipe import Recipe, SynthesisJob, load_recipe, plan_jobs
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Alignment", "DistilledDataset", "Recipe", "SynthesisJob", "Teacher", "build_dataset", "distill",
-    "intra_class_similarity", "load_distilled", "load_recipe", "load_teachers", "plan_jobs", "push_folder",
-    "relabel_epoch", "render_card", "synthesize", "train_student",
+    "Alignment", "DistilledDataset", "Recipe", "SynthesisJob", "Target", "Teacher", "distill", "intra_class_similarity",
+    "load_distilled", "load_recipe", "load_teachers", "plan_jobs", "push_folder", "relabel_epoch", "synthesize",
+    "train_student",
 ]  # fmt: skip
 _NAMES = {
-    "dataset": ("DistilledDataset", "build_dataset", "load_distilled"),
+    "dataset": ("DistilledDataset", "load_distilled"),
     "evaluation": ("intra_class_similarity", "train_student"),
-    "hub": ("push_folder", "render_card"),
+    "hub": ("Target", "push_folder"),
     "method": ("Alignment", "relabel_epoch", "synthesize"),
     "models": ("Teacher", "load_teachers"),
     "recipe": ("Recipe", "SynthesisJob", "load_recipe", "plan_jobs"),

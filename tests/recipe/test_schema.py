@@ -23,6 +23,7 @@ FINGERPRINTS = {
     "digits/sre2l_ipc10.yaml": "d08230951aae8bbc",
     "fashion/gvbsm_bn_ipc10.yaml": "49ab464b7ad1a2bc",
     "fashion/gvbsm_ipc10.yaml": "9ab5d05649f7bd1f",
+    "your_data/prism_ipc10.yaml": "f2a9721ecb69f096",
     "fashion/prism_kmeans_ipc1.yaml": "f98a14c98fd632b3",
     "fashion/prism_kmeans_ipc10.yaml": "e7025f3e5b20caac",
     "fashion/prism_kmeans_ipc50.yaml": "008c8cd9345d3c95",
