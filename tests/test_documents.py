@@ -63,6 +63,20 @@ def test_links_inside_the_repository_exist():
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+HAND_WRITTEN = [*sorted(ROOT.glob("*.md")), *DOCUMENTS[1:]]
+NOT_WRAPPED = re.compile(
+    r"^<!-- results:.*?^<!-- end -->$|^```.*?^```$"  # written by benchmarks/render.py; code
+    r"|^\|.*?$|^[ \t]*(?:[-*] )?!?\[[^\n]*\]\([^\n]*\)[.,;]?$",  # rows of tables; links alone on a line
+    re.DOTALL | re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("path", HAND_WRITTEN, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_lines_written_by_hand_are_short(path):
+    text = NOT_WRAPPED.sub("", path.read_text(encoding="utf-8"))
+    assert [line for line in text.splitlines() if len(line) >= 120] == []
+
+
 def test_cards_and_tables_are_rendered_from_the_recorded_results():
     done = subprocess.run(
         [sys.executable, "benchmarks/render.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
