@@ -175,7 +175,7 @@ class Alignment:
         return torch.stack(norms).sum()
 
     def _smoothed(self, current: _Pass, key: str, batch: Tensor) -> Tensor:
-        """Return the moving average with this batch, with the gradient of the batch; it is stored if the pass succeeds."""
+        """Return the updated moving average, with the gradient of this batch; it is stored only if the pass succeeds."""
         fixed, past = batch.detach(), self._averages.get(key)
         # differs: starts at the first batch. The published code intends this too, but a type check makes it start at zero.
         average = fixed if past is None else self.momentum * past + (1 - self.momentum) * fixed

@@ -30,7 +30,7 @@ _SMALLEST = 1e-12
 class Terms(NamedTuple):
     """The unweighted terms of the loss of one step, as detached scalars on the device.
 
-    Cross-entropy at p, mean of R over S (0 if S is empty), largest absolute pixel gradient, and densification if enabled.
+    Cross-entropy of p, mean of R over S (0 if S is empty), largest absolute pixel gradient, and densification if enabled.
     """
 
     ce: Tensor

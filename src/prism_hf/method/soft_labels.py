@@ -30,8 +30,8 @@ def soft_label_loss(logits: Tensor, teacher_logits: Tensor, class_shares: Tensor
         return F.kl_div(guess, target, reduction="batchmean", log_target=True) * t * t
     if settings.loss == "dist":
         guess, target = F.softmax(logits / t, dim=1), F.softmax(teacher_logits / t, dim=1)
-        alike = [correlation(guess, target, dim=dim).mean() for dim in (1, 0)]
-        return (2 - alike[0] - alike[1]) * t * t
+        mean_correlations = [correlation(guess, target, dim=dim).mean() for dim in (1, 0)]
+        return (2 - mean_correlations[0] - mean_correlations[1]) * t * t
     ce = settings.ce_weight * F.cross_entropy(logits, class_shares)
     if settings.loss == "cosine":
         return 1 - correlation(logits, teacher_logits, dim=1).mean() + ce

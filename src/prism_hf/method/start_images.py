@@ -60,12 +60,12 @@ def choose_start_images(data: SourceData, teacher: Teacher, settings: SynthesisR
 def choose_rows(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, seed: int) -> np.ndarray:
     """Choose `ipc` distinct real images per class with the logit teacher, (K * ipc,) int64 row numbers, class-major.
 
-    `real_median` (DELT, arXiv 2411.19946) takes the images whose cross-entropy at the teacher is closest to the class
+    `real_median` (DELT, arXiv 2411.19946) takes the images whose cross-entropy under the teacher is closest to the class
     median, closest first. `real_kmeans` runs k-means with `ipc` clusters on the teacher's penultimate features of a class.
     From each cluster, largest first, it takes the unused image closest to the center. Ties are broken by row number.
 
     With `easiest` below 1, `real_kmeans` uses only this share of each class (at least `ipc` images): those with the lowest
-    loss at the teacher. Images that a teacher is unsure of are often mislabeled or atypical of their class.
+    loss under the teacher. Images that a teacher is unsure of are often mislabeled or atypical of their class.
     """
     assert settings.init in ("real_median", "real_kmeans")
     ipc, chosen = settings.ipc, []
@@ -119,7 +119,7 @@ def _features(split: ImageSplit, rows: np.ndarray, teacher: Teacher) -> np.ndarr
 
 @torch.no_grad()
 def _losses(split: ImageSplit, rows: np.ndarray, teacher: Teacher, label: int) -> np.ndarray:
-    """Return the cross-entropy at a teacher of the given rows of a class, (N,) float64."""
+    """Return the cross-entropy under a teacher of the given rows of a class, (N,) float64."""
     parts = []
     for start in range(0, len(rows), _BATCH):
         images = to_reference(split.images(rows[start : start + _BATCH]).to(teacher.device))

@@ -99,7 +99,7 @@ def _cuts(side: int, patch: int, dtype: torch.dtype, device: torch.device) -> Te
 
 
 def _pool(grid: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return `rows @ grid @ columns.T` in full precision, because autocast and TF32 round matrix products."""
+    """Return `rows @ grid @ columns.T` in full precision; autocast and TF32 would round matrix products."""
     return ((rows[:, :, None] * grid).sum(1)[:, None, :] * columns).sum(2)
 
 

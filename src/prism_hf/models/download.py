@@ -91,7 +91,7 @@ def _snapshot(name: str, repo: str, revision: str, wanted: Wanted) -> Path:
     if folder and COMMIT.fullmatch(revision) and not _missing(folder, wanted):
         return folder
     try:
-        info = _ask(repo, revision)
+        info = _model_info(repo, revision)
     except HubError as error:
         if not error.away:
             raise
@@ -113,7 +113,7 @@ def _snapshot(name: str, repo: str, revision: str, wanted: Wanted) -> Path:
     )
 
 
-def _ask(repo: str, revision: str) -> ModelInfo:
+def _model_info(repo: str, revision: str) -> ModelInfo:
     """Return commit and files of a revision; a `HubError` is `away` if the Hub does not respond, or in offline mode."""
 
     def attempt() -> ModelInfo:
@@ -151,9 +151,9 @@ def _select(files: Collection[str], origin: str, wanted: Wanted) -> list[str]:
     missing = [file for file in chosen if file not in files]
     if missing:
         pickled = sorted(file for file in files if file.endswith(PICKLED)) if chosen[-1] in missing else []
-        but = f", only {', '.join(pickled[:3])}, which is not opened because a pickle can run any code" if pickled else ""
+        hint = f", only {', '.join(pickled[:3])}, which is not opened because a pickle can run any code" if pickled else ""
         raise TeacherError(
-            f"{origin} has no {' or '.join(missing)}{but}; expected a model saved with "
+            f"{origin} has no {' or '.join(missing)}{hint}; expected a model saved with "
             "timm.models.save_for_hf(model, FOLDER, safe_serialization=True), or with model.save_pretrained(FOLDER) in "
             "transformers"
         )

@@ -73,7 +73,7 @@ class DistilledFacts(Facts):
 
 
 class StudentFacts(Facts):
-    """The contents of student.json; without hardware and times, so that the same recipe gives the same bytes."""
+    """The contents of student.json. It records no hardware and no times: the same recipe gives the same bytes."""
 
     FILE: ClassVar[str] = "student.json"
 

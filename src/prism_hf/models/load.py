@@ -72,7 +72,7 @@ def load_teachers(
 
 def load_teacher(name: str, *, device: torch.device, squeezed: Mapping[str, Path] | None = None) -> Teacher:
     """Load one teacher; see `load_teachers`."""
-    # The libraries draw random initial weights before they load the stored ones.
+    # The libraries draw random initial weights first; this must not change the caller's random state.
     with torch.random.fork_rng(devices=[]):
         teacher = _load(name, squeezed or {})
     teacher.model.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

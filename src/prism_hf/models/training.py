@@ -229,8 +229,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
         index, _, key = name.partition(".")
         like = parameters[int(index)]
         # Keep the memory layout of the parameter: another layout may round differently in the last bit.
-        same = torch.empty_like(like, dtype=value.dtype).copy_(value) if value.shape == like.shape else value
-        entries.setdefault(int(index), {})[key] = same
+        tensor = torch.empty_like(like, dtype=value.dtype).copy_(value) if value.shape == like.shape else value
+        entries.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": entries, "param_groups": state.notes["groups"]})
 
 
