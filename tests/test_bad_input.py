@@ -386,11 +386,11 @@ def gray(here):
 
 TEACHERS = {
     "no architecture": ("resnet1800.tv_in1k", ["no such architecture", "similar: resnet1"]),
-    "no such weights": ("resnet18.nobody", ["no weights of that name", "resnet18.a1_in1k"]),
+    "no such weights": ("resnet18.nobody", ["no weights with that name", "resnet18.a1_in1k"]),
     "no scheme": ("net", ["no such architecture"]),
     "another scheme": ("timm:resnet18", ["other sources are squeeze:ARCH", "hf-hub:ORG/NAME"]),
     "a Hub id without scheme": ("timm/resnet18.a1_in1k", ["other sources are", "hf-hub:ORG/NAME"]),
-    "no folder": ("local-dir:gone", ["gone has no config.json and no model.safetensors", "expected a timm folder"]),
+    "no folder": ("local-dir:gone", ["gone has no config.json or model.safetensors", "expected a timm folder"]),
     "no path": ("'local-dir:'", ["has no config.json"]),
     "a file for a folder": ("local-dir:good.yaml", ["good.yaml has no config.json", "expected a timm folder"]),
     "an empty folder": ("local-dir:bad", ["no config.json", "model.safetensors"], folder("bad")),
@@ -421,7 +421,7 @@ TEACHERS = {
     "weights of no bytes": ("local-dir:bad", ["safetensors"], copied("net", "bad", write("bad/model.safetensors", b""))),
     "weights of another network": (
         "local-dir:bad",
-        ["cannot be loaded", "fit each other"],
+        ["cannot be loaded", "match each other"],
         copied("net", "bad", config("bad", lambda content: content.update(architecture="test_resnet"))),
     ),
     "an argument that nobody knows": (
@@ -431,7 +431,7 @@ TEACHERS = {
     ),
     "two class counts": (
         "local-dir:bad",
-        ["cannot be loaded", "size mismatch", "fit each other"],
+        ["cannot be loaded", "size mismatch", "match each other"],
         copied("net", "bad", config("bad", lambda content: content.update(model_args={"num_classes": 7}, num_classes=7))),
     ),
     "a mean of two numbers": ("local-dir:bad", ["mean is [0.5, 0.5]", "expected 3 numbers"], cfg(mean=[0.5, 0.5])),
@@ -441,7 +441,7 @@ TEACHERS = {
     "an input size in words": ("local-dir:bad", ["input_size"], cfg(input_size="large")),
     "a negative input size": ("local-dir:bad", ["input_size"], cfg(input_size=[3, -1, -1])),
     "label names that are a number": ("local-dir:bad", ["label_names"], cfg(label_names=3)),
-    "more classes": ("local-dir:bad", ["7 classes", "the data have 3"], lambda here: save_timm(here / "bad", classes=7)),
+    "more classes": ("local-dir:bad", ["7 classes", "the data has 3"], lambda here: save_timm(here / "bad", classes=7)),
     "labels in another order": (
         "local-dir:bad",
         ["another order", "'cat'", "'ant'"],
@@ -452,7 +452,7 @@ TEACHERS = {
         ["no BatchNorm2d", "bad"],
         lambda here: save_timm(here / "bad", "test_vit", names=NAMES),
     ),
-    "gray": ("local-dir:bad", ["1 channel", "the data have 3"], gray),
+    "gray": ("local-dir:bad", ["1 channel", "the data has 3"], gray),
     "transformers, a timm folder cut": (
         "transformers:bad",
         ["cannot be loaded"],
@@ -551,7 +551,7 @@ TEACHERS = {
         ),
     ),
     "no network, no cache": ("resnet18.tv_in1k", ["HF_HUB_OFFLINE=1", "`hf download timm/resnet18.tv_in1k`"]),
-    "the Hub, offline": ("hf-hub:org/net", ["HF_HUB_OFFLINE=1", "nothing of org/net", "local-dir:PATH"]),
+    "the Hub, offline": ("hf-hub:org/net", ["HF_HUB_OFFLINE=1", "no files of org/net", "local-dir:PATH"]),
     "the Hub, a branch, offline": ("hf-hub:org/net@v2", ["HF_HUB_OFFLINE=1", "--revision v2"]),
     "the Hub, three names": ("hf-hub:org/net/x", ["neither a Hub id ORG/NAME"]),
     "the Hub, no name": ("'hf-hub:'", ["neither a Hub id ORG/NAME"]),

@@ -166,7 +166,7 @@ def test_a_checkpoint_in_the_arguments_of_a_wrapped_timm_model_is_not_opened(net
     _, folder = network
     (tmp_path / "bomb.bin").write_bytes(bomb)
     change(folder / "config.json", model_type="timm_wrapper", model_args={"checkpoint_path": str(tmp_path / "bomb.bin")})
-    refused("transformers", folder, "checkpoint of its own")
+    refused("transformers", folder, "names another checkpoint")
 
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])

@@ -526,11 +526,11 @@ def test_statistics_of_another_size_patch_or_network_are_one_line(small, tiny_im
         assert not any(m._forward_pre_hooks for m in small.model.modules())
         return str(error.value)
 
-    assert "conv.0.patch_mean has 16 numbers, the input gives 9" in error_of(conv, batch(size=24))
-    assert "conv.0.patch_mean has 16 numbers, the input gives 64" in error_of(conv, patch=4)
+    assert "conv.0.patch_mean has 16 values, but the input has 9" in error_of(conv, batch(size=24))
+    assert "conv.0.patch_mean has 16 values, but the input has 64" in error_of(conv, patch=4)
     more = conv | {f"3.{key}": conv[f"2.{key}"] for key in STATISTICS}
-    assert "there are 4, and 3 convolutions ran" in error_of(more)
+    assert "expected 4 convolutions, 3 ran" in error_of(more)
     fewer = {key: value for key, value in conv.items() if not key.startswith("2.")}
-    assert "there are 2, and more convolutions ran" in error_of(fewer)
+    assert "expected 2 convolutions, more ran" in error_of(fewer)
     wider = conv | {"1.channel_mean": torch.zeros(5), "1.channel_var": torch.zeros(5)}
-    assert "conv.1.channel_mean has 5 numbers, the input gives 4" in error_of(wider)
+    assert "conv.1.channel_mean has 5 values, but the input has 4" in error_of(wider)

@@ -165,7 +165,7 @@ def test_logits_beyond_float16_are_an_error_that_names_the_teacher(tiny_recipe, 
     loud = dataclasses.replace(teacher, name="loud", model=copy.deepcopy(teacher.model))
     loud.model.fc.weight.mul_(factor)
     settings = tiny_recipe({"relabel.teachers": ["loud"], "relabel.ensemble": "mean"}).relabel
-    with pytest.raises(TeacherError, match="teachers loud answer with logits beyond float16"):
+    with pytest.raises(TeacherError, match="teachers loud return logits that exceed float16"):
         ask_teachers(to_reference(tiny_images), [loud], settings)
 
 

@@ -313,7 +313,7 @@ def test_three_by_three_patches_fill_the_image():
         float((made(wide, teacher, 1, settings).float() - literal_mosaics(wide, teacher, 1, settings, 0)).abs().max())
         < 0.51
     )
-    with pytest.raises(DataError, match="class 'cat' needs 9 candidates .* there are 8 images; lower synthesis.ipc or"):
+    with pytest.raises(DataError, match="class 'cat' needs 9 candidates .* it has only 8 images; lower synthesis.ipc or"):
         made(split, teacher, 1, settings)
 
 
@@ -326,7 +326,7 @@ def test_candidates_are_checked_before_any_work(split):
     data = source_data(split)
     check_candidates(data, SynthesisRecipe(ipc=2, init="mosaic", mosaic=Mosaic()))
     check_candidates(data, SynthesisRecipe(ipc=100, init="real_random"))
-    with pytest.raises(DataError, match="class 'bee' needs 12 candidates .* there are 9 images"):
+    with pytest.raises(DataError, match="class 'bee' needs 12 candidates .* it has only 9 images"):
         check_candidates(data, SynthesisRecipe(ipc=3, init="mosaic", mosaic=Mosaic()))
 
 

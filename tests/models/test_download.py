@@ -291,7 +291,7 @@ def test_the_pauses_stay_short():
 def test_a_lasting_trouble_is_one_line(server, naps, timm_folder, status):
     create(server, timm_folder)
     server.fault("repo_info", Status(status), times=None)
-    text = refused(f"hf-hub:{REPO}", f"answers {status}", "nothing of org/net", "`hf download org/net`")
+    text = refused(f"hf-hub:{REPO}", f"answers {status}", "no files of org/net", "`hf download org/net`")
     assert "again later" not in text, "one piece of advice is enough"
     assert naps == list(BRIEF)
     assert len(server.requests) == len(naps) + 1
@@ -314,7 +314,7 @@ def test_a_page_in_place_of_the_hub_is_one_line(server, naps, timm_folder):
     refused(f"hf-hub:{REPO}", "does not answer as a Hub", "HF_ENDPOINT")
     server.clear_faults()
     server.fault("repo_info", Status(200, json.dumps({"id": REPO, "sha": "../../escape"}).encode()), times=None)
-    refused(f"hf-hub:{REPO}", "names no commit", "HF_ENDPOINT")
+    refused(f"hf-hub:{REPO}", "returned no commit", "HF_ENDPOINT")
     assert naps == list(BRIEF), "the page may be gone after a login; a wrong answer stays"
 
 
@@ -403,8 +403,8 @@ def test_another_revision_than_the_cached_one_is_not_taken_for_it(server, monkey
     create(server, timm_folder)
     load_teacher(f"hf-hub:{REPO}", device=CPU)
     go_offline(monkeypatch)
-    refused(f"hf-hub:{REPO}@v2", "'v2'", "nothing of")
-    refused(f"hf-hub:{REPO}@{'a' * 40}", "nothing of")
+    refused(f"hf-hub:{REPO}@v2", "'v2'", "no files of")
+    refused(f"hf-hub:{REPO}@{'a' * 40}", "no files of")
 
 
 def test_a_cache_that_other_libraries_filled_is_used(server, monkeypatch, timm_folder):
@@ -625,8 +625,8 @@ def test_a_stored_head_of_another_size_is_not_replaced_by_a_random_one(server, t
     config["model_args"] = {"num_classes": 5}
     (folder / "config.json").write_text(json.dumps(config))
     create(server, folder)
-    refused(f"hf-hub:{REPO}", "builds 5 classes for weights of 3")
-    refused(f"local-dir:{folder}", "builds 5 classes for weights of 3")
+    refused(f"hf-hub:{REPO}", "builds 5 classes, but its weights have 3")
+    refused(f"local-dir:{folder}", "builds 5 classes, but its weights have 3")
 
 
 def test_weights_without_a_head_are_not_completed_at_random(server, tmp_path, transformers_folder):
@@ -639,7 +639,7 @@ def test_weights_without_a_head_are_not_completed_at_random(server, tmp_path, tr
 
 def test_another_number_of_classes_is_told_by_the_check(server, timm_folder):
     create(server, timm_folder)
-    with pytest.raises(TeacherError, match="has 3 classes, the data have 10"):
+    with pytest.raises(TeacherError, match="has 3 classes, but the data has 10"):
         check_teacher(load_teacher(f"hf-hub:{REPO}", device=CPU), class_names=[*"abcdefghij"], channels=3)
 
 
@@ -651,7 +651,7 @@ def test_a_flipped_bit_is_one_line(server, transport, timm_folder, transformers_
     publish(server, timm_folder if kind == "hf-hub" else transformers_folder)
     server.corrupt("models", REPO, "model.safetensors")
     for _ in range(2):  # what was fetched is not trusted the second time either
-        refused(f"{kind}:{REPO}", "model.safetensors is not what the Hub lists", "delete", "cache/models--org--net and")
+        refused(f"{kind}:{REPO}", "model.safetensors does not match the Hub", "delete", "cache/models--org--net and")
 
 
 def test_a_flipped_bit_in_the_cache_is_one_line(server, monkeypatch, timm_folder):
@@ -662,7 +662,7 @@ def test_a_flipped_bit_in_the_cache_is_one_line(server, monkeypatch, timm_folder
     data[-5] ^= 1
     blob.write_bytes(data)
     for name in (f"hf-hub:{REPO}", f"hf-hub:{REPO}@{commit}"):
-        refused(name, "is not what the Hub lists")
+        refused(name, "does not match the Hub")
     shutil.rmtree(snapshot(commit).parents[1])
     load_teacher(f"hf-hub:{REPO}", device=CPU)
 
@@ -690,7 +690,7 @@ def test_half_a_cache_is_no_download(server, monkeypatch, timm_folder):
     create(server, timm_folder)
     huggingface_hub.hf_hub_download(REPO, "config.json")
     server.fault("tree", Status(500), times=None)  # the client falls back to what it has
-    refused(f"hf-hub:{REPO}", "came without model.safetensors", "run again")
+    refused(f"hf-hub:{REPO}", "downloaded without model.safetensors", "run again")
 
 
 def test_a_cache_that_cannot_note_the_revision_still_loads(server, monkeypatch, timm_folder, caplog):
@@ -700,4 +700,4 @@ def test_a_cache_that_cannot_note_the_revision_still_loads(server, monkeypatch, 
     commit = create(server, timm_folder)
     monkeypatch.setattr(download, "write_bytes", full)
     assert load_teacher(f"hf-hub:{REPO}", device=CPU).revision == commit
-    assert "cannot note that 'main'" in caplog.text
+    assert "cannot record in the cache that 'main'" in caplog.text

@@ -94,7 +94,7 @@ def test_the_bytes_are_these_and_are_read_back(tmp_path, facts, text):
 
 
 def test_a_folder_without_facts_and_facts_of_another_kind_are_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"no squeeze\.json and no student\.json"):
+    with pytest.raises(ValueError, match=r"neither squeeze\.json nor student\.json"):
         read_facts(tmp_path)
     STUDENT.write(tmp_path / "squeeze.json")
     with pytest.raises(ValueError, match=r"squeeze\.json has 'student' as 'kind'"):

@@ -135,7 +135,7 @@ def test_prepare_leaves_its_input_alone(teacher):
 @pytest.mark.parametrize(
     ("class_names", "words"),
     [
-        (["ant", "bee"], ["3 classes", "have 2"]),
+        (["ant", "bee"], ["3 classes", "has 2"]),
         (["bee", "ant", "cat"], ["another order", "class 0", "'ant'", "'bee'"]),
     ],
 )
@@ -181,8 +181,8 @@ def test_a_gray_teacher_cannot_take_rgb(tmp_path):
         ("hf_hub:timm/resnet18.tv_in1k@v2", ["HF_HUB_OFFLINE=1", "--revision v2`"]),
         ("transformers:microsoft/resnet-18", ["HF_HUB_OFFLINE=1", "hf download microsoft/resnet-18`"]),
         ("resnet18", ["HF_HUB_OFFLINE=1", "timm/resnet18.a1_in1k"]),
-        ("resnet18.no_such_tag", ["no weights of that name", "resnet18.a1_in1k"]),
-        ("gcvit_base.in1k", ["no weights of that name on the Hub"]),
+        ("resnet18.no_such_tag", ["no weights with that name", "resnet18.a1_in1k"]),
+        ("gcvit_base.in1k", ["no weights with that name on the Hub"]),
         ("test_byobnet_", ["no such architecture", "test_byobnet"]),
     ],
 )
@@ -293,7 +293,7 @@ def test_what_an_image_processor_does_is_honored_or_refused(resnet_folder, tmp_p
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     if expected is None:
-        with pytest.raises(TeacherError, match="another order or scale"):
+        with pytest.raises(TeacherError, match="expects a channel order or pixel scale"):
             load_teacher(f"transformers:{folder}", device=CPU)
     else:
         teacher = load_teacher(f"transformers:{folder}", device=CPU)

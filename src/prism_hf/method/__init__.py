@@ -1,15 +1,15 @@
-"""The science of the paper, one file per idea, in the order of docs/method.md.
+"""The distillation methods (PRISM, SRe2L, G-VBSM), one file per idea, in the order of docs/method.md.
 
-start_images   which real image, or mosaic of real patches, each slot starts from
-alignment      how far the statistics of a batch are from those that a frozen network has seen
-statistics     means and variances with their gradients in closed form, and their averages over real data
-densification  images of a class span more directions
-objective      the loss of one step and its gradient, teacher by teacher
-synthesis      the loop over steps: view, gradient, Adam
-relabel        views of the shipped images, labeled by the teachers
-soft_labels    the losses of a student on these labels
+start_images   the real images, or mosaics of real patches, from which the optimization starts
+alignment      the distance between the feature statistics of a batch and those of real data in a frozen network
+statistics     means and variances with closed-form gradients, and their averages over real data
+densification  a regularizer that makes the images of a class span more directions
+objective      the loss of one step and its gradient, one teacher at a time
+synthesis      the optimization loop: draw a view, compute the gradient, take an Adam step
+relabel        the teachers label random views of the shipped images
+soft_labels    losses for training a student on these labels
 
-Nothing here knows files, locks, checkpoints, progress, stop signals or the network.
+None of these modules deals with files, locks, checkpoints, progress reports, stop signals or network access.
 """
 
 from .alignment import Alignment

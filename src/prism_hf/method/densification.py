@@ -1,11 +1,11 @@
-"""Densification: the images of a class shall span more directions, as a term of the loss.
+"""Data densification: a regularizer that makes the images of a class span more directions.
 
 Legend: B images, C channels, H W pixels.
 
-Source: G-VBSM (arXiv 2311.17950), data densification. With X_y the pooled images of class y, one per row, and l_y the
-eigenvalues of X_y X_y^T:
+Source: G-VBSM (arXiv 2311.17950), data densification. X_y holds the pooled images of class y, one per row, and l_y are
+the eigenvalues of the Gram matrix X_y X_y^T. The first softmax is the target, so no gradient flows through it:
 
-    D(x, y) = sum_y KL( softmax(l_y / temperature), held fixed || softmax(l_y) )
+    D(x, y) = sum_y KL( softmax(l_y / temperature) || softmax(l_y) )
 """
 
 import torch
@@ -14,26 +14,26 @@ from torch import Tensor
 
 
 def densification(images: Tensor, labels: Tensor, *, temperature: float = 4.0, size: int = 32) -> Tensor:
-    """Measure how far the images of each class are from spanning their directions evenly: D, a scalar.
+    """Return the densification loss D, a scalar: how unevenly the images of each class span their directions.
 
     Args:
-        images: (B, C, H, W), any float dtype; calculated in float32 at least, under autocast too.
-        labels: (B,) int64. A class with fewer than two images has no directions to compare: it gives 0, and no gradient.
-        temperature: Of the target; above 1 it is flatter than what is there.
-        size: Side that images are average-pooled to first; smaller ones are pooled up, as published.
+        images: (B, C, H, W), any float dtype; the loss is computed in at least float32, even under autocast.
+        labels: (B,) int64. A class with fewer than two images contributes 0 and no gradient.
+        temperature: Temperature of the target; above 1, the target is flatter than the current spectrum.
+        size: Side to which images are first average-pooled; smaller images are enlarged, as published.
     """
     pooled = F.adaptive_avg_pool2d(images.to(torch.promote_types(images.dtype, torch.float32)), size).flatten(1)
     total = pooled[:0].sum()
     for label in dict.fromkeys(labels.tolist()):
-        own = pooled[labels == label]
-        if len(own) > 1:
-            total = total + _sharpness(own, temperature)
+        class_images = pooled[labels == label]
+        if len(class_images) > 1:
+            total = total + _sharpness(class_images, temperature)
     return total
 
 
 def _sharpness(x: Tensor, temperature: float) -> Tensor:
-    """KL of one class; x is (images, pixels)."""
-    # Half precision would lose the small eigenvalues beside the largest.
+    """Return the KL term of one class; x is (images, pixels)."""
+    # Half precision would lose the small eigenvalues next to the largest.
     with torch.autocast(x.device.type, enabled=False):
         eigenvalues = torch.linalg.eigvalsh(x @ x.T)
     target = (eigenvalues.detach() / temperature).log_softmax(0)

@@ -1,13 +1,13 @@
-"""The objective: the loss of one step, and its gradient, one teacher at a time.
+"""The objective: the loss of one step and its gradient, computed one teacher at a time.
 
 Legend: B images of a job, C channels, H W pixels, K classes.
 
-Source: PRISM (arXiv 2511.09905), with A one random view for the whole batch:
+Source: PRISM (arXiv 2511.09905). A is one random view of the whole batch, p the logit teacher, S the set of BN teachers:
 
     L(x) = CE(f_p(A x), y)  +  bn_weight * (1 / |S|) * sum_{t in S} R(f_t, A x)  +  densification
 
-SRe2L (arXiv 2306.13092) is the row with an empty BN pool: S = {p}. G-VBSM (arXiv 2311.17950) is the row with p another
-teacher at each step, S = {p}, R with the statistics of convolutions in a moving average, and densification.
+SRe2L (arXiv 2306.13092) is the special case of an empty BN pool, S = {p}. In G-VBSM (arXiv 2311.17950), p changes at
+each step, S = {p}, R includes convolution statistics and uses moving averages, and there is a densification term.
 """
 
 from collections.abc import Mapping
@@ -28,9 +28,9 @@ _SMALLEST = 1e-12
 
 
 class Terms(NamedTuple):
-    """The terms of the loss of one step, unweighted: detached scalars on the device.
+    """The unweighted terms of the loss of one step, as detached scalars on the device.
 
-    CE at p, R averaged over S (0 if that is empty), the largest size of a pixel's gradient, densification if it is on.
+    Cross-entropy of p, mean of R over S (0 if S is empty), largest absolute pixel gradient, and densification if enabled.
     """
 
     ce: Tensor
@@ -40,10 +40,10 @@ class Terms(NamedTuple):
 
 
 class Objective:
-    """The objective of one job; the hooks of its BN teachers live inside a `with` block.
+    """The objective of one synthesis job; the hooks of its BN teachers are active inside a `with` block.
 
-    `rule` names the teachers that may be drawn. `precision` is that of their passes: pixels, statistics and losses stay in
-    float32. `generator` draws which convolutions are left out of a step. For the others see `synthesize`.
+    `rule` names the teachers that may be drawn. `precision` applies to their passes; pixels, statistics and losses stay in
+    float32. `generator` draws which convolutions a step drops. For the other arguments, see `synthesize`.
     """
 
     def __init__(
@@ -85,39 +85,39 @@ class Objective:
 
     @torch.no_grad()
     def balance(self, initial: Tensor) -> None:
-        """Divide the R of each BN teacher by its value for the start images, (B, C, H, W), from now on."""
+        """Normalize the R of each BN teacher: later values are divided by its value on the start images, (B, C, H, W)."""
         for name, alignment in self._alignments.items():
             mismatch = float(alignment(self._teachers[name].prepare(initial)).mismatch)
             self._scales[name] = max(mismatch, _SMALLEST)
 
     def state(self) -> dict[str, Tensor]:
-        """Moving averages as `averages/TEACHER/KEY`, to go on from."""
+        """Return the moving averages as `averages/TEACHER/KEY`, for `restore`."""
         averages = [(name, alignment.state()) for name, alignment in self._alignments.items()]
-        return {f"averages/{name}/{key}": value for name, own in averages for key, value in own.items()}
+        return {f"averages/{name}/{key}": value for name, entries in averages for key, value in entries.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave; other names are not read."""
-        # Split at the last slash: names of teachers may hold some.
+        """Restore the moving averages that `state` returned; other keys are ignored."""
+        # Split at the last slash, because teacher names may contain slashes.
         entries = [(*key.rpartition("/")[::2], value) for key, value in state.items()]
         for name, alignment in self._alignments.items():
             alignment.restore({key: value for owner, key, value in entries if owner == f"averages/{name}"})
 
     def backward(self, view: Tensor, labels: Tensor, bn_teachers: tuple[str, ...], *, logit: str) -> Terms:
-        """Add the gradient of L to `view.grad`, one teacher at a time: only one network's activations are alive.
+        """Add the gradient of L to `view.grad`, one teacher at a time: memory holds the activations of only one network.
 
-        `view` is A x, a leaf that requires a gradient, (B, C, H, W) in the reference normalization; `labels` is y, (B,)
-        int64; `logit` is p; `bn_teachers` is S, without any there is no BN term.
+        `view` is A x, a leaf tensor that requires a gradient, (B, C, H, W) in the reference normalization. `labels` is y,
+        (B,) int64. `logit` is p. `bn_teachers` is S; if it is empty, there is no BN term.
         """
         ce, bn, dense = torch.zeros((), device=view.device), torch.zeros((), device=view.device), None
         for name in dict.fromkeys((logit, *bn_teachers)):
-            logits, mismatch = self._ask(name, view, head=name == logit, align=name in bn_teachers)
+            logits, mismatch = self._run(name, view, head=name == logit, align=name in bn_teachers)
             loss = torch.zeros((), device=view.device)
             if mismatch is not None:
                 loss = loss + self._settings.bn_weight / len(bn_teachers) * mismatch
                 bn = bn + mismatch.detach() / len(bn_teachers)
             if logits is not None:
-                own = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
-                loss, ce = loss + own, own.detach()
+                ce = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+                loss, ce = loss + ce, ce.detach()
             loss.backward()
         if (prior := self._settings.densification) is not None:
             dense = densification(view, labels, temperature=prior.temperature, size=prior.size)
@@ -126,8 +126,8 @@ class Objective:
         assert view.grad is not None
         return Terms(ce, bn, torch.linalg.vector_norm(view.grad, ord=torch.inf), dense)
 
-    def _ask(self, name: str, view: Tensor, *, head: bool, align: bool) -> tuple[Tensor | None, Tensor | None]:
-        """The logits of one teacher and its R, where they are wanted."""
+    def _run(self, name: str, view: Tensor, *, head: bool, align: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Return the logits of one teacher if `head` is set, and its R if `align` is set; otherwise `None`."""
         teacher = self._teachers[name]
         x = teacher.prepare(view)
         with torch.autocast(view.device.type, dtype=torch.bfloat16, enabled=self._precision == "bf16"):

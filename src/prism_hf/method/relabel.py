@@ -1,8 +1,8 @@
-"""Relabel: views of the shipped images are drawn, recorded and labeled by the teachers, batch by batch.
+"""Relabel: draw views of the shipped images, record them, and label them with the teachers, batch by batch.
 
 Legend: T teachers, B images of a batch, K classes, C channels, H W pixels.
 
-Labels are computed on the decoded bytes that ship. The published code labels 8-bit JPEGs that are not kept.
+Labels are computed on the decoded pixels of the shipped files. The published code labels 8-bit JPEGs and discards them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,13 +19,13 @@ from ..runtime import derived_seed
 
 
 def combine_logits(logits: Tensor, rule: str, weights: Sequence[float] | None = None) -> Tensor:
-    """Combine the raw logits of several teachers into one label: (T, B, K) float -> (B, K) of the same dtype.
+    """Combine the raw logits of several teachers into one soft label: (T, B, K) float -> (B, K) of the same dtype.
 
-    `norm_balanced_mean` (G-VBSM, arXiv 2311.17950, as PRISM uses it): each teacher's (B, K) matrix is rescaled to the mean
-    Frobenius norm over the teachers, then averaged. `weighted` takes one weight per teacher, divided by their sum.
+    `norm_balanced_mean` (G-VBSM, arXiv 2311.17950, as used by PRISM) rescales each teacher's (B, K) matrix to the mean
+    Frobenius norm over all teachers, then averages. `weighted` takes one weight per teacher, divided by the sum of weights.
 
     Raises:
-        TeacherError: `norm_balanced_mean`, and a teacher answers all zeros.
+        TeacherError: The rule is `norm_balanced_mean`, and all logits of a teacher are zero.
     """
     match rule:
         case "mean":
@@ -33,7 +33,7 @@ def combine_logits(logits: Tensor, rule: str, weights: Sequence[float] | None = 
         case "norm_balanced_mean":
             norms = logits.flatten(1).norm(dim=1)
             if not bool((norms > 0).all()):
-                raise TeacherError("a teacher answers all zeros, so its norm cannot be balanced; use ensemble mean")
+                raise TeacherError("all logits of a teacher are zero, so its norm cannot be balanced; use ensemble mean")
             return (logits * (norms.mean() / norms).view(-1, 1, 1)).mean(0)
         case "weighted":
             assert weights is not None
@@ -47,13 +47,13 @@ def ask_teachers(images: Tensor, teachers: Sequence[Teacher], settings: RelabelR
     """Return the combined raw logits of a batch: reference normalization (B, C, H, W) -> (B, K) float16 on the CPU.
 
     Raises:
-        TeacherError: A logit does not fit into float16.
+        TeacherError: A logit is not finite, or does not fit into float16.
     """
     logits = torch.stack([teacher.logits(images).float() for teacher in teachers])
     label = combine_logits(logits, settings.ensemble, settings.weights).half().cpu()
     if not bool(label.isfinite().all()):
         raise TeacherError(
-            f"teachers {', '.join(t.name for t in teachers)} answer with logits beyond float16 (65504) or not finite; "
+            f"teachers {', '.join(t.name for t in teachers)} return logits that exceed float16 (65504) or are not finite; "
             "they cannot label these images"
         )
     return label
@@ -64,10 +64,10 @@ def relabel_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Draw and label one view of every image, (N, C, H, W): one epoch of the views table, batch by batch.
 
-    `epoch` and the recipe's `seed` seed the draws, so epochs are independent of each other.
+    The random draws depend only on `epoch` and the recipe's `seed`, so epochs are independent of each other.
 
     Yields:
-        Columns of B rows in training order: `epoch` and `batch` int32, those of `views.to_columns`, and
+        Columns of B rows in training order: `epoch` and `batch` int32, the columns of `views.to_columns`, and
         `teacher_logits` (B, K) float16.
     """
     device, size, rule = teachers[0].device, images_uint8.shape[-1], settings.view
@@ -78,10 +78,10 @@ def relabel_batches(
         view = draw_views(
             len(rows), size, generator, crop_scale=rule.crop_scale, flip=rule.flip, mix=rule.mix, mix_alpha=rule.mix_alpha
         )
-        shown = apply_views(to_reference(images_uint8[rows].to(device)), view)
+        augmented = apply_views(to_reference(images_uint8[rows].to(device)), view)
         columns = {"epoch": np.full(len(rows), epoch, np.int32), "batch": np.full(len(rows), number, np.int32)}
         columns |= to_columns(view, rows)
-        columns["teacher_logits"] = ask_teachers(shown, teachers, settings).numpy()
+        columns["teacher_logits"] = ask_teachers(augmented, teachers, settings).numpy()
         yield columns
 
 

@@ -1,9 +1,9 @@
-"""Start images: which real image, or mosaic of real patches, each slot starts from.
+"""Start images: the real image, or mosaic of real patches, from which each slot starts.
 
-Legend: N images of a class, B of them at once, C channels, S side of the working image, D features, K classes.
+Legend: N images of a class, B images of a batch, C channels, S side of the working image, D features, K classes.
 
-One class after the other, so that memory holds the losses or features of one class; nothing depends on the number of
-processes or, beyond what the teacher itself computes, of threads.
+Classes are processed one at a time, so memory holds the losses or features of only one class. The result does not depend on
+the number of processes. It depends on the number of threads only through the teacher's own computation.
 """
 
 import math
@@ -23,15 +23,15 @@ from ..models import Teacher, penultimate_features
 from ..recipe import SynthesisRecipe, batch_ranges
 from ..runtime import derived_seed
 
-SCORED = ("real_median", "real_kmeans", "mosaic")  # inits in which the logit teacher has a say
-_BATCH = 256  # images that a teacher is shown at once
+SCORED = ("real_median", "real_kmeans", "mosaic")  # inits that use the logit teacher
+_BATCH = 256  # images per forward pass of a teacher
 
 
 def real_rows(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) -> np.ndarray:
     """Choose `ipc` real training images per class without a teacher, (K * ipc,) int64 row numbers, class-major.
 
-    Init `real_random` draws them without replacement; the random-real control uses the same choice, so that the table
-    compares images before and after optimization. Init `real_index` takes the first of each class (`by_index`).
+    Init `real_random` draws without replacement. The random-real control uses the same images, so the table compares images
+    before and after optimization. Init `real_index` takes the first images of each class (`by_index`).
 
     Raises:
         DataError: A class has fewer than `ipc` images.
@@ -46,11 +46,11 @@ def real_rows(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) 
 
 
 def choose_start_images(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, seed: int) -> Tensor:
-    """Choose or make the start images of the inits in `SCORED`: (K * ipc, C, S, S) uint8, class-major.
+    """Return the start images for the inits in `SCORED`, chosen or assembled: (K * ipc, C, S, S) uint8, class-major.
 
     Raises:
         DataError: A class has too few images.
-        TeacherError: `real_kmeans` with a teacher that has no linear layer.
+        TeacherError: The init is `real_kmeans`, and the teacher has no linear layer.
     """
     if settings.init == "mosaic":
         return mosaics(data, teacher, settings, seed=seed)
@@ -58,14 +58,14 @@ def choose_start_images(data: SourceData, teacher: Teacher, settings: SynthesisR
 
 
 def choose_rows(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, seed: int) -> np.ndarray:
-    """Choose `ipc` real images per class with the logit teacher, (K * ipc,) int64 row numbers, class-major, none twice.
+    """Choose `ipc` distinct real images per class with the logit teacher, (K * ipc,) int64 row numbers, class-major.
 
-    `real_median` (DELT, arXiv 2411.19946) takes those whose cross-entropy at the teacher is nearest to the median of the
-    class, nearest first. `real_kmeans` cuts the class into `ipc` clusters of the teacher's penultimate features, the
-    largest first, and takes of each the image nearest to its center that is not taken yet. Ties go by row.
+    `real_median` (DELT, arXiv 2411.19946) takes the images whose cross-entropy under the teacher is closest to the class
+    median, closest first. `real_kmeans` runs k-means with `ipc` clusters on the teacher's penultimate features of a class.
+    From each cluster, largest first, it takes the unused image closest to the center. Ties are broken by row number.
 
-    With `easiest` below 1, `real_kmeans` sees only this share of each class, the images of the lowest loss at the teacher
-    (at least `ipc`): what a teacher is unsure of is often mislabeled or looks unlike its class.
+    With `easiest` below 1, `real_kmeans` uses only this share of each class (at least `ipc` images): those with the lowest
+    loss under the teacher. Images that a teacher is unsure of are often mislabeled or atypical of their class.
     """
     assert settings.init in ("real_median", "real_kmeans")
     ipc, chosen = settings.ipc, []
@@ -84,7 +84,7 @@ def choose_rows(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *
 
 
 def _classes(data: SourceData, ipc: int) -> list[np.ndarray]:
-    """Rows of each class, ascending; a `DataError` if a class has fewer than `ipc`."""
+    """Return the rows of each class in ascending order; raise a `DataError` if a class has fewer than `ipc` images."""
     by_class = data.train.rows_by_class(data.num_classes)
     for name, rows in zip(data.class_names, by_class, strict=True):
         if len(rows) < ipc:
@@ -96,11 +96,11 @@ def _classes(data: SourceData, ipc: int) -> list[np.ndarray]:
 
 
 def nearest_to_centers(features: np.ndarray, count: int, *, seed: int) -> np.ndarray:
-    """Choose one row near each of `count` k-means centers, none twice, rows of large clusters first.
+    """Choose a distinct row near each of `count` k-means centers, in descending order of cluster size.
 
-    (N, D) float64 with N at least `count` -> (count,) int64. The seed is below 2^32.
+    `features` is (N, D) float64 with N >= `count`; the result is (count,) int64. `seed` must be below 2^32.
     """
-    with threadpool_limits(1):  # the sums of several threads are added up as they come
+    with threadpool_limits(1):  # with several threads, the order of summation varies
         fitted = KMeans(count, n_init=4, random_state=seed).fit(features)
         distance = np.stack([np.square(features - center).sum(1) for center in fitted.cluster_centers_])
     sizes = np.bincount(fitted.labels_, minlength=count)
@@ -112,14 +112,14 @@ def nearest_to_centers(features: np.ndarray, count: int, *, seed: int) -> np.nda
 
 
 def _features(split: ImageSplit, rows: np.ndarray, teacher: Teacher) -> np.ndarray:
-    """Penultimate features of some images, (N, D) float64."""
+    """Return the penultimate features of the given rows, (N, D) float64."""
     parts = penultimate_features(teacher, lambda part: split.images(rows[part]), len(rows), batch_size=_BATCH)
     return np.concatenate([features.double().numpy() for _, features in parts])
 
 
 @torch.no_grad()
 def _losses(split: ImageSplit, rows: np.ndarray, teacher: Teacher, label: int) -> np.ndarray:
-    """Cross-entropy of some images of a class at a teacher, (N,) float64."""
+    """Return the cross-entropy under a teacher of the given rows of a class, (N,) float64."""
     parts = []
     for start in range(0, len(rows), _BATCH):
         images = to_reference(split.images(rows[start : start + _BATCH]).to(teacher.device))
@@ -128,18 +128,18 @@ def _losses(split: ImageSplit, rows: np.ndarray, teacher: Teacher, label: int) -
 
 
 def _cross_entropy(teacher: Teacher, images: Tensor, label: int) -> Tensor:
-    """Images in the reference normalization, (B, C, S, S) -> (B,) float32 on the CPU."""
+    """Return the cross-entropy per image: reference normalization (B, C, S, S) -> (B,) float32 on the CPU."""
     logits = teacher.logits(images).float()
     return F.cross_entropy(logits, torch.full((len(logits),), label, device=logits.device), reduction="none").cpu()
 
 
 def mosaics(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, seed: int) -> Tensor:
-    """Put images together from patches that the teacher knows best (RDED, arXiv 2312.03526), (K * ipc, C, S, S) uint8.
+    """Assemble mosaics from the real patches with the lowest loss (RDED, arXiv 2312.03526), (K * ipc, C, S, S) uint8.
 
-    Of each class `candidates` images are drawn, of each of them the crop of least cross-entropy is kept (the teacher sees
-    it at the full working size), and the best grid * grid * ipc crops are put together: slot `s` has the ranks from
-    s * grid * grid on, row by row of its grid, so that slot 0 is what the teacher knows best. Ties go by row number, then
-    by draw.
+    For each class, `candidates` images are drawn. From each image, the crop with the lowest cross-entropy is kept; the
+    teacher sees it at the full working size. The best grid * grid * ipc crops form the mosaics: slot `s` takes the ranks
+    from s * grid * grid on and fills its grid row by row, so slot 0 has the lowest losses. Ties are broken by row number,
+    then by order of draw.
     """
     mosaic, split = settings.mosaic, data.train
     assert mosaic is not None
@@ -151,24 +151,24 @@ def mosaics(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, se
         crops = draw_crop(len(drawn) * mosaic.crops, split.size, mosaic.crop_scale, generator)
         crops = crops.view(len(drawn), mosaic.crops, 4)
         ranked = _best_crops(split, rows[drawn.numpy()], crops, teacher, label)
-        images += _put_together(split, ranked, settings.ipc, mosaic.grid)
+        images += _assemble(split, ranked, settings.ipc, mosaic.grid)
     return torch.stack(images)
 
 
 def check_candidates(data: SourceData, settings: SynthesisRecipe) -> None:
-    """Check, before any work, that each class has enough images for the mosaics of a recipe; a `DataError` if not."""
+    """Raise a `DataError` before any work is done if a class has too few images for the mosaics of a recipe."""
     mosaic, ipc = settings.mosaic, settings.ipc
     if mosaic is None:
         return
     needed = mosaic.grid**2 * ipc
     for name, rows in zip(data.class_names, data.train.rows_by_class(data.num_classes), strict=True):
-        few = f"there are {len(rows)} images; lower"
+        shortage = f"it has only {len(rows)} images; lower"
         if len(rows) >= mosaic.candidates:
-            few = f"synthesis.mosaic.candidates is {mosaic.candidates}; raise it, or lower"
+            shortage = f"synthesis.mosaic.candidates is {mosaic.candidates}; raise it, or lower"
         if min(len(rows), mosaic.candidates) < needed:
             raise DataError(
                 f"class {name!r} needs {needed} candidates for {ipc} mosaics of {mosaic.grid} x {mosaic.grid} patches, but "
-                f"{few} synthesis.ipc or synthesis.mosaic.grid"
+                f"{shortage} synthesis.ipc or synthesis.mosaic.grid"
             )
 
 
@@ -176,7 +176,7 @@ def check_candidates(data: SourceData, settings: SynthesisRecipe) -> None:
 def _best_crops(
     split: ImageSplit, rows: np.ndarray, crops: Tensor, teacher: Teacher, label: int
 ) -> list[tuple[int, Tensor]]:
-    """Of the crops of each image of a class, (N, crops, 4), that of least loss: (row, (4,) box), least loss first."""
+    """Return the best of the (N, crops, 4) crops of each image of a class: (row, (4,) box) pairs, lowest loss first."""
     count = crops.shape[1]
     parts = []
     for part in batch_ranges(len(rows), max(1, _BATCH // count)):
@@ -185,13 +185,13 @@ def _best_crops(
         cropped = resample(images, crops[part.start : part.stop].flatten(0, 1), torch.zeros(1, dtype=torch.bool))
         parts.append(_cross_entropy(teacher, cropped, label).view(-1, count))
     losses = torch.cat(parts).numpy()
-    best = losses.argmin(axis=1)  # the first of several; torch's own choice is open
+    best = losses.argmin(axis=1)  # NumPy returns the first minimum; torch does not specify which
     order = losses.min(axis=1).argsort(kind="stable")
     return [(int(rows[i]), crops[i, best[i]]) for i in order]
 
 
-def _put_together(split: ImageSplit, ranked: Sequence[tuple[int, Tensor]], ipc: int, grid: int) -> Iterator[Tensor]:
-    """Mosaics of a class, each (C, S, S) uint8; a side that the grid does not divide has patches of two sizes."""
+def _assemble(split: ImageSplit, ranked: Sequence[tuple[int, Tensor]], ipc: int, grid: int) -> Iterator[Tensor]:
+    """Yield the mosaics of a class, (C, S, S) uint8 each; if the grid does not divide S, there are two patch sizes."""
     size = split.size
     cuts = list(pairwise(size * number // grid for number in range(grid + 1)))
     patches = iter(ranked)
@@ -199,7 +199,7 @@ def _put_together(split: ImageSplit, ranked: Sequence[tuple[int, Tensor]], ipc: 
         canvas = torch.empty(split.channels, size, size, dtype=torch.uint8)
         for (top, bottom), (left, right) in product(cuts, cuts):
             row, box = next(patches)
-            # A crop at the size of its patch, straight from its pixels.
+            # Resample the crop directly from the image to the size of its patch.
             rows, columns = axis_matrix(box[0], box[2], size, bottom - top), axis_matrix(box[1], box[3], size, right - left)
             pixels = rows.unsqueeze(1) @ to_reference(split.images([row])) @ columns.mT.unsqueeze(1)
             canvas[:, top:bottom, left:right] = to_uint8(pixels)[0]

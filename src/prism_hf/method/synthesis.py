@@ -1,8 +1,8 @@
-"""Synthesis: the pixels of one job are optimized, step by step.
+"""Synthesis: optimize the pixels of one job, step by step.
 
 Legend: B images of a job, C channels, H W pixels.
 
-At each step one random view A of the whole batch is drawn, and one Adam step follows the gradient of L(x) at the pixels.
+Each step draws one random view A of the whole batch and takes one Adam step along the gradient of L(x) at the pixels.
 """
 
 import math
@@ -21,13 +21,13 @@ from .objective import Objective, Precision, Terms
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A job after one step; valid until the next one is asked for.
+    """The state of a job after one step; valid until the next step is requested.
 
     Attributes:
-        number: Steps done, 1 to `job.iterations`.
-        pixels: The images, (B, C, H, W) float32 in the reference normalization; live, the next step changes them.
-        terms: Of the loss of this step. They stay on the device: reading one waits for it.
-        state: Gives a copy of everything that the next step depends on; `synthesize` goes on from it.
+        number: Number of completed steps, 1 to `job.iterations`.
+        pixels: The images, (B, C, H, W) float32 in the reference normalization; the next step changes them in place.
+        terms: Loss terms of this step. They stay on the device, so reading one waits for the device.
+        state: Returns a copy of everything that the next step depends on, so that `synthesize` can resume from it.
     """
 
     number: int
@@ -47,16 +47,16 @@ def synthesize(
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> Generator[Step, None, None]:
-    """Optimize the images of one job, and yield after each step; a job without iterations yields nothing.
+    """Optimize the images of one job and yield after each step; a job with zero iterations yields nothing.
 
     Args:
-        job: Who teaches, for how long, with which seed.
-        settings: The objective and the optimizer.
-        initial: (B, C, H, W) in the reference normalization, on the device to compute on; not changed.
-        teachers: Logit teacher and BN pool by name, on that device.
+        job: Classes, teachers, number of iterations and seed.
+        settings: Settings of the objective and the optimizer.
+        initial: Start images, (B, C, H, W) in the reference normalization, on the compute device; not modified.
+        teachers: Logit teacher and BN pool by name, on the same device.
         precision: `bf16` runs the teachers under autocast.
-        statistics: Of each BN teacher, from `gather_statistics`; for `settings.conv`.
-        state: From `Step.state`: goes on after that step, to the same bytes as without a stop (on the CPU).
+        statistics: Statistics of each BN teacher from `gather_statistics`; required with `settings.conv`.
+        state: A result of `Step.state` to resume from. On the CPU, the images equal those of an uninterrupted run exactly.
 
     Example:
         >>> for step in synthesize(job, recipe.synthesis, initial, teachers):
@@ -88,16 +88,16 @@ def synthesize(
 
 
 def learning_rate(settings: SynthesisRecipe, iteration: int, iterations: int) -> float:
-    """The learning rate of one iteration, counted from 0."""
+    """Return the learning rate of an iteration, counted from 0."""
     if settings.lr_schedule == "constant":
         return settings.lr
     return settings.lr * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * iteration / iterations, dtype=torch.float64))))
 
 
 def draw_view(images: Tensor, view: SynthesisView, generator: torch.Generator, *, progress: float = 1.0) -> Tensor:
-    """A x: one crop, flip and roll for the whole batch x, (B, C, H, W), drawn on the CPU: the same on any device.
+    """Return A x: one random crop, flip and roll of the whole batch x, (B, C, H, W).
 
-    `progress` is the share of the iterations that are done, in [0, 1]; for the curriculum.
+    Draws are made on the CPU, so they are the same on any device. `progress`, in [0, 1], drives the crop curriculum.
     """
     crop = draw_crop(1, images.shape[-1], crop_range(view, progress), generator)
     uniform = torch.rand(3, generator=generator)
@@ -107,9 +107,9 @@ def draw_view(images: Tensor, view: SynthesisView, generator: torch.Generator, *
 
 
 def crop_range(view: SynthesisView, progress: float) -> tuple[float, float]:
-    """Smallest and largest share of the area of a crop, after this share of the iterations.
+    """Return the smallest and largest crop area, as shares of the image area, after this share of the iterations.
 
-    Source: CDA (arXiv 2311.18838): global views first, local ones later; the lower end falls along half a cosine.
+    Source: CDA (arXiv 2311.18838): global views first, local views later; the lower bound decreases along a half cosine.
     """
     low, high = view.crop_scale
     if view.curriculum == "cosine":
@@ -128,12 +128,12 @@ def _state(
 def _restore(
     state: Mapping[str, Tensor], pixels: Tensor, adam: torch.optim.Adam, generator: torch.Generator, objective: Objective
 ) -> int:
-    """Go on from `_state`; the number of steps done."""
+    """Restore what `_state` returned; return the number of completed steps."""
     pixels.data.copy_(state["pixels"])
     generator.set_state(state["generator"])
     for key, value in state.items():
         if key.startswith("adam/"):
-            # In the memory layout of the pixels: another one may round differently in the last bit.
+            # Keep the memory layout of the pixels: another layout may round differently in the last bit.
             moment = torch.empty_like(pixels).copy_(value) if value.shape == pixels.shape else value.clone()
             adam.state[pixels][key.removeprefix("adam/")] = moment
     objective.restore(state)

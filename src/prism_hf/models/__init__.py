@@ -1,4 +1,4 @@
-"""Networks: teachers by name, training, squeezing, the folder of a shared network."""
+"""Networks: load teachers by name, train and score networks, squeeze teachers, and store networks in model folders."""
 
 from .build import build_network, check_network, seeded
 from .facts import (

@@ -1,4 +1,4 @@
-"""Networks from scratch: timm architectures, and model types of transformers."""
+"""Build networks from scratch: timm architectures and transformers model types."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from ..errors import RecipeError
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global random state (weight init, dropout) inside the block, and leave it untouched outside."""
+    """Seed the global random state (weight init, dropout) inside the block, and restore it afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -49,15 +49,15 @@ def build_network(name: str, *, num_classes: int, channels: int) -> nn.Module:
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         raise RecipeError(f"network {name!r} cannot be built: {' '.join(str(error).split())[:200]}") from error
     raise RecipeError(
-        f"network {name!r} cannot be built: expected a timm architecture (no weights tag), or transformers:MODEL_TYPE"
+        f"network {name!r} cannot be built: expected a timm architecture (without a weights tag) or transformers:MODEL_TYPE"
     )
 
 
 def check_network(name: str, *, num_classes: int, channels: int, size: int) -> nn.Module:
-    """Build a network and show it two blank images, so that one that cannot take them fails before any work.
+    """Build a network and run it on two blank images, so that an unsuitable network fails before any work is done.
 
     Raises:
-        RecipeError: It cannot be built, or cannot take images of this size.
+        RecipeError: The network cannot be built, or cannot take images of this size.
     """
     with seeded(0, torch.device("cpu")), torch.no_grad():
         network = build_network(name, num_classes=num_classes, channels=channels).eval()
@@ -69,5 +69,5 @@ def check_network(name: str, *, num_classes: int, channels: int, size: int) -> n
                 "name another architecture, or change data.size"
             ) from error
     if logits.shape != (2, num_classes):
-        raise RecipeError(f"network {name!r} answers with shape {tuple(logits.shape)}, expected (2, {num_classes})")
+        raise RecipeError(f"network {name!r} returns logits of shape {tuple(logits.shape)}, expected (2, {num_classes})")
     return network

@@ -1,7 +1,7 @@
-"""Files of a teacher on the Hub, from the Hub or its cache: safetensors only.
+"""Download the files of a teacher from the Hub, or find them in the cache; weights are safetensors only.
 
-One question to the Hub turns a branch or tag into a commit. The files of that commit that are read, and no others, go
-into the ordinary Hugging Face cache: weights in a format that can run code when opened are never fetched.
+One request to the Hub resolves a branch or tag to a commit. Only the files that are needed from that commit are downloaded,
+into the standard Hugging Face cache. Weights in a format that can run code when opened are never downloaded.
 """
 
 import logging
@@ -33,14 +33,14 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Wanted = Sequence[Sequence[str]]
-"""Of each group of names the first file that there is; the last group are the weights, and an index brings its shards."""
+"""Groups of file names. The first existing file of each is used; the last group is the weights, or an index of shards."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The folder of a model and, if it is from the Hub, its commit and the license that its card states."""
+    """The folder of a model and, if it comes from the Hub, its commit and the license stated on its card."""
 
     folder: Path
     commit: str | None = None
@@ -48,24 +48,24 @@ class ModelFiles:
 
 
 class ShardIndex(Facts):
-    """The index of weights in shards: tensor -> file; nothing but safetensors beside the index."""
+    """The index of sharded weights, tensor -> file; all files are safetensors in the folder of the index."""
 
     weight_map: dict[str, Annotated[str, Field(pattern=f"^{SHARD}$")]] = Field(min_length=1)
 
 
 def fetch(name: str, source: str, wanted: Wanted) -> ModelFiles:
-    """Bring files of `source`, ORG/NAME[@REVISION], into the Hugging Face cache, or find them there.
+    """Download files of `source`, ORG/NAME[@REVISION], into the Hugging Face cache, or find them there.
 
-    A commit that is complete in the cache is not asked for. With HF_HUB_OFFLINE=1, or while the Hub gives no answer, a
-    complete snapshot in the cache is used, and the log says so.
+    A commit that is complete in the cache needs no request. With HF_HUB_OFFLINE=1, or if the Hub does not respond, a
+    complete snapshot in the cache is used, and this is logged.
 
     Raises:
-        TeacherError: One line: no such model or revision, no access, no safetensors, a missing file, a damaged file, or
-            neither Hub nor complete cache.
+        TeacherError: One line: no such model or revision, no access, no safetensors, a missing or damaged file, or
+            neither the Hub nor a complete snapshot is available.
     """
     try:
         folder = _snapshot(name, *_parse(source), wanted)
-        for file in _chosen(folder, wanted):
+        for file in _required(folder, wanted):
             _check_content(folder / file)
     except (TeacherError, HubError) as error:
         raise TeacherError(f"teacher {name!r}: {error}") from error
@@ -86,12 +86,12 @@ def _parse(source: str) -> tuple[str, str]:
 
 
 def _snapshot(name: str, repo: str, revision: str, wanted: Wanted) -> Path:
-    """Return the complete folder of a revision in the cache, from the Hub if need be."""
+    """Return the complete folder of a revision in the cache; download it from the Hub if necessary."""
     folder = _cached_folder(repo, revision, wanted)
-    if folder and COMMIT.fullmatch(revision) and not _lacking(folder, wanted):
+    if folder and COMMIT.fullmatch(revision) and not _missing(folder, wanted):
         return folder
     try:
-        info = _ask(repo, revision)
+        info = _model_info(repo, revision)
     except HubError as error:
         if not error.away:
             raise
@@ -99,30 +99,30 @@ def _snapshot(name: str, repo: str, revision: str, wanted: Wanted) -> Path:
     else:
         return _download(info, repo, revision, wanted)
     if folder is None:
-        problem = f"nothing of {repo} at {revision!r} is in the cache {constants.HF_HUB_CACHE}"
-    elif lacking := _lacking(folder, wanted):
-        problem = f"the cache has {repo} at {revision!r} without {', '.join(lacking)}"
+        problem = f"the cache {constants.HF_HUB_CACHE} has no files of {repo} at {revision!r}"
+    elif missing := _missing(folder, wanted):
+        problem = f"the cache has {repo} at {revision!r} without {', '.join(missing)}"
     else:
         level = logging.INFO if is_offline_mode() else logging.WARNING
         log.log(level, "teacher %r: %s; using commit %s of %s from the cache", name, reason, folder.name, repo)
         return folder
     at = "" if revision == constants.DEFAULT_REVISION else f" --revision {revision}"
     raise TeacherError(
-        f"{reason}, and {problem}; run `hf download {repo}{at}` with a network and without HF_HUB_OFFLINE, or use "
+        f"{reason}, and {problem}; run `hf download {repo}{at}` while online and without HF_HUB_OFFLINE, or use "
         "local-dir:PATH"
     )
 
 
-def _ask(repo: str, revision: str) -> ModelInfo:
-    """Return commit and files of a revision; a `HubError` is `away` if the Hub gives no answer, or must not be asked."""
+def _model_info(repo: str, revision: str) -> ModelInfo:
+    """Return commit and files of a revision; a `HubError` is `away` if the Hub does not respond, or in offline mode."""
 
     def attempt() -> ModelInfo:
         try:
             info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        except (TypeError, KeyError):  # JSON of something else
+        except (TypeError, KeyError):  # valid JSON, but not a model description
             info = None
         if info is None or not COMMIT.fullmatch(info.sha or ""):
-            raise HubError(f"{hub_name()} names no commit of {repo}; check HF_ENDPOINT and the proxy", away=True)
+            raise HubError(f"{hub_name()} returned no commit for {repo}; check HF_ENDPOINT and the proxy", away=True)
         return info
 
     if is_offline_mode():
@@ -131,82 +131,82 @@ def _ask(repo: str, revision: str) -> ModelInfo:
 
 
 def _download(info: ModelInfo, repo: str, revision: str, wanted: Wanted) -> Path:
-    """Bring what is read of a commit into the cache, and look whether all of it came."""
+    """Download the needed files of a commit into the cache, and check that none is missing."""
     commit = str(info.sha)
     names = _select({file.rfilename for file in info.siblings or ()}, f"{repo} at {revision!r}", wanted)
     folder = _cached_folder(repo, commit, wanted)
     if folder is None or not all((folder / name).is_file() for name in names):
         attempt = partial(snapshot_download, repo, revision=commit, allow_patterns=names)
         folder = Path(again(attempt, f"downloading {repo!r}", BRIEF))
-    # The client returns what the cache has if the Hub stops answering half way.
-    if lacking := _lacking(folder, wanted):
-        raise TeacherError(f"{repo} at {commit} came without {', '.join(lacking)}; run again")
-    _remember(folder, revision)
+    # If the Hub stops responding midway, the client returns an incomplete folder without an error.
+    if missing := _missing(folder, wanted):
+        raise TeacherError(f"{repo} at {commit} was downloaded without {', '.join(missing)}; run again")
+    _record_commit(folder, revision)
     return folder
 
 
 def _select(files: Collection[str], origin: str, wanted: Wanted) -> list[str]:
-    """Choose the files to fetch, out of those that a commit has."""
-    best = _best(files, wanted)
-    missing = [file for file in best if file not in files]
+    """Return the names of the files to download, out of the files of a commit."""
+    chosen = _first_existing(files, wanted)
+    missing = [file for file in chosen if file not in files]
     if missing:
-        pickled = sorted(file for file in files if file.endswith(PICKLED)) if best[-1] in missing else []
-        but = f", only {', '.join(pickled[:3])}, which is not opened: a pickle can run any code" if pickled else ""
+        pickled = sorted(file for file in files if file.endswith(PICKLED)) if chosen[-1] in missing else []
+        hint = f", only {', '.join(pickled[:3])}, which is not opened because a pickle can run any code" if pickled else ""
         raise TeacherError(
-            f"{origin} has no {' and no '.join(missing)}{but}; expected a model saved by "
-            "timm.models.save_for_hf(model, FOLDER, safe_serialization=True), or by model.save_pretrained(FOLDER) of "
+            f"{origin} has no {' or '.join(missing)}{hint}; expected a model saved with "
+            "timm.models.save_for_hf(model, FOLDER, safe_serialization=True), or with model.save_pretrained(FOLDER) in "
             "transformers"
         )
-    shards = [file for file in files if re.fullmatch(SHARD, file)] if INDEX in best else []
-    return sorted({*best, *shards, *(file for file in OPTIONAL if file in files)})
+    shards = [file for file in files if re.fullmatch(SHARD, file)] if INDEX in chosen else []
+    return sorted({*chosen, *shards, *(file for file in OPTIONAL if file in files)})
 
 
-def _best(files: Collection[str], wanted: Wanted) -> list[str]:
-    """Name the first file that there is of each group, or its first name."""
+def _first_existing(files: Collection[str], wanted: Wanted) -> list[str]:
+    """Return the first existing file of each group, or the first name of the group if none exists."""
     return [next((name for name in names if name in files), names[0]) for names in wanted]
 
 
-def _remember(folder: Path, revision: str) -> None:
-    """Note which commit a branch or tag is, as the Hub's client does, so that the cache answers offline.
+def _record_commit(folder: Path, revision: str) -> None:
+    """Record the commit of a branch or tag, as the Hub client does, so that the cache can resolve it offline.
 
-    Only once all files have come: a broken download leaves the older, complete snapshot in use.
+    Called only after all files have arrived: after a broken download, the older, complete snapshot stays in use.
     """
     commit, note = folder.name, folder.parents[1] / "refs" / revision
     try:
         if revision != commit and (not note.is_file() or note.read_text(encoding="utf-8") != commit):
             write_bytes(note, commit.encode())
     except OSError as error:
-        log.warning("the cache cannot note that %r is %s (%s); offline it will not be found", revision, commit, error)
+        log.warning("cannot record in the cache that %r is %s (%s); it will not be found offline", revision, commit, error)
 
 
 def _cached_folder(repo: str, revision: str, wanted: Wanted) -> Path | None:
-    """Return the folder of a revision in the cache, if it has any of the files."""
+    """Return the folder of a revision in the cache, or `None` if the cache has none of the files."""
     paths = (try_to_load_from_cache(repo, name, revision=revision) for names in wanted for name in names)
     return next((Path(path).parent for path in paths if isinstance(path, str)), None)
 
 
-def _chosen(folder: Path, wanted: Wanted) -> list[str]:
-    """Name the files to read from a folder, shards included."""
-    best = _best([path.name for path in folder.iterdir() if path.is_file()], wanted)
-    if INDEX not in best:
-        return best
+def _required(folder: Path, wanted: Wanted) -> list[str]:
+    """Return the names of the files to read from a folder, including shards."""
+    chosen = _first_existing([path.name for path in folder.iterdir() if path.is_file()], wanted)
+    if INDEX not in chosen:
+        return chosen
     try:
-        return best + sorted(set(ShardIndex.read(folder / INDEX).weight_map.values()))
+        return chosen + sorted(set(ShardIndex.read(folder / INDEX).weight_map.values()))
     except ValueError as error:
         raise TeacherError(f"{error}; use other weights") from error
 
 
-def _lacking(folder: Path, wanted: Wanted) -> list[str]:
-    """Name the files without which nothing can be loaded from a folder."""
-    return [file for file in _chosen(folder, wanted) if not (folder / file).is_file()]
+def _missing(folder: Path, wanted: Wanted) -> list[str]:
+    """Return the names of the required files that a folder lacks."""
+    return [file for file in _required(folder, wanted) if not (folder / file).is_file()]
 
 
 def _check_content(path: Path) -> None:
-    """Compare a large file with its SHA-256, the name of its blob in the cache; the clients compare only sizes."""
+    """Verify the SHA-256 of a large file, the name of its blob in the cache; the Hub clients compare only sizes."""
     expected = path.readlink().name if path.is_symlink() else ""
     if SHA256.fullmatch(expected) and sha256_of(path) != expected:
         raise TeacherError(
-            f"{path.name} is not what the Hub lists: expected the SHA-256 {expected[:12]}..., the file has another; "
+            f"{path.name} does not match the Hub: expected SHA-256 {expected[:12]}..., but the file has another; "
             f"delete {path.parents[2]} and run again"
         )
 

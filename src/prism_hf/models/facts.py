@@ -1,4 +1,4 @@
-"""What is known of a trained network: squeeze.json of a teacher, student.json of a student, config.json of both."""
+"""Facts about a trained network: squeeze.json of a teacher, student.json of a student, config.json of both."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -8,12 +8,12 @@ from pydantic import AliasChoices, Field
 from ..runtime import Facts
 
 Share = Annotated[float, Field(ge=0, le=1)]
-LICENSE_KEYS = ("license", "licence")  # the second is what earlier versions wrote
+LICENSE_KEYS = ("license", "licence")  # earlier versions wrote the second spelling
 Triple = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
 class SourceFacts(Facts):
-    """The real data that something was made from; `id` is a Hub id or a name, and of a local path its last part."""
+    """The real dataset that something was made from; `id` is a Hub id, a name, or the last part of a local path."""
 
     id: str
     on_hub: bool
@@ -22,14 +22,14 @@ class SourceFacts(Facts):
 
 
 class ScoredOn(Facts):
-    """The real images that a network was scored on: their source, and which part of it."""
+    """The real images that a network was scored on: their source and split."""
 
     id: str
     split: str | None
 
 
 class SqueezeSettings(Facts):
-    """How a teacher was trained, and on what."""
+    """The training settings and the dataset of a teacher."""
 
     seed: int
     data: str
@@ -38,7 +38,7 @@ class SqueezeSettings(Facts):
 
 
 class TeacherFacts(Facts):
-    """squeeze.json; earlier versions did not write what may be `None`."""
+    """The contents of squeeze.json; earlier versions did not write the fields that may be `None`."""
 
     FILE: ClassVar[str] = "squeeze.json"
 
@@ -59,12 +59,12 @@ class TeacherFacts(Facts):
 
     @property
     def title(self) -> str:
-        """What a repo with this file holds a version of."""
+        """The title of a repo with this file; it is the same for all versions of the network."""
         return f"{self.teacher} of {self.source.id if self.source else self.settings.data}"
 
 
 class DistilledFacts(Facts):
-    """The distilled set that a student learned from; `content` is `DistilledDataset.content`."""
+    """The distilled dataset that a student was trained on; `content` is `DistilledDataset.content`."""
 
     name: str | None
     content: str
@@ -73,7 +73,7 @@ class DistilledFacts(Facts):
 
 
 class StudentFacts(Facts):
-    """student.json. No hardware and no times: the same recipe gives the same bytes."""
+    """The contents of student.json. It records no hardware and no times: the same recipe gives the same bytes."""
 
     FILE: ClassVar[str] = "student.json"
 
@@ -93,12 +93,12 @@ class StudentFacts(Facts):
 
     @property
     def title(self) -> str:
-        """What a repo with this file holds a version of."""
+        """The title of a repo with this file; it is the same for all versions of the network."""
         return f"student {self.architecture} of {self.dataset.name}"
 
 
 class InputConfig(Facts):
-    """What config.json says of a network's input, and of the license of its weights."""
+    """The input of a network and the license of its weights, as stated in config.json."""
 
     input_size: Annotated[list[int], Field(min_length=3, max_length=3)]
     mean: Triple
@@ -107,7 +107,7 @@ class InputConfig(Facts):
 
 
 class NetworkConfig(Facts):
-    """config.json, which timm writes, as far as a card tells it."""
+    """The part of timm's config.json that a card shows."""
 
     architecture: str
     label_names: list[str]
@@ -115,8 +115,8 @@ class NetworkConfig(Facts):
 
 
 def read_facts(folder: Path) -> TeacherFacts | StudentFacts:
-    """The facts of the network in a model folder; a `ValueError` of one line if there are none, or not all of them."""
+    """Return the facts of the network in a model folder; a one-line `ValueError` if they are missing or incomplete."""
     for kind in (TeacherFacts, StudentFacts):
         if (folder / kind.FILE).is_file():
             return kind.read(folder / kind.FILE)
-    raise ValueError(f"{str(folder)!r} has no {TeacherFacts.FILE} and no {StudentFacts.FILE}: its network is unknown")
+    raise ValueError(f"{str(folder)!r} has neither {TeacherFacts.FILE} nor {StudentFacts.FILE}: its network is unknown")

@@ -1,6 +1,6 @@
 """A model folder: a trained network stored so that timm and transformers both load it.
 
-It holds config.json, model.safetensors and one facts file (see `facts`), which names nothing local: it can be shared.
+It contains config.json, model.safetensors and one facts file (see `facts`). It names no local path, so it can be shared.
 """
 
 import copy
@@ -26,7 +26,7 @@ _ORIGIN = ("tag", "url", "file", "hf_hub_id", "hf_hub_filename", "source", "orig
 
 
 def is_stored(folder: Path, facts_file: str) -> bool:
-    """Whether a folder holds a finished network (it is renamed into place as a whole)."""
+    """Return whether a folder contains a finished network; folders are renamed into place as a whole."""
     return all((folder / name).is_file() for name in ("config.json", "model.safetensors", facts_file))
 
 
@@ -39,21 +39,21 @@ def store_network(
     class_names: Sequence[str],
     replace: bool = False,
 ) -> None:
-    """Write a complete folder under another name, then rename it: a reader sees all of it or nothing.
+    """Write a complete folder under a temporary name, then rename it, so that readers never see a partial folder.
 
-    A finished network in `folder` is left as it is, unless `replace`. The network takes images of `size` pixels in the
-    reference normalization. A student with 1 channel is widened to RGB, and answers on three copies of a gray image as it
-    did on one; a teacher takes RGB already. The license is that of the data: weights are derived from them.
+    A finished network in `folder` is kept unless `replace` is set. The network takes images of `size` pixels in the
+    reference normalization. A student with 1 channel is widened to RGB: three copies of a gray image give the same output
+    as the gray image did. A teacher already takes RGB. The license is that of the data, from which weights are derived.
 
     Raises:
-        RecipeError: Not a timm architecture, or one that cannot be widened.
+        RecipeError: The network is not a timm architecture, or cannot be widened.
     """
     architecture, source = facts.architecture, facts.source
-    assert architecture is not None, "only facts of earlier versions lack these two"
+    assert architecture is not None, "only facts from earlier versions lack architecture and source"
     assert source is not None
     if not timm.is_model(architecture):
         raise RecipeError(
-            f"network {architecture!r} cannot be kept as a model folder: only timm architectures can be shared"
+            f"network {architecture!r} cannot be stored as a model folder: only timm architectures can be shared"
         )
     network = copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     channels = facts.channels if isinstance(facts, StudentFacts) else 3
@@ -98,14 +98,14 @@ def _repair_config(path: Path) -> None:
     # timm writes model_args.num_classes, which transformers then passes twice (timm 1.0.31, transformers 5.23).
     config = read_json(path)
     config.get("model_args", {}).pop("num_classes", None)
-    # It also names the weights that it would download for this architecture; these are others.
+    # It also names the pretrained weights of this architecture, which are not the weights in this folder.
     cfg = config["pretrained_cfg"]
     config["pretrained_cfg"] = {key: value for key, value in cfg.items() if key not in _ORIGIN}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _widened(network: nn.Module, architecture: str, size: int, num_classes: int) -> nn.Module:
-    """A gray network for RGB; timm's `in_chans=1` folds it back."""
+    """Return a gray network widened to RGB input; timm's `in_chans=1` reverses this."""
     first: Any = network.pretrained_cfg.get("first_conv") or ()  # type: ignore[operator, union-attr]
     state = dict(network.state_dict())
     for key in (f"{name}.weight" for name in ([first] if isinstance(first, str) else first)):
@@ -120,13 +120,13 @@ def _widened(network: nn.Module, architecture: str, size: int, num_classes: int)
             equal = torch.allclose(wide(gray.expand(-1, 3, -1, -1)), expected, rtol=1e-3, atol=1e-3)
         except RuntimeError:
             equal = False
-    if not equal:  # some first layers rescale their own weights
+    if not equal:  # some first layers rescale their weights
         raise RecipeError(f"network {architecture!r} cannot be shared: its first layer cannot be widened from gray to RGB")
     return wide
 
 
 def source_facts(recipe: Recipe, data: SourceData | None) -> SourceFacts:
-    """The real data that a network comes from; `data` is `None` if they cannot be reached."""
+    """Return the facts of the real dataset behind a network; `data` is `None` if the dataset cannot be reached."""
     public = public_recipe(recipe).data
     return SourceFacts(
         id=public.source,
@@ -137,7 +137,7 @@ def source_facts(recipe: Recipe, data: SourceData | None) -> SourceFacts:
 
 
 def scored_on(recipe: Recipe) -> ScoredOn:
-    """The images that a network was scored on."""
+    """Return the source and split of the images that a network was scored on."""
     data = public_recipe(recipe).data
     held_out = f"{data.train_split}, {data.validation_fraction:g} of it held out"
     return ScoredOn(id=data.source, split=held_out if data.validation_fraction else data.test_split)

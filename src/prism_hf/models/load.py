@@ -21,7 +21,7 @@ _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _StatedInput(Facts):
-    """The input of a network as a config states it; the libraries take it unread, and fail late or calculate with it."""
+    """The input format stated in a config, validated here because the libraries fail late or compute with bad values."""
 
     input_size: list[Annotated[int, Field(gt=0)]] | None = Field(None, min_length=3, max_length=3)
     mean: list[_Number] | None = None
@@ -37,7 +37,7 @@ class _StatedInput(Facts):
 
 
 class _TimmConfig(_StatedInput):
-    """A config.json of timm, as far as it is read here; facts lie in `pretrained_cfg`, or flat in older files."""
+    """The fields of a timm config.json that are used here, from `pretrained_cfg` or, in older files, the top level."""
 
     architecture: str
     label_names: list[str] | dict[str, str] | None = None
@@ -50,7 +50,7 @@ class _TimmConfig(_StatedInput):
 
 
 class _WrappedConfig(Facts):
-    """A config.json of transformers, as far as it is read here; `pretrained_cfg` is that of a wrapped timm model."""
+    """The fields of a transformers config.json that are used here; `pretrained_cfg` is that of a wrapped timm model."""
 
     pretrained_cfg: dict[str, object] | None = None
     model_args: dict[str, object] | None = None
@@ -65,14 +65,14 @@ def load_teachers(
     `transformers:org/name@revision`.
 
     Raises:
-        TeacherError: One line that names the teacher that cannot be loaded, and why.
+        TeacherError: A teacher cannot be loaded; one line with its name and the reason.
     """
     return {name: load_teacher(name, device=device, squeezed=squeezed) for name in dict.fromkeys(names)}
 
 
 def load_teacher(name: str, *, device: torch.device, squeezed: Mapping[str, Path] | None = None) -> Teacher:
     """Load one teacher; see `load_teachers`."""
-    # The libraries initialize weights at random before they load them.
+    # The libraries draw random initial weights first; this must not change the caller's random state.
     with torch.random.fork_rng(devices=[]):
         teacher = _load(name, squeezed or {})
     teacher.model.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -99,12 +99,12 @@ def _load(name: str, squeezed: Mapping[str, Path]) -> Teacher:
 
 
 def _from_folder(files: ModelFiles, name: str) -> Teacher:
-    """Load a folder with config.json and model.safetensors, as timm saves it."""
+    """Load a folder with config.json and model.safetensors, as saved by timm."""
     folder = files.folder
     missing = [file for file in (CONFIG, WEIGHTS) if not os.path.isfile(folder / file)]
     if missing:
         raise TeacherError(
-            f"teacher {name!r}: {folder} has no {' and no '.join(missing)}; expected a timm folder with config.json and "
+            f"teacher {name!r}: {folder} has no {' or '.join(missing)}; expected a timm folder with config.json and "
             "model.safetensors (pickled weights are not loaded)"
         )
     _check_links(folder, name)
@@ -112,15 +112,15 @@ def _from_folder(files: ModelFiles, name: str) -> Teacher:
         architecture = _TimmConfig.read(folder / CONFIG).architecture
     except ValueError as error:
         raise TeacherError(
-            f"teacher {name!r}: {error}; if it is a model of transformers, name it transformers:ORG/NAME"
+            f"teacher {name!r}: {error}; if it is a transformers model, name it transformers:ORG/NAME"
         ) from error
     if not timm.is_model(architecture):
-        raise TeacherError(f"teacher {name!r}: timm knows no architecture {architecture!r}, as {folder / CONFIG} names")
+        raise TeacherError(f"teacher {name!r}: timm has no architecture {architecture!r}, named in {folder / CONFIG}")
     return _from_timm(f"local-dir:{folder}", name, files)
 
 
 def _from_registry(name: str) -> Teacher:
-    """Load a plain timm name: timm knows architecture, classes and normalization, the Hub has the weights."""
+    """Load a plain timm name: timm defines architecture, classes and normalization, and the Hub has the weights."""
     architecture = name.split(".")[0]
     if ":" in name or "/" in name:
         raise TeacherError(
@@ -130,19 +130,19 @@ def _from_registry(name: str) -> Teacher:
     if not timm.is_model(architecture):
         close = timm.list_models(f"{architecture[:6]}*")[:4]
         hint = f"similar: {', '.join(close)}" if close else "timm.list_models() lists all"
-        raise TeacherError(f"teacher {name!r}: timm knows no such architecture; {hint}")
+        raise TeacherError(f"teacher {name!r}: timm has no such architecture; {hint}")
     try:
         cfg = timm.get_pretrained_cfg(name)
     except RuntimeError:
         cfg = None  # no such tag
     if cfg is None or not cfg.hf_hub_id:
-        tags = [known for known in timm.list_pretrained(f"{architecture}.*") if timm.get_pretrained_cfg(known).hf_hub_id]
-        hint = f"timm has {', '.join(tags[:4])}" if tags else "timm.list_pretrained() lists what it has"
-        raise TeacherError(f"teacher {name!r}: timm knows no weights of that name on the Hub; {hint}")
+        tags = [tag for tag in timm.list_pretrained(f"{architecture}.*") if timm.get_pretrained_cfg(tag).hf_hub_id]
+        hint = f"available: {', '.join(tags[:4])}" if tags else "timm.list_pretrained() lists all"
+        raise TeacherError(f"teacher {name!r}: timm has no weights with that name on the Hub; {hint}")
     file = cfg.hf_hub_filename or WEIGHTS
-    weights = WEIGHTS if file == "pytorch_model.bin" else file  # the Hub has a safe twin of what timm calls so
+    weights = WEIGHTS if file == "pytorch_model.bin" else file  # the Hub also has these weights as safetensors
     if not weights.endswith(".safetensors"):
-        raise TeacherError(f"teacher {name!r}: timm loads it from {file}, and only safetensors are opened; use another one")
+        raise TeacherError(f"teacher {name!r}: timm loads it from {file}, but only safetensors are opened; use another one")
     files = fetch(name, cfg.hf_hub_id, [[weights]])
     return _from_timm(name, name, files, {"file": str(files.folder / weights)})
 
@@ -152,15 +152,15 @@ def _from_timm(source: str, name: str, files: ModelFiles, overlay: dict[str, str
         model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay)
         config, cfg = resolve_model_data_config(model), model.pretrained_cfg
         classes, labels = int(model.num_classes), cfg.get("label_names") or []
-        # timm allows a list, or names by number.
+        # timm allows a list, or a dict from class numbers to names.
         names = [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) else list(labels)
-    except Exception as error:  # a foreign config.json reaches constructors as keyword arguments: anything can follow
+    except Exception as error:  # an untrusted config.json sets constructor arguments, so any error can occur
         raise _cannot_load(name, error) from error
     if classes != cfg["num_classes"]:
-        # timm drops the stored head then, and leaves a random one.
+        # In this case, timm drops the stored head and keeps a random one.
         raise TeacherError(
-            f"teacher {name!r}: its config builds {classes} classes for weights of {cfg['num_classes']}; "
-            "make num_classes the same in model_args and pretrained_cfg"
+            f"teacher {name!r}: its config builds {classes} classes, but its weights have {cfg['num_classes']}; "
+            "set the same num_classes in model_args and pretrained_cfg"
         )
     return Teacher(
         name=name,
@@ -178,11 +178,11 @@ def _from_timm(source: str, name: str, files: ModelFiles, overlay: dict[str, str
 
 
 def _from_transformers(files: ModelFiles, name: str) -> Teacher:
-    """Load a classifier of transformers, with the normalization of its image processor."""
+    """Load a transformers classifier with the normalization of its image processor."""
     wrapped = _check_folder(files.folder, name).pretrained_cfg or {}
-    model, processor = _open(files.folder, name)
+    model, processor = _load_with_processor(files.folder, name)
     config = model.config
-    size, mean, std = _input_of(processor, getattr(config, "num_channels", 3), name)
+    size, mean, std = _input_format(processor, getattr(config, "num_channels", 3), name)
     labels = [config.id2label.get(i, f"LABEL_{i}") for i in range(config.num_labels)]
     generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
     return Teacher(
@@ -201,7 +201,7 @@ def _from_transformers(files: ModelFiles, name: str) -> Teacher:
 
 
 def _check_folder(folder: Path, name: str) -> _WrappedConfig:
-    """Refuse a folder that would open more than its own safetensors."""
+    """Return the config of a folder; refuse a folder that would load anything but its own safetensors."""
     _check_links(folder, name)
     try:
         config = _WrappedConfig.read(folder / CONFIG)
@@ -209,18 +209,16 @@ def _check_folder(folder: Path, name: str) -> _WrappedConfig:
             ShardIndex.read(folder / INDEX)
     except ValueError as error:
         raise _cannot_load(name, error) from error
-    # What is called model_args reaches timm's own loader of checkpoints, pickles among them.
+    # timm passes model_args to its own checkpoint loader, which also opens pickles.
     if "checkpoint_path" in (config.model_args or {}):
-        raise TeacherError(
-            f"teacher {name!r}: its config.json names a checkpoint of its own; only model.safetensors is opened"
-        )
+        raise TeacherError(f"teacher {name!r}: its config.json names another checkpoint; only model.safetensors is opened")
     if (folder / ADAPTER).is_file():
         raise TeacherError(f"teacher {name!r} adapts another model ({ADAPTER}); merge the two and save the whole model")
     return config
 
 
-def _open(folder: Path, name: str) -> tuple[Any, object]:
-    """Open model and image processor, and refuse weights that transformers would complete with random numbers."""
+def _load_with_processor(folder: Path, name: str) -> tuple[Any, object]:
+    """Load the model and its image processor; refuse weights that transformers would complete with random values."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -229,25 +227,25 @@ def _open(folder: Path, name: str) -> tuple[Any, object]:
             folder, use_safetensors=True, output_loading_info=True, **local
         )
         processor = AutoImageProcessor.from_pretrained(folder, **local)
-    except Exception as error:  # a foreign config.json reaches constructors as keyword arguments: anything can follow
+    except Exception as error:  # an untrusted config.json sets constructor arguments, so any error can occur
         raise _cannot_load(name, error) from error
     if absent := sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}):
         raise TeacherError(
-            f"teacher {name!r}: its weights lack {len(absent)} tensors of the model, {absent[0]!r} first; "
-            "use a checkpoint trained to classify images"
+            f"teacher {name!r}: its weights lack {len(absent)} tensors of the model, for example {absent[0]!r}; "
+            "use a checkpoint trained for image classification"
         )
     return model, processor
 
 
-def _input_of(processor: object, channels: int, name: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Side, mean and std that an image processor prepares, in [0, 1] pixel units; one that does more is refused."""
+def _input_format(processor: object, channels: int, name: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Return side, mean and std of an image processor, in [0, 1] pixel units; refuse one with other processing steps."""
     scale = getattr(processor, "rescale_factor", None)
     if getattr(processor, "do_flip_channel_order", False) or (scale is not None and abs(scale * 255 - 1) > 1e-6):
         raise TeacherError(
-            f"teacher {name!r} wants its channels or pixel values in another order or scale than RGB in [0, 1]; "
-            "use the model through timm, or another teacher"
+            f"teacher {name!r} expects a channel order or pixel scale other than RGB in [0, 1]; "
+            "load the model through timm, or use another teacher"
         )
-    values = getattr(processor, "data_config", None)  # of a timm model in its wrapper
+    values = getattr(processor, "data_config", None)  # only processors of wrapped timm models have it
     if values is None:
         crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
         size = crop or getattr(processor, "size", None) or {}
@@ -260,21 +258,21 @@ def _input_of(processor: object, channels: int, name: str) -> tuple[int, tuple[f
     except ValueError as error:
         raise TeacherError(f"teacher {name!r}: {error}") from error
     if stated.input_size is None or stated.mean is None or stated.std is None:
-        raise TeacherError(f"teacher {name!r}: its image processor states no input size; use the model through timm")
+        raise TeacherError(f"teacher {name!r}: its image processor lacks an input size, mean or std; load it through timm")
     return stated.input_size[-1], tuple(stated.mean), tuple(stated.std)
 
 
 def _check_links(folder: Path, name: str) -> None:
-    """Refuse a folder with a link that leads out of it."""
+    """Refuse a folder that contains a link to a path outside the folder."""
     link = stray_link(folder)
     if link is not None:
-        raise TeacherError(f"teacher {name!r}: {link} is a link that leads out of its folder; put the file itself there")
+        raise TeacherError(f"teacher {name!r}: {link} is a link that leads out of its folder; replace it with the file")
 
 
 def _cannot_load(name: str, error: Exception) -> TeacherError:
-    """Make the error for what timm or transformers could not load."""
+    """Return the error for a model that timm or transformers could not load."""
     reason = " ".join(str(error).split())[:300]
     return TeacherError(
         f"teacher {name!r} cannot be loaded ({type(error).__name__}: {reason}); expected config.json and safetensors that "
-        "fit each other, as timm or transformers saves them"
+        "match each other, as saved by timm or transformers"
     )

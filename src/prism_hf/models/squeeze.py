@@ -1,6 +1,6 @@
-"""Squeeze: teachers are trained on a dataset that has none on the Hub (SRe2L stage 1).
+"""Squeeze: train teachers on a dataset that has none on the Hub (SRe2L stage 1).
 
-A squeezed teacher is a model folder (see `folder`); its name carries a fingerprint, so that recipes share teachers.
+A squeezed teacher is a model folder (see `folder`). Its name contains a fingerprint, so that recipes can share teachers.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ from .training import ShuffledBatches, fit, score
 
 
 def teacher_folder(name: str, recipe: Recipe, root: Path) -> Path:
-    """Where a `squeeze:` teacher of a recipe lives: the architecture and a fingerprint of data, settings and seed."""
+    """Return the folder of a `squeeze:` teacher, named by architecture and a fingerprint of data, settings and seed."""
     architecture = name.removeprefix(SQUEEZE_PREFIX)
-    # Recipes that differ in their seed, and name this one for the teachers, share them.
-    own = replace(recipe, seed=_seed(recipe), squeeze=replace(recipe.squeeze, seed=None))
-    text = f"{architecture}/{own.fingerprint('data', 'squeeze')}"
+    # Recipes with different seeds share teachers if their seed for squeezing is the same.
+    shared = replace(recipe, seed=_seed(recipe), squeeze=replace(recipe.squeeze, seed=None))
+    text = f"{architecture}/{shared.fingerprint('data', 'squeeze')}"
     return root / f"{architecture}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -40,47 +40,47 @@ def _seed(recipe: Recipe) -> int:
 
 
 def is_squeezed(folder: Path) -> bool:
-    """Whether a folder holds a finished teacher (it is renamed into place as a whole)."""
+    """Return whether a folder contains a finished teacher; folders are renamed into place as a whole."""
     return is_stored(folder, TeacherFacts.FILE)
 
 
 def read_squeezed(folder: Path, data: SourceData | None = None) -> TeacherFacts:
-    """squeeze.json of a finished teacher, which must be one of `data` if they are given.
+    """Return squeeze.json of a finished teacher; if `data` is given, the teacher must have been trained on it.
 
     Raises:
-        TeacherError: It was trained on other images: the source has changed behind its name.
+        TeacherError: The teacher was trained on other images: the source now has other content under the same name.
         DamagedError: squeeze.json is not readable.
     """
     try:
         facts = TeacherFacts.read(folder / TeacherFacts.FILE)
     except ValueError as error:
-        raise DamagedError(f"{error}; move the folder away, and the teacher is trained again") from error
+        raise DamagedError(f"{error}; move the folder away to train the teacher again") from error
     if data is not None and facts.train_content != data.train.content:
         raise TeacherError(
-            f"the teacher in {folder} was trained on other images than the source holds now; move it away, or use another "
+            f"the teacher in {folder} was trained on other images than the source has now; move it away, or use another "
             "folder (--teachers DIR)"
         )
     return facts
 
 
 def check_squeezed(folder: Path) -> Path:
-    """Compare the weights of a finished teacher with what squeeze.json says of them; returns the folder.
+    """Verify the weights of a finished teacher against the digest in squeeze.json, and return the folder.
 
     Raises:
-        DamagedError: Truncated, edited or exchanged.
+        DamagedError: The weights were truncated, edited or replaced.
     """
     expected, path = read_squeezed(folder).weights_sha256, folder / "model.safetensors"
     try:
         actual = digest_of_tensors(load_file(path))
     except (OSError, SafetensorError) as error:
         raise DamagedError(f"{path} is not readable ({type(error).__name__})") from error
-    if expected is not None and actual != expected:  # teachers of earlier versions say nothing of it
+    if expected is not None and actual != expected:  # earlier versions did not store a digest
         raise DamagedError(f"{path} was changed after it was written")
     return folder
 
 
 def check_batch(recipe: Recipe, data: SourceData) -> None:
-    """Fail before any training if there are fewer images than one batch: a `TeacherError` with both numbers."""
+    """Raise a `TeacherError` with both numbers, before any training, if there are fewer images than one batch."""
     size, count = recipe.squeeze.batch_size, len(data.train)
     if recipe.squeezed_teachers and count < size:
         raise TeacherError(f"squeeze.batch_size is {size}, but there are {count} training images; lower it")
@@ -89,12 +89,12 @@ def check_batch(recipe: Recipe, data: SourceData) -> None:
 def squeeze_teacher(
     name: str, recipe: Recipe, data: SourceData, root: Path, *, device: torch.device, every_s: float = EVERY_S
 ) -> TeacherFacts:
-    """Train a `squeeze:` teacher and store it below `root`, with a checkpoint every so many seconds.
+    """Train a `squeeze:` teacher and store it below `root`, with a checkpoint every `every_s` seconds.
 
-    A finished one is left as it is, one that another run trains is waited for.
+    A finished teacher is kept. If another run is training the teacher, this call waits for it.
 
     Raises:
-        StoppedError: Somebody asked the program to stop; the training goes on from its checkpoint.
+        StoppedError: The program was asked to stop; the next run resumes the training from its checkpoint.
     """
     folder = teacher_folder(name, recipe, root)
     work = _scratch(folder)
@@ -110,12 +110,12 @@ def squeeze_teacher(
 
 
 def _scratch(folder: Path) -> Path:
-    """Where a teacher is while it is trained."""
+    """Return the working folder of a teacher during its training."""
     return folder.with_name(f".work-{folder.name}")
 
 
 def clear_scratch(folder: Path) -> None:
-    """Remove what is left of the training of a finished teacher; a process was killed right after it had stored it."""
+    """Remove the working folder of a finished teacher, left behind if a process was killed right after storing it."""
     scratch = _scratch(folder)
     if scratch.is_dir() and not is_held(scratch):
         shutil.rmtree(scratch, ignore_errors=True)
@@ -127,13 +127,13 @@ def _train_and_store(
     architecture, started = name.removeprefix(SQUEEZE_PREFIX), time.perf_counter()
     source, settings = source_facts(recipe, data), recipe.squeeze
     seed, steps = _seed(recipe), settings.epochs * (len(data.train) // settings.batch_size)
-    drawn = derived_seed(seed, "squeeze", architecture)
-    with seeded(drawn, device):
+    derived = derived_seed(seed, "squeeze", architecture)
+    with seeded(derived, device):
         network = build_network(architecture, num_classes=data.num_classes, channels=3)
         network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         network = fit(
             network,
-            _batches(data.train, settings, drawn, device),
+            _batches(data.train, settings, derived, device),
             F.cross_entropy,
             steps=steps,
             lr=settings.lr,
@@ -175,15 +175,15 @@ def _batches(split: ImageSplit, settings: SqueezeRecipe, seed: int, device: torc
         images = images + strength * torch.randn(images.shape, generator=generator)
         return _as_rgb(images.to(device)), labels[rows].to(device)
 
-    # Every batch is full: BatchNorm learns its statistics from them.
+    # Only full batches, because BatchNorm learns its statistics from them.
     parts = [range(start, start + size) for start in range(0, count - size + 1, size)]
     return ShuffledBatches(parts, settings.epochs, torch.Generator().manual_seed(seed), make, count=count)
 
 
 def _as_rgb(images: Tensor) -> Tensor:
-    """Reference-normalized images -> the RGB reference normalization, in which squeezed teachers work.
+    """Convert images from their reference normalization to the RGB reference normalization of squeezed teachers.
 
-    Gray is copied to three channels: the stored teacher then takes what everybody feeds a classifier.
+    Gray images are copied to three channels, so that the stored teacher takes ordinary RGB input.
     """
     mean, std = reference_mean_std(images.shape[1], like=images)
     rgb_mean, rgb_std = reference_mean_std(3, like=images)

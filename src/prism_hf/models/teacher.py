@@ -19,11 +19,11 @@ class Teacher:
     Attributes:
         model: (B, 3 or 1, H, W) in its own normalization -> logits (B, K); eval mode, no parameter gradients.
         mean, std: Per channel, in [0, 1] pixel units.
-        size: Side of its input in pixels.
-        license: Of the weights, or "unknown".
+        size: Side length of its input in pixels.
+        license: License of the weights, or "unknown".
         revision: Hub commit of the weights, or `None` for local ones.
-        weights_sha256: Of all parameters and buffers, from `digest_of_tensors`.
-        label_names: The teacher's own class names, if it says.
+        weights_sha256: SHA-256 of all parameters and buffers, from `digest_of_tensors`.
+        label_names: The teacher's own class names, if known.
     """
 
     name: str
@@ -44,9 +44,9 @@ class Teacher:
         return next(self.model.parameters()).device
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Convert images, (B, C, H, W), from the reference normalization to this teacher's own, its channels and size.
+        """Convert (B, C, H, W) images from the reference normalization to this teacher's normalization, channels and size.
 
-        Gray images are copied to the channels the teacher has; the gradient of the copies adds up.
+        Gray images are copied to all channels of the teacher; the gradients of the copies add up.
         """
         reference_mean, reference_std = reference_mean_std(images.shape[1], like=images)
         mean, std = (torch.tensor(v).to(images).view(1, -1, 1, 1) for v in (self.mean, self.std))
@@ -61,25 +61,25 @@ class Teacher:
 
 
 def check_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int) -> None:
-    """Refuse a teacher that does not fit the data it is to teach.
+    """Refuse a teacher that does not fit the data.
 
     Raises:
-        TeacherError: Another class count, the same labels in another order, or too few input channels.
+        TeacherError: A different number of classes, the same labels in another order, or too few input channels.
     """
     if teacher.num_classes != len(class_names):
         raise TeacherError(
-            f"teacher {teacher.name!r} has {teacher.num_classes} classes, the data have {len(class_names)}; "
+            f"teacher {teacher.name!r} has {teacher.num_classes} classes, but the data has {len(class_names)}; "
             "use a teacher of this dataset, or squeeze one"
         )
     if len(teacher.mean) < channels:
         raise TeacherError(
-            f"teacher {teacher.name!r} takes {len(teacher.mean)} channel(s), the data have {channels}; set data.channels"
+            f"teacher {teacher.name!r} takes {len(teacher.mean)} channel(s), but the data has {channels}; set data.channels"
         )
     names = teacher.label_names
     if names is not None and set(names) == set(class_names) and tuple(names) != tuple(class_names):
         first = next(i for i, (a, b) in enumerate(zip(names, class_names, strict=True)) if a != b)
         raise TeacherError(
-            f"teacher {teacher.name!r} lists its labels in another order: class {first} is {names[first]!r} there and "
+            f"teacher {teacher.name!r} lists its labels in another order: class {first} is {names[first]!r}, but "
             f"{class_names[first]!r} in the data; reorder the data's ClassLabel, or use another teacher"
         )
 
@@ -88,30 +88,30 @@ def check_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int
 def penultimate_features(
     teacher: Teacher, images: Callable[[range], Tensor], count: int, *, batch_size: int = 256
 ) -> Iterator[tuple[range, Tensor]]:
-    """Yield the inputs of the classifier layer, batch by batch: rows and their features, (B, D) float32 on the CPU.
+    """Yield the inputs of the classifier layer batch by batch: row numbers and features, (B, D) float32 on the CPU.
 
-    `images` turns rows, of `count` in all, into (B, C, H, W) uint8.
+    `images` maps row numbers below `count` to images, (B, C, H, W) uint8.
 
     Raises:
         TeacherError: The network does not end in a linear layer.
     """
     classifier = classifier_of(teacher.model)
     if classifier is None:
-        raise TeacherError(f"network {teacher.name!r} has no linear layer and so no penultimate features; name another one")
-    seen: list[Tensor] = []
-    handle = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).float().cpu()))
+        raise TeacherError(f"network {teacher.name!r} has no linear layer and thus no penultimate features; use another")
+    features: list[Tensor] = []
+    handle = classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].flatten(1).float().cpu()))
     try:
         for start in range(0, count, batch_size):
             rows = range(start, min(start + batch_size, count))
             teacher.logits(to_reference(images(rows).to(teacher.device)))
-            yield rows, torch.cat(seen)
-            seen.clear()
+            yield rows, torch.cat(features)
+            features.clear()
     finally:
         handle.remove()
 
 
 def classifier_of(model: nn.Module) -> nn.Linear | None:
-    """Return the layer that makes the logits: timm says which it is; elsewhere it is the last linear layer."""
+    """Return the linear layer that computes the logits: the one that timm names, else the last one, else `None`."""
     named = getattr(model, "get_classifier", None)
     if callable(named):
         layer = named()
@@ -121,7 +121,7 @@ def classifier_of(model: nn.Module) -> nn.Linear | None:
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, shapes, dtypes and bytes, as of all parameters and buffers of a network."""
+    """Return the SHA-256 over the names, shapes, dtypes and bytes of tensors, such as the state dict of a network."""
     digest = hashlib.sha256()
     for key, value in sorted(tensors.items()):
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())

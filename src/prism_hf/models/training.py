@@ -18,12 +18,12 @@ from ..images import ImageSplit, to_reference
 from ..runtime import Checkpoint, State, raise_if_stopped, told_in_one_line
 
 CHECK_EVERY = 20
-"""Steps between looks at the losses; each look waits for the device."""
+"""Steps between checks of the losses; each check waits for the device."""
 Schedule = Literal["cosine", "one_cycle"]
 
 
 class Batches:
-    """Tuples of tensors to train on, continued after any of them: `draw` takes how many are done, and makes the others."""
+    """Tuples of tensors to train on, resumable after any batch: `draw(done)` yields the batches after the first `done`."""
 
     def __init__(self, draw: Callable[[int], Iterator[tuple[Tensor, ...]]]) -> None:
         self._draw, self._done = draw, 0
@@ -34,19 +34,19 @@ class Batches:
             yield batch
 
     def state(self) -> dict[str, Tensor]:
-        """Return what the next batch depends on."""
+        """Return the state that the next batch depends on."""
         return {"done": torch.tensor(self._done)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state`."""
+        """Resume from `state`."""
         self._done = int(state["done"])
 
 
 class ShuffledBatches(Batches):
-    """Batches of a table of `count` rows in a new order each epoch.
+    """Batches of a table of `count` rows, in a new order each epoch.
 
-    `parts` are the positions of each batch in an epoch's order. `generator` draws the orders, and whatever `make` draws,
-    which turns row numbers, (B,) int64, and the generator into a batch.
+    `parts` are the positions of each batch in the order of an epoch. `make` turns row numbers, (B,) int64, and `generator`
+    into a batch. `generator` draws the orders and all random numbers that `make` needs.
     """
 
     def __init__(
@@ -70,18 +70,18 @@ class ShuffledBatches(Batches):
             yield self._make(self._order[part.start : part.stop], self._generator)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the order of the running epoch and the generator too."""
+        """Return the state, including the order of the current epoch and the generator."""
         return super().state() | {"order": self._order, "generator": self._generator.get_state()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state`."""
+        """Resume from `state`."""
         super().restore(state)
         self._order = state["order"]
         self._generator.set_state(state["generator"])
 
 
 class _Training:
-    """A network between two steps of its training; see `fit` for the arguments."""
+    """The state of a training run between two steps; see `fit` for the arguments."""
 
     def __init__(
         self, network: nn.Module, what: str, *, steps: int, lr: float, weight_decay: float, schedule: Schedule, ema: float
@@ -111,14 +111,14 @@ class _Training:
             self.optimizer.step()
         self.scheduler.step()
         if self.average is not None:
-            # A short warm-up: the first steps would otherwise keep the random init in the average.
+            # Warm up the decay; otherwise the random initial weights would stay in the average.
             self.average.decay = min(self.ema, (1 + self.step) / (10 + self.step))
             self.average.update(self.network)
         self.losses.append(value.detach())
         self.step += 1
 
     def check(self) -> None:
-        """Refuse a loss that is not finite; reading the losses waits for the device."""
+        """Raise an error if a loss is not finite; reading the losses waits for the device."""
         values = torch.stack(self.losses).tolist() if self.losses else []
         for step, value in enumerate(values, self.step - len(values) + 1):
             if not math.isfinite(value):
@@ -161,15 +161,15 @@ def fit(
     what: str = "training",
     checkpoint: Checkpoint | None = None,
 ) -> nn.Module:
-    """Train with AdamW; the state after the last step is the result, never the best on a test set.
+    """Train with AdamW and return the network after the last step, never the one that scores best on a test set.
 
-    Batches are on the network's device: the input, (B, C, H, W) in the network's own normalization, and what
-    `loss(logits, *rest)` takes to make a scalar. `lr` is the peak of a schedule over `steps` batches: `cosine` to zero, or
-    `one_cycle` (warm-up, then to zero). One-dimensional parameters (norms and biases) have no weight decay. `ema` is the
-    decay of a moving average of the weights; 0 is off. `what` names the network in errors.
+    Batches are on the network's device: the input, (B, C, H, W) in the network's own normalization, and the other arguments
+    of `loss(logits, *rest)`, a scalar. `lr` is the peak of a schedule over `steps` batches: `cosine` (decay to zero) or
+    `one_cycle` (warm-up, then decay to zero). One-dimensional parameters (norms and biases) have no weight decay. `ema` is
+    the decay of an exponential moving average of the weights; 0 disables it. `what` names the network in error messages.
 
     Returns:
-        The network, or the average if there is one, in eval mode.
+        The network, or its moving average if `ema` is set, in eval mode.
 
     Raises:
         NotFiniteError: The loss is NaN or infinite.
@@ -190,7 +190,7 @@ def fit(
 
 
 class Top1(evaluate.Metric):
-    """Share of predictions that equal their reference, in [0, 1]; `evaluate`'s accuracy, without its download."""
+    """Top-1 accuracy in [0, 1]: the accuracy of `evaluate`, but without its download."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features(dict.fromkeys(("predictions", "references"), datasets.Value("int64")))
@@ -203,7 +203,7 @@ class Top1(evaluate.Metric):
 
 @torch.no_grad()
 def score(logits: Callable[[Tensor], Tensor], split: ImageSplit, *, device: torch.device, batch_size: int = 256) -> float:
-    """Return top-1 in [0, 1] on a split of real images.
+    """Return the top-1 accuracy in [0, 1] on a split of real images.
 
     `logits` takes images in the reference normalization, (B, C, H, W) on `device`, and returns (B, K).
     """
@@ -215,37 +215,37 @@ def score(logits: Callable[[Tensor], Tensor], split: ImageSplit, *, device: torc
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
-    """The state of an optimizer: tensors as `INDEX.KEY`, parameter groups in the notes."""
+    """Return the state of an optimizer: tensors as `INDEX.KEY`, parameter groups in the notes."""
     plain = optimizer.state_dict()
     tensors = {f"{index}.{key}": value for index, entry in plain["state"].items() for key, value in entry.items()}
     return State(tensors, {"groups": plain["param_groups"]})
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Give an optimizer the state that `optimizer_state` read."""
+    """Restore the state that `optimizer_state` returned."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for name, value in state.tensors.items():
         index, _, key = name.partition(".")
         like = parameters[int(index)]
-        # In the parameter's own memory layout: another one may round differently in the last bit.
-        same = torch.empty_like(like, dtype=value.dtype).copy_(value) if value.shape == like.shape else value
-        entries.setdefault(int(index), {})[key] = same
+        # Keep the memory layout of the parameter: another layout may round differently in the last bit.
+        tensor = torch.empty_like(like, dtype=value.dtype).copy_(value) if value.shape == like.shape else value
+        entries.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": entries, "param_groups": state.notes["groups"]})
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names with a prefix: several states in one file."""
+    """Return the tensors with a prefix on each name, so that one file can contain several states."""
     return {f"{prefix}/{key}": value for key, value in tensors.items()}
 
 
 def part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of a prefix again, without it."""
+    """Return the tensors whose names have a prefix, without the prefix."""
     return {key.removeprefix(f"{prefix}/"): value for key, value in tensors.items() if key.startswith(f"{prefix}/")}
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Global random state, of the CPU and of `device`."""
+    """Return the global random state of the CPU and of `device`."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -253,7 +253,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Set what `random_state` read; a state of another kind of device is left out."""
+    """Restore the state that `random_state` returned; the state of another type of device is ignored."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
