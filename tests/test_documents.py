@@ -46,7 +46,7 @@ def test_every_documented_sharing_command_parses(arguments):
 
 def test_the_readme_names_the_commands_that_ci_runs():
     readme, ci = (p.read_text(encoding="utf-8") for p in (ROOT / "README.md", ROOT / ".ci" / "run"))
-    assert "pip install -e . && accelerate launch recipes/prism.py" in readme
+    assert "pip install -e .\naccelerate launch recipes/prism.py" in readme
     assert "pip install -e '.[test]' && pytest" in readme
     assert "pip install -q -e '.[test]'" in ci
     assert re.search(r"^accelerate launch recipes/prism\.py", ci, re.MULTILINE)
