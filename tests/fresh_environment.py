@@ -1,6 +1,7 @@
 """A fresh virtual environment that has the dependencies of this one, but not prism-hf."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +12,8 @@ def fresh_environment(folder: Path) -> dict[str, str]:
     """Make a virtual environment in a folder; returns the variables with which its programs come first."""
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     site = next((folder / "lib").glob("python*/site-packages"))
+    for old in site.glob("setuptools*"):  # the one that Python 3.11 brings is older than the dependencies ask for
+        shutil.rmtree(old)
     # Not as a site folder: the .pth file there that leads to this checkout is not followed.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     # Programs of the dependencies, for this Python: `accelerate launch` and `hf` start it by name.
