@@ -18,7 +18,7 @@ from prism_hf.runtime.store import write_json
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def command_of(run: Path) -> str:
+def command_of(run: Path, threads: int) -> str:
     """The command that makes this run again: a shipped recipe, with the overrides that tell this run from it."""
     recipe = load_recipe(run / "recipe.yaml")
     shipped = {
@@ -39,7 +39,7 @@ def command_of(run: Path) -> str:
     overrides = [f"{key}={value(key)}" for key in differing_keys(nearest, recipe)]
     if recipe.name != nearest.name:
         overrides.append(f"name={recipe.name}")
-    return " ".join(["accelerate launch recipes/prism.py", str(path), *overrides])
+    return " ".join(["accelerate launch recipes/prism.py", str(path), *overrides, "--threads", str(threads)])
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
 
     names = datasets.load_dataset(str(args.run / "dataset"), split="train").features["label"].names
     result = {
-        "command": command_of(args.run),
+        "command": command_of(args.run, report["hardware"]["threads"]),
         "hardware": machine.hardware() | report["hardware"],
         "report": report,
         "card_facts": card_facts(args.run / "dataset", recipe, names, report),

@@ -258,12 +258,13 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
         ceilings=table.students[:1] if table.ceiling else (),
     )
     check_comparison(made)
-    use_threads(accelerator, folder / "work", args.threads)
+    threads = use_threads(accelerator, folder / "work", args.threads)
     if accelerator.is_main_process:
         with locked(folder):
             accelerator.wait_for_everyone()
             failed = {} if args.as_is else make_runs(made)
-            command = f"accelerate launch benchmarks/tables.py {name}" + (" --reduced" if args.reduced else "")
+            reduced = " --reduced" if args.reduced else ""
+            command = f"accelerate launch benchmarks/tables.py {name}{reduced} --threads {threads}"
             facts, images = findings(made, failed, notes=notes, command=command)
             write_page(folder, facts, images)
             result = {**small(facts), "hardware": machine.hardware() | facts["hardware"]}
