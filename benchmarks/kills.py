@@ -210,7 +210,7 @@ def strike(kill: Kill, case: Case, folder: Path, times: dict[str, float]) -> Non
     text = error.read_text(encoding="utf-8")
     error.unlink()
     if kill.hit is not None and kill.signal != "SIGKILL" and kill.whom != "one worker":
-        kill.told_how_to_resume = "goes on where this run stopped" in text
+        kill.told_how_to_resume = "run the same command again to resume" in text
         if not kill.told_how_to_resume:
             case.problems.append(f"no line on how to resume after {kill.signal} to {kill.whom}: {text[-300:]!r}")
     if kill.hit is None and launcher.returncode:

@@ -86,7 +86,7 @@ def test_digits_have_the_splits_train_and_test(digits):
     assert torch.equal(again.images(range(450)), digits.test.images(range(450)))
     with pytest.raises(DataError) as error:
         load_source(DataRecipe(**values, train_split="nope"))
-    assert "no split 'nope', but 'train', 'test'" in one_line(error)
+    assert "no split 'nope'; its splits are 'train', 'test'" in one_line(error)
 
 
 # -- sources ----------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_wrong_columns_are_one_line(tmp_path, features, columns, values, words):
 @pytest.mark.parametrize(
     ("test_features", "words"),
     [
-        (Features({"image": Image(), "label": ClassLabel(names=NAMES[::-1])}), ["another order", "'test'"]),
+        (Features({"image": Image(), "label": ClassLabel(names=NAMES[::-1])}), ["different order", "'test'"]),
         (Features({"image": Image()}), ["no column 'label'", "'test'"]),
         (Features({"label": ClassLabel(names=NAMES)}), ["no column 'image'", "'test'"]),
     ],
@@ -339,7 +339,7 @@ def test_another_test_set_of_the_same_classes(image_folder, parquet_folder):
     [
         ("/no/such/folder", "test", NAMES, ["/no/such/folder"]),
         (None, "nope", NAMES, ["'nope'"]),
-        (None, "test", NAMES[::-1], ["another order"]),
+        (None, "test", NAMES[::-1], ["different order"]),
         (None, "test", [*NAMES, "dog"], ["'test'"]),
     ],
 )

@@ -311,7 +311,7 @@ def test_a_lasting_trouble_with_a_warm_cache_is_a_warning(server, naps, timm_fol
 def test_a_page_in_place_of_the_hub_is_one_line(server, naps, timm_folder):
     create(server, timm_folder)
     server.fault("repo_info", Status(200, b"<html>Please log in to this hotel</html>", html=True), times=None)
-    refused(f"hf-hub:{REPO}", "does not answer as a Hub", "HF_ENDPOINT")
+    refused(f"hf-hub:{REPO}", "does not answer like a Hub", "HF_ENDPOINT")
     server.clear_faults()
     server.fault("repo_info", Status(200, json.dumps({"id": REPO, "sha": "../../escape"}).encode()), times=None)
     refused(f"hf-hub:{REPO}", "returned no commit", "HF_ENDPOINT")
@@ -445,8 +445,8 @@ def test_our_cache_is_used_by_other_libraries(server, monkeypatch, timm_folder):
         ("ann", "org/nothing", ["model org/nothing is not on the Hub"]),
         (None, "org/private", ["or it is private", "hf auth login"]),
         ("ann", "org/private", ["or it is private"]),
-        (None, "org/gated", ["gated", "ask for access at", "/org/gated"]),
-        ("ann", "org/gated", ["gated", "ask for access at", "/org/gated"]),
+        (None, "org/gated", ["gated", "request access at", "/org/gated"]),
+        ("ann", "org/gated", ["gated", "request access at", "/org/gated"]),
         ("nobody", "org/open", ["does not accept the token (401", "hf auth login", "unset it"]),
         (None, "org/open@v9", ["at 'v9'", "org/open has no such revision", "branches, tags or commits"]),
         (None, f"org/open@{'0' * 40}", ["has no such revision"]),
@@ -480,7 +480,7 @@ def test_who_has_access_gets_the_weights(server, transport, monkeypatch, timm_fo
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (Status(403), ["has no right to do this", "403", "may read"]),
+        (Status(403), ["not have permission to do this", "403", "read or write access"]),
         (Status(403, headers={"X-Error-Message": "Access to this resource is disabled."}), ["403"]),
         (Status(451), ["answers 451"]),
     ],
@@ -504,7 +504,7 @@ def test_a_password_in_the_address_of_the_hub_is_not_shown(server, monkeypatch, 
 def test_a_token_that_is_no_header_is_not_shown(server, monkeypatch, naps, timm_folder, character):
     create(server, timm_folder)
     monkeypatch.setenv("HF_TOKEN", f"{SECRET}{character}")
-    refused(f"hf-hub:{REPO}", "characters that no token has")
+    refused(f"hf-hub:{REPO}", "token contains invalid characters")
     assert naps == server.requests == []
 
 
@@ -680,7 +680,7 @@ def test_weights_that_are_none_are_one_line(server, timm_folder, transformers_fo
 def test_a_download_that_breaks_off_is_one_line(server, naps, timm_folder, transformers_folder, kind):
     create(server, timm_folder if kind == "hf-hub" else transformers_folder)
     server.fault("cdn_get", CutBody(2000, rst=True), times=None)
-    refused(f"{kind}:{REPO}", "downloading 'org/net'", "broke off", "run the same command again")
+    refused(f"{kind}:{REPO}", "downloading 'org/net'", "closed the connection", "run the same command again")
     server.clear_faults()
     load_teacher(f"{kind}:{REPO}", device=CPU)
 

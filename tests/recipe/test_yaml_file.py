@@ -20,7 +20,7 @@ from prism_hf.runtime.plain_yaml import read_yaml
         ("synthesis.ladder", {"step": 1, "periods": 2}, "did you mean 'period'?"),
         ("teacher", {}, "unknown key 'teacher', did you mean 'teachers'?"),
         ("data.licence", "mit", "unknown key 'data.licence', did you mean 'license'?"),
-        ("data.zzz", 1, "known here: source, num_classes"),
+        ("data.zzz", 1, "expected one of: source, num_classes"),
     ],
 )
 def test_unknown_key_gets_a_suggestion(tiny_recipe, key, value, message):
@@ -51,7 +51,7 @@ def test_an_unknown_key_of_any_section_gets_the_keys_of_that_section(tiny_recipe
         with pytest.raises(RecipeError) as error:
             parse_recipe(values)
         known = ", ".join(field.name for field in dataclasses.fields(kind))[:60]
-        assert f"unknown key '{'.'.join((*path, '@'))}', known here: {known}" in str(error.value)
+        assert f"unknown key '{'.'.join((*path, '@'))}', expected one of: {known}" in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "0.001"])
@@ -136,7 +136,7 @@ def test_a_later_override_wins(tiny_yaml):
         ("synthesis.lr.x=3", "'synthesis.lr' is a value, not a section"),
         ("synthesis.itertions=3", "did you mean 'iterations'?"),
         ("sythesis.iterations=3", "unknown key 'sythesis'"),
-        ("data.license=!!timestamp 2024-01-01", "tag 'timestamp' makes no plain value"),
+        ("data.license=!!timestamp 2024-01-01", "tag 'timestamp' does not give a plain value"),
         ("synthesis.lr='1e-3'", "valid number"),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_damaged_file_of_any_kind_is_named_set_aside_and_made_again(finished_r
     for file in FILES:
         named = [line for line in lines if line.startswith(str(copied / "work" / file))]
         assert len(named) == 1, file
-        assert f"set aside as {Path(file).name}.aside-1, it is made again" in named[0]
+        assert f"set aside as {Path(file).name}.aside-1, to be recreated" in named[0]
         assert (copied / "work" / f"{file}.aside-1").exists() == (kind != "removed")
         assert (copied / "work" / f"{file}.aside-1{SEAL}").exists()
     assert kept(copied) == kept(finished_run)

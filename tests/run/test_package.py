@@ -70,7 +70,7 @@ def test_a_table_that_was_edited_in_place_is_noticed_and_made_again(finished_run
     shutil.copytree(copied, copied.with_name("other"))
     before = mtimes(copied / "control")
     again(copied, finished_run, wanted=("relabel", "package"))
-    assert f"{shard} was changed after it was written; set aside as {TABLE}.aside-1, it is made again" in caplog.messages
+    assert f"{shard} was changed after it was written; set aside as {TABLE}.aside-1, to be recreated" in caplog.messages
     assert any(line.startswith(f"{copied / 'dataset'}: ") and "packaged again" in line for line in caplog.messages)
     assert sha_tree(copied / "dataset") == sha_tree(finished_run / "dataset")
     assert path.samefile(shard)
@@ -97,7 +97,7 @@ def test_tables_are_copied_where_the_file_system_has_no_second_names(finished_ru
     before = mtimes(copied)
     with file_limit(4000), pytest.raises(OutputError) as error:  # less than a table
         again(copied, finished_run)
-    assert "make space" in one_line(error)
+    assert "free some disk space" in one_line(error)
     changed = {path for path in before.items() ^ mtimes(copied).items() if "times.json" not in path[0]}
     assert {path for path, _ in changed} <= {str(copied / "recipe.yaml")}, "no draft is left"
 
@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_the_old_folder_whole_and_no_draft(finished_run, copi
     before = mtimes(copied)
     with file_limit(limit), pytest.raises(OutputError) as error:
         package(run)
-    assert "make space" in one_line(error)
+    assert "free some disk space" in one_line(error)
     assert mtimes(copied) == before
 
 

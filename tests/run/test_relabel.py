@@ -136,8 +136,8 @@ def test_one_shard_that_is_damaged_is_made_again_alone(finished_run, labeled, tm
     with caplog.at_level("INFO", "prism_hf"):
         run_stages(again, ("relabel", "package"))
     assert len(asked) == 2
-    assert "relabel: 2 of 2 image shards found, 0 to do" in caplog.messages
-    assert "relabel: 7 of 8 view shards found, 1 to do" in caplog.messages
+    assert "relabel: 2 of 2 image shards done, 0 to do" in caplog.messages
+    assert "relabel: 7 of 8 view shards done, 1 to do" in caplog.messages
     assert tables(folder).items() >= before.items()
     assert sha_tree(folder / "control") == sha_tree(labeled / "control")
 

@@ -44,8 +44,8 @@ def test_changed_weights_are_trained_again_by_their_stage(finished_run, teachers
     before = mtimes(other)
     with caplog.at_level("INFO", "prism_hf"):
         run_stages(run_in(tmp_path / "run", teachers), ("squeeze",))
-    assert f"set aside as {folder.name}.aside-1, it is made again" in caplog.text
-    assert "squeeze: 1 of 2 teachers found, 1 to do" in caplog.text
+    assert f"set aside as {folder.name}.aside-1, to be recreated" in caplog.text
+    assert "squeeze: 1 of 2 teachers done, 1 to do" in caplog.text
     assert (teachers / f"{folder.name}.aside-1" / "model.safetensors").is_file()
     whole = teacher_folder(NAME, tiny(), finished_run / "teachers")
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

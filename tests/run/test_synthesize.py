@@ -237,7 +237,7 @@ def test_a_finished_job_computes_no_step_again(finished_run, tmp_path, caplog):
         run_stages(run, ("synthesize",))
     assert calls == []
     assert mtimes(folder / "work" / "jobs") == before
-    assert "synthesize: 2 of 2 jobs found, 0 to do" in caplog.messages
+    assert "synthesize: 2 of 2 jobs done, 0 to do" in caplog.messages
     assert "checkpoint" not in caplog.text, "nothing is said of what is not to be done"
 
 

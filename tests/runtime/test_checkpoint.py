@@ -77,7 +77,7 @@ def test_a_foreign_or_damaged_state_is_set_aside_with_a_log_line(tmp_path, caplo
     assert checkpoint(path, key="other" if kind == "another key" else "key").load() is None
     (line,) = [record.getMessage() for record in caplog.records]
     assert str(path) in line
-    assert "set aside as c.aside-1, it is made again" in line
+    assert "set aside as c.aside-1, to be recreated" in line
     assert all(name.startswith("c.aside-1") for name in (p.name for p in tmp_path.iterdir()))
     assert checkpoint(path).load() is None
 
@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_the_last_state(tmp_path, limit):
     kept.save(state(1))
     with file_limit(limit), pytest.raises(OutputError) as error:
         kept.save(state(2))
-    assert "make space" in one_line(error)
+    assert "free some disk space" in one_line(error)
     assert kept.load().notes["step"] == 1
 
 
@@ -114,7 +114,7 @@ def test_every_0_writes_at_each_tick_and_the_default_not_at_once(tmp_path):
 def test_a_request_to_stop_keeps_the_state_and_leaves(tmp_path, asked_to_stop):
     with pytest.raises(StoppedError) as error:
         checkpoint(tmp_path / "c").tick(lambda: state(7))
-    assert "the same command goes on" in one_line(error)
+    assert "run the same command again" in one_line(error)
     assert checkpoint(tmp_path / "c").load().notes["step"] == 7
 
 

@@ -66,8 +66,8 @@ def test_values_are_those_of_the_core_schema_of_yaml_1_2(text, value):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: 1\nb: 2\na: 3", ["key 'a' stands twice", "line 3, column 1"]),
-        ("1: a\n1.0: b", ["stands twice", "line 2"]),
+        ("a: 1\nb: 2\na: 3", ["key 'a' appears twice", "line 3, column 1"]),
+        ("1: a\n1.0: b", ["appears twice", "line 2"]),
         ("a: &a {x: 1}\nb: {<<: *a}", ["merge keys (<<)", "line 2"]),
         ("a: &a {x: 1}\nb: {!!merge m: *a}", ["merge keys (<<)", "line 2"]),
         ("[a]: b", ["cannot be a key", "line 1"]),

@@ -53,7 +53,7 @@ def test_what_is_done_is_skipped_and_the_largest_come_first(tmp_path, caplog):
     with caplog.at_level("INFO", "prism_hf"):
         order = loop(tmp_path, [3, 1, 4, 2, 5], done=[4], size=lambda task: task // 2, accelerator=accelerator)
     assert order == [5, 3, 2, 1], "equal ones in their order"
-    assert caplog.messages == ["synthesize: 1 of 5 jobs found, 4 to do"]
+    assert caplog.messages == ["synthesize: 1 of 5 jobs done, 4 to do"]
     assert accelerator.waited == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -66,7 +66,7 @@ def test_tasks_are_made_ready_once_and_only_when_some_are_missing(tmp_path, capl
         assert loop(tmp_path, [1, 2, 3], done=[1, 2, 3], prepare=calls.append) == []
     assert loop(tmp_path, [], prepare=calls.append) == []
     assert len(calls) == 1
-    assert "synthesize: 3 of 3 jobs found, 0 to do" in caplog.messages
+    assert "synthesize: 3 of 3 jobs done, 0 to do" in caplog.messages
 
 
 def test_a_second_launch_does_what_the_first_one_did_not(tmp_path):

@@ -84,7 +84,7 @@ def test_a_process_that_takes_no_notice_is_ended_with_a_line(where, number):
     assert process.returncode == 128 + number
     (line,) = err.split("\n")[1:-1]
     assert line.startswith(f"{number.name}: ")
-    assert "the same command goes on where this run stopped" in line
+    assert "run the same command again to resume" in line
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
@@ -150,7 +150,7 @@ def test_the_death_of_the_launcher_ends_its_process(place, tmp_path):
     launcher.kill()
     # Ends when nobody holds the pipes any more.
     _, err = launcher.communicate(timeout=TIMEOUT)
-    assert "the launcher has ended: what is finished is kept" in err
+    assert "the launcher has ended: finished work is kept" in err
 
 
 def test_the_death_of_another_parent_ends_nothing():

@@ -91,7 +91,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, limit):
     with file_limit(limit), pytest.raises(OutputError) as error:
         write_bytes(path, b"n" * 1000)
     assert str(path) in one_line(error)
-    assert "make space and give the same command again" in one_line(error)
+    assert "free some disk space and run the same command again" in one_line(error)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["file.bin"]
 
@@ -102,7 +102,7 @@ def test_a_full_disk_leaves_the_old_file_with_its_seal(tmp_path, limit):
     path = keep(tmp_path / "file.bin", b"old", number=1)
     with file_limit(limit), pytest.raises(OutputError) as error:
         keep(path, b"n" * 10, number=2)
-    assert "make space" in one_line(error)
+    assert "free some disk space" in one_line(error)
     assert check(path).notes == {"number": 1}
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["file.bin", "file.bin.seal"]
@@ -298,7 +298,7 @@ def test_a_folder_is_sound_or_set_aside_by_any_check(tmp_path, caplog):
         raise DamagedError("weights are not readable")
 
     assert sound_or_aside(folder, damaged) is None
-    assert caplog.messages == ["weights are not readable; set aside as teacher.aside-1, it is made again"]
+    assert caplog.messages == ["weights are not readable; set aside as teacher.aside-1, to be recreated"]
     assert (tmp_path / "teacher.aside-1" / "weights").read_bytes() == b"x"
     assert not folder.exists()
 

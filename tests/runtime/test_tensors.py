@@ -99,7 +99,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, kind, limit):
     with file_limit(limit), pytest.raises(OutputError) as error:
         write(2.0, "two")
     assert str(path) in one_line(error)
-    assert "make space" in one_line(error)
+    assert "free some disk space" in one_line(error)
     assert Artifact(path, "one").check().sha256 == sha256_of(path) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "file.seal"]
     assert is_finished(path)

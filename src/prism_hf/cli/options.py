@@ -24,7 +24,7 @@ def run_command(command: Command, args: argparse.Namespace) -> int:
             return command(args) or 0
     except (StoppedError, KeyboardInterrupt):
         leave_at_once()  # the line about a signal is on the terminal already
-        sys.stderr.write("interrupted: what is finished is kept; the same command goes on where this run stopped\n")
+        sys.stderr.write("interrupted: finished work is kept; run the same command again to resume\n")
         return 130
     except PrismError as error:
         if args.debug:

@@ -1,4 +1,4 @@
-"""Pixels, views, and the real images of a dataset."""
+"""Pixels, random views, and the real images of a dataset."""
 
 from .open_source import local_folder, reason_of
 from .pixels import REFERENCE, UNREADABLE, clamp_, decode, encode, noise, reference_mean_std, to_reference, to_uint8

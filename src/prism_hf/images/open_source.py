@@ -1,4 +1,4 @@
-"""The rows of a source: splits are opened without following what leads out of it, and their columns found."""
+"""The rows of a source: open its splits without following links and paths out of it, and find their columns."""
 
 import os
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".tbz2", ".xz", ".txz", ".7z
 
 
 def open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
-    """One split of the digits, of a local folder, or of a dataset on the Hub.
+    """Open one split of the digits, of a local folder, or of a dataset on the Hub.
 
     Raises:
         DataError: The source or the split is missing, unreadable, or leads out of its folder.
@@ -50,18 +50,18 @@ def open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
             raise DataError(f"{what} was saved as one Dataset without splits; save a DatasetDict with {name!r}")
         if (folder / "dataset_dict.json").is_file():
             return _open_saved(folder, name, what)
-        # `datasets` keys what it caches by the card of a folder alone; here by the state of all its files.
+        # `datasets` keys its cache by the card of a folder alone, so this cache path depends on the state of all files.
         cache = Path(datasets.config.HF_DATASETS_CACHE) / "prism-hf" / folder_state(folder)
-        # Absolute: a folder called "text" would pass for the reader of that name, which takes all that lies around.
+        # Absolute, since `datasets` takes a folder called "text" for its reader of that name, which reads all files around.
         return datasets.load_dataset(str(folder.absolute()), recipe.config, split=name, cache_dir=str(cache))
     except PrismError:
         raise
-    except Exception as error:  # foreign bytes reach a dozen readers of `datasets` here, each with errors of its own
+    except Exception as error:  # untrusted bytes reach a dozen readers of `datasets`, each with its own errors
         raise DataError(f"{what}, split {name!r} cannot be loaded: {reason_of(error)}") from error
 
 
 def _open_digits(name: str) -> datasets.Dataset:
-    """scikit-learn's digits, 8 x 8 gray; the test split is a fixed stratified quarter."""
+    """Return a split of scikit-learn's digits, 8 x 8 gray. The test split is a fixed stratified quarter."""
     source = load_digits()
     images = np.rint(source.images * (255 / 16)).astype(np.uint8)
     columns = {"image": [Image.fromarray(image) for image in images], "label": source.target.tolist()}
@@ -70,18 +70,18 @@ def _open_digits(name: str) -> datasets.Dataset:
     train, test = hold_out(datasets.Dataset.from_dict(columns, features=features), "label", 0.25)
     splits = {"train": train, "test": test}
     if name not in splits:
-        raise DataError(f"data.source 'digits' has no split {name!r}, but 'train', 'test'")
+        raise DataError(f"data.source 'digits' has no split {name!r}; its splits are 'train', 'test'")
     return splits[name]
 
 
 def _open_saved(folder: Path, name: str, what: str) -> datasets.Dataset:
-    """A split of a folder made by `save_to_disk`."""
+    """Open a split of a folder made by `save_to_disk`."""
     for file in _saved_names(folder):
-        if not is_plain_path(file):  # the library follows it anywhere
-            raise DataError(f"{str(folder)!r} takes data from {file!r}, which is not below the folder; save it anew")
+        if not is_plain_path(file):  # the library would follow it anywhere
+            raise DataError(f"{str(folder)!r} takes data from {file!r}, which is not below the folder; save it again")
     saved = datasets.load_from_disk(str(folder))
     if name not in saved:
-        raise DataError(f"{what} has no split {name!r}, but {', '.join(map(repr, saved))}")
+        raise DataError(f"{what} has no split {name!r}; its splits are {', '.join(map(repr, saved))}")
     return saved[name]
 
 
@@ -93,7 +93,7 @@ def _saved_names(folder: Path) -> Iterator[object]:
 
 
 def find_column(rows: datasets.Dataset, recipe: DataRecipe, key: str) -> str:
-    """The column that a key of the recipe names (`image_column` or `label_column`), or the only one of its type."""
+    """Return the column that a recipe key (`image_column` or `label_column`) names, or else the only one of its type."""
     named, kind = getattr(recipe, key), datasets.Image if key == "image_column" else datasets.ClassLabel
     columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
     if named is None:
@@ -101,7 +101,7 @@ def find_column(rows: datasets.Dataset, recipe: DataRecipe, key: str) -> str:
         if len(of_type) == 1:
             return of_type[0]
         many = "more than one" if of_type else "no"
-        raise DataError(f"the data have {many} column of type {kind.__name__}; name it in data.{key}: {columns}")
+        raise DataError(f"the data has {many} column of type {kind.__name__}; set data.{key} to one of {columns}")
     if named not in rows.features:
         raise DataError(f"data.{key} is {named!r}, but the columns are {columns}")
     if kind is datasets.Image and not isinstance(rows.features[named], kind):
@@ -110,7 +110,7 @@ def find_column(rows: datasets.Dataset, recipe: DataRecipe, key: str) -> str:
 
 
 def hold_out(rows: datasets.Dataset, column: str, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training rows without a stratified share of them, and that share."""
+    """Split training rows into those to keep and a stratified fraction to hold out."""
     labels = np.asarray(rows.with_format("numpy")[column][:])
     try:
         kept, held = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=0)
@@ -122,13 +122,13 @@ def hold_out(rows: datasets.Dataset, column: str, fraction: float) -> tuple[data
 
 
 def local_folder(source: str | Path) -> Path | None:
-    """The folder that a source names, if it is one; what cannot be a path (too long, no such home) is none."""
+    """Return the folder that a source names, or `None` if there is none or it cannot be a path (too long, no such home)."""
     path = os.path.expanduser(source)
     return Path(path) if os.path.isdir(path) else None
 
 
 def image_homes(source: str) -> tuple[Path, ...]:
-    """Where the image files of a source may lie."""
+    """Return the folders that may contain the image files of a source."""
     folder = local_folder(source)
     if folder is not None:
         return homes_of(folder)
@@ -138,15 +138,15 @@ def image_homes(source: str) -> tuple[Path, ...]:
 
 
 def _check_local(folder: Path) -> None:
-    """Refuse links, archives and paths in a card that lead out of a local folder: `datasets` follows all of them."""
+    """Refuse archives, and links and card paths that lead out of a local folder: `datasets` follows all of them."""
     homes = homes_of(folder)
     for entry in visible_entries(folder):
         if entry.is_symlink() and not is_inside(Path(entry.path), homes):
             raise DataError(f"{entry.path!r} is a link that leads out of {str(folder)!r}; put the files themselves there")
         if entry.name.lower().endswith(_ARCHIVES):
-            raise DataError(f"{entry.path!r} is an archive, and none is opened; unpack it, and move it out of the folder")
+            raise DataError(f"{entry.path!r} is an archive, which is not read; unpack it, and move it out of the folder")
     _check_card(folder / datasets.config.REPOCARD_FILENAME, "{}")
-    _check_card(folder / datasets.config.REPOYAML_FILENAME, "---\n{}\n---\n")  # a header in a file of its own
+    _check_card(folder / datasets.config.REPOYAML_FILENAME, "---\n{}\n---\n")  # a header in a separate file
 
 
 def _check_card(path: Path, template: str) -> None:
@@ -154,24 +154,24 @@ def _check_card(path: Path, template: str) -> None:
         return
     try:
         foreign = foreign_files(read_card(template.format(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: a list that is a part of itself
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: a list that contains itself
         raise DataError(f"{str(path)!r} has no readable header ({' '.join(str(error).split())[:200]})") from error
     if foreign:
         raise DataError(f"{str(path)!r} takes data from {foreign[0]!r}, which is not below the folder; correct it there")
 
 
 def reason_of(error: BaseException) -> str:
-    """One line on what lies under an error of `datasets`, which wraps a damaged file into words that name nothing."""
+    """Return one line on the cause of an error: `datasets` hides the reason for a damaged file in a generic error."""
     while isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ is not None:
         error = error.__cause__
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if isinstance(error, ConnectionError) and is_offline_mode():
-        return f"{text}; HF_HUB_OFFLINE is set, unset it to read from the Hub"
+        return f"{text}; HF_HUB_OFFLINE is set; unset it to read from the Hub"
     return text
 
 
 def source_revision(rows: datasets.Dataset) -> str | None:
-    """The commit of a Hub source, read from the checksummed files that `datasets` recorded."""
+    """Return the commit of a Hub source, from the URLs of the files that `datasets` recorded; `None` if there is none."""
     for url in rows.info.download_checksums or {}:
         if "@" in url:
             return url.rsplit("@", 1)[1].split("/", 1)[0]

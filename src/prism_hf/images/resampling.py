@@ -1,6 +1,6 @@
-"""Crop, resize, flip and roll a whole batch at once: one linear map along each axis, `rows @ image @ columns^T`.
+"""Crop, resize, flip and roll a whole batch at once, with one linear map for each axis: `rows @ image @ columns^T`.
 
-It is exactly what `torch.nn.functional.interpolate(crop, mode="bilinear", antialias=True)` computes for one image.
+For one image, this equals `torch.nn.functional.interpolate(crop, mode="bilinear", antialias=True)` exactly.
 Legend: B images, C channels, H W pixels of the source, S side of the result.
 """
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def axis_matrix(start: Tensor, length: Tensor, in_size: int, out_size: int) -> Tensor:
-    """The map from `in_size` source pixels of an axis to `out_size` result pixels: crop [start, start + length), resize.
+    """Return the matrix that crops [start, start + length) of an axis and resizes it from `in_size` to `out_size` pixels.
 
-    Start and length are (B,) int64. The result is (B, out_size, in_size) float32 on their device; rows sum to 1. Triangle
-    filter, widened when it shrinks (antialiasing), border pixels renormalized: PyTorch's `interpolate(..., mode="bilinear",
-    antialias=True)`.
+    Start and length are (B,) int64. The result is (B, out_size, in_size) float32 on their device; rows sum to 1. The filter
+    is a triangle, widened for shrinking (antialiasing) and renormalized at the borders, as in PyTorch's
+    `interpolate(..., mode="bilinear", antialias=True)`.
     """
     start, length = start.double().view(-1, 1, 1), length.double().view(-1, 1, 1)
     scale = length / out_size
@@ -30,8 +30,8 @@ def resample(
 ) -> Tensor:
     """Crop, resize, flip and roll a batch of images, differentiably: (B, C, H, W) float -> (B, C, S, S).
 
-    `crop` is (B, 4) int64 and `flip` (B,) bool; a single row serves the whole batch. S is `out_size`, by default W. `roll`
-    counts pixels down and right, wrapping around.
+    `crop` is (B, 4) int64 and `flip` is (B,) bool; a single row applies to the whole batch. S is `out_size`, by default W.
+    `roll` is the number of pixels to move down and right, with wrap-around.
     """
     out_size = out_size or images.shape[-1]
     crop, flip = crop.to(images.device), flip.to(images.device)

@@ -1,7 +1,7 @@
 """The real images of a dataset: any image-classification source of `datasets`, or scikit-learn's digits.
 
-Real *training* images serve init, squeeze, the random-real control and the diversity reference; the *test* part scores
-students and nothing else.
+Real *training* images are used for init, squeeze, the random-real control and the diversity reference. The *test* split
+is only used to score students.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ from .open_source import find_column, hold_out, image_homes, local_folder, open_
 from .pixels import UNREADABLE, from_pil
 
 _CACHE_BYTES = 2**31
-"""Splits whose working images fit in this many bytes are decoded once and kept as one uint8 tensor."""
+"""A split whose working images fit in this many bytes is decoded once and kept as one uint8 tensor."""
 
 
 class ImageSplit:
-    """Labeled images of one split, resized to squares of `size` pixels with 1 or 3 channels.
+    """The labeled images of one split, resized to squares of `size` pixels with 1 or 3 channels.
 
-    Images may be files in `homes` only: a table can name any file of this machine. `name` is that of the split, for errors.
+    Image files must be in `homes`, since a table can name any file on this machine. `name` is the split name, for errors.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ImageSplit:
         self._cells = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
         self._image_column = image_column
         self.size, self.channels, self.name, self._homes = size, channels, name, homes
-        # A missing label comes as `None` or not-a-number, which would become another number on each machine.
+        # A missing label is `None` or NaN, whose conversion to an integer would depend on the machine.
         labels = rows.with_format("arrow")[:].column(label_column).fill_null(-1)
         self.labels = labels.to_numpy().astype(np.int64)
 
@@ -56,10 +56,10 @@ class ImageSplit:
         return len(self.labels)
 
     def images(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        """Working images, (B, C, S, S) uint8.
+        """Return working images, (B, C, S, S) uint8.
 
         Raises:
-            DataError: An image cannot be decoded; names the row.
+            DataError: An image cannot be decoded. The message names the row.
         """
         raise_if_stopped()
         if len(self) * self.channels * self.size**2 <= _CACHE_BYTES:
@@ -79,7 +79,7 @@ class ImageSplit:
         if cell and cell["bytes"] is None and cell["path"] and not is_inside(Path(cell["path"]), self._homes):
             raise DataError(
                 f"row {index} of split {self.name!r} is the file {cell['path']!r}, which does not belong to the source; "
-                "store the images themselves in it"
+                "store the images in the source itself"
             )
         try:
             source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
@@ -93,7 +93,7 @@ class ImageSplit:
 
     @cached_property
     def content(self) -> str:
-        """Sixteen hex digits over all labels and up to 2048 evenly spaced images: whether these are the same data."""
+        """16 hex digits over all labels and up to 2048 evenly spaced images, to detect changed data."""
         digest = hashlib.sha256(self.labels.tobytes())
         chosen = np.unique(np.linspace(0, len(self) - 1, min(len(self), 2048)).astype(np.int64))
         for start in range(0, len(chosen), 256):
@@ -101,13 +101,13 @@ class ImageSplit:
         return digest.hexdigest()[:16]
 
     def rows_by_class(self, num_classes: int) -> list[np.ndarray]:
-        """Row numbers of each class, ascending."""
+        """Return the row numbers of each class, in ascending order."""
         return [np.flatnonzero(self.labels == label) for label in range(num_classes)]
 
 
 @dataclass(frozen=True)
 class SourceData:
-    """The real data of a recipe; `test` is what `validation_fraction` holds out, if it does. `revision` is a commit."""
+    """The real data of a recipe. With `validation_fraction`, `test` is the held-out part. `revision` is a commit."""
 
     train: ImageSplit
     test: ImageSplit
@@ -117,7 +117,7 @@ class SourceData:
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """The number of classes, K."""
         return len(self.class_names)
 
 
@@ -125,9 +125,9 @@ def load_source(recipe: DataRecipe) -> SourceData:
     """Open the source, find its columns and check it against the recipe.
 
     Raises:
-        DataError: Not found, no image or label column, or another number of classes.
+        DataError: Not found, no image or label column, or a different number of classes.
     """
-    # A held-out part of the training split takes the place of the test split, which is then never opened.
+    # A held-out part of the training split replaces the test split, which is then never opened.
     test = None if recipe.validation_fraction else open_split(recipe, recipe.test_split)
     train = open_split(recipe, recipe.train_split)
     image_column, label_column = (find_column(train, recipe, key) for key in ("image_column", "label_column"))
@@ -145,14 +145,14 @@ def load_source(recipe: DataRecipe) -> SourceData:
 
 
 def count_classes(recipe: DataRecipe) -> int:
-    """K of a source, as its labels say it; `num_classes` of the recipe is not read."""
+    """Return the number of classes K from the labels of a source. The recipe's `num_classes` is not used."""
     rows = open_split(recipe, recipe.train_split)
     column = find_column(rows, recipe, "label_column")
     feature = rows.features[column]
     if not isinstance(feature, datasets.ClassLabel):
         raise DataError(
-            f"label column {column!r} of {recipe.source!r} is of type {feature}, which does not say how many classes there "
-            "are; make it a ClassLabel (`Dataset.class_encode_column`)"
+            f"label column {column!r} of {recipe.source!r} is of type {feature}, which does not define the class count; "
+            "make it a ClassLabel (`Dataset.class_encode_column`)"
         )
     return len(feature.names)
 
@@ -160,15 +160,15 @@ def count_classes(recipe: DataRecipe) -> int:
 def _checked_split(
     rows: datasets.Dataset, image: str, label: str, names: Sequence[str], recipe: DataRecipe, split: str
 ) -> ImageSplit:
-    """A split whose columns, class order and labels are those of the training data."""
+    """Return a split, checked to have the columns, class order and label range of the training data."""
     missing = [column for column in (image, label) if column not in rows.features]
     if missing:
         raise DataError(f"split {split!r} of {recipe.source!r} has no column {missing[0]!r}, which the training split has")
     feature = rows.features[label]
     if isinstance(feature, datasets.ClassLabel) and tuple(feature.names) != tuple(names):
         raise DataError(
-            f"split {split!r} of {recipe.source!r} lists its classes in another order or number than the training data; "
-            "both must share one ClassLabel"
+            f"split {split!r} of {recipe.source!r} lists its classes in a different order or number than the training data"
+            "; both must share one ClassLabel"
         )
     size, channels, homes = recipe.size, recipe.channels, image_homes(recipe.source)
     part = ImageSplit(rows, image_column=image, label_column=label, size=size, channels=channels, name=split, homes=homes)
@@ -182,7 +182,7 @@ def _checked_split(
 
 
 def load_test_split(recipe: DataRecipe, source: str, split: str, class_names: Sequence[str]) -> ImageSplit:
-    """Another test set for the same classes: a Hub id or a folder, at the recipe's working size."""
+    """Load another test set for the same classes, from a Hub id or a folder, at the recipe's working size."""
     other = replace(recipe, source=source, config=None, revision=None, test_split=split, validation_fraction=0.0)
     rows = open_split(other, split)
     image_column, label_column = (find_column(rows, other, key) for key in ("image_column", "label_column"))

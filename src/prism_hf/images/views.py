@@ -1,9 +1,9 @@
-"""Random views: drawn, applied to a whole batch at once, and written to or read from the rows of a table.
+"""Random views: draw them, apply them to a whole batch at once, and convert them to and from table rows.
 
 Legend: B images, C channels, H W pixels of the source, S side of the result.
 
-A view is a crop box in whole source pixels, resized to S x S (bilinear with antialiasing), an optional flip, and an
-optional partner: pasted as a box (CutMix) or blended (MixUp).
+A view is a crop box in integer source pixels, resized to S x S (bilinear with antialiasing), an optional flip, and an
+optional partner image that is pasted as a box (CutMix) or blended (MixUp).
 """
 
 import math
@@ -18,28 +18,28 @@ from torch import Tensor
 from .resampling import resample
 
 _ASPECT = (3 / 4, 4 / 3)
-"""Range of the aspect ratio of a random resized crop: torchvision's default, as in all published codes."""
+"""Range of the aspect ratio of a random resized crop: torchvision's default, as in all published code."""
 
 
 @dataclass(frozen=True)
 class View:
-    """The views of a batch, one row per image; all tensors on the CPU."""
+    """The views of a batch, one row per image. All tensors are on the CPU."""
 
     crop: Tensor  # top, left, height, width in source pixels, (B, 4) int64
     flip: Tensor  # horizontal flip after resizing, (B,) bool
-    mix_with: Tensor  # position in the batch of the partner, or -1, (B,) int64
+    mix_with: Tensor  # position of the partner in the batch, or -1, (B,) int64
     mix_box: Tensor  # top, left, height, width in result pixels of the box that shows the partner; all zero for a blend
-    mix_weight: Tensor  # share of the image itself in the label and in a blend's pixels, (B,) float32; 1 without mix
+    mix_weight: Tensor  # weight of the image itself in the label and in a blend's pixels, (B,) float32; 1 without mix
 
     def __getitem__(self, rows: slice) -> Self:
         return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def draw_crop(count: int, size: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """Random resized crops of square images, (count, 4) int64: area share uniform in `scale`, aspect log-uniform.
+    """Draw random resized crops of square images, (count, 4) int64: area fraction uniform in `scale`, aspect log-uniform.
 
-    torchvision draws again when a box does not fit; here the range of aspects narrows with the room that is left, so
-    that one draw is always four numbers.
+    torchvision redraws a box that does not fit. Here, the aspect ratio is clamped to the range that fits, so that one draw
+    always takes four random numbers.
     """
     uniform = torch.rand((4, count), generator=generator, dtype=torch.float64)
     area = (scale[0] + (scale[1] - scale[0]) * uniform[0]) * size * size
@@ -65,8 +65,8 @@ def draw_views(
 ) -> View:
     """Draw one view for each of `count` square images of a batch, whose side is `size` before and after.
 
-    `crop_scale` is the smallest and largest share of the area; a flip has probability 0.5. `mix` is `cutmix` (arXiv
-    1905.04899), `mixup` (arXiv 1710.09412) or `none`: one weight (and box) for the whole batch, from Beta(alpha, alpha).
+    `crop_scale` is the smallest and largest fraction of the area. A flip has probability 0.5. `mix` is `cutmix` (arXiv
+    1905.04899), `mixup` (arXiv 1710.09412) or `none`, with one weight (and box) per batch, from Beta(alpha, alpha).
     """
     crop = draw_crop(count, size, crop_scale, generator)
     flips = torch.rand(count, generator=generator) < 0.5 if flip else torch.zeros(count, dtype=torch.bool)
@@ -75,7 +75,7 @@ def draw_views(
     weight = torch.ones(count)
     if mix != "none":
         partner = torch.randperm(count, generator=generator)
-        # numpy has the Beta distribution; seeded from our generator, so that one generator rules all draws.
+        # numpy draws the Beta distribution. It is seeded from the generator, which thus determines all draws.
         seed = int(torch.randint(2**62, (1,), generator=generator))
         share = np.random.Generator(np.random.PCG64(seed)).beta(mix_alpha, mix_alpha)
         if mix == "cutmix":
@@ -94,36 +94,36 @@ def _cutmix_box(size: int, share: float, generator: torch.Generator) -> Tensor:
 
 
 def apply_views(images: Tensor, view: View, partners: Tensor | None = None, partner_view: View | None = None) -> Tensor:
-    """The views of a batch: (B, C, H, W) float -> (B, C, H, W), in any normalization (the map is linear, rows sum to 1).
+    """Apply views to a batch, (B, C, H, W) float -> (B, C, H, W), in any normalization (the map is linear, rows sum to 1).
 
-    Mix partners are found in the batch itself, at `view.mix_with`, unless they are given with their own crops and flips.
+    Mix partners are the images of the batch at `view.mix_with`, unless they are given with their own crops and flips.
     """
-    shown = resample(images, view.crop, view.flip)
+    cropped = resample(images, view.crop, view.flip)
     mixed = view.mix_with >= 0
     if not bool(mixed.any()):
-        return shown
+        return cropped
     if partners is None or partner_view is None:
-        other = shown[view.mix_with.clamp(min=0).to(shown.device)]
+        partner = cropped[view.mix_with.clamp(min=0).to(cropped.device)]
     else:
-        other = resample(partners, partner_view.crop, partner_view.flip)
-    return torch.lerp(other, shown, _own_share(view, shown.shape[-1]).to(shown))
+        partner = resample(partners, partner_view.crop, partner_view.flip)
+    return torch.lerp(partner, cropped, _own_share(view, cropped.shape[-1]).to(cropped))
 
 
 def _own_share(view: View, size: int) -> Tensor:
-    """Share of the image itself at each pixel, (B, 1, S, S) float32: 0 inside a CutMix box, a constant for a blend."""
+    """Return the weight of the image itself per pixel, (B, 1, S, S) float32: 0 in a CutMix box, constant for a blend."""
     top, left, height, width = view.mix_box.view(-1, 4, 1, 1).unbind(1)
     y, x = torch.arange(size).view(1, -1, 1), torch.arange(size).view(1, 1, -1)
     inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
     is_box = (view.mix_box[:, 2] * view.mix_box[:, 3] > 0).view(-1, 1, 1)
-    # A CutMix box may be empty (weight 1); a blend has an empty box and a weight below 1.
+    # An empty CutMix box has weight 1. A blend has an empty box and a weight below 1.
     share = torch.where(is_box, (~inside).float(), view.mix_weight.view(-1, 1, 1))
     return share.unsqueeze(1)
 
 
 def to_columns(view: View, image_index: Tensor) -> dict[str, np.ndarray]:
-    """One batch of views as table columns; a row alone is enough to replay its view.
+    """Convert one batch of views to table columns. Each row is enough to replay its view.
 
-    `image_index`, (B,) int64, is the row in the image table of each image; a `mix_image_index` of -1 means no partner.
+    `image_index`, (B,) int64, is each image's row in the image table. A `mix_image_index` of -1 means no partner.
     """
     partner = view.mix_with.clamp(min=0)
     mixed = view.mix_with >= 0
@@ -141,19 +141,19 @@ def to_columns(view: View, image_index: Tensor) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class ViewRows:
-    """Rows of the views table, as tensors: what a student trains on."""
+    """Rows of the views table as tensors, for training students."""
 
     image_index: Tensor  # row of the image, (N,) int64
     view: View  # `mix_with` is the *image row* of the partner here, or -1
-    partner: View  # the same with crop and flip of the partner
+    partner: View  # the same view with the partner's crop and flip
 
     def __getitem__(self, rows: slice) -> Self:
         return type(self)(self.image_index[rows], self.view[rows], self.partner[rows])
 
     def replay(self, images: Tensor, prepare: Callable[[Tensor], Tensor] = lambda picked: picked) -> Tensor:
-        """The recorded views of a table of images, (N_images, C, H, W); only the images of these rows are read.
+        """Apply the recorded views to a table of images, (N_images, C, H, W). Only the images of these rows are read.
 
-        `prepare` makes them float, where the views are to be; by default the table is so already.
+        `prepare` converts them to float on the device of the views. By default, the table already has that form.
         """
         rows = (self.image_index, self.view.mix_with.clamp(min=0))
         own, partners = (prepare(images[index.to(images.device)]) for index in rows)
@@ -161,13 +161,13 @@ class ViewRows:
 
 
 def from_columns(columns: dict[str, np.ndarray]) -> ViewRows:
-    """Table columns -> `ViewRows`; the inverse of `to_columns`."""
+    """Convert table columns to `ViewRows`; the inverse of `to_columns`."""
 
     def tensor(name: str, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(columns[name], dtype=dtype)
 
     flip, weight = tensor("flip", torch.bool), tensor("mix_weight", torch.float32)
     view = View(tensor("crop"), flip, tensor("mix_image_index"), tensor("mix_box"), weight)
-    # An unmixed row has an empty partner crop; give the replay a valid one, it has no weight in the result.
+    # An unmixed row has an empty partner crop. Replay needs a valid one, which has no weight in the result.
     crop = torch.where((view.mix_with >= 0)[:, None], tensor("mix_crop"), view.crop)
     return ViewRows(tensor("image_index"), view, replace(view, crop=crop, flip=tensor("mix_flip", torch.bool)))

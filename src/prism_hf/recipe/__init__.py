@@ -1,4 +1,4 @@
-"""A recipe: its sections and ranges, its YAML, its plan. No torch."""
+"""Recipes: their sections, value ranges, YAML files and plans. This package does not need torch."""
 
 from .describe import VIEW_ROW_BYTES, describe_plan, space_needed
 from .plan import STAGES, TRACKERS, SynthesisJob, batch_ranges, plan_jobs

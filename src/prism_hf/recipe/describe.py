@@ -1,4 +1,4 @@
-"""What a run will do and how much disk it needs, from the recipe alone."""
+"""A description of a run and its disk space, from the recipe alone."""
 
 from collections import Counter
 
@@ -7,11 +7,11 @@ from .plan import plan_jobs
 from .schema import Recipe
 
 VIEW_ROW_BYTES = 32
-"""Bytes of one view beside its logits: two crops, a mix box, indices, flags (before compression)."""
+"""Bytes of one view in addition to its logits: two crops, a mix box, indices and flags (before compression)."""
 
 
 def describe_plan(recipe: Recipe) -> str:
-    """What a run will do, from the recipe alone: for `--dry-run`."""
+    """Describe what a run will do, from the recipe alone, for `--dry-run`."""
     jobs, data, teachers, relabel = plan_jobs(recipe), recipe.data, recipe.teachers, recipe.relabel
     drawn: Counter[str] = Counter()
     for job in jobs:
@@ -50,11 +50,11 @@ def describe_plan(recipe: Recipe) -> str:
 
 
 def space_needed(recipe: Recipe, *, processes: int = 1, control: bool = True) -> dict[str, int]:
-    """Bytes that a run needs on the disk, at most: by kind, teachers and students left out.
+    """Return the maximum number of bytes that a run needs on disk, by kind, without teachers and students.
 
-    Images are kept as they come from synthesis; those of the distilled set and of its control, where there is one, also
-    encoded, decoded for the teachers, and decoded for the students. Each process has a checkpoint (pixels and two moments),
-    and another one while it is replaced.
+    Images are kept as they come from synthesis. Those of the distilled set, and of its control if there is one, are also
+    kept encoded, decoded for the teachers, and decoded for the students. Each process has a checkpoint (pixels and two
+    moments), and a second one while the first is replaced.
     """
     data, sets = recipe.data, 2 if control else 1
     pixels = recipe.num_images * data.channels * data.size**2

@@ -1,4 +1,4 @@
-"""Which images are optimized together, under which teachers, with which seed: decided by the recipe alone."""
+"""The plan of a run: images per batch, their teachers and their seeds, all determined by the recipe alone."""
 
 import random
 from dataclasses import dataclass
@@ -8,31 +8,31 @@ from .schema import Recipe
 from .sections import TeachersRecipe
 
 STAGES = ("squeeze", "synthesize", "relabel", "package", "evaluate")
-"""What a run does, in order."""
+"""The stages of a run, in order."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
-"""Where its losses and pictures can be recorded, through Accelerate."""
+"""Experiment trackers that can record losses and images, through Accelerate."""
 
 
 @dataclass(frozen=True)
 class SynthesisJob:
-    """One batch of images to optimize, whose result never depends on rank, process count, order or resume."""
+    """One batch of images to optimize. Its result does not depend on rank, process count, job order or interruptions."""
 
     id: int  # 0 to the number of jobs - 1
-    classes: tuple[int, ...]  # of each image
-    slots: tuple[int, ...]  # of each image
-    iterations: int  # Adam steps; 0 ships the start images
-    seed: int  # of the job's own generator (init noise, views)
-    draw_key: str  # names the teacher draw; jobs of one slot share it
+    classes: tuple[int, ...]  # class of each image
+    slots: tuple[int, ...]  # slot of each image
+    iterations: int  # Adam steps; 0 ships the start images unchanged
+    seed: int  # seed of the job's own generator (init noise, views)
+    draw_key: str  # identifies the teacher draw; jobs of one slot share it
     teachers: TeachersRecipe
     recipe_seed: int
 
     def logit_teacher(self, iteration: int) -> str:
-        """Who gives the classification loss of one iteration: always the same, but for selection `cycle`."""
+        """Return the teacher of the classification loss in one iteration: always the same, except in selection `cycle`."""
         names = self.teachers.synthesis_names
         return names[iteration % len(names)] if self.teachers.selection == "cycle" else self.teachers.logit
 
     def bn_teachers(self, iteration: int) -> tuple[str, ...]:
-        """The BN teachers of one iteration, the logit teacher first where it is one of them."""
+        """Return the BN teachers of one iteration. The logit teacher comes first if it is one of them."""
         rule = self.teachers
         if rule.selection == "cycle":
             return (self.logit_teacher(iteration),)
@@ -40,7 +40,7 @@ class SynthesisJob:
         rng = random.Random(derived_seed(self.recipe_seed, "bn teachers", key))
         pool, drawn = list(rule.bn_pool), []
         for _ in range(rule.extras):
-            # Both numbers are drawn each time, so that one draw's outcome does not shift the next.
+            # Both numbers are always drawn, so that the outcome of one draw does not change the next.
             wanted, position = rng.random() < rule.draw_probability, rng.random()
             if wanted and pool:
                 drawn.append(pool.pop(int(position * len(pool))))
@@ -48,7 +48,7 @@ class SynthesisJob:
 
 
 def plan_jobs(recipe: Recipe) -> list[SynthesisJob]:
-    """All synthesis jobs of a recipe; every (class, slot) is in exactly one.
+    """Return all synthesis jobs of a recipe. Every (class, slot) is in exactly one job.
 
     Example:
         >>> [job.id for job in plan_jobs(recipe)]
@@ -75,11 +75,11 @@ def plan_jobs(recipe: Recipe) -> list[SynthesisJob]:
 
 
 def _batches(recipe: Recipe) -> list[tuple[str, list[tuple[int, int]]]]:
-    """(name of the teacher draw, (class, slot) of each image) of each batch."""
+    """Return the name of the teacher draw and the (class, slot) of each image, for each batch."""
     synthesis, ipc = recipe.synthesis, recipe.synthesis.ipc
 
     def batches(slots: range) -> list[list[tuple[int, int]]]:
-        # Class-major, so that a batch_size below the size of a group of slots still keeps whole classes together.
+        # Class-major: if batch_size is below the size of a group of slots, the images of a class stay together.
         order = [(c, s) for c in range(recipe.data.num_classes) for s in slots]
         size = len(order) if recipe.method == "random" else synthesis.batch_size
         return [order[part.start : part.stop] for part in batch_ranges(len(order), size)]
@@ -94,9 +94,9 @@ def _batches(recipe: Recipe) -> list[tuple[str, list[tuple[int, int]]]]:
 
 
 def batch_ranges(count: int, size: int) -> list[range]:
-    """Cut 0..count-1 into batches of `size`; nothing is dropped, and an image left alone joins the batch before it.
+    """Split 0..count-1 into batches of `size`. Nothing is dropped; a single remaining image joins the batch before it.
 
-    A batch of one has no statistics: BatchNorm cannot train on it, and BN alignment means nothing.
+    A batch of one has no statistics: BatchNorm cannot train on it, and BN alignment is meaningless.
     """
     starts = list(range(0, count, size))
     if len(starts) > 1 and count - starts[-1] == 1:

@@ -1,6 +1,6 @@
-"""A recipe: what is to be distilled, and how, in frozen dataclasses whose values are checked when they are made.
+"""Recipes: what is distilled, and how, in frozen dataclasses that check their values on creation.
 
-A recipe holds the science (every value that can change a result) and nothing about hardware: process count, threads,
+A recipe contains the science (every value that can change a result) and nothing about hardware: process count, threads,
 device, precision and paths are arguments of the commands. Two runs of one recipe give the same bytes on the CPU.
 """
 
@@ -27,19 +27,19 @@ from .sections import (
 from .synthesis import SynthesisRecipe
 
 SQUEEZE_PREFIX = "squeeze:"
-MOST_IMAGES = 10**7  # a plan holds every one of them
+MOST_IMAGES = 10**7  # a plan lists every image
 _RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)
-"""What Windows keeps for devices, with any extension."""
+"""Names that Windows reserves for devices, with any extension."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Recipe:
-    """One distilled dataset, from source to table; each section is a class of its own.
+    """The recipe of one distilled dataset, from the source to the results table. Each section is a separate class.
 
     Attributes:
-        name: Names the run and its default output folder.
-        method: `synthesize`, or `random`: real images drawn at random, not optimized; relabeled and packaged like others.
-        seed: Seed of every draw that is not a student's.
+        name: Name of the run and of its default output folder.
+        method: `synthesize`, or `random` (real images drawn at random, not optimized, but relabeled and packaged as usual).
+        seed: Seed of every random draw except those of the students.
 
     Example:
         >>> recipe = load_recipe("recipes/digits/prism_ipc10.yaml", ["synthesis.iterations=20"])
@@ -65,33 +65,33 @@ class Recipe:
 
     @property
     def num_images(self) -> int:
-        """How many images are distilled."""
+        """The number of distilled images."""
         return self.synthesis.ipc * self.data.num_classes
 
     @property
     def squeezed_teachers(self) -> tuple[str, ...]:
-        """`squeeze:` teachers, each once, in order of first mention."""
+        """The `squeeze:` teachers, without duplicates, in order of first mention."""
         return tuple(name for name in self.all_teachers if name.startswith(SQUEEZE_PREFIX))
 
     @property
     def all_teachers(self) -> tuple[str, ...]:
-        """Every network of the recipe, each once: logit teacher, pool, labelers, verifier."""
+        """All networks of the recipe, without duplicates: logit teacher, pool, labelers, verifier."""
         verifier = (self.teachers.verifier,) if self.teachers.verifier else ()
         return tuple(dict.fromkeys((*self.teachers.synthesis_names, *self.relabel.teachers, *verifier)))
 
     @property
     def bn_candidates(self) -> tuple[str, ...]:
-        """Every BN teacher that may be drawn; none where nothing is optimized."""
+        """All BN teachers that may be drawn; none if nothing is optimized."""
         return () if self.method == "random" else self.teachers.bn_candidates
 
     def fingerprint(self, *sections: str) -> str:
-        """Sixteen hex digits of the SHA-256 of the recipe's values, or of the named sections and the seed.
+        """Return 16 hex digits of the SHA-256 of the recipe's values, or of the named sections and the seed.
 
-        The name is left out: renaming a recipe changes no result. So are the keys of later versions where they have their
-        default, which means what earlier versions did: what was published keeps its fingerprint.
+        The name is excluded, since renaming a recipe changes no result. Keys that a later version added are excluded if
+        they have their default, which is what earlier versions did. So published recipes keep their fingerprints.
         """
         values = to_dict(self)
-        values["data"]["licence"] = values["data"].pop("license")  # as the key was spelled at first
+        values["data"]["licence"] = values["data"].pop("license")  # the spelling of the key in the first version
         for key, default in _ADDED.items():
             *parents, last = key.split(".")
             section = values
@@ -106,10 +106,10 @@ class Recipe:
 
 def _check_names(recipe: Recipe) -> None:
     if _RESERVED.fullmatch(recipe.name.split(".")[0]) or recipe.name.endswith("."):
-        raise ValueError(f"name {recipe.name!r} is not the name of a folder on every system; choose another one")
+        raise ValueError(f"name {recipe.name!r} is not a valid folder name on every operating system; choose another one")
     for name in recipe.squeezed_teachers:
         if not re.fullmatch(r"\w+", name.removeprefix(SQUEEZE_PREFIX)):
-            raise ValueError(f"teacher {name!r} is not squeeze:ARCHITECTURE; a timm architecture is letters, digits and _")
+            raise ValueError(f"teacher {name!r} is not squeeze:ARCHITECTURE; a timm name has only letters, digits and _")
 
 
 def _check_unused(recipe: Recipe) -> None:
@@ -122,17 +122,17 @@ def _check_unused(recipe: Recipe) -> None:
 
 
 def _check_counts(recipe: Recipe) -> None:
-    """The number of images and of epochs, and what is cut out of them."""
+    """Check the number of images and epochs, and the values that they limit."""
     synthesis, images, stored = recipe.synthesis, recipe.num_images, recipe.relabel.epochs
     if images > MOST_IMAGES:
         raise ValueError(
-            f"synthesis.ipc {synthesis.ipc} makes {images} images; expected at most {MOST_IMAGES:,}, lower ipc"
+            f"synthesis.ipc {synthesis.ipc} makes {images} images; expected at most {MOST_IMAGES:,}; lower ipc"
         )
     if recipe.relabel.batch_size > images:
         raise ValueError(f"relabel.batch_size is {recipe.relabel.batch_size} but there are {images} images; lower it")
     if recipe.method == "synthesize":
         if synthesis.slots_per_batch > synthesis.ipc:
-            raise ValueError(f"slots_per_batch is {synthesis.slots_per_batch} but ipc is {synthesis.ipc}; lower the first")
+            raise ValueError(f"slots_per_batch is {synthesis.slots_per_batch} but ipc is {synthesis.ipc}; lower the former")
         limit = synthesis.slots_per_batch * recipe.data.num_classes
         if synthesis.batch_order == "cross_class" and synthesis.batch_size > limit:
             raise ValueError(
@@ -145,8 +145,8 @@ def _check_counts(recipe: Recipe) -> None:
     needed = getattr(recipe.evaluation, key) or 0
     if needed > stored:
         raise ValueError(
-            f"evaluation.{key} is {needed} but relabel stores {stored} epochs of views; lower the first, raise the "
-            "second, or use each epoch more than once with evaluation.label_epochs"
+            f"evaluation.{key} is {needed} but relabel stores {stored} epochs of views; lower evaluation.{key}, "
+            "raise relabel.epochs, or use each epoch more than once with evaluation.label_epochs"
         )
 
 
@@ -161,9 +161,9 @@ _ADDED: dict[str, object] = {
     "synthesis.view.curriculum": "none",
     "evaluation.label_epochs": None,
 }
-"""Keys that the first recipes did not have, with their defaults."""
+"""Keys that did not exist in the first version, with their defaults."""
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe as plain YAML types."""
+    """Return the resolved recipe as plain YAML types."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))

@@ -1,4 +1,4 @@
-"""The sections of a recipe, but for the optimization of pixels: what each key means stands beside it."""
+"""The sections of a recipe, except for the optimization of pixels. Each key is explained next to it."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-MOST = 2**31 - 1  # the tables count in int32
+MOST = 2**31 - 1  # the tables store counts as int32
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 Float = Annotated[float, Field(allow_inf_nan=False)]
@@ -18,7 +18,7 @@ PositiveFraction = Annotated[Float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
 AtLeastTwo = Annotated[int, Field(ge=2, le=MOST)]
 Index = Annotated[int, Field(ge=0, le=MOST)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch.manual_seed takes
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the range of torch.manual_seed
 Name = Annotated[str, Field(min_length=1)]
 
 
@@ -29,30 +29,30 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
 
 
 CropScale = Annotated[tuple[PositiveFraction, PositiveFraction], AfterValidator(_ordered)]
-"""Smallest and largest share of the area kept by a random resized crop."""
+"""The smallest and largest fraction of the area that a random resized crop keeps."""
 
 
 def refuse_unused(section: Any, names: Iterable[str], why: str) -> None:
-    """Refuse values that nothing would read."""
+    """Raise a `ValueError` if a key that is not used differs from its default."""
     for name in names:
         default = type(section).__pydantic_fields__[name].get_default(call_default_factory=True)
         if getattr(section, name) != default:
-            raise ValueError(f"{why}, so nothing reads {name}; leave it out")
+            raise ValueError(f"{why}, so {name} is not used; remove it")
 
 
 @dataclass(frozen=True, config=STRICT)
 class DataRecipe:
-    """The real dataset: where it is, its columns, and the working size."""
+    """The real dataset: its location, its columns, and the working size."""
 
     source: Name  # `digits` (inside scikit-learn), a Hub id, or a local folder (Parquet, ImageFolder, save_to_disk)
-    num_classes: AtLeastTwo  # stated, not guessed, so that a plan needs no data; checked against the data
-    size: Annotated[int, Field(ge=8, lt=2**15)]  # side of the square working image in pixels; the tables hold int16
+    num_classes: AtLeastTwo  # required, so that a plan can be made without the data; checked against the data
+    size: Annotated[int, Field(ge=8, lt=2**15)]  # side of the square working image in pixels; the tables store int16
     channels: Literal[1, 3] = 3  # 1 (gray) or 3 (RGB) for the synthetic images
     config: Name | None = None  # Hub config of the source
-    revision: Name | None = None  # Hub revision of the source; `null` takes the newest and records which one that was
+    revision: Name | None = None  # Hub revision of the source; `null` uses the newest and records its commit
     train_split: Name = "train"  # for start images, squeeze, the random-real control and the diversity reference
-    test_split: Name = "test"  # for the scores of students, and for nothing else
-    # For tuning: this stratified share of the *training* split takes the place of the test split, which is then never read.
+    test_split: Name = "test"  # only for scoring students
+    # For tuning: this stratified fraction of the *training* split replaces the test split, which is then never read.
     validation_fraction: FractionBelowOne = 0.0
     image_column: Name | None = None  # `null` finds the only column of type Image
     label_column: Name | None = None  # `null` finds the only column of type ClassLabel
@@ -60,34 +60,34 @@ class DataRecipe:
 
     @property
     def tested_on(self) -> str:
-        """What students are scored on, for tables."""
+        """The images that students are scored on, as text for tables."""
         return "training images that were held out" if self.validation_fraction else "test images"
 
 
 @dataclass(frozen=True, config=STRICT)
 class TeachersRecipe:
-    """Who supervises what: the decoupling that is PRISM. An empty `bn_pool` is SRe2L (one teacher for both losses).
+    """The teachers of each loss, which PRISM decouples. An empty `bn_pool` gives SRe2L (one teacher for both losses).
 
     A teacher is `squeeze:<timm architecture>` (trained on this recipe's data), a timm name (`resnet18.tv_in1k`),
     `hf-hub:org/name@revision`, `local-dir:path`, or `transformers:org/name`.
     """
 
-    logit: Name  # alone in supplying the classification loss
-    bn_pool: tuple[Name, ...] = ()  # other BN teachers, from which extras are drawn
+    logit: Name  # the only teacher of the classification loss
+    bn_pool: tuple[Name, ...] = ()  # other BN teachers, from which the extras are drawn
     include_logit: bool = True  # the logit teacher is always a BN teacher too (PRISM's published setting)
-    extras: Index = 3  # at most this many draws from the pool
+    extras: Index = 3  # maximum number of draws from the pool
     draw_probability: Fraction = 0.5  # of each draw; uniform, without replacement
-    # `per_slot`: drawn once per slot or group of slots that share a batch (paper: pre-distillation); with `within_class`
-    # batches once per batch. `per_iteration`: drawn anew each iteration (intra-distillation). `cycle` (G-VBSM): nothing is
-    # drawn; at each iteration the next of logit teacher and pool supplies both losses.
+    # `per_slot`: one draw per slot or group of slots that share a batch (paper: pre-distillation), or per batch if batches
+    # are `within_class`. `per_iteration`: a new draw at each iteration (intra-distillation). `cycle` (G-VBSM): no draws;
+    # the logit teacher and the pool take turns, and the teacher of an iteration gives both losses.
     selection: Literal["per_slot", "per_iteration", "cycle"] = "per_slot"
-    verifier: Name | None = None  # a classifier outside logit teacher and pool that judges the images; never in the loss
+    verifier: Name | None = None  # a classifier outside logit teacher and pool that scores the images; never in the loss
 
     def __post_init__(self) -> None:
         if len(set(self.bn_pool)) != len(self.bn_pool):
             raise ValueError("bn_pool names a teacher twice; draws are without replacement, so name each once")
         if self.logit in self.bn_pool:
-            raise ValueError(f"bn_pool contains the logit teacher {self.logit!r}; remove it there, see include_logit")
+            raise ValueError(f"bn_pool contains the logit teacher {self.logit!r}; remove it there; see include_logit")
         if self.verifier in self.synthesis_names:
             raise ValueError(
                 f"verifier {self.verifier!r} is also a teacher, but must be held out; name another architecture"
@@ -95,16 +95,16 @@ class TeachersRecipe:
         if not self.bn_pool and not self.include_logit:
             raise ValueError("no BN teacher: bn_pool is empty and include_logit is false; set one of the two")
         if self.selection == "cycle":
-            refuse_unused(self, ("include_logit", "extras", "draw_probability"), "selection cycle draws no teacher")
+            refuse_unused(self, ("include_logit", "extras", "draw_probability"), "selection cycle draws no teachers")
 
     @property
     def synthesis_names(self) -> tuple[str, ...]:
-        """Teachers in the loss."""
+        """The teachers in the loss."""
         return (self.logit, *self.bn_pool)
 
     @property
     def bn_candidates(self) -> tuple[str, ...]:
-        """Every BN teacher that may be drawn."""
+        """All BN teachers that may be drawn."""
         if self.selection == "cycle":
             return self.synthesis_names
         return ((self.logit,) if self.include_logit else ()) + (self.bn_pool if self.extras else ())
@@ -112,7 +112,7 @@ class TeachersRecipe:
 
 @dataclass(frozen=True, config=STRICT)
 class SqueezeRecipe:
-    """How `squeeze:` teachers are trained (SRe2L stage 1): AdamW, one-cycle learning rate, crops and pixel noise."""
+    """Training of the `squeeze:` teachers (SRe2L stage 1): AdamW, one-cycle learning rate, crops and pixel noise."""
 
     epochs: Count = 14
     batch_size: AtLeastTwo = 64  # the incomplete last batch of an epoch is dropped (BN statistics)
@@ -121,13 +121,13 @@ class SqueezeRecipe:
     crop_scale: CropScale = (0.6, 1.0)
     flip: bool = False  # horizontally, with probability 0.5
     noise_std: NonNegative = 0.1  # largest standard deviation of Gaussian noise, in [0, 1] pixel units; drawn per image
-    # `null` takes the recipe's; with a seed of their own, teachers are shared by recipes that differ in theirs.
+    # `null` uses the recipe's seed. With a separate seed, recipes with different seeds can share their teachers.
     seed: Seed | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
 class RelabelView:
-    """The recorded views of the relabel stage; each image has its own crop and flip."""
+    """The recorded views of the relabel stage. Each image has its own crop and flip."""
 
     crop_scale: CropScale = (0.25, 1.0)
     flip: bool = True  # horizontally, with probability 0.5
@@ -137,15 +137,15 @@ class RelabelView:
 
 @dataclass(frozen=True, config=STRICT)
 class RelabelRecipe:
-    """Which teachers label the shipped images, under which views."""
+    """The teachers that label the shipped images, and the views they see."""
 
     teachers: Annotated[tuple[Name, ...], Field(min_length=1)]
     epochs: Count = 300  # views per image
-    batch_size: AtLeastTwo = 50  # part of the method, since mixing and norm balance look at the batch
-    # `mean` of the logits; `norm_balanced_mean`: each teacher's (B, K) logits are first rescaled to the mean Frobenius norm
-    # over the teachers; `weighted`: with `weights`.
+    batch_size: AtLeastTwo = 50  # part of the method, since mixing and norm balancing depend on the batch
+    # `mean`: mean of the logits. `norm_balanced_mean`: each teacher's (B, K) logits are first rescaled to the mean
+    # Frobenius norm of the teachers. `weighted`: weighted mean with `weights`.
     ensemble: Literal["mean", "norm_balanced_mean", "weighted"] = "norm_balanced_mean"
-    weights: tuple[Positive, ...] | None = None  # one per teacher, for `weighted`; they are divided by their sum
+    weights: tuple[Positive, ...] | None = None  # one per teacher, for `weighted`; normalized to sum to 1
     view: RelabelView = Field(default_factory=RelabelView)
 
     def __post_init__(self) -> None:
@@ -159,33 +159,33 @@ class RelabelRecipe:
 
 @dataclass(frozen=True, config=STRICT)
 class PackagingRecipe:
-    """How the images are encoded and the tables cut."""
+    """Encoding of the images and size of the table shards."""
 
-    # `png` and `webp` (RGB only) are lossless; `jpeg` is not, and the labels are those of the decoded JPEG.
+    # `png` and `webp` (RGB only) are lossless. `jpeg` is not: the teachers label the decoded JPEG images.
     image_format: Literal["png", "webp", "jpeg"] = "png"
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
-    shard_megabytes: Count = 500  # a new Parquet file is started when one has reached this size
+    shard_megabytes: Count = 500  # a new Parquet file starts when the last one has reached this size
 
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluationRecipe:
-    """How students are trained from scratch; the same protocol for every row of the table."""
+    """Training of the students from scratch, with the same protocol for every row of the table."""
 
     student: Name  # timm architecture, or `transformers:<model type>` for a default configuration of that family
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)  # one student per seed and row
     batch_size: AtLeastTwo = 50
-    epochs: Count | None = None  # each with a recorded epoch of views; `null` uses all that the folder holds, once
-    # Only so many recorded epochs of views are used, in turn; fewer need fewer bytes. `null`: as many as `epochs`.
+    epochs: Count | None = None  # each uses one recorded epoch of views; `null` uses every epoch in the folder once
+    # The number of recorded epochs of views to cycle through; fewer need less storage. `null`: as many as `epochs`.
     label_epochs: Count | None = None
-    # `mse_ce`: MSE(student logits, stored logits) + ce_weight * CE; `kl`: KL at `temperature`; `dist`: correlations of
-    # classes and of images at `temperature`; `cosine`: 1 - cosine of centered logits, plus ce_weight * CE.
+    # `mse_ce`: MSE(student logits, stored logits) + ce_weight * CE. `kl`: KL at `temperature`. `dist`: correlations between
+    # classes and between images at `temperature`. `cosine`: 1 - cosine of the centered logits, plus ce_weight * CE.
     loss: Literal["mse_ce", "kl", "dist", "cosine"] = "mse_ce"
     ce_weight: NonNegative = 0.1
     temperature: Positive = 20.0
-    lr: Positive = 1.0e-3  # of AdamW; cosine to zero, no jump
-    weight_decay: NonNegative = 0.01  # of AdamW; none on one-dimensional parameters
-    ema: FractionBelowOne = 0.0  # decay of an exponential moving average of the student's weights; 0 is off
-    # Of the ceiling row (all real training images, hard labels); 0 leaves the row out and the table says so.
+    lr: Positive = 1.0e-3  # of AdamW; cosine decay to zero, no jump
+    weight_decay: NonNegative = 0.01  # of AdamW; not applied to one-dimensional parameters
+    ema: FractionBelowOne = 0.0  # decay of an exponential moving average of the student's weights; 0 turns it off
+    # Epochs of the ceiling row (all real training images, hard labels); 0 omits the row, and the table says so.
     full_data_epochs: Index = 20
 
     def __post_init__(self) -> None:

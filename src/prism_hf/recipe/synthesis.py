@@ -1,4 +1,4 @@
-"""How pixels are optimized, as a section of a recipe: statistics, optimizer, views, start images."""
+"""The recipe section for the optimization of pixels: statistics, optimizer, views, start images."""
 
 from typing import Literal
 
@@ -20,13 +20,13 @@ from .sections import (
 
 @dataclass(frozen=True, config=STRICT)
 class SynthesisView:
-    """The random view of one synthesis step, one draw for the whole batch."""
+    """The random view of one synthesis step. One draw serves the whole batch."""
 
     crop_scale: CropScale = (0.08, 1.0)  # [1, 1] is no crop
     flip: bool = True  # horizontally, with probability 0.5
     jitter: Index = 32  # roll by 0 to this many pixels along each axis
-    # `cosine` (CDA, arXiv 2311.18838): the smallest share of a crop falls from the largest at the first iteration to its
-    # own value at the last, along half a cosine.
+    # `cosine` (CDA, arXiv 2311.18838): the lower bound of `crop_scale` falls along half a cosine, from the upper bound at
+    # the first iteration to its own value at the last.
     curriculum: Literal["none", "cosine"] = "none"
 
 
@@ -40,77 +40,77 @@ class Ladder:
 
 @dataclass(frozen=True, config=STRICT)
 class ConvStatistics:
-    """Statistics of convolution inputs, beside those of BN (G-VBSM, arXiv 2311.17950): per channel, and per patch."""
+    """Statistics of convolution inputs in addition to BN (G-VBSM, arXiv 2311.17950): per channel and per patch."""
 
     patch: Count = 16  # side of a patch in pixels of the feature map; a smaller map is one patch
-    drop: FractionBelowOne = 0.0  # each layer is left out of a step with this probability
+    drop: FractionBelowOne = 0.0  # probability of omitting a layer from a step
 
 
 @dataclass(frozen=True, config=STRICT)
 class Densification:
-    """Images of a class shall span more directions (G-VBSM): KL of the softmax of Gram eigenvalues, `temperature` to 1."""
+    """A loss for diversity within a class (G-VBSM): KL of the softmax of Gram eigenvalues, `temperature` to 1."""
 
-    weight: Positive = 1.0  # in the loss
+    weight: Positive = 1.0  # weight in the loss
     temperature: Positive = 4.0  # of the target
-    size: Count = 32  # images are pooled to this side first
+    size: Count = 32  # images are first pooled to this side
 
 
 @dataclass(frozen=True, config=STRICT)
 class Mosaic:
-    """How a start image is put together (RDED, arXiv 2312.03526): patches that the logit teacher knows best."""
+    """Start images composed of the patches that the logit teacher classifies best (RDED, arXiv 2312.03526)."""
 
-    candidates: Count = 300  # real images of the class that patches are cut from
-    crops: Count = 5  # of each candidate; the best is kept
+    candidates: Count = 300  # real images of the class to cut patches from
+    crops: Count = 5  # crops of each candidate; the best one is kept
     crop_scale: CropScale = (0.08, 1.0)
-    grid: AtLeastTwo = 2  # patches along each side
+    grid: AtLeastTwo = 2  # number of patches along each side
 
 
 @dataclass(frozen=True, config=STRICT)
 class SynthesisRecipe:
-    """How pixels are optimized (PRISM, arXiv 2511.09905; stage "recover" of SRe2L, arXiv 2306.13092)."""
+    """The optimization of pixels (PRISM, arXiv 2511.09905; stage "recover" of SRe2L, arXiv 2306.13092)."""
 
     ipc: Count  # images per class
-    batch_size: AtLeastTwo = 100  # part of the method: the statistics of the images optimized together are the BN loss
-    iterations: Index = 4000  # Adam steps per batch; 0 ships the start images as they are
-    lr: Positive = 0.05  # of Adam, in the reference normalization
+    batch_size: AtLeastTwo = 100  # part of the method: the BN loss uses the statistics of the images in a batch
+    iterations: Index = 4000  # Adam steps per batch; 0 ships the start images unchanged
+    lr: Positive = 0.05  # learning rate of Adam, in the reference normalization
     # `noise`: N(0, 1) in the reference normalization. `real_index`: image number `slot` of the class. `real_random`: a
-    # seeded random image of the class. `real_median`: those whose loss at the logit teacher is nearest to the median of the
-    # class (DELT). `real_kmeans`: those nearest to the `ipc` centers of the class in the features of the logit teacher.
+    # seeded random image of the class. `real_median`: the images whose logit-teacher loss is nearest to the median of the
+    # class (DELT). `real_kmeans`: the images nearest to `ipc` cluster centers of the class in logit-teacher features.
     init: Literal["noise", "real_index", "real_random", "real_median", "real_kmeans", "mosaic"] = "real_random"
-    # A batch holds consecutive classes of the same slot(s), or consecutive slots of the same class(es).
+    # A batch contains consecutive classes of the same slot(s), or consecutive slots of the same class(es).
     batch_order: Literal["cross_class", "within_class"] = "cross_class"
-    # With `cross_class`: how many consecutive slots share a batch, a teacher draw and an iteration count. The paper has 1;
-    # few classes need more, since statistics of a handful of images mean little.
+    # With `cross_class`: the number of consecutive slots that share a batch, a teacher draw and an iteration count. The
+    # paper uses 1. With few classes, use more, since the statistics of a few images are not meaningful.
     slots_per_batch: Count = 1
     ladder: Ladder | None = None
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.5, 0.9)  # of Adam
-    lr_schedule: Literal["cosine", "constant"] = "cosine"  # `cosine`: to zero
-    bn_weight: NonNegative = 0.01  # of the BN alignment against the classification loss (r_bn)
-    # `sum` over layers, as published; `mean` over layers, so that deep teachers do not dominate; or `balanced`: the sum,
-    # divided by what it is for the start images of the batch, so that no teacher does.
+    lr_schedule: Literal["cosine", "constant"] = "cosine"  # `cosine`: decay to zero
+    bn_weight: NonNegative = 0.01  # weight of the BN alignment relative to the classification loss (r_bn)
+    # `sum`: over layers, as published. `mean`: over layers, so that deep teachers do not dominate. `balanced`: the sum,
+    # divided by its value for the start images of the batch, so that no teacher dominates.
     bn_reduction: Literal["sum", "mean", "balanced"] = "sum"
     first_bn_multiplier: NonNegative = 10.0  # weight of each teacher's first BN layer
     view: SynthesisView = Field(default_factory=SynthesisView)
     clamp: bool = True  # to the valid pixel range after each step
-    # The verifier is asked each this many iterations, at steps of ten, and at the end; it is only logged.
+    # The verifier scores the images at this interval of iterations (rounded up to tens) and at the end, for the log only.
     verify_every: Count = 100
-    # Share of the past in a moving average of the statistics that are matched; its gradient is that of the batch (straight
-    # through). 0 is off; G-VBSM has 0.4.
+    # Momentum of a moving average of the matched statistics; the gradient is that of the batch alone (straight-through).
+    # 0 turns it off; G-VBSM uses 0.4.
     momentum: FractionBelowOne = 0.0
     conv: ConvStatistics | None = None
     densification: Densification | None = None  # needs several images of a class in a batch
     mosaic: Mosaic | None = None  # for init `mosaic`
-    easiest: PositiveFraction = 1.0  # for init `real_kmeans`: only the images of the lowest loss at the logit teacher
+    easiest: PositiveFraction = 1.0  # for init `real_kmeans`: share of each class to use, lowest logit-teacher loss first
 
     def __post_init__(self) -> None:
         if self.batch_order == "within_class" and self.slots_per_batch != 1:
-            raise ValueError("slots_per_batch needs batch_order cross_class; leave it out")
+            raise ValueError("slots_per_batch needs batch_order cross_class; remove it")
         if (self.init == "mosaic") != (self.mosaic is not None):
-            raise ValueError("mosaic belongs to init mosaic: set both (`mosaic: {}` takes RDED's values) or neither")
+            raise ValueError("mosaic belongs to init mosaic: set both (`mosaic: {}` uses RDED's values) or neither")
         if self.easiest != 1 and self.init != "real_kmeans":
-            raise ValueError("easiest belongs to init real_kmeans; leave it out")
+            raise ValueError("easiest belongs to init real_kmeans; remove it")
         if self.iterations == 0 and self.init == "noise":
-            raise ValueError("iterations 0 ships the start images, and init is noise; take real images, or iterate")
+            raise ValueError("iterations 0 ships the start images, but init is noise; use real images, or raise iterations")
         if self.densification is not None and self.batch_order == "cross_class" and self.slots_per_batch == 1:
             raise ValueError(
                 "densification compares images of one class; use batch_order within_class, or raise slots_per_batch"

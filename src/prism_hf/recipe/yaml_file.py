@@ -1,4 +1,4 @@
-"""A recipe's YAML: read, override, check, write and compare."""
+"""Recipes as YAML: read, override, check, write and compare them."""
 
 import dataclasses
 import difflib
@@ -17,11 +17,11 @@ from .schema import Recipe, to_dict
 from .shipped import shipped_recipes
 
 _MOST_VALUES = 10_000
-"""A recipe has a few dozen; YAML aliases can make billions out of a few lines."""
+"""A recipe has a few dozen values; YAML aliases can turn a few lines into billions."""
 _MOST_PROBLEMS = 5
 _LONGEST_PROBLEM = 280
 _SECRET = re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}|://[^/\s@]*:[^/\s@]+@")
-"""An access token, or an address with a password."""
+"""An access token, or a URL with a password."""
 
 
 Overrides = Sequence[str] | Mapping[str, object]
@@ -48,12 +48,12 @@ def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
 
 
 def override_recipe(recipe: Recipe, overrides: Overrides) -> Recipe:
-    """Return the recipe with overrides applied, checked again."""
+    """Apply overrides to a recipe, and check the result."""
     return parse_recipe(to_dict(recipe), overrides, origin=recipe.name)
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
+    """Return the resolved recipe as YAML, from which `load_recipe` gives an equal recipe."""
     return dump_yaml(to_dict(recipe))
 
 
@@ -61,7 +61,7 @@ def parse_recipe(values: object, overrides: Overrides = (), *, origin: str = "re
     """Check plain values, with overrides applied, and turn them into a `Recipe`.
 
     Raises:
-        RecipeError: One line that names every wrong key, what was expected and what came.
+        RecipeError: One line that names every wrong key, the expected value and the actual one.
     """
     origin = _short(origin)
     if not isinstance(values, dict):
@@ -85,12 +85,12 @@ def parse_recipe(values: object, overrides: Overrides = (), *, origin: str = "re
 
 
 def public_recipe(recipe: Recipe) -> Recipe:
-    """The recipe that ships: absolute local paths of data and teachers are cut to their last part."""
-    return parse_recipe(map_texts(to_dict(recipe), _without_folders), origin=f"{recipe.name}, for the public")
+    """Return the recipe to publish: absolute local paths of data and teachers are cut to their last part."""
+    return parse_recipe(map_texts(to_dict(recipe), _without_folders), origin=f"{recipe.name}, to be published")
 
 
 def flat_values(recipe: Recipe) -> dict[str, object]:
-    """Dotted key -> value."""
+    """Return all values by dotted key."""
 
     def flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, object]]:
         for key, value in values.items():
@@ -103,7 +103,7 @@ def flat_values(recipe: Recipe) -> dict[str, object]:
 
 
 def differing_keys(a: Recipe, b: Recipe) -> list[str]:
-    """Dotted keys whose values differ between two recipes, the name aside."""
+    """Return the dotted keys whose values differ between two recipes, except for the name."""
     flat_a, flat_b = flat_values(a), flat_values(b)
     return [key for key in flat_a | flat_b if flat_a.get(key) != flat_b.get(key) and key != "name"]
 
@@ -116,7 +116,7 @@ def _read_yaml(text: str, what: str) -> Any:
 
 
 def _overridden(values: dict[Any, Any], override: str) -> dict[Any, Any]:
-    """The values with one `dotted.key=value`; copies, since an alias may stand for the same section elsewhere."""
+    """Apply one `dotted.key=value` to a copy, since a YAML alias may share the same section with another key."""
     what = f"override {_short(repr(override))}"
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -135,11 +135,11 @@ def _overridden(values: dict[Any, Any], override: str) -> dict[Any, Any]:
 
 
 def _check_size(values: object, origin: str) -> None:
-    """Refuse values without end; aliases may make a value part of itself, so this counts and does not recurse."""
+    """Refuse too many values. YAML aliases may make a value a part of itself, so this counts instead of recursing."""
     pending = [values]
-    for value in pending:  # which grows meanwhile
+    for value in pending:  # the list grows during the loop
         if len(pending) > _MOST_VALUES:
-            raise RecipeError(f"{origin}: more than {_MOST_VALUES:,} values; expected a few dozen, write aliases (*) out")
+            raise RecipeError(f"{origin}: more than {_MOST_VALUES:,} values; expected a few dozen; write aliases (*) out")
         if isinstance(value, dict):
             pending.extend(value.values())
         elif isinstance(value, list | tuple):
@@ -147,7 +147,7 @@ def _check_size(values: object, origin: str) -> None:
 
 
 def _refuse_secrets(value: object, origin: str, key: str = "") -> None:
-    """Refuse an access token or a password, and do not repeat it: recipes are published."""
+    """Refuse an access token or a password, since recipes are published. The message does not repeat it."""
     if isinstance(value, dict):
         for name, item in value.items():
             _refuse_secrets(str(name), origin, key)
@@ -157,13 +157,13 @@ def _refuse_secrets(value: object, origin: str, key: str = "") -> None:
             _refuse_secrets(item, origin, key)
     elif isinstance(value, str) and _SECRET.search(value):
         raise RecipeError(
-            f"{_SECRET.sub('...', origin)}: {_SECRET.sub('...', key) or 'a key'} holds an access token or a password, and "
-            "recipes are published; take it out, and set HF_TOKEN or run `hf auth login`"
+            f"{_SECRET.sub('...', origin)}: {_SECRET.sub('...', key) or 'a key'} contains an access token or a password, "
+            "but recipes are published; remove it, and set HF_TOKEN or run `hf auth login`"
         )
 
 
 def _explain(error: Mapping[str, Any]) -> str:
-    """One problem of a `ValidationError` in words."""
+    """Describe one problem of a `ValidationError`."""
     path = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
     match error["type"]:
@@ -171,11 +171,11 @@ def _explain(error: Mapping[str, Any]) -> str:
             *section, key = map(str, error["loc"])
             known = _keys_of(section)
             close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+            hint = f"did you mean {close[0]!r}?" if close else f"expected one of: {', '.join(known)}"
             return f"unknown key {path!r}, {hint}"
         case "missing" | "missing_argument":
             return f"{path!r} is missing"
-        case "json_invalid":  # not of JSON's making: half a Unicode character
+        case "json_invalid":  # the text is our own JSON, so it contains half a Unicode surrogate pair
             return f"a value cannot be used ({message.removeprefix('Invalid JSON: ')}); use plain YAML values"
         case "value_error":
             return f"{path}: {message}" if path else message
@@ -183,7 +183,7 @@ def _explain(error: Mapping[str, Any]) -> str:
 
 
 def _keys_of(section: Sequence[str]) -> list[str]:
-    """The keys of a section of a recipe, from the types of its fields."""
+    """Return the keys of a recipe section, from the types of its fields."""
     kind: Any = Recipe
     for key in section:
         hint = get_type_hints(kind)[key]
@@ -192,7 +192,7 @@ def _keys_of(section: Sequence[str]) -> list[str]:
 
 
 def _without_folders(text: str) -> str:
-    """An absolute path, or one after a scheme (`local-dir:`), cut to its last part; other text, addresses too, as it is."""
+    """Cut an absolute path, also after a scheme (`local-dir:`), to its last part. Return other text and URLs unchanged."""
     if "://" in text:
         return text
     scheme, colon, path = text.rpartition(":")
@@ -200,6 +200,6 @@ def _without_folders(text: str) -> str:
 
 
 def _short(text: object) -> str:
-    """Text for a message: one line, cut where it gets long."""
+    """Return text for a message as one line, truncated if it is long."""
     line = " ".join(str(text).split())
     return line if len(line) <= _LONGEST_PROBLEM else f"{line[:_LONGEST_PROBLEM]}..."

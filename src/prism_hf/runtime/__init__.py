@@ -1,6 +1,6 @@
-"""What any long job needs: whole files, checkpoints, locks, signals, logs, the Hub's client. Nothing here knows images.
+"""Infrastructure of long jobs: atomic files, checkpoints, locks, signals, logs, Hub client. Nothing specific to images.
 
-Names of modules that load torch, accelerate or huggingface_hub are imported when first used.
+Names from modules that load torch, accelerate or huggingface_hub are imported on first use.
 """
 
 from importlib import import_module

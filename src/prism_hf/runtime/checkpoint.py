@@ -1,6 +1,6 @@
-"""Checkpoints: a long job keeps its state every few minutes, and when somebody asks the run to stop.
+"""Checkpoints: a long job saves its state every few minutes, and when the run is asked to stop.
 
-Everything that the next step depends on: resuming gives the same bytes as never having stopped (on the CPU).
+The state holds everything the next step depends on. On the CPU, a resumed job gives the same bytes as an uninterrupted one.
 """
 
 import time
@@ -17,16 +17,16 @@ from .tensors import read_tensors, write_tensors
 
 @dataclass(frozen=True)
 class State:
-    """What a job needs to go on: tensors by name, and plain JSON values."""
+    """The state a job needs to resume: tensors by name, and plain JSON values."""
 
     tensors: Mapping[str, Tensor]
     notes: Mapping[str, Any]
 
 
 class Checkpoint:
-    """The state of one job in a file, whose key says what the job is made from: a state of anything else is not used.
+    """The saved state of one job. The file's key identifies the job's inputs; a state with another key is not used.
 
-    `every_s` are the seconds between two writes; 0 writes at each call.
+    `every_s` is the number of seconds between two writes; 0 writes on every call.
     """
 
     def __init__(self, file: Artifact, every_s: float = EVERY_S) -> None:
@@ -34,28 +34,28 @@ class Checkpoint:
         self._last, self._pause_s = time.monotonic(), every_s
 
     def load(self) -> State | None:
-        """The last state, or `None` if there is none; a damaged or foreign one is set aside, with a log line."""
+        """Return the last state, or `None` if there is none. A damaged or foreign one is set aside and logged."""
         if not self.file.is_whole():
             return None
         return State(read_tensors(self.file.path), self.file.check().notes)
 
     def tick(self, state: Callable[[], State]) -> None:
-        """Call after each step: keeps the state when it is time for it, or before the `StoppedError` of a run that ends."""
-        wanted = stop_wanted()  # asked once: a signal between two questions would end the run without its state
+        """Save the state if it is due or the run must stop, then raise `StoppedError` on a stop. Call after each step."""
+        wanted = stop_wanted()  # checked once: a signal between two checks would end the run without saving its state
         if wanted or time.monotonic() - self._last >= self._pause_s:
             self.save(state())
         if wanted:
             raise_if_stopped()
 
     def save(self, state: State) -> None:
-        """Write a state over the last one."""
+        """Write a state, replacing the last one."""
         started = time.monotonic()
         write_tensors(self.file, state.tensors, state.notes)
         self._last = time.monotonic()
         if self.every_s:
-            # Writing may take 1 % of the time: a slow disk makes checkpoints rarer, up to five times.
+            # Writing may take 1 % of the time, so a slow disk makes checkpoints less frequent, by up to a factor of five.
             self._pause_s = min(max(self.every_s, 100 * (self._last - started)), 5 * self.every_s)
 
     def clear(self) -> None:
-        """Remove it: the job is finished."""
+        """Remove the checkpoint of a finished job."""
         self.file.remove()

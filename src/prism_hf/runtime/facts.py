@@ -1,4 +1,4 @@
-"""Facts: a JSON file of ours as one typed class, its only reader and its only writer."""
+"""Facts: a JSON file of this package as a typed class, the only code that reads and writes it."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -9,17 +9,17 @@ from .store import write_json
 
 
 class Facts(BaseModel):
-    """The content of a JSON file that prism-hf wrote, and that anybody may have changed since.
+    """The content of a JSON file that prism-hf wrote, and that anybody may have edited since.
 
-    Keys that a class names are checked; others are kept, since a later version may have written them. What is not in the
-    file, or was not set, is not written either.
+    Declared keys are checked. Unknown keys are kept, since a later version may have written them. Fields that are missing
+    from the file, or that were not set, are not written.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
     @classmethod
     def parse(cls, data: bytes, name: str) -> Self:
-        """The facts in the bytes of a file, or a `ValueError`: one line that begins with `name`."""
+        """Parse the bytes of a file, or raise a `ValueError` with one line that begins with `name`."""
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
@@ -33,7 +33,7 @@ class Facts(BaseModel):
 
     @classmethod
     def read(cls, path: Path, name: str | None = None) -> Self:
-        """The facts in a file, which messages call `name` or by its path; see `parse`."""
+        """Read a file; see `parse`. Messages use `name`, or the path if there is no name."""
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -41,7 +41,7 @@ class Facts(BaseModel):
         return cls.parse(data, name or str(path))
 
     def plain(self) -> dict[str, Any]:
-        """Plain JSON values, in the order of the file."""
+        """Return plain JSON values, in the order of the file."""
         return self.model_dump(exclude_unset=True)
 
     def write(self, path: Path) -> None:

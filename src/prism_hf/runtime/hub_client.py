@@ -1,4 +1,4 @@
-"""Calls of the Hub: which failures pass by themselves, how long to wait for them, and what the others mean, in one line."""
+"""Hub calls: retry temporary failures, and explain all others in one line."""
 
 import json
 import logging
@@ -17,57 +17,57 @@ from .untrusted import without_password
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0)
-"""Seconds between tries: four minutes in all, time enough for a restart of the Hub or of a router."""
-SHORT = (1.0, 2.0, 4.0, 8.0)  # for a check that somebody is waiting for
-BRIEF = (0.5, 1.0, 2.0)  # for a question that the cache may answer instead
+"""Seconds between tries: four minutes in total, enough for the Hub or a router to restart."""
+SHORT = (1.0, 2.0, 4.0, 8.0)  # for a check that a user is waiting for
+BRIEF = (0.5, 1.0, 2.0)  # for a request that the cache may be able to answer instead
 HUB_ERRORS = (errors.HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, ValueError)
-"""All that the Hub's clients raise: LFS wraps into RuntimeError, Xet into ConnectionError, a page that is not JSON into
+"""All errors that the Hub's clients raise: LFS raises RuntimeError, Xet ConnectionError, and a page that is not JSON
 ValueError."""
 UNREACHABLE = (httpx2.ConnectError, httpx2.TimeoutException, httpx2.ProxyError, httpx2.UnsupportedProtocol)
-_TIMEOUT = httpx2.Timeout(30.0, read=300.0, write=120.0)  # the library's own is none at all; a big commit may take minutes
+_TIMEOUT = httpx2.Timeout(30.0, read=300.0, write=120.0)  # the library sets no limit; a big commit may take minutes
 _LONGEST_PAUSE = 300.0
 _TEMPORARY = frozenset({408, 409, 412, 425, 429})
 _LONGEST_TEXT = 240
 _BAD_TOKEN = (httpx2.LocalProtocolError, UnicodeEncodeError)
-"""What a token that cannot stand in an HTTP header leads to; the text of these errors quotes it."""
+"""Errors raised for a token that is not valid in an HTTP header. Their text quotes the token."""
 _STATED = re.compile(r"\b(?:HTTP status|status(?: code)?)\W{0,3}(?:client error|server error)?\W{0,3}(\d{3})\b", re.I)
 _TELLING = (HubError, errors.OfflineModeIsEnabled, httpx2.HTTPError, json.JSONDecodeError, UnicodeEncodeError)
-"""What tells more than an error that wraps it ("Error while uploading") or one that it wraps (of a socket)."""
+"""Errors that say more than one that wraps them ("Error while uploading") or one that they wrap (a socket error)."""
 _SENTENCES: dict[int | type | tuple[type, ...], str] = {
-    errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE=1 is set, and the cache does not have it; unset it, or run once "
-    "with a network",
-    errors.GatedRepoError: "{repo} is gated ({status}); ask for access at {page}, then set HF_TOKEN or run "
-    "`hf auth login` with the account that has it",
+    errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE=1 is set, and it is not in the cache; unset HF_HUB_OFFLINE, or run once "
+    "with a network connection",
+    errors.GatedRepoError: "{repo} is gated ({status}); request access at {page}, then set HF_TOKEN or run "
+    "`hf auth login` with the account that has access",
     errors.RepositoryNotFoundError: "{repo} is not on the Hub, or it is private ({status}); check the spelling, or "
-    "set HF_TOKEN or run `hf auth login` with an account that may read it",
+    "set HF_TOKEN or run `hf auth login` with an account that has read access",
     errors.RevisionNotFoundError: "{repo} has no such revision ({status}); expected one of its branches, tags or commits",
-    json.JSONDecodeError: "{hub} does not answer as a Hub does; check HF_ENDPOINT and the proxy",
-    _BAD_TOKEN: "the token holds characters that no token has; set HF_TOKEN anew or run `hf auth login`",
-    (httpx2.ReadError, httpx2.RemoteProtocolError): "{hub} broke off ({error})",
+    json.JSONDecodeError: "{hub} does not answer like a Hub; check HF_ENDPOINT and the proxy",
+    _BAD_TOKEN: "the token contains invalid characters; set HF_TOKEN to a valid one or run `hf auth login`",
+    (httpx2.ReadError, httpx2.RemoteProtocolError): "{hub} closed the connection ({error})",
     httpx2.TransportError: "{hub} is not reachable ({error})",
     401: "the Hub does not accept the token ({status}: {text}); set HF_TOKEN to a valid one or run `hf auth login`, or "
-    "unset it for what is public",
-    402: "the Hub wants payment for this ({status}: {text}); private storage? see the billing page of the account",
-    403: "the token has no right to do this ({status}: {text}); use one that may read, or write, there",
+    "unset it to read public repos",
+    402: "the Hub requires payment ({status}: {text}), perhaps for private storage; see the billing page of the account",
+    403: "the token does not have permission to do this ({status}: {text}); use one with read or write access there",
     404: "not found on the Hub, or not visible with this token ({status}: {text})",
     (errors.HfHubHTTPError, httpx2.HTTPStatusError): "{hub} answers {status}: {text}",
     Exception: "{error}: {text}",
 }
-"""Error or HTTP status -> what it means and what to do; the first that fits."""
+"""Error or HTTP status -> what it means and what to do; the first match is used."""
 
 
 def again(
     attempt: Callable[[], T], doing: str, pauses: Sequence[float] = PAUSES, *, at_once: tuple[type[Exception], ...] = ()
 ) -> T:
-    """Run `attempt` until it succeeds, fails for good, or has been tried once more than there are pauses, in seconds.
+    """Call `attempt` until it succeeds, fails permanently, or has been tried once more than there are pauses (in seconds).
 
-    It reads afresh what it builds upon, so that running it again is safe. A longer Retry-After is obeyed, up to five
-    minutes. Errors `at_once` are not waited for although they may pass: the caller can do without the Hub. The `HubError`
-    says in one line what failed, why, and what to do; it is `away` if it was tried in vain, and may work later.
+    `attempt` must reread everything it depends on, so that it is safe to repeat. A longer Retry-After is respected, up to
+    five minutes. Errors in `at_once` are not retried although they may be temporary: the caller can do without the Hub. The
+    `HubError` says in one line what failed, why, and what to do. Its `away` is true if the same command may work later.
     """
     for pause in (*pauses, None):
         try:
-            # There is no public name for the default; a factory that somebody has set (a proxy's) stays.
+            # The default has no public name. A factory that somebody else has set (for a proxy) is kept.
             if _http._GLOBAL_CLIENT_FACTORY is _http.default_client_factory:
                 set_client_factory(_client)
             return attempt()
@@ -89,14 +89,14 @@ def again(
 
 
 def _client() -> httpx2.Client:
-    """The library's client with a time limit, also where it replaces one whose connection broke."""
+    """Return the library's client with a time limit. The library also calls this after a broken connection."""
     client = _http.default_client_factory()
     client.timeout = _TIMEOUT
     return client
 
 
 def passes(error: BaseException) -> bool:
-    """Tell whether an error of the Hub's clients may be gone at the next try."""
+    """Return whether an error of the Hub's clients is temporary, so that the next try may succeed."""
     lasting = errors.OfflineModeIsEnabled | errors.GatedRepoError | httpx2.LocalProtocolError
     if any(isinstance(link, lasting) for link in _chain(error)):
         return False
@@ -105,12 +105,12 @@ def passes(error: BaseException) -> bool:
         return status in _TEMPORARY or status >= 500
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
         return False
-    # A file of ours that cannot be read has a name; a broken connection has none.
+    # An error about a local file has a filename; one about a broken connection does not.
     return not (isinstance(error, OSError) and error.filename is not None)
 
 
 def status_of(error: BaseException) -> int | None:
-    """Return the HTTP status behind an error, through what wrapped it; Xet tells it in words alone."""
+    """Return the HTTP status of an error or of one that it wraps, or `None`. Xet gives the status in its message only."""
     if (answer := _answer(error)) is not None:
         return int(answer.status_code)
     stated = (_STATED.search(str(link)) for link in _chain(error) if isinstance(link, ConnectionError))
@@ -118,7 +118,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def explain(error: BaseException) -> str:
-    """Say in one line, without the token, what an error means and what to do."""
+    """Explain an error in one line, without the token: what it means and what to do."""
     links = list(_chain(error))
     cause = next((link for link in links if isinstance(link, _TELLING)), links[-1])
     if isinstance(cause, HubError):
@@ -132,7 +132,7 @@ def explain(error: BaseException) -> str:
     repo, kind = getattr(cause, "repo_id", None), getattr(cause, "repo_type", None)
     page = f"{without_password(constants.ENDPOINT)}/{'datasets/' if kind == 'dataset' else ''}{repo or ''}"
     text = str(cause) or "no reason given"
-    if isinstance(cause, errors.HfHubHTTPError):  # whose own text is long and advises what is not meant here
+    if isinstance(cause, errors.HfHubHTTPError):  # its own text is long, and its advice does not apply here
         text = cause.server_message or f"{cause.response.reason_phrase} at {cause.response.url.path}"
     return sentence.format(
         hub=hub_name(),
@@ -145,7 +145,7 @@ def explain(error: BaseException) -> str:
 
 
 def hub_name() -> str:
-    """Name the Hub in messages."""
+    """Return the name of the Hub for messages."""
     return f"the Hub at {without_password(constants.ENDPOINT)}"
 
 

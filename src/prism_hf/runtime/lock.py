@@ -1,4 +1,4 @@
-"""One launch at a time in one folder. The operating system holds the lock: it ends with the process, however that dies."""
+"""Folder locks: one launch per folder at a time. The operating system releases the lock when the process ends or dies."""
 
 import logging
 import os
@@ -16,18 +16,18 @@ from .store import clear_drafts, read_json, write_json, writing
 
 log = logging.getLogger(__name__)
 LOCK, HOLDER = ".lock", ".holder.json"
-PATIENCE_S = 6.0  # for a launch that is about to end: people press Ctrl-C and start again
+PATIENCE_S = 6.0  # wait for a launch that is about to end: people press Ctrl-C and start again
 
 
 @contextmanager
 def locked(folder: Path, *, patience_s: float = PATIENCE_S) -> Iterator[dict[str, object] | None]:
-    """Hold a folder, made if it is missing, for the length of the block.
+    """Hold the lock of a folder for the duration of the block. Create the folder if it is missing.
 
     Yields:
-        The last holder if it ended without giving the folder back (it was killed), else `None`.
+        The last holder if it was killed before it released the folder, else `None`.
 
     Raises:
-        OutputError: Another launch holds the folder, after `patience_s` too: names its host and process.
+        OutputError: Another launch still holds the folder after `patience_s`. The message names its host and process.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def locked(folder: Path, *, patience_s: float = PATIENCE_S) -> Iterator[dict[str
 
 @contextmanager
 def waited_for(folder: Path, what: str) -> Iterator[None]:
-    """Hold a folder for the length of the block, and clear it of drafts; a log line says that `what` by another goes on."""
+    """Wait for the lock of a folder (logging `what` its holder does), clear its drafts, and hold the lock for the block."""
     if is_held(folder):
         log.info("%s by %s; waiting for it", what, holder_text(holder_of(folder)))
     with locked(folder, patience_s=-1):
@@ -56,9 +56,9 @@ def waited_for(folder: Path, what: str) -> Iterator[None]:
 
 
 def check_free(folder: Path, *, patience_s: float = PATIENCE_S) -> None:
-    """Refuse a folder in use with an `OutputError` early, before anything is loaded; changes nothing.
+    """Raise an `OutputError` if a folder is in use, before anything is loaded. Changes nothing.
 
-    Only the first process looks: the others may come when it holds the folder already.
+    Only the first process checks: by the time the others do, it may already hold the folder.
     """
     if is_first_process() and is_held(folder, patience_s=patience_s):
         raise _in_use(folder)
@@ -71,7 +71,7 @@ def _in_use(folder: Path) -> OutputError:
 
 
 def holder_of(folder: Path) -> dict[str, object] | None:
-    """Who holds a folder, or held it when it was killed; `None` if nobody says so."""
+    """Return the holder of a folder, or the last one if it was killed; `None` if none is recorded."""
     try:
         value = read_json(folder / HOLDER)
     except (OSError, ValueError):
@@ -80,7 +80,7 @@ def holder_of(folder: Path) -> dict[str, object] | None:
 
 
 def is_held(folder: Path, *, patience_s: float = 0) -> bool:
-    """Whether a launch holds a folder, and goes on holding it for `patience_s`; changes nothing."""
+    """Return whether a launch holds a folder and still holds it after `patience_s`. Changes nothing."""
     if not (folder / LOCK).is_file():
         return False
     lock = FileLock(folder / LOCK)
@@ -93,7 +93,7 @@ def is_held(folder: Path, *, patience_s: float = 0) -> bool:
 
 
 def holder_text(holder: dict[str, object] | None) -> str:
-    """`process 123 on HOST, since TIME`."""
+    """Return `process 123 on HOST, since TIME`."""
     if holder is None:
         return "another process"
     return f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"

@@ -1,4 +1,4 @@
-"""The log of a run, DIR/logs/run.log: what the terminal shows, with times. Secrets are blotted out."""
+"""The log of a run, DIR/logs/run.log: the same lines as on the terminal, with timestamps. Secrets are redacted."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_A
 
 
 def blotted(text: str) -> str:
-    """A text without access tokens, passwords and signatures of addresses."""
+    """Return a text without access tokens, passwords and URL signatures."""
     for name in _SECRETS:
         if len(value := os.environ.get(name, "")) >= 8:
             text = text.replace(value, f"<{name}>")
@@ -28,7 +28,7 @@ class _Blotted(logging.Formatter):
 
 
 class _LogFile(logging.FileHandler):
-    """A log that cannot be written is no reason to end a run: the line is on the terminal as well."""
+    """A log file whose failure to write does not end a run: every line is also on the terminal."""
 
     _told = False
 
@@ -39,19 +39,19 @@ class _LogFile(logging.FileHandler):
             self.handleError(record)
 
     def close(self) -> None:
-        # What could not be written is tried once more here, and is lost.
+        # Closing retries what could not be written. If that fails too, it is lost.
         with suppress(OSError):
             super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not self._told:
             self._told = True
-            sys.stderr.write(f"{self.baseFilename} cannot be written ({sys.exc_info()[1]}); going on without it\n")
+            sys.stderr.write(f"{self.baseFilename} cannot be written ({sys.exc_info()[1]}); continuing without it\n")
 
 
 @contextmanager
 def log_file(folder: Path, rank: int) -> Iterator[Path]:
-    """Append our log lines to DIR/logs/run.log (of other processes: run-RANK.log) for the length of the block."""
+    """Append the package's log lines to DIR/logs/run.log (other processes: run-RANK.log) for the duration of the block."""
     path = folder / "logs" / ("run.log" if rank == 0 else f"run-{rank}.log")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def log_file(folder: Path, rank: int) -> Iterator[Path]:
     try:
         yield path
     except BaseException as error:
-        # What ends a run stands in its log too; a traceback only for what nobody expected, without the values in it.
+        # The error that ends a run is logged too. Only an unexpected one gets a traceback, and that shows no values.
         expected = type(error).__module__.startswith(_OURS) or not isinstance(error, Exception)
         trace = None if expected else (type(error), error, error.__traceback__)
         handler.emit(logger.makeRecord(_OURS, logging.ERROR, "", 0, "%s: %s", (type(error).__name__, error), trace))

@@ -1,4 +1,4 @@
-"""Running out of memory: one line with the batch, and what to change. Nothing shrinks by itself."""
+"""Out-of-memory errors: one line with the batch and what to change. Nothing is reduced automatically."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +10,12 @@ _SAYS = ("out of memory", "DefaultCPUAllocator", "not enough memory", "Cannot al
 
 @contextmanager
 def told_in_one_line(what: str, advice: str) -> Iterator[None]:
-    """Turn every way of running out of memory into one error: `what` needed it, with the batch, and what to change."""
+    """Turn any out-of-memory error into a `DeviceMemoryError`: `what` failed (with its batch), and `advice` on the fix."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch.OutOfMemoryError by its name: whoever imports this package need not wait for torch.
-        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if known or any(words in str(error) for words in _SAYS):
+        # torch.OutOfMemoryError is matched by name, so that importing this package does not load torch.
+        by_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if by_type or any(phrase in str(error) for phrase in _SAYS):
             raise DeviceMemoryError(f"{what}: out of memory. {advice}") from error
         raise

@@ -1,4 +1,4 @@
-"""The one loop over independent tasks: skip what is done, say how many, split over processes, show progress, wait."""
+"""The loop over independent tasks: skip finished ones, log the count, split over processes, show progress, wait."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from .units import duration_text
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-ESTIMATE_AFTER_S = 20.0  # a stage that is not done by then says in the log how long it should take
+ESTIMATE_AFTER_S = 20.0  # a stage that takes longer than this logs an estimate of the time left
 _WRITE_EVERY_S = 5.0
 
 
@@ -37,19 +37,19 @@ def share(
     steps: str = "",
     title: str = "",
 ) -> None:
-    """Do every task that is not done, shared over the processes; returns on all of them when all are done.
+    """Do all unfinished tasks, divided over the processes. Return on every process when all tasks are done.
 
-    - `tasks` are the same on every process; the largest by `size` are done first, so that the processes finish together.
-    - `is_done` is asked by each process for its share; nobody looks while another is already at work.
-    - `do` may tell its progress in steps; a task that tells nothing counts at its end.
-    - `prepare` is called on every process with the tasks that are not done, if there are any.
-    - `unit` and `steps` say what a task and a step are, in the singular; by default a step is a task.
+    - `tasks` are the same on every process. The largest by `size` run first, so that the processes finish together.
+    - `is_done` is called by each process for its share of the tasks; all checks end before any process starts to work.
+    - `do` may report its progress in steps; a task that reports nothing is counted when it ends.
+    - `prepare` is called on every process with the unfinished tasks, if there are any.
+    - `unit` and `steps` name a task and a step, in the singular; by default, a step is a task.
     - `notes` is the folder for progress-RANK.json, which `prism-hf status` reads.
-    - `title` stands before the stage on the bar, where the run is one of many; those together have one estimate.
+    - `title` precedes the stage on the bar if the run is one of many. No estimate is logged then: they share one.
     """
     missing = unfinished(accelerator, tasks, is_done)
     if accelerator.is_main_process:
-        log.info("%s: %d of %d %ss found, %d to do", stage, len(tasks) - len(missing), len(tasks), unit, len(missing))
+        log.info("%s: %d of %d %ss done, %d to do", stage, len(tasks) - len(missing), len(tasks), unit, len(missing))
     if missing:
         prepare(missing)
         mine = sorted(missing, key=size, reverse=True)[accelerator.process_index :: accelerator.num_processes]
@@ -66,16 +66,16 @@ def share(
 
 
 def unfinished(accelerator: Accelerator, tasks: Sequence[T], is_done: Callable[[T], bool]) -> list[T]:
-    """The tasks that are not done, in order, known to every process; looking, which may read whole files, is divided."""
+    """Return the unfinished tasks in order, on every process. The checks, which may read whole files, are divided."""
     rank, world = accelerator.process_index, accelerator.num_processes
     missing = [number for number in range(rank, len(tasks), world) if not is_done(tasks[number])]
     return [tasks[number] for number in sorted(gather_object(missing))]
 
 
 class Progress:
-    """The progress of this process in its share of a stage: a bar for people, a small JSON file for `prism-hf status`.
+    """The progress of this process in its share of a stage: a progress bar, and a small JSON file for `prism-hf status`.
 
-    A process that is killed leaves the file behind. `tell` writes one estimate into the log.
+    A killed process leaves the file behind. With `tell`, one estimate is logged.
     """
 
     def __init__(self, path: Path, stage: str, total: int, unit: str, title: str = "", *, tell: bool = True) -> None:
@@ -85,12 +85,12 @@ class Progress:
         self._bar = tqdm(total=total, desc=f"{title}, {stage}" if title else stage, unit=unit, leave=not title)
 
     def begin(self, task: str) -> None:
-        """A task begins."""
+        """Begin a task."""
         self._task, self._at_begin = task, self.count
         self._write()
 
     def advance(self, steps: int = 1) -> None:
-        """Steps were made."""
+        """Count steps that were done."""
         self._made += steps
         self._bar.update(steps)
         if self._tell and time.monotonic() - self._started > ESTIMATE_AFTER_S:
@@ -100,29 +100,29 @@ class Progress:
             self._write()
 
     def skip(self, steps: int) -> None:
-        """Steps that need not be made, or were made by an earlier launch: they say nothing about speed."""
+        """Count steps that are not needed or were done by an earlier launch; the speed estimate ignores them."""
         self._skipped += steps
         self._bar.update(steps)
 
     def end(self, steps: int) -> None:
-        """A task of so many steps ends; those that it did not tell are counted now."""
-        told = self.count - self._at_begin
-        count = self.skip if told else self.advance
-        count(steps - told)
+        """End a task of `steps` steps, and count those that it did not report."""
+        reported = self.count - self._at_begin
+        count = self.skip if reported else self.advance
+        count(steps - reported)
 
     def close(self) -> None:
-        """The share ends."""
+        """End the share: close the bar and remove the file."""
         self._bar.close()
         self._path.unlink(missing_ok=True)
 
     @property
     def count(self) -> int:
-        """Steps so far, those of earlier tasks and launches included."""
+        """Steps so far, including those of earlier tasks and launches."""
         return self._made + self._skipped
 
     @property
     def seconds_left(self) -> float | None:
-        """An estimate from the speed so far, or `None` before anything was made."""
+        """The estimated time left in seconds, from the speed so far; `None` before the first step."""
         if not self._made:
             return None
         return (time.monotonic() - self._started) / self._made * (self._total - self.count)
@@ -132,5 +132,5 @@ class Progress:
         note = {"stage": self._stage, "unit": self._unit, "done": self.count, "of": self._total, "now": self._task}
         note |= {"seconds_left": self.seconds_left, "updated": time.time()}
         note |= {"host": socket.gethostname(), "pid": os.getpid()}
-        with suppress(OutputError):  # only a note: on a full disk the next file that matters says so
+        with suppress(OutputError):  # only a note: if the disk is full, the next important write reports it
             write_json(self._path, note)

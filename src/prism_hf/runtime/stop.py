@@ -1,7 +1,7 @@
-"""The end of a run when somebody asks for it: Ctrl-C, SIGTERM, or the death of the launcher, each within seconds.
+"""Clean stop of a run within seconds, on Ctrl-C, SIGTERM, or the death of the launcher.
 
-A signal is noticed by a thread, since the main thread may be inside a library call for hours (a barrier, a long
-kernel). Loops ask `stop_wanted` at each step, keep what they have, and leave; whoever does not leave in time is ended.
+A thread receives the signals, since the main thread may be inside a library call for hours (a barrier, a long
+kernel). Loops check `stop_wanted` at each step, save their state, and return. A process that takes too long is ended.
 """
 
 import contextlib
@@ -19,40 +19,40 @@ import psutil
 from ..errors import StoppedError
 
 GRACE_S = 3.0
-"""Seconds that the main thread has to keep its state; a busy machine takes its time, and five is what is promised."""
-EVERY_S = 120.0  # between two checkpoints of a long job: what a stop may lose at most
+"""Seconds for the main thread to save its state. Users are promised five in total; the rest is for a busy machine."""
+EVERY_S = 120.0  # between two checkpoints of a long job: the most that a stop may lose
 _LAUNCHER_CHECK_S = 0.3
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
 _LAUNCHER_MODULES = ("accelerate.commands", "torch.distributed")
 _LAUNCHER_FILES = ("accelerate/commands/launch.py", "torch/distributed/run.py")
-_HOW_TO_RESUME = "what is finished is kept; the same command goes on where this run stopped"
+_HOW_TO_RESUME = "finished work is kept; run the same command again to resume"
 
 _wanted, _told = threading.Event(), threading.Event()
 _exit_code, _first_at = 0, 0.0
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for all of its launch; known before the processes meet."""
+    """Return whether this process speaks for the whole launch. Works before the processes have connected."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def stop_wanted() -> bool:
-    """Whether somebody asked the program to stop."""
+    """Return whether the program was asked to stop."""
     return _wanted.is_set()
 
 
 def raise_if_stopped() -> None:
-    """Leave the work with a `StoppedError` if somebody asked for it."""
+    """Raise a `StoppedError` if the program was asked to stop."""
     if stop_wanted():
         raise StoppedError(_HOW_TO_RESUME)
 
 
 def leave_at_once() -> None:
-    """End the process if somebody asked for it: everything is kept by now, and Python's own exit can take seconds."""
+    """End the process if it was asked to stop: everything is saved by now, and Python's own exit can take seconds."""
     if _exit_code:
-        _told.wait(1.0)  # the line about it is another thread's
-        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+        _told.wait(1.0)  # another thread writes the line about the stop
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(_exit_code)
@@ -60,7 +60,7 @@ def leave_at_once() -> None:
 
 @contextlib.contextmanager
 def stopping_cleanly() -> Iterator[None]:
-    """Inside the block, signals set `stop_wanted`, and end the process if it takes no notice; for the main thread."""
+    """Make signals set `stop_wanted` in the block, and end the process if it does not react. Main thread only."""
     global _exit_code
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -70,13 +70,13 @@ def stopping_cleanly() -> Iterator[None]:
     _exit_code = 0
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    # The thread that reads the wake-up socket does the work of the handlers.
-    heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda *_: None) for number in heeded}
+    # The handlers do nothing: the thread that reads the wake-up socket does their work.
+    handled = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: None) for number in handled}
     old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     finished = threading.Event()
     threading.Thread(target=_watch_signals, args=(reader, finished), daemon=True).start()
-    # Looked up here, not in the thread: the launcher may die before that has run.
+    # Checked here, not in the thread: the launcher may die before the thread runs.
     if _is_launcher(parent := os.getppid()):
         threading.Thread(target=_watch_launcher, args=(parent, finished), daemon=True).start()
     try:
@@ -90,12 +90,12 @@ def stopping_cleanly() -> Iterator[None]:
 
 
 def _watch_signals(reader: socket.socket, finished: threading.Event) -> None:
-    """Wait for the first signal; the second one ends the process at once."""
+    """Stop on the first signal. A second Ctrl-C ends the process at once."""
     while data := reader.recv(16):
         for number in data:
             if number not in _SIGNALS:
                 continue
-            # One Ctrl-C reaches a process more than once: from the terminal, and from a launcher that passes it on.
+            # One Ctrl-C may reach a process twice: from the terminal, and from a launcher that forwards it.
             if _wanted.is_set() and number == signal.SIGINT and time.monotonic() - _first_at > 1:
                 os._exit(128 + number)
             _stop(signal.Signals(number).name, 128 + number, finished)
@@ -110,20 +110,20 @@ def _stop(reason: str, code: int, finished: threading.Event) -> None:
     _wanted.set()
     threading.Thread(target=_end, args=(code, finished), daemon=True).start()
     if is_first_process():
-        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
             sys.stderr.write(f"\n{reason}: {_HOW_TO_RESUME}\n")
             sys.stderr.flush()
     _told.set()
 
 
 def _end(code: int, finished: threading.Event) -> None:
-    """End a process that is still inside a library call; every file is whole at any moment, so nothing is lost."""
+    """End a process that is still inside a library call. Files are always complete, so none is damaged."""
     if not finished.wait(GRACE_S):
         os._exit(code)
 
 
 def _watch_launcher(parent: int, finished: threading.Event) -> None:
-    """End with the launcher: `accelerate launch` that is killed would leave its processes behind, at work."""
+    """Stop when the launcher ends: otherwise, a killed `accelerate launch` would leave its processes running."""
     while not finished.wait(_LAUNCHER_CHECK_S):
         if os.getppid() != parent:
             _stop("the launcher has ended", 128 + signal.SIGTERM, finished)
@@ -131,7 +131,7 @@ def _watch_launcher(parent: int, finished: threading.Event) -> None:
 
 
 def _is_launcher(pid: int) -> bool:
-    """By the words of its command, not by a path that happens to contain one of them."""
+    """Return whether a process is a launcher, by the words of its command: a path may contain one of them by chance."""
     try:
         words = psutil.Process(pid).cmdline()[:4]
     except psutil.Error:

@@ -1,4 +1,4 @@
-"""Whole files: written completely or not at all, with a proof of what they were made from; read back, or set aside."""
+"""Atomic files: written completely or not at all, with a proof of their inputs; checked on reading, or set aside."""
 
 import hashlib
 import json
@@ -20,14 +20,14 @@ from ..errors import DamagedError, OutputError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 DRAFT = ".draft-"
-"""Names of unfinished files and folders begin so; a process that was killed leaves them, the next launch clears them."""
+"""Prefix of unfinished files and folders. A killed process leaves them behind, and the next launch removes them."""
 SEAL = ".seal"
 _FULL = ("No space left", "File too large", "quota exceeded")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about a write into an `OutputError`: one line that helps."""
+    """Turn an operating system error during a write into an `OutputError` that says in one line what to do."""
     try:
         yield
     except OutputError:
@@ -35,13 +35,13 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         remedy = "make it writable, or use another folder"
-        if any(words in reason for words in _FULL):
-            remedy = "what is finished stays good: make space and give the same command again"
+        if any(phrase in reason for phrase in _FULL):
+            remedy = "finished work is kept: free some disk space and run the same command again"
         raise OutputError(f"{path} cannot be written ({reason}); {remedy}") from error
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then rename it to `path`: a reader sees the old file or the new one."""
+    """Let `write` fill a draft beside `path`, then rename it to `path`: a reader sees the old file or the new one."""
     with _drafted(path, write) as draft, writing(path):
         os.replace(draft, path)
         _sync(path.parent)
@@ -49,7 +49,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def _drafted(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
-    """A finished draft on the disk, which the block renames or the end removes."""
+    """Yield a finished draft on the disk. If the block does not rename it, it is removed."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f"{DRAFT}{path.name}-", dir=path.parent)
@@ -66,9 +66,9 @@ def _drafted(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file is on the disk, or a folder: only then does a rename in it survive a power cut."""
+    """Wait until a file or a folder is on the disk: a rename in a folder survives a power failure only after that."""
     if path.is_dir() and os.name != "posix":
-        return  # folders cannot be opened there
+        return  # other systems cannot open folders
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -77,7 +77,7 @@ def _sync(path: Path) -> None:
 
 
 def draft_folder(folder: Path) -> Path:
-    """A new empty folder beside `folder`, for `swap_folder`."""
+    """Create an empty folder beside `folder`, for `swap_folder`."""
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{folder.name}-", dir=folder.parent))
@@ -86,7 +86,7 @@ def draft_folder(folder: Path) -> Path:
 
 
 def swap_folder(draft: Path, folder: Path) -> None:
-    """Put `draft` in the place of `folder`; what was there stays whole until then, and is removed after."""
+    """Replace `folder` with `draft`. The old folder stays complete until then, and is removed afterwards."""
     with writing(folder):
         for path in files_below(draft):
             _sync(path)
@@ -103,16 +103,16 @@ def swap_folder(draft: Path, folder: Path) -> None:
 
 
 def restore_swapped(folder: Path) -> None:
-    """Put a folder back that a process which was killed in the middle of `swap_folder` had moved away."""
+    """Restore a folder that was moved away by a process that was killed during `swap_folder`."""
     if not folder.is_dir() and (moved := sorted(folder.parent.glob(f"{DRAFT}{folder.name}-*-old"))):
         with writing(folder):
             os.replace(moved[-1], folder)
 
 
 def clear_drafts(folder: Path, *, of: str = "", deep: bool = True) -> int:
-    """Remove what killed processes left half-written in a folder, and count it; only for whoever holds its lock.
+    """Remove the drafts that killed processes left in a folder, and return their number. Hold the folder's lock to call it.
 
-    `of` takes only drafts of files and folders whose name begins so, `deep` those below the folder too.
+    `of` limits this to drafts of files and folders whose names begin with it. `deep` includes all subfolders.
     """
     drafts = list(folder.glob(f"{'**/' if deep else ''}{DRAFT}{of}*"))
     for path in drafts:
@@ -124,17 +124,17 @@ def clear_drafts(folder: Path, *, of: str = "", deep: bool = True) -> int:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file."""
+    """Write bytes as a file, atomically."""
     write_whole(path, lambda draft: draft.write_bytes(data))
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON as a whole file; a value that is not finite is an error, not `NaN`."""
+    """Write JSON as a file, atomically. A non-finite number is an error, not `NaN`."""
     write_bytes(path, _json_bytes(value))
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value of a file."""
+    """Return the JSON value of a file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -144,7 +144,7 @@ def _json_bytes(value: object) -> bytes:
 
 @dataclass(frozen=True)
 class Proof:
-    """What the seal of a file says: what it was made from, hash and size, and what else is known of it, as plain JSON."""
+    """The content of a file's seal: the key (a digest of its inputs), hash and size, and further notes as plain JSON."""
 
     key: str
     sha256: str
@@ -154,21 +154,21 @@ class Proof:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file that a stage leaves for another one, and a key: the digest of everything that the file is made from.
+    """A file that one stage leaves for another, and its key: a digest of everything that the file is made from.
 
-    A second file beside it, its seal, holds the proof. Without one it counts as not written.
+    A second file beside it, the seal, holds the proof. A file without a seal counts as not written.
     """
 
     path: Path
     key: str
 
     def write(self, fill: Callable[[Path], object], notes: Mapping[str, object] | None = None) -> None:
-        """Let `fill` write a draft of the file, then put file and seal in place; a full disk leaves both as they were."""
+        """Let `fill` write a draft of the file, then move file and seal into place. A full disk leaves both unchanged."""
         with _drafted(self.path, fill) as draft:
             noted = json.loads(json.dumps({**(notes or {}), "key": self.key}, allow_nan=False))
             facts = {"file_sha256": sha256_of(draft), "bytes": draft.stat().st_size, "notes": noted}
             data = _json_bytes(facts | {"sha256": digest(facts)})
-            # Both are on the disk before the first is renamed.
+            # Both drafts are on the disk before the first is renamed.
             with _drafted(seal_of(self.path), lambda seal: seal.write_bytes(data)) as seal, writing(self.path):
                 seal_of(self.path).unlink(missing_ok=True)
                 os.replace(draft, self.path)
@@ -176,7 +176,7 @@ class Artifact:
                 _sync(self.path.parent)
 
     def write_bytes(self, data: bytes) -> None:
-        """Write the file."""
+        """Write the file from bytes."""
         self.write(lambda draft: draft.write_bytes(data))
 
     def write_json(self, value: object) -> None:
@@ -184,9 +184,9 @@ class Artifact:
         self.write_bytes(_json_bytes(value))
 
     def check(self) -> Proof:
-        """The proof, or a `DamagedError`: file or seal is missing, truncated or edited, or made from something else.
+        """Return the proof. A file or seal that is missing, truncated, edited or has another key raises a `DamagedError`.
 
-        An untouched file is not read again.
+        A file with an unchanged size and modification time is not read again.
         """
         proof = read_proof(self.path)
         if not self.path.is_file():
@@ -201,32 +201,32 @@ class Artifact:
         return proof
 
     def is_whole(self) -> bool:
-        """Whether the file is finished, unchanged and made from the key; a damaged or foreign one is set aside."""
+        """Return whether the file is finished, unchanged and has this key. A damaged or foreign one is set aside."""
         return is_finished(self.path) and sound_or_aside(self.path, self.check) is not None
 
     def read_json(self) -> Any:
-        """The JSON value that `write_json` wrote; see `check`."""
+        """Return the JSON value that `write_json` wrote; see `check`."""
         self.check()
         return read_json(self.path)
 
     def remove(self) -> None:
-        """Remove the file and its seal, the seal first: in between the file counts as not written."""
+        """Remove the seal and then the file: in between, the file counts as not written."""
         seal_of(self.path).unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
 
 
 def seal_of(path: Path) -> Path:
-    """Where the seal of a file is."""
+    """Return the path of a file's seal."""
     return path.with_name(path.name + SEAL)
 
 
 def is_finished(path: Path) -> bool:
-    """Whether a file has a seal; whether it still is what it was, only `Artifact.check` tells."""
+    """Return whether a file has a seal. Only `Artifact.check` verifies that the file is unchanged."""
     return seal_of(path).is_file()
 
 
 def read_proof(path: Path) -> Proof:
-    """What the seal of a file says, or a `DamagedError`; the file itself is not read."""
+    """Return the content of a file's seal, or raise a `DamagedError`. The file itself is not read."""
     seal = seal_of(path)
     try:
         facts = read_json(seal)
@@ -240,16 +240,16 @@ def read_proof(path: Path) -> Proof:
 
 
 def sound_or_aside(path: Path, check: Callable[[], T]) -> T | None:
-    """What `check` returns of a file or folder; on a `DamagedError` it is set aside with a log line, and that is `None`."""
+    """Return the result of `check`. On a `DamagedError`, set the file or folder aside, log it, and return `None`."""
     try:
         return check()
     except DamagedError as error:
-        log.warning("%s; set aside as %s, it is made again", error, set_aside(path).name)
+        log.warning("%s; set aside as %s, to be recreated", error, set_aside(path).name)
         return None
 
 
 def digest(value: object) -> str:
-    """SHA-256 of a JSON value, the same for equal values."""
+    """Return the SHA-256 of a JSON value; equal values have the same digest."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
@@ -259,9 +259,9 @@ def _sha256_as_of(path: Path, mtime_ns: int, size: int) -> str:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file or folder, and its seal if it has one, to a free name beside it; nothing is deleted."""
+    """Rename a file or folder, and its seal if it has one, to a free name beside it. Nothing is deleted."""
     number = 1
-    # A file that was missing leaves only its seal under such a name.
+    # If the file was missing when it was set aside, only its seal has such a name.
     while (aside := path.with_name(f"{path.name}.aside-{number}")).exists() or seal_of(aside).exists():
         number += 1
     with writing(path):
@@ -273,20 +273,20 @@ def set_aside(path: Path) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files below a folder, sorted; none if it does not exist."""
+    """Return all files below a folder, sorted; an empty list if it does not exist."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def folder_state(folder: Path) -> str:
-    """Sixteen hex digits over names, sizes and modification times of all files below a folder: a part of a cache's path.
+    """Return 16 hex digits over the names, sizes and modification times of all files below a folder, for a cache path.
 
-    `datasets` keys its cache of a local folder with a card by the card alone: a rewritten table would come back as it was.
+    `datasets` keys its cache of a local folder with a card by the card alone, so it would miss a rewritten table.
     """
     state = hashlib.sha256(str(folder.resolve()).encode())
     for path in files_below(folder):

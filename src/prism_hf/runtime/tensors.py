@@ -1,4 +1,4 @@
-"""Tensors as artifacts: named ones in safetensors, long tables in .npy, written row by row."""
+"""Tensors as artifacts: named tensors in safetensors files, long tables in .npy files written part by part."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,26 +17,26 @@ def write_tensors(to: Artifact, tensors: Mapping[str, Tensor], notes: Mapping[st
     plain: dict[str, Tensor] = {}
     for key, value in tensors.items():
         value = value.detach().cpu().contiguous()
-        # safetensors refuses two names for one memory, as tied weights have.
+        # safetensors refuses tensors that share memory, as tied weights do.
         tied = any(value.data_ptr() == other.data_ptr() for other in plain.values())
         plain[key] = value.clone() if tied else value
     to.write(lambda draft: save_file(plain, draft), notes)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read what `write_tensors` wrote."""
+    """Read the tensors that `write_tensors` wrote."""
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def read_row(path: Path, key: str, row: int) -> Tensor:
-    """One row of one tensor, without the others."""
+    """Read one row of one tensor, without loading the others."""
     with safe_open(path, framework="pt") as file:
         return file.get_slice(key)[row : row + 1][0].clone()
 
 
 def write_rows(to: Artifact, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str) -> None:
-    """Write a table as a .npy file, part by part, (n, *shape[1:]) each: memory does not grow with the number of rows."""
+    """Write a table as a .npy file, in parts of shape (n, *shape[1:]): memory does not grow with the number of rows."""
 
     def write(draft: Path) -> None:
         rows = 0
@@ -53,6 +53,6 @@ def write_rows(to: Artifact, parts: Iterable[np.ndarray], shape: tuple[int, ...]
 
 
 def open_rows(path: Path) -> Tensor:
-    """A table that `write_rows` wrote, mapped into memory: the kernel reads what is touched, and may drop it again."""
-    # Copy on write: torch takes no array that cannot be written.
+    """Memory-map a table that `write_rows` wrote: the kernel loads pages on access, and may drop them again."""
+    # Copy on write: torch does not accept a read-only array.
     return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))

@@ -1,8 +1,8 @@
-"""Bytes and seconds for people."""
+"""Bytes and seconds as readable text."""
 
 
 def size_text(count: float) -> str:
-    """A number of bytes for people: three digits and a decimal unit."""
+    """Format a number of bytes with three digits and a decimal unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -11,7 +11,7 @@ def size_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """`40 s`, `12 min`, `3 h 20 min`, `2 d 5 h`."""
+    """Format a duration: `40 s`, `12 min`, `3 h 20 min`, `2 d 5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
