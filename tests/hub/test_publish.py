@@ -241,8 +241,8 @@ def test_offline_nothing_is_asked(connected, monkeypatch):
         ({"token": None}, REPO, "token"),
         ({"role": "read"}, REPO, "can only read"),
         ({"orgs": ()}, REPO, "neither you nor your organization"),
-        ({"orgs": (("org", "read"),)}, REPO, "no right"),
-        ({"role": "fineGrained", "fine_grained": {"scoped": []}}, REPO, "no right"),
+        ({"orgs": (("org", "read"),)}, REPO, "permission"),
+        ({"role": "fineGrained", "fine_grained": {"scoped": []}}, REPO, "permission"),
     ],
     ids=["unknown token", "read token", "foreign organization", "reader in the organization", "fine-grained without write"],
 )
@@ -262,7 +262,7 @@ def test_who_may_not_write_hears_it_at_once(connected, monkeypatch, account, rep
 def test_a_repo_that_others_own_is_refused(connected, monkeypatch):
     connected.create(KIND, "carl/open", {"data.csv": b"1"})
     connected.create(KIND, "carl/hidden", {"data.csv": b"1"}, private=True)
-    with pytest.raises(HubError, match="no right"):
+    with pytest.raises(HubError, match="permission"):
         ready("carl/open", public=True)
     with pytest.raises(HubError, match="neither you nor your organization"):
         ready("carl/hidden")
