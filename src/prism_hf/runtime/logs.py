@@ -62,7 +62,7 @@ def log_file(folder: Path, rank: int) -> Iterator[Path]:
     try:
         yield path
     except BaseException as error:
-        # The error that ends a run is logged too. Only an unexpected one gets a traceback, and that shows no values.
+        # The error that ends a run is logged too. Only an unexpected one gets a traceback, without variable values.
         expected = type(error).__module__.startswith(_OURS) or not isinstance(error, Exception)
         trace = None if expected else (type(error), error, error.__traceback__)
         handler.emit(logger.makeRecord(_OURS, logging.ERROR, "", 0, "%s: %s", (type(error).__name__, error), trace))

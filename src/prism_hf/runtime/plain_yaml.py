@@ -19,7 +19,7 @@ from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import VersionedResolver
 
 MOST_ALIASES = 16
-"""Maximum aliases in one text. Each level of an alias bomb needs at least two, so these expand to a few hundred values."""
+"""Maximum number of aliases in one text. An alias bomb needs two per level, so 16 expand to a few hundred values."""
 
 _TAG = "tag:yaml.org,2002:"
 _CORE_SCHEMA = {
