@@ -225,7 +225,7 @@ def test_description_counts_the_draws(tiny_recipe, selection):
     jobs = plan_jobs(made)
     counts = Counter(name for job in jobs for i in range(job.iterations) for name in job.bn_teachers(i))
     text = describe_plan(made)
-    assert "steps     22 in all (66 image-iterations)" in text
+    assert "steps     22 in total (66 image-iterations)" in text
     for name in made.teachers.synthesis_names:
         assert f"BN        {name}: in {counts[name]} of 22 steps" in text
 
@@ -242,7 +242,7 @@ def test_description_of_a_cycle_counts_the_turns(tiny_recipe):
 )
 def test_description_of_what_is_not_optimized(tiny_recipe, changes):
     text = describe_plan(tiny_recipe(changes))
-    assert "steps     0 in all (0 image-iterations)" in text
+    assert "steps     0 in total (0 image-iterations)" in text
     assert "\nBN " not in text
     assert ("real images drawn at random" in text) == ("method" in changes)
     assert ("logit     none" in text) == ("method" in changes)

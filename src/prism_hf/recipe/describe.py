@@ -32,7 +32,7 @@ def describe_plan(recipe: Recipe) -> str:
         f"images    {recipe.num_images} ({recipe.synthesis.ipc} per class), "
         + ("real images drawn at random" if random else f"init {recipe.synthesis.init}"),
         f"jobs      {len(jobs)} of up to {max(len(j.classes) for j in jobs)} images, {recipe.synthesis.batch_order}",
-        f"steps     {steps:,} in all ({image_steps:,} image-iterations)",
+        f"steps     {steps:,} in total ({image_steps:,} image-iterations)",
         f"logit     {'none (method random)' if random else logit}",
     ]
     for name in teachers.synthesis_names if steps else ():
@@ -44,7 +44,7 @@ def describe_plan(recipe: Recipe) -> str:
         f"students  {recipe.evaluation.student}, {len(recipe.evaluation.seeds)} seeds",
         f"bytes     images at most {size_text(recipe.num_images * data.channels * data.size**2)} "
         f"(raw pixels; {recipe.packaging.image_format} is smaller), labels about {size_text(labels)} in {views:,} views",
-        f"disk      about {size_text(sum(space_needed(recipe).values()))} for the whole run, control included",
+        f"disk      about {size_text(sum(space_needed(recipe).values()))} for the whole run, including the control",
     ]
     return "\n".join(lines)
 
