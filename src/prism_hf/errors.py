@@ -54,7 +54,7 @@ class HubError(PrismError, RuntimeError):
 
 
 class DamagedError(PrismError, OSError):
-    """A file that differs from what was written: truncated, edited, or from another run. A run sets it aside and recreates it."""
+    """A file that was truncated or edited, or that belongs to another run. A run sets it aside and recreates it."""
 
 
 class StoppedError(PrismError, RuntimeError):
