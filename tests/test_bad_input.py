@@ -980,7 +980,7 @@ CASES |= {
     "export: an image that is none": Bad(
         f"prism-hf export set out {EXPORT}",
         DataError,
-        ("row 3 of 'set' holds no picture",),
+        ("row 3 of 'set' has no readable image",),
         table(IMAGES, without_picture),
         draft=True,
     ),

@@ -41,7 +41,7 @@ def test_random_real_images_are_a_data_set_like_any_other(finished_run, tmp_path
     evaluation = json.loads((run / "report.json").read_text())["evaluation"]
     assert [(row["images"], row["labels"]) for row in evaluation["rows"]] == [("distilled", "soft"), ("distilled", "hard")]
     assert evaluation["names"] == {"distilled": "random real"}
-    assert evaluation["left_out"]["random real"] == "the dataset itself is random real images"
+    assert evaluation["left_out"]["random real"] == "the dataset itself consists of random real images"
     card = (run / "dataset" / "README.md").read_text()
     assert "20 real images, chosen and not optimized" in card
     assert "Real training images, drawn at random; nothing is optimized." in card

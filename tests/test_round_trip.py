@@ -149,7 +149,7 @@ def test_a_flipped_bit_on_the_hub_is_seen_by_verify(connected, tmp_path, capsys)
     assert "12 rows in 'default', 36 rows in 'views'; no differences" in capsys.readouterr().out
     connected.corrupt("datasets", SET, "views/train-00000-of-00001.parquet")
     assert main(["verify", SET]) == 1
-    assert "views/train-00000-of-00001.parquet: other content" in capsys.readouterr().out
+    assert "views/train-00000-of-00001.parquet: content has changed" in capsys.readouterr().out
 
 
 def test_what_is_missing_on_the_hub_is_seen_by_verify(connected, tmp_path, capsys):

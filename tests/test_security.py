@@ -337,7 +337,7 @@ def test_strange_features_in_a_table_are_one_line(tmp_path, features):
     table = pa.table({"x": [1, 2]}).replace_schema_metadata({b"huggingface": features})
     pq.write_table(table, tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
     assert "root:" not in bad_data(tmp_path / "set" / "data")
-    with pytest.raises(DataError, match="no readable Parquet|no column image, label") as error:
+    with pytest.raises(DataError, match="not readable as Parquet|no column image, label") as error:
         load_distilled(tmp_path / "set")
     assert "root:" not in one_line(error)
 
@@ -770,8 +770,8 @@ FOREIGN = {
         {"teacher_logits": pa.array([[1.0] * (1 + i % 3) for i in range(12)])},
         "teacher_logits",
     ),
-    "pictures elsewhere": ("data", {"image": [{"bytes": None, "path": "/etc/passwd"}] * 12}, "row 0 holds no picture"),
-    "no pictures": ("data", {"image": [None] * 12}, "row 0 holds no picture"),
+    "pictures elsewhere": ("data", {"image": [{"bytes": None, "path": "/etc/passwd"}] * 12}, "row 0 has no image"),
+    "no pictures": ("data", {"image": [None] * 12}, "row 0 has no image"),
     "broken pictures": ("data", {"image": [{"bytes": b"x", "path": None}] * 12}, "cannot be decoded"),
     "a label too large": ("data", {"label": [99] + [0] * 11}, "label"),
     "no label": ("data", {"label": [None] * 12}, "label"),

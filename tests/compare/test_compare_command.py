@@ -139,7 +139,7 @@ def test_a_folder_of_other_things_is_no_place_for_a_comparison(tmp_path, capsys,
     (tmp_path / "thesis.txt").write_text("mine")
     before = mtimes(tmp_path)
     assert go(recipes[0], "--output", tmp_path) == 2
-    assert "is not empty and holds no comparison" in capsys.readouterr().err
+    assert "is not empty and not a comparison" in capsys.readouterr().err
     assert mtimes(tmp_path) == before
 
 

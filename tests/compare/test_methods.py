@@ -24,7 +24,7 @@ def test_the_first_recipe_says_the_protocol_and_the_control_is_first():
         assert method.recipe.seed == first.seed
     assert (methods[2].recipe.synthesis, methods[2].recipe.teachers.bn_pool) == (other.synthesis, other.teachers.bn_pool)
     given_way = ("evaluation.seeds", "packaging.image_format", "relabel.epochs", "squeeze.lr", "teachers.verifier")
-    assert sorted(notes) == [f"B: {key} is that of A" for key in given_way]
+    assert sorted(notes) == [f"B: {key} is taken from A" for key in given_way]
 
 
 def test_a_section_of_its_own_stays():
@@ -32,7 +32,7 @@ def test_a_section_of_its_own_stays():
     methods, notes = under_one_protocol([("A", first), ("B", other)], own=("relabel",))
     assert methods[2].recipe.relabel == other.relabel
     assert methods[2].recipe.packaging == first.packaging
-    assert notes == ["B: packaging.image_format is that of A"]
+    assert notes == ["B: packaging.image_format is taken from A"]
 
 
 def test_a_protocol_that_a_method_cannot_be_had_under_is_one_line():
@@ -70,7 +70,7 @@ def test_the_control_shares_all_but_what_it_does_not_read():
     [
         ([], "at least one recipe"),
         (["a", "a"], "'a'"),
-        (["A b", "a-B"], "give each recipe a name"),
+        (["A b", "a-B"], "give each recipe its own name"),
         (["random real"], "random"),
     ],
 )

@@ -92,7 +92,9 @@ def test_both_pages_say_the_same_and_are_well_formed(case):
     assert of_html[1:] == [[cell.replace("\\", "") for cell in row] for row in rows]
     sentences = re.findall(r"it \*\*(.+?)\*\*, ([+-][\d.]+ points)", markdown)
     assert sentences
-    assert re.findall(r"it (wins|loses|is level|has no verdict from one seed), ([+-][\d.]+ points)", page.text) == sentences
+    assert (
+        re.findall(r"it (wins|loses|is level|has too few seeds for a verdict), ([+-][\d.]+ points)", page.text) == sentences
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -183,7 +185,7 @@ def test_each_method_meets_the_control_and_the_others_in_words(comparison):
         (0.012, 0.004, "it **wins**, +1.2 points (standard error 0.4)"),
         (0.012, 0.006, "it **is level**, +1.2 points (standard error 0.6)"),
         (-0.05, 0.01, "it **loses**, -5.0 points (standard error 1.0)"),
-        (0.02, None, "it **has no verdict from one seed**, +2.0 points."),
+        (0.02, None, "it **has too few seeds for a verdict**, +2.0 points."),
     ],
 )
 def test_the_difference_that_is_given_is_put_into_words(comparison, gap, error, words):
@@ -191,20 +193,20 @@ def test_the_difference_that_is_given_is_put_into_words(comparison, gap, error, 
     comparison["differences"] = [entry]
     said = {a: text for a, _, text in verdicts(comparison)}
     assert words in said["CDA"]
-    assert "Against each other" not in render_markdown(comparison) + render_html(comparison, PICTURES)
+    assert "Methods compared with each other" not in render_markdown(comparison) + render_html(comparison, PICTURES)
 
 
 def test_a_method_without_a_control_is_named(comparison):
     comparison["differences"] = [entry for entry in comparison["differences"] if entry["a"] != "CDA"]
     said = verdicts(comparison)
-    assert ("CDA", "random real images", "nothing to compare at ipc 10.") in said
+    assert ("CDA", "random real images", "no results to compare at ipc 10.") in said
     assert [(a, b) for a, b, _ in said if b.startswith("random")] == [
         ("SRe2L", "random real"), ("G-VBSM", "random real"), ("CDA", "random real images")
     ]  # fmt: skip
 
 
 def test_the_caption_names_the_lines_that_are_drawn(comparison):
-    assert "Dotted: random real. Dashed: all real data." in render_markdown(comparison)
+    assert "Dotted line: random real images. Dashed line: all real data." in render_markdown(comparison)
     comparison["methods"][1]["control"] = True
     comparison["full_data"] = []
     for page in (render_markdown(comparison), render_html(comparison, PICTURES)):
@@ -233,8 +235,8 @@ def test_what_is_not_known_is_not_shown(comparison):
     assert "## Left out" not in markdown
     assert all(row[9:] == ["-"] * 2 for row in scores_of(markdown)[1])
     empty = sparse | {"scores": [], "methods": sparse["methods"][:1]}
-    assert "Nothing but the control was run." in render_markdown(empty)
-    assert "Nothing but the control was run." in Page(render_html(empty, {})).text
+    assert "Only the control was run." in render_markdown(empty)
+    assert "Only the control was run." in Page(render_html(empty, {})).text
 
 
 def test_low_similarity_alone_is_said_to_prove_nothing(comparison):

@@ -77,7 +77,7 @@ def test_a_second_launch_finds_everything(compared, copied, caplog):
     with caplog.at_level(logging.INFO, "prism_hf"):
         again(copied, compared)
     assert made_of(copied) == before
-    assert "compare: 6 of 6 runs found, 0 to make" in caplog.text
+    assert "compare: 6 of 6 runs already finished, 0 to run" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["record gone", "record damaged", "run gone", "table damaged"])
@@ -137,7 +137,7 @@ def test_a_run_is_the_one_that_the_other_command_makes(compared, tmp_path):
     # The comparison has scored it, and says so.
     card = (folder / "runs" / "prism-ipc2" / "seed-1" / "dataset" / "README.md").read_text()
     assert "| distilled | 20 | soft |" in card
-    assert "Left out, random real: a run of its own in the comparison" in card
+    assert "Left out, random real: a separate run of the same comparison" in card
     assert ours.pop("assets/diversity.png")
     assert theirs.pop("README.md") != ours.pop("README.md")
     assert theirs == ours
@@ -174,7 +174,7 @@ def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "prism_hf"):
         made, failed = again(tmp_path / "bad", compared, ("prism", "bad"), seeds=(0,), students=STUDENTS[:1])
     assert list(failed) == ["bad-ipc2-seed0"]
-    assert "the comparison goes on without it" in caplog.text
+    assert "the comparison continues without it" in caplog.text
     told = [line for line in caplog.messages if "runs done" in line]
     assert [line.partition(", about")[0] for line in told] == [
         f"{label}, seed 0: {number} of 3 runs done" for number, label in enumerate(("random real", "prism", "bad"), 1)

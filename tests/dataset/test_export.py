@@ -345,9 +345,9 @@ def bmp():
         ({"label": [0, 0, 1, 1, 2, 2, 3, -1]}, ["class -1", "0 to 3"]),
         ({"label": [0, 0, 1, 1, 2, 2, 3, None]}, ["class None", "0 to 3"]),
         ({"slot": [0, 0, 0, 1, 0, 1, 0, 1]}, ["several images of class 'class 0' in slot 0"]),
-        (b"no picture", ["row 0", "no picture"]),
-        (None, ["row 0", "no picture"]),
-        ("no cell", ["row 0", "no picture"]),
+        (b"no picture", ["row 0", "no readable image"]),
+        (None, ["row 0", "no readable image"]),
+        ("no cell", ["row 0", "no readable image"]),
         ("bmp", ["row 0", "BMP", "expected PNG"]),
     ],
 )

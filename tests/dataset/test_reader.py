@@ -169,22 +169,25 @@ def test_a_set_is_the_same_in_one_file_and_in_some(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda f: (f / "views" / "train-00001-of-00004.parquet").unlink(), "views/ lacks train-00001-of-00004.parquet;"),
+        (
+            lambda f: (f / "views" / "train-00001-of-00004.parquet").unlink(),
+            "views/ is missing train-00001-of-00004.parquet;",
+        ),
         (
             lambda f: [path.unlink() for path in (f / "views").glob("*-0000[123]-*")],
-            "lacks train-00001-of-00004.parquet, train-00002-of-00004.parquet, train-00003-of-00004.parquet;",
+            "is missing train-00001-of-00004.parquet, train-00002-of-00004.parquet, train-00003-of-00004.parquet;",
         ),
         (
             lambda f: (f / "data" / "train-00000-of-00002.parquet").rename(f / "data" / "train-00000-of-09999.parquet"),
-            "data/ holds train-00001-of-00002.parquet, expected train-NNNNN-of-09999.parquet",
+            "data/ contains train-00001-of-00002.parquet, expected train-NNNNN-of-09999.parquet",
         ),
-        (lambda f: (f / "data" / "train-notes.txt").write_text("x"), "data/ holds train-notes.txt, expected"),
-        (lambda f: (f / "data" / "train-00002-of-00002.parquet").mkdir(), "data/ holds train-00002-of-00002.parquet"),
+        (lambda f: (f / "data" / "train-notes.txt").write_text("x"), "data/ contains train-notes.txt, expected"),
+        (lambda f: (f / "data" / "train-00002-of-00002.parquet").mkdir(), "data/ contains train-00002-of-00002.parquet"),
         (
             lambda f: [path.rename(path.with_name(f"train-{path.name[6:11]}.parquet")) for path in (f / "data").iterdir()],
-            "data/ holds train-00000.parquet, expected train-NNNNN-of-00002.parquet",
+            "data/ contains train-00000.parquet, expected train-NNNNN-of-00002.parquet",
         ),
-        (lambda f: (f / "data" / "train-00001-of-00002.parquet").write_bytes(b"PAR1"), "is no readable Parquet"),
+        (lambda f: (f / "data" / "train-00001-of-00002.parquet").write_bytes(b"PAR1"), "is not readable as Parquet"),
         (
             lambda f: shutil.copy(
                 f / "data" / "train-00000-of-00002.parquet", f / "views" / "train-00001-of-00004.parquet"
@@ -208,7 +211,7 @@ def test_damage_inside_a_file_is_one_line(tmp_path, start):
     data = bytearray(path.read_bytes())
     data[start : start + 100] = b"\xff" * 100
     path.write_bytes(data)
-    with pytest.raises(DataError, match="is no readable Parquet") as error:
+    with pytest.raises(DataError, match="is not readable as Parquet") as error:
         load_distilled(tmp_path)
     one_line(error)
 

@@ -65,12 +65,12 @@ DAMAGE = {
     "a table too many": (lambda f: (f / "data/train-00001-of-00002.parquet").write_bytes(b"x"), "does not list"),
     "fewer images": (lambda f: fewer_rows(f, TABLE), "11 rows, expected 12"),
     "fewer views": (lambda f: fewer_rows(f, VIEWS), "35 rows, expected 36"),
-    "no table at all": (lambda f: ((f / TABLE).write_bytes(b"no"), vouch(f, TABLE)), "no readable Parquet"),
+    "no table at all": (lambda f: ((f / TABLE).write_bytes(b"no"), vouch(f, TABLE)), "not readable as Parquet"),
     "no provenance": (lambda f: (f / "provenance.json").unlink(), "provenance.json"),
     "broken provenance": (lambda f: (f / "provenance.json").write_text("{"), "provenance.json"),
     "a list as provenance": (lambda f: (f / "provenance.json").write_text("[]"), "provenance.json"),
     "a later format": (lambda f: edit(f, lambda v: v.update(format_version=99)), "format version 99"),
-    "a hash that is none": (lambda f: edit(f, lambda v: v["files"][TABLE].update(sha256="x")), "no SHA-256"),
+    "a hash that is none": (lambda f: edit(f, lambda v: v["files"][TABLE].update(sha256="x")), "no valid SHA-256"),
     "a file outside": (lambda f: edit(f, lambda v: v["files"].update({"../x": v["files"][TABLE]})), "outside the folder"),
     "an absolute file": (lambda f: edit(f, lambda v: v["files"].update({"/etc/passwd": v["files"][TABLE]})), "outside"),
     "no card": (lambda f: (f / "README.md").unlink(), "README.md"),
@@ -83,19 +83,19 @@ DAMAGE = {
     ),
     "a card with another type": (
         lambda f: (f / "README.md").write_text((f / "README.md").read_text().replace("dtype: bool", "dtype: int8")),
-        "other columns or types",
+        "columns or types that differ",
     ),
     "a card in the list of files": (
         lambda f: edit(f, lambda v: v["files"].update({"README.md": v["files"][TABLE]})),
-        "no part of a dataset",
+        "not part of a dataset",
     ),
-    "a hidden file": (lambda f: edit(f, lambda v: v["files"].update({".git/config": v["files"][TABLE]})), "no part"),
-    "a name that rings": (lambda f: edit(f, lambda v: v["files"].update({"a\x1bb": v["files"][TABLE]})), "no part"),
+    "a hidden file": (lambda f: edit(f, lambda v: v["files"].update({".git/config": v["files"][TABLE]})), "not part"),
+    "a name that rings": (lambda f: edit(f, lambda v: v["files"].update({"a\x1bb": v["files"][TABLE]})), "not part"),
     "a card with other counts": (
         lambda f: (f / "README.md").write_text(
             (f / "README.md").read_text().replace("num_examples: 36", "num_examples: 35")
         ),
-        "said to have 35 rows",
+        "states 35 rows",
     ),
 }
 

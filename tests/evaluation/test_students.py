@@ -260,7 +260,7 @@ def test_student_learns_the_images(tiny_recipe, toy):
 
 def test_more_epochs_than_the_folder_holds_are_an_error(tiny_recipe, toy):
     settings = tiny_recipe({"relabel.epochs": 9, "evaluation.epochs": 3}).evaluation
-    with pytest.raises(DataError, match="holds 2 epochs of views, evaluation.epochs is 3"):
+    with pytest.raises(DataError, match="has 2 epochs of views, evaluation.epochs is 3"):
         train_student(toy, settings, labels="soft", seed=0, device=CPU)
 
 
@@ -275,7 +275,7 @@ def test_fewer_label_epochs_are_used_again(student, base, toy):
 
 def test_more_label_epochs_than_the_folder_holds_are_an_error(tiny_recipe, toy):
     settings = tiny_recipe({"relabel.epochs": 9, "evaluation.label_epochs": 3, "evaluation.epochs": 50}).evaluation
-    with pytest.raises(DataError, match="holds 2 epochs of views, evaluation.label_epochs is 3"):
+    with pytest.raises(DataError, match="has 2 epochs of views, evaluation.label_epochs is 3"):
         train_student(toy, settings, labels="soft", seed=0, device=CPU)
 
 

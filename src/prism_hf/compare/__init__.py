@@ -1,3 +1,3 @@
-"""Several methods under one protocol, and the page about them. What needs torch is imported from its module."""
+"""Comparison of methods under one protocol, and its results page; import torch-dependent names from their modules."""
 
 from .methods import Method, under_one_protocol

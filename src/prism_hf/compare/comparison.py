@@ -1,8 +1,8 @@
-"""Which runs a comparison has, where they are, and what is kept of them.
+"""The runs of a comparison, their folders, and the files kept for each.
 
-DIR/runs/METHOD/seed-N   an ordinary run, as recipes/prism.py would leave it, dataset included
-DIR/cells/               what was measured of each run
-DIR/full/                students of all real images
+DIR/runs/METHOD/seed-N   an ordinary run with its dataset, as written by recipes/prism.py
+DIR/cells/               measurements of each run
+DIR/full/                students trained on all real images
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from .methods import Method
 
 @dataclass(frozen=True)
 class StudentSetup:
-    """A student architecture and the labels of a dataset that it learns from.
+    """A student architecture, and which labels of a dataset it learns from.
 
-    With `label_epochs` only the first so many epochs of views, used in turn; else as many as the student trains.
+    If `label_epochs` is set, training cycles through that many first epochs of views; else every epoch has its own views.
     """
 
     student: str
@@ -35,48 +35,48 @@ class StudentSetup:
 
     @property
     def key(self) -> str:
-        """Name of the labels in files and reports: `soft`, `hard`, `image`, `soft-10`."""
+        """Name of the labels in files and reports, such as `soft`, `hard`, `image` or `soft-10`."""
         return self.labels if self.label_epochs is None else f"{self.labels}-{self.label_epochs}"
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Methods, seeds and students, and the folder of their runs."""
+    """The methods, seeds and students of a comparison, and the folder of its runs."""
 
     methods: Sequence[Method]
-    setups: Sequence[StudentSetup]  # how students read each dataset; the first student reads all its views at least once
+    setups: Sequence[StudentSetup]  # students of each dataset; at least one setup of the first student uses all views
     seeds: Sequence[int]
     folder: Path
     teachers_root: Path
     accelerator: Accelerator
     checkpoint_s: float = EVERY_S
-    ceilings: Sequence[str] = ()  # architectures that are trained on all real images too
-    loaded: Loaded = field(default_factory=Loaded)  # data and networks that all runs share
+    ceilings: Sequence[str] = ()  # architectures that are also trained on all real images
+    loaded: Loaded = field(default_factory=Loaded)  # data and networks shared by all runs
 
     def __post_init__(self) -> None:
         if not self.plain_setups:
             first = self.setups[0].student
-            raise ValueError(f"expected a setup of {first!r} with all views, for the runs' own cards; got {self.setups}")
+            raise ValueError(f"expected a setup of {first!r} with all views for the cards of the runs; got {self.setups}")
 
     @property
     def plain_setups(self) -> list[StudentSetup]:
-        """Readings of the first student that take all views: those of the runs' own cards."""
+        """Setups of the first student that use all views; their scores are in the cards of the runs."""
         first = self.setups[0].student
         return [setup for setup in self.setups if (setup.student, setup.label_epochs) == (first, None)]
 
     @property
     def students(self) -> list[str]:
-        """Architectures, in order."""
+        """Student architectures, in order."""
         return list(dict.fromkeys(setup.student for setup in self.setups))
 
     @property
     def protocol(self) -> Recipe:
-        """The recipe whose data, labels and students are those of every run."""
+        """The recipe whose data, labels and students every run uses."""
         return self.methods[0].seeded(self.seeds[0])
 
     @property
     def runs(self) -> list[Run]:
-        """Every run, seed by seed: a comparison that is cut short has every method, with fewer seeds."""
+        """All runs, seed by seed, so that an interrupted comparison has every method, with fewer seeds."""
         return [self.run_of(method, seed) for seed in self.seeds for method in self.methods]
 
     @property
@@ -85,7 +85,7 @@ class Comparison:
         return self.runs[: len(self.methods)]
 
     def run_of(self, method: Method, seed: int) -> Run:
-        """The run of a method with a seed."""
+        """Return the run of a method with a seed."""
         return Run(
             method.seeded(seed),
             self.folder / "runs" / method.slug / f"seed-{seed}",
@@ -98,34 +98,34 @@ class Comparison:
         )
 
     def common_run(self, run: Run | None = None) -> Run:
-        """What belongs to no single run (data, teachers, students of all real images), as a run in DIR itself."""
+        """Return a run in DIR itself, for what all runs share: data, teachers, and students on all real images."""
         return replace(run or self.runs[0], folder=self.folder, title="compare")
 
     @property
     def network(self) -> Teacher:
-        """The network whose features measure similarity: the judge of the first method that is not a control."""
+        """The network whose features define similarity: the judge of the first method that is not a control."""
         return next((run for run in self.one_of_each if run.recipe.method != "random"), self.runs[0]).judge
 
     def record(self, run: Run) -> Artifact:
-        """What was measured of a run; the key says what it is made from: recipe, images, weights, and how it is read."""
+        """Return the file with a run's measurements; its key identifies recipe, real images, weights and student setups."""
         setups = [dataclasses.astuple(setup) for setup in self.setups]
         weights = dict(run.artifacts.weights)
         parts = [run.recipe.fingerprint(), run.data.train.content, run.data.test.content, weights, setups]
-        if run.recipe.teachers.verifier is None:  # else it measures, and is among the weights
+        if run.recipe.teachers.verifier is None:  # otherwise the network is the verifier, whose weights are included above
             parts.append(self.network.weights_sha256)
         return Artifact(self.folder / "cells" / f"{name_of(run)}.json", digest(parts)[:16])
 
     def is_made(self, run: Run) -> bool:
-        """Whether a run is there and whole, and made from what is compared now."""
+        """Return whether a run is complete, undamaged, and made from the current inputs."""
         if not (run.dataset / "README.md").is_file() or not self.record(run).is_whole():
             return False
         differences = check_folder(run.dataset).differences
         if differences:
-            run.warn(f"{run.dataset}: {differences[0]}; it is packaged again")
+            run.warn(f"{run.dataset}: {differences[0]}; packaging it again")
         return not differences
 
     def full_tasks(self, student: str) -> list[StudentTask]:
-        """The students of one architecture on all real images; none where the protocol has no epochs for them."""
+        """Return the tasks of one architecture on all real images; empty if the protocol has no epochs for them."""
         settings = replace(self.protocol.evaluation, student=student, seeds=tuple(self.seeds))
         row, data, view = Row("full", "hard"), self.common_run().data, self.protocol.relabel.view
         folder, seeds = self.folder / "full" / _plain(student), self.seeds if settings.full_data_epochs else ()
@@ -133,12 +133,12 @@ class Comparison:
 
 
 def name_of(run: Run) -> str:
-    """Name of a run in files and in the log."""
+    """Return the name of a run in files and in the log."""
     return f"{run.recipe.name}-seed{run.recipe.seed}"
 
 
 def task_of(run: Run, distilled: DistilledDataset, setup: StudentSetup) -> StudentTask:
-    """The student of a run that reads its dataset in one way."""
+    """Return the task of training one student on the dataset of a run."""
     settings = replace(run.recipe.evaluation, student=setup.student, label_epochs=setup.label_epochs)
     epochs = "" if setup.label_epochs is None else f"-{setup.label_epochs}-epochs"
     folder = run.work / "students" / f"{_plain(setup.student)}{epochs}"

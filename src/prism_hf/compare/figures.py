@@ -1,4 +1,4 @@
-"""Pictures of a comparison: accuracy, images, similarity and a feature map; the same facts give the same bytes."""
+"""Figures of a comparison: accuracy, images, similarity and a feature map; the same facts give the same bytes."""
 
 import math
 import textwrap
@@ -20,23 +20,23 @@ from ..hub import MAX_CLASSES, MAX_SLOTS, STYLE, grid, plain_name, save_figure
 from ..runtime import visible
 
 WIDTH = 10.0
-"""Inches of every picture; 1200 pixels."""
+"""Maximum figure width in inches (1200 pixels)."""
 FEW_METHODS, FEW_CLASSES = 6, 10
-"""With more methods than this the grids show only so many classes."""
+"""With more methods than the first number, the grids show at most the second number of classes."""
 SMALL_IMAGE, FEW_SLOTS = 40, 5
-"""Images with longer sides are shown twice as large, and only so many of a class."""
+"""Images with longer sides than the first number are drawn about twice as large, at most the second number per class."""
 LABEL_STYLE = {"soft": ("#0b6bb0", "o"), "image": ("#2e8b57", "D"), "hard": ("#d1590e", "s")}
-"""Color and marker by kind of label."""
+"""Color and marker of each kind of label."""
 _CONTROL_COLOR = "#555555"
 
 Facts = Mapping[str, Any]
-"""A comparison, or a part of it, as comparison.json has it."""
+"""A comparison or a part of it, in the format of comparison.json."""
 
 
 def draw_comparison(folder: Path, comparison: Facts, images: Mapping[str, Tensor]) -> dict[str, Path]:
-    """Write the pictures of a comparison, NAME.png each; returns their paths by name.
+    """Write the figures of a comparison as NAME.png; return their paths by name.
 
-    `images` has those of each method by its label, class-major (K * ipc, C, H, W) uint8, all of one size.
+    `images` are the images of each method by its label, (K * ipc, C, H, W) uint8 sorted by class, all of the same size.
     """
     draw: dict[str, Callable[[Path, Facts], None]]
     draw = {"accuracy": draw_accuracy, "similarity": draw_similarity, "map": draw_map}
@@ -49,7 +49,7 @@ def draw_comparison(folder: Path, comparison: Facts, images: Mapping[str, Tensor
 
 
 def picture_names(comparison: Facts) -> list[str]:
-    """The pictures that a comparison has; a set with one image per class has no similarity to show."""
+    """Return the names of a comparison's figures; with one image per class in every set, there is no similarity figure."""
     if not comparison["methods"]:
         return []
     has_pairs = any(method["histogram"] for method in comparison["methods"])
@@ -57,13 +57,13 @@ def picture_names(comparison: Facts) -> list[str]:
 
 
 def in_order(comparison: Facts) -> list[Facts]:
-    """The methods by images per class, the control first among those of one number."""
+    """Return the methods sorted by images per class, with the control first at each ipc."""
     return sorted(comparison["methods"], key=lambda method: (method["ipc"], not method["control"]))
 
 
 @matplotlib.rc_context(STYLE)
 def draw_accuracy(path: Path, comparison: Facts) -> None:
-    """Test top-1 of each method, a panel per student: seeds, mean and deviation, with all real data as a line."""
+    """Draw the test top-1 of each method, one panel per student: seeds, mean and deviation, and all real data as a line."""
     scores, methods = comparison["scores"], in_order(comparison)
     students = list(dict.fromkeys(score["student"] for score in scores))
     kinds = [kind for kind in LABEL_STYLE if any(score["labels"] == kind for score in scores)]
@@ -121,17 +121,17 @@ def _draw_score(axes: Axes, score: Facts, height: float, color: str, marker: str
 
 @matplotlib.rc_context(STYLE)
 def draw_grids(path: Path, comparison: Facts, images: Mapping[str, Tensor]) -> None:
-    """The images of the methods side by side: the same classes as rows and the same slots as columns."""
+    """Draw the images of the methods side by side, with the same classes as rows and the same slots as columns."""
     methods, names = in_order(comparison), comparison["data"]["classes"]
     expected = {method["label"] for method in methods}
     if set(images) != expected:
-        raise ValueError(f"expected the images of {sorted(expected)}, got those of {sorted(images)}")
+        raise ValueError(f"expected images of {sorted(expected)}, got images of {sorted(images)}")
     height, width = next(iter(images.values())).shape[-2:]
     small, few = max(height, width) <= SMALL_IMAGE, len(methods) <= FEW_METHODS
     classes = min(len(names), MAX_CLASSES if small and few else FEW_CLASSES)
     most = MAX_SLOTS if small and few else FEW_SLOTS
     labels = [_name(name, f"class {k}", 18) for k, name in enumerate(names[:classes])]
-    # Everything in inches: one image, the images of a method, and the distance from one method to the next.
+    # All lengths are in inches: one image, the images of a method, and the distance from one method to the next.
     slots = min(most, max(method["ipc"] for method in methods))
     cell = min(0.5, max(0.28 if small else 0.54, 1.5 / slots))
     across, down = slots * cell, classes * cell * (height + 1) / (width + 1)
@@ -148,7 +148,7 @@ def draw_grids(path: Path, comparison: Facts, images: Mapping[str, Tensor]) -> N
         axes = figure.add_axes((x / wide, y / high, across / wide, down / high))
         picture = _picture(images[method["label"]], method, classes, most)
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
-        axes.set_xlim(-0.5, slots * (width + 1) - 1.5)  # one scale for all panels
+        axes.set_xlim(-0.5, slots * (width + 1) - 1.5)  # the same scale for all panels
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
@@ -161,7 +161,7 @@ def draw_grids(path: Path, comparison: Facts, images: Mapping[str, Tensor]) -> N
 
 
 def _picture(images_uint8: Tensor, method: Facts, classes: int, slots: int) -> NDArray[np.uint8]:
-    """(K * ipc, C, H, W) -> picture (H', W') or (H', W', C) of the first classes and slots."""
+    """Arrange images (K * ipc, C, H, W) of the first classes and slots as one picture, (H', W') or (H', W', C)."""
     ipc = method["ipc"]
     if len(images_uint8) % ipc:
         raise ValueError(f"{method['label']!r} has {len(images_uint8)} images, which is not a multiple of its ipc {ipc}")
@@ -171,7 +171,7 @@ def _picture(images_uint8: Tensor, method: Facts, classes: int, slots: int) -> N
 
 
 def _grid_title(method: Facts, comparison: Facts, most: int, letters: int) -> str:
-    """The title of a method in lines of so many letters, with a remark if not all slots are shown."""
+    """Return the title of a method, wrapped at `letters` characters, with a remark if not all slots are shown."""
     cut = f"\nfirst {most} of {method['ipc']} slots" if method["ipc"] > most else ""
     lines = _title(method, comparison, 30).split("\n")
     return "\n".join(textwrap.fill(line, letters) for line in lines) + cut
@@ -179,7 +179,7 @@ def _grid_title(method: Facts, comparison: Facts, most: int, letters: int) -> st
 
 @matplotlib.rc_context(STYLE)
 def draw_similarity(path: Path, comparison: Facts) -> None:
-    """Histograms of the similarity of pairs inside a class, a panel per method, each before that of real images."""
+    """Draw histograms of the similarity of pairs within a class, one panel per method, each over that of real images."""
     methods = [method for method in in_order(comparison) if method["histogram"]]
     figure, panels = _small_multiples(methods, comparison, columns=3, high=1.65)
     real = comparison["real"]
@@ -195,20 +195,20 @@ def draw_similarity(path: Path, comparison: Facts) -> None:
         axes.spines["left"].set_visible(False)
     histograms = [entry["histogram"] for entry in (real, *methods) if entry["histogram"]]
     bins = [bin_ for h in histograms for bin_ in zip(h["density"], h["edges"], h["edges"][1:], strict=False)]
-    shown = [edge for density, *edges in bins if density > 0 for edge in edges]
-    low, high = min(shown), max(shown)
+    used = [edge for density, *edges in bins if density > 0 for edge in edges]
+    low, high = min(used), max(used)
     panels[0].set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
     handles = [_line("images of the method", LABEL_STYLE["soft"][0], width=1.4)]
     handles += [_line("random real (control)", _CONTROL_COLOR, width=1.4)]
     handles += [_line("real training images", "#cccccc", width=6), _line("mean", "#777777", "--")]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
-    figure.supxlabel("cosine similarity of two images of a class (each panel has its own height)", fontsize=8)
+    figure.supxlabel("cosine similarity of two images of the same class (vertical scale differs per panel)", fontsize=8)
     save_figure(figure, path)
 
 
 @matplotlib.rc_context(STYLE)
 def draw_map(path: Path, comparison: Facts) -> None:
-    """Images of each method among real ones in the plane of features, a panel per method, color by class."""
+    """Draw images of each method among real ones in the feature plane, one panel per method, colored by class."""
     methods, names = in_order(comparison), comparison["data"]["classes"]
     classes = min(len(names), MAX_CLASSES)
     palette = np.asarray(colormaps["tab10" if classes <= 10 else "tab20"].colors)[:classes]  # type: ignore[attr-defined]
@@ -229,7 +229,7 @@ def draw_map(path: Path, comparison: Facts) -> None:
 
 
 def _points(entry: Facts, classes: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Points (N, 2) of the first classes, and their labels (N,)."""
+    """Return the points (N, 2) of the first classes and their labels (N,)."""
     xy, labels = np.asarray(entry["points"]["xy"], dtype=float), np.asarray(entry["points"]["label"], dtype=np.int64)
     return xy[labels < classes], labels[labels < classes]
 
@@ -237,7 +237,7 @@ def _points(entry: Facts, classes: int) -> tuple[NDArray[np.float64], NDArray[np
 def _small_multiples(
     methods: Sequence[Facts], comparison: Facts, *, columns: int, high: float | None
 ) -> tuple[Figure, NDArray[Any]]:
-    """A figure with a titled panel per method, all with the same axes, `high` inches each, or square."""
+    """Create a figure with a titled panel per method, all with the same axes, each `high` inches tall or else square."""
     rows = math.ceil(len(methods) / columns)
     columns = max(2, math.ceil(len(methods) / rows))
     tall = WIDTH / columns if high is None else high
@@ -260,7 +260,7 @@ def _line(label: str, color: str, style: Any = "-", *, width: float = 1) -> Line
 
 
 def _title(method: Facts, comparison: Facts, most: int) -> str:
-    """The label of a method and what sets it apart; in two lines if one would be longer than `most` letters."""
+    """Return the label and distinguishing remarks of a method, on two lines if one would exceed `most` characters."""
     name = _name(method["label"], f"method {comparison['methods'].index(method) + 1}", 34)
     remarks = ["control"] if method["control"] else []
     if len({other["ipc"] for other in comparison["methods"]}) > 1 and f"ipc {method['ipc']}" not in method["label"]:

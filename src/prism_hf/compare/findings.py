@@ -1,4 +1,4 @@
-"""What a comparison found, as plain values: for comparison.json, the page, and the tables of the docs."""
+"""Findings of a comparison as plain values, for comparison.json, the page, and the tables in the docs."""
 
 import dataclasses
 import itertools
@@ -18,20 +18,20 @@ from .comparison import Comparison, name_of
 from .methods import Method
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
-"""By label of each method, the records of its finished runs, each with its seed."""
+"""Records of the finished runs of each method, by its label; each record includes its seed."""
 
 _SAMPLE = 100
-"""Real images per class behind the feature map and the histograms."""
+"""Real images per class for the feature map and the histograms."""
 
 
 def findings(
     comparison: Comparison, failed: Mapping[str, str], *, notes: Sequence[str], command: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is known of a comparison, finished or not; `failed` and `notes` are from `make` and `under_one_protocol`.
+    """Collect the findings of a comparison, finished or not; `failed` is from `make`, `notes` from `under_one_protocol`.
 
     Returns:
-        The contents of comparison.json; and of each method the images of its first finished run, by label,
-        class-major (K * ipc, C, H, W) uint8.
+        The contents of comparison.json; and the images of the first finished run of each method, by its label,
+        (K * ipc, C, H, W) uint8 sorted by class.
     """
     records, data = _records(comparison), comparison.common_run().data
     sample = torch.cat([torch.from_numpy(rows[:_SAMPLE]) for rows in data.train.rows_by_class(data.num_classes)])
@@ -39,11 +39,11 @@ def findings(
     similarity, plane = intra_class_similarity(features, labels, data.num_classes), FeatureMap(features)
     methods, images = [], {}
     for method in comparison.methods:
-        if own := records[method.label]:
-            distilled = load_distilled(comparison.run_of(method, own[0]["seed"]).dataset)
+        if runs := records[method.label]:
+            distilled = load_distilled(comparison.run_of(method, runs[0]["seed"]).dataset)
             images[method.label] = distilled.images_uint8
-            own_features, own_labels = map(torch.cat, zip(*features_of(comparison.network, distilled), strict=True))
-            methods.append(_facts(method, own) | _pictured(own_features, own_labels, plane))
+            run_features, run_labels = map(torch.cat, zip(*features_of(comparison.network, distilled), strict=True))
+            methods.append(_facts(method, runs) | _plot_data(run_features, run_labels, plane))
     full_data = [
         {"student": student, **score}
         for student in comparison.ceilings
@@ -59,11 +59,11 @@ def findings(
         "methods": methods,
         "scores": scores,
         "full_data": full_data,
-        "real": {"similarity": real, **_pictured(features, labels, plane)},
+        "real": {"similarity": real, **_plot_data(features, labels, plane)},
         "map": {"network": comparison.network.name, "how": how},
         "differences": _differences(scores, comparison.methods),
         "left_out": _left_out(comparison, failed, records, full_data),
-        "wall_time_s": sum(record["wall_time_s"] for own in records.values() for record in own),
+        "wall_time_s": sum(record["wall_time_s"] for runs in records.values() for record in runs),
         "hardware": comparison.common_run().hardware | {"processes": comparison.accelerator.num_processes},
         "versions": versions(),
         "command": command,
@@ -91,15 +91,15 @@ def _data(comparison: Comparison) -> dict[str, Any]:
 
 
 def _protocol(comparison: Comparison) -> dict[str, Any]:
-    """Settings of all runs, with the students and seeds that were asked for in place of the recipe's."""
+    """Return the settings shared by all runs, with the requested students and seeds instead of those in the recipe."""
     recipe, students = public_recipe(comparison.protocol), comparison.students
-    asked_for = {"student": students[0] if len(students) == 1 else students, "seeds": list(comparison.seeds)}
+    requested = {"student": students[0] if len(students) == 1 else students, "seeds": list(comparison.seeds)}
     names = dict.fromkeys(name for method in comparison.methods for name in method.recipe.all_teachers)
     squeezed = {name: top1 for run in comparison.one_of_each for name, top1 in run.squeezed_top1.items()}
     return {
         "teachers": {name: squeezed.get(name) for name in names},
         "relabel": to_dict(recipe)["relabel"],
-        "evaluation": dataclasses.asdict(recipe.evaluation) | asked_for,
+        "evaluation": dataclasses.asdict(recipe.evaluation) | requested,
         "squeeze": to_dict(recipe)["squeeze"],
         "verifier": recipe.teachers.verifier,
         "seeds": list(comparison.seeds),
@@ -109,7 +109,7 @@ def _protocol(comparison: Comparison) -> dict[str, Any]:
 def _left_out(
     comparison: Comparison, failed: Mapping[str, str], records: Records, full_data: Sequence[object]
 ) -> dict[str, str]:
-    """What the table lacks, with the reason."""
+    """Return the reason for each row that is missing from the table."""
     left_out = dict(failed)
     for method in comparison.methods:
         tried = any(name_of(comparison.run_of(method, seed)) in failed for seed in comparison.seeds)
@@ -118,12 +118,12 @@ def _left_out(
     if not comparison.protocol.evaluation.full_data_epochs:
         left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
     elif not full_data:
-        left_out["all real"] = "not yet run" if comparison.ceilings else "not asked for"
+        left_out["all real"] = "not yet run" if comparison.ceilings else "not requested"
     return left_out
 
 
 def _facts(method: Method, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What is known of a method beside its scores, over the seeds."""
+    """Return the facts about a method other than its scores, aggregated over the seeds."""
     means = [record["similarity"]["mean"] for record in records]
     averaged = ("image_bytes", "label_bytes", "verifier_top1", "logit_top1")
     return {
@@ -132,7 +132,7 @@ def _facts(method: Method, records: Sequence[Mapping[str, Any]]) -> dict[str, An
         "ipc": method.recipe.synthesis.ipc,
         "control": method.control,
         "recipe_yaml": dump_recipe(public_recipe(method.recipe)),
-        # The median: the first run of a method may also have gathered what later ones read from the disk.
+        # Use the median: the first run of a method may also have computed data that later runs read from disk.
         "seconds_per_image": statistics.median(float(record["seconds_per_image"]) for record in records),
         "image_steps": records[0]["image_steps"],
         **{key: _mean(record[key] for record in records) for key in averaged},
@@ -147,14 +147,14 @@ def _facts(method: Method, records: Sequence[Mapping[str, Any]]) -> dict[str, An
 
 
 def _scores(comparison: Comparison, records: Records) -> list[dict[str, Any]]:
-    """Rows of the table: each method with each student and kind of labels."""
+    """Return the rows of the table, one per method, student and kind of labels."""
     rows = []
     for method in comparison.methods:
-        own = records[method.label]
-        seeds = [record["seed"] for record in own]
-        for scores in zip(*(record["scores"] for record in own), strict=True):  # one per seed
+        runs = records[method.label]
+        seeds = [record["seed"] for record in runs]
+        for scores in zip(*(record["scores"] for record in runs), strict=True):  # one per seed
             top1 = [float(score["top1"]) for score in scores]
-            score = score_row(method.label, scores[0]["labels"], seeds, top1, int(own[0]["images"]))
+            score = score_row(method.label, scores[0]["labels"], seeds, top1, int(runs[0]["images"]))
             first = {
                 "method": score.pop("images"),
                 "ipc": method.recipe.synthesis.ipc,
@@ -166,13 +166,13 @@ def _scores(comparison: Comparison, records: Records) -> list[dict[str, Any]]:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """The mean, or `None` where one is not known."""
-    known = list(values)
-    return None if None in known else statistics.fmean(known)  # type: ignore[arg-type]
+    """Return the mean, or `None` if any value is `None`."""
+    listed = list(values)
+    return None if None in listed else statistics.fmean(listed)  # type: ignore[arg-type]
 
 
 def _differences(scores: Sequence[Mapping[str, Any]], methods: Sequence[Method]) -> list[dict[str, Any]]:
-    """Each method against the controls of its size, and against the first method that is not a control."""
+    """Compare each method with the controls at the same ipc, and with the first method that is not a control."""
     controls = {method.label for method in methods if method.control}
     first = next((method.label for method in methods if not method.control), None)
     rows = []
@@ -181,13 +181,13 @@ def _differences(scores: Sequence[Mapping[str, Any]], methods: Sequence[Method])
         wanted = b["method"] in controls or b["method"] == first
         if wanted and shared.items() <= b.items() and a["method"] not in (b["method"], *controls):
             gap, error = difference(a, b)
-            known = error if math.isfinite(error) else None
-            rows.append({"a": a["method"], "b": b["method"], **shared, "difference": gap, "error": known})
+            finite = error if math.isfinite(error) else None
+            rows.append({"a": a["method"], "b": b["method"], **shared, "difference": gap, "error": finite})
     return rows
 
 
-def _pictured(features: Tensor, labels: Tensor, plane: FeatureMap) -> dict[str, Any]:
-    """What pictures are drawn from: features (N, D), labels (N,)."""
+def _plot_data(features: Tensor, labels: Tensor, plane: FeatureMap) -> dict[str, Any]:
+    """Return the data for the figures, from features (N, D) and labels (N,)."""
     return {
         "histogram": pair_histogram(features, labels),
         "points": {"xy": plane.project(features), "label": labels.tolist()},

@@ -1,4 +1,4 @@
-"""Methods of a comparison: recipes under the protocol of the first one, with random real images among them."""
+"""Methods of a comparison: recipes under the protocol of the first one, including random real images as the control."""
 
 import re
 from collections.abc import Sequence
@@ -9,28 +9,28 @@ from ..recipe import Recipe, differing_keys, parse_recipe, to_dict
 
 RANDOM = "random real"
 PROTOCOL = ("data", "squeeze", "relabel", "packaging", "evaluation")
-"""Sections that all methods take from the first recipe, beside the verifier."""
+"""Sections that all methods take from the first recipe, in addition to the verifier."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a comparison: its name in tables and pictures, and its recipe under the protocol."""
+    """One method of a comparison: its label in tables and figures, and its recipe under the protocol."""
 
     label: str
     recipe: Recipe
 
     @property
     def control(self) -> bool:
-        """Whether it is random real images."""
+        """True if this method is random real images."""
         return self.recipe.method == "random"
 
     @property
     def slug(self) -> str:
-        """The label as the name of a folder."""
+        """The label as a folder name."""
         return re.sub(r"[^a-z0-9]+", "-", f"{self.label} ipc{self.recipe.synthesis.ipc}".lower()).strip("-")[:80]
 
     def seeded(self, seed: int) -> Recipe:
-        """The recipe of one run, with one seed for synthesis and students alike; all runs have the same teachers."""
+        """Return the recipe of one run, with the same seed for synthesis and student; all runs share their teachers."""
         base = self.recipe
         squeeze = replace(base.squeeze, seed=base.seed if base.squeeze.seed is None else base.squeeze.seed)
         evaluation = replace(base.evaluation, seeds=(seed,))
@@ -38,12 +38,12 @@ class Method:
 
 
 def under_one_protocol(recipes: Sequence[tuple[str, Recipe]], *, own: Sequence[str] = ()) -> tuple[list[Method], list[str]]:
-    """Recipes, each with its label, under the protocol of the first one, with random real images for each ipc.
+    """Put labeled recipes under the protocol of the first one, and add random real images for each ipc.
 
-    Each recipe keeps its `own` sections. Returns the methods, controls first, and one line for each value that gives way.
+    Each recipe keeps its `own` sections. Returns the methods, controls first, and one line for each overridden value.
 
     Raises:
-        RecipeError: Two methods of one name, or a recipe that does not work under the protocol.
+        RecipeError: Two methods have the same name, or a recipe does not work under the protocol.
     """
     if not recipes:
         raise RecipeError("expected at least one recipe to compare with random real images, got none")
@@ -57,7 +57,7 @@ def under_one_protocol(recipes: Sequence[tuple[str, Recipe]], *, own: Sequence[s
         common = parse_recipe(values, origin=origin)
         methods.append(Method(label, common))
         changed = [key for key in differing_keys(recipe, common) if key not in ("seed", "method")]
-        notes += [f"{label}: {key} is that of {first_label}" for key in changed]
+        notes += [f"{label}: {key} is taken from {first_label}" for key in changed]
     sizes = dict.fromkeys(method.recipe.synthesis.ipc for method in methods)
     with_control = {method.recipe.synthesis.ipc for method in methods if method.control}
     for ipc in sizes:
@@ -66,14 +66,14 @@ def under_one_protocol(recipes: Sequence[tuple[str, Recipe]], *, own: Sequence[s
             methods.append(Method(label, random_recipe(first, ipc)))
     methods.sort(key=lambda method: not method.control)
     slugs = [re.sub(r"-ipc\d+$", "", method.slug) for method in methods]
-    twice = next((method.label for method, slug in zip(methods, slugs, strict=True) if slugs.count(slug) > 1), None)
-    if twice is not None:
-        raise RecipeError(f"two methods are called {twice!r}; give each recipe a name of its own")
+    duplicate = next((method.label for method, slug in zip(methods, slugs, strict=True) if slugs.count(slug) > 1), None)
+    if duplicate is not None:
+        raise RecipeError(f"two methods are called {duplicate!r}; give each recipe its own name")
     return methods, notes
 
 
 def random_recipe(recipe: Recipe, ipc: int) -> Recipe:
-    """Random real images under the protocol of a recipe."""
+    """Return the recipe for random real images under the protocol of another recipe."""
     values = to_dict(recipe)
     teachers = {"logit": recipe.teachers.logit, "verifier": recipe.teachers.verifier}
     values |= {"name": f"random-ipc{ipc}", "method": "random", "synthesis": {"ipc": ipc}, "teachers": teachers}

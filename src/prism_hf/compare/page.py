@@ -1,7 +1,7 @@
-"""Page of a comparison: Markdown with its pictures beside it, and the same text as one HTML file that loads nothing.
+"""Page of a comparison: Markdown with separate figures, and the same text as one self-contained HTML file.
 
-All text from outside (labels, class names, notes, recipes) is escaped where a template prints it. The HTML is made from the
-Markdown by a parser that knows neither raw HTML nor links.
+All untrusted text (labels, class names, notes, recipes) is escaped where a template prints it. The HTML is made from the
+Markdown by a parser that supports neither raw HTML nor links.
 """
 
 import base64
@@ -26,17 +26,17 @@ HEADER = (
     "method", "student", "labels", "top-1 %", "ipc", "images", "image bytes", "label bytes", "s / image",
     "intra-class cos", "verifier %",
 )  # fmt: skip
-"""Columns of the table; what matters most stands where a narrow screen shows it."""
+"""Columns of the table; the most important ones come first, so that a narrow screen shows them."""
 
-_OUTCOMES = {"wins": "wins", "level": "is level", "loses": "loses", None: "has no verdict from one seed"}
+_OUTCOMES = {"wins": "wins", "level": "is level", "loses": "loses", None: "has too few seeds for a verdict"}
 _SYNTAX = ("heading", "list", "fence", "table", "emphasis", "image", "escape", "entity")
-"""All that the HTML page understands of Markdown."""
+"""The Markdown rules that are enabled for the HTML page."""
 _FOLD = re.compile(r"<details><summary>[\w ]+</summary>|</details>")
-"""The only HTML in the Markdown template; text from outside has no `<` left after `escape`."""
+"""The only HTML in the Markdown template; untrusted text contains no `<` after `escape`."""
 
 
 def write_page(folder: Path, comparison: Mapping[str, Any], images: Mapping[str, Tensor]) -> None:
-    """Write comparison.json, the page as Markdown and as one HTML file, and its pictures in assets/; see `findings`."""
+    """Write comparison.json, the page as Markdown and as one HTML file, and its figures in assets/; see `findings`."""
     write_json(folder / "comparison.json", comparison)
     pictures = draw_comparison(folder / "assets", comparison, images)
     write_bytes(folder / "comparison.md", render_markdown(comparison).encode())
@@ -45,9 +45,9 @@ def write_page(folder: Path, comparison: Mapping[str, Any], images: Mapping[str,
 
 
 def render_markdown(comparison: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> str:
-    """The page as Markdown; `pictures` are addresses by name, by default those in assets/.
+    """Render the page as Markdown; `pictures` are the figures' addresses by name, by default those in assets/.
 
-    A fact that is not known is `None`; one that is missing raises KeyError or jinja2.UndefinedError.
+    An unknown fact must be `None`; a missing key raises KeyError or jinja2.UndefinedError.
     """
     if pictures is None:
         pictures = {name: f"assets/{name}.png" for name in picture_names(comparison)}
@@ -69,7 +69,7 @@ def render_markdown(comparison: Mapping[str, Any], pictures: Mapping[str, str] |
         table=Markup(markdown_table(table_of(comparison, escape))),
         students=list(dict.fromkeys(score["student"] for score in scores)),
         seeds=next(iter(seeds)) if len(seeds) == 1 else None,
-        one_seed=any(len(own) == 1 for own in seeds),
+        one_seed=any(len(row) == 1 for row in seeds),
         image_labels=any(score["labels"] == "image" for score in scores),
         real_cosine=Markup(cosine_text(comparison["real"]["similarity"]["mean"])),
         settings=settings,
@@ -79,7 +79,7 @@ def render_markdown(comparison: Mapping[str, Any], pictures: Mapping[str, str] |
 
 
 def render_html(comparison: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
-    """The page as one HTML file that needs neither a network nor scripts, with PNG files by name; raises the same."""
+    """Render the page as one HTML file without scripts or network access; `pictures` are PNG files by name."""
     parser = MarkdownIt("zero").enable(_SYNTAX)
     tokens = parser.parse(render_markdown(comparison, {name: name for name in pictures}))
     _add_html(tokens, pictures)
@@ -89,10 +89,10 @@ def render_html(comparison: Mapping[str, Any], pictures: Mapping[str, bytes]) ->
 
 
 def _add_html(tokens: Sequence[Token], pictures: Mapping[str, bytes]) -> None:
-    """Put in what Markdown cannot say: pictures as data, folded parts, and which cells of a table are headings."""
+    """Add what Markdown cannot express: embedded figures, collapsed parts, and the header cells of tables."""
     for index, token in enumerate(tokens):
         if token.type == "table_open":
-            token.attrSet("tabindex", "0")  # so that the keyboard can scroll it
+            token.attrSet("tabindex", "0")  # makes the table scrollable by keyboard
         elif token.type == "th_open":
             token.attrSet("scope", "col")
         elif token.type == "td_open" and tokens[index - 1].type == "tr_open":
@@ -108,7 +108,7 @@ def _add_html(tokens: Sequence[Token], pictures: Mapping[str, bytes]) -> None:
 
 
 def _as_markdown(value: object) -> str:
-    """What a template prints: text from outside so that it shows as itself, `Markup` as it is."""
+    """Return a value for a template: `Markup` unchanged, any other text escaped so that it is displayed literally."""
     if isinstance(value, Markup):
         return value
     text = value_text(value)
@@ -116,7 +116,7 @@ def _as_markdown(value: object) -> str:
 
 
 def value_text(value: object) -> str:
-    """A setting as people write it."""
+    """Format a setting for people."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -144,7 +144,7 @@ _TEMPLATES = Environment(
 
 
 def _verdicts(comparison: Mapping[str, Any]) -> tuple[list[Markup], list[Markup]]:
-    """Sentences on each method against random real images, and on the methods against each other."""
+    """Return sentences that compare each method with random real images, and the methods with each other."""
     clauses: dict[tuple[str, str, str], list[str]] = {}
     for entry in comparison["differences"]:
         gap, error = entry["difference"], math.inf if entry["error"] is None else entry["error"]
@@ -155,20 +155,20 @@ def _verdicts(comparison: Mapping[str, Any]) -> tuple[list[Markup], list[Markup]
     controls = {method["label"] for method in comparison["methods"] if method["control"]}
     several = len({score["student"] for score in comparison["scores"]}) > 1
     against_controls, against_each_other = list[Markup](), list[Markup]()
-    for (a, b, student), said in clauses.items():
-        where = f", student {escape(student)}" if several else ""
-        sentence = Markup(f"**{escape(a)}** against {escape(b)}{where}: {'; '.join(said)}.")
+    for (a, b, student), results in clauses.items():
+        suffix = f", student {escape(student)}" if several else ""
+        sentence = Markup(f"**{escape(a)}** against {escape(b)}{suffix}: {'; '.join(results)}.")
         (against_controls if b in controls else against_each_other).append(sentence)
     compared = {a for a, b, _ in clauses if b in controls}
     for method in comparison["methods"]:
         if method["label"] not in controls | compared:
             label, ipc = escape(method["label"]), method["ipc"]
-            against_controls.append(Markup(f"**{label}** against random real images: nothing to compare at ipc {ipc}."))
+            against_controls.append(Markup(f"**{label}** against random real images: no results to compare at ipc {ipc}."))
     return against_controls, against_each_other
 
 
 def table_of(comparison: Mapping[str, Any], clean: Callable[[str], str] = visible) -> list[tuple[str, ...]]:
-    """The table, header first; `clean` makes text from outside fit to be shown, by default on a terminal."""
+    """Return the table, header first; `clean` makes untrusted text safe to display, by default on a terminal."""
     rows: list[tuple[str, ...]] = [HEADER]
     for method in in_order(comparison):
         label = clean(method["label"]) + (" (control)" if method["control"] else "")

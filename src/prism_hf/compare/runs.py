@@ -1,4 +1,4 @@
-"""A whole comparison: its runs, made one after the other by all processes together, and its page."""
+"""A complete comparison: its runs, executed one after another by all processes together, and its page."""
 
 import statistics
 import time
@@ -45,9 +45,9 @@ def compare(
     notes: Sequence[str],
     command: str,
 ) -> str | None:
-    """Make the runs of a comparison and its page, with soft and hard labels; the same call resumes an interrupted one.
+    """Run a comparison with soft and hard labels and write its page; the same call resumes an interrupted comparison.
 
-    Returns the table for a terminal; `None` in every process but the first. The page has the notes of `under_one_protocol`.
+    Returns the table for a terminal, or `None` in all processes but the first. `notes` are those of `under_one_protocol`.
     """
     setups = [StudentSetup(student, labels) for student in students for labels in ("soft", "hard")]
     accelerator = make_accelerator()
@@ -55,7 +55,7 @@ def compare(
     check_place(folder, "--output")
     ours = not folder.is_dir() or (folder / "runs").is_dir()
     if not ours and any(path.name not in _OURS and not path.name.startswith(DRAFT) for path in folder.iterdir()):
-        raise OutputError(f"output {str(folder)!r} is not empty and holds no comparison; use another folder (--output DIR)")
+        raise OutputError(f"output {str(folder)!r} is not empty and not a comparison; use another folder (--output DIR)")
     check_free(folder)
     check_threads(folder / "work", threads)
     check_comparison(comparison)
@@ -63,7 +63,7 @@ def compare(
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(locked(folder))
-            # Not below DIR/teachers: other runs may be at work there.
+            # Skip DIR/teachers, because other runs may be using it.
             for name in (".", "cells", "full", "assets", "work"):
                 clear_drafts(folder / name, deep=name == "full")
         accelerator.wait_for_everyone()
@@ -79,7 +79,7 @@ def compare(
 
 
 def check_comparison(comparison: Comparison) -> None:
-    """Look at what can be wrong with any of the methods before anything costs time."""
+    """Check all methods and the disk space before any expensive work starts."""
     data = comparison.protocol.data
     for student in comparison.students:
         check_network(student, num_classes=data.num_classes, channels=data.channels, size=data.size)
@@ -90,16 +90,16 @@ def check_comparison(comparison: Comparison) -> None:
 
 
 def make(comparison: Comparison) -> dict[str, str]:
-    """Make the teachers, runs and students that are not there yet; returns the runs that failed, with the reason."""
+    """Make all missing teachers, runs and students; return the reason for each run that failed, by its name."""
     common, failed = comparison.common_run(), dict[str, str]()
     teachers: set[str] = set()
-    for run in comparison.one_of_each:  # most methods have the same, and each is looked at once
+    for run in comparison.one_of_each:  # most methods share their teachers, and each teacher is checked once
         if not teachers.issuperset(run.recipe.squeezed_teachers):
             teachers |= set(run.recipe.squeezed_teachers)
             squeeze(comparison.common_run(run))
     missing = unfinished(comparison.accelerator, comparison.runs, comparison.is_made)
     total, finished, began = len(comparison.runs), len(comparison.runs) - len(missing), time.monotonic()
-    common.say(f"compare: {finished} of {total} runs found, {len(missing)} to make")
+    common.say(f"compare: {finished} of {total} runs already finished, {len(missing)} to run")
     with tqdm(total=total, initial=finished, desc="compare", unit="run") as bar:
         for made, run in enumerate(missing, 1):
             reason = _make_run(comparison, run)
@@ -114,16 +114,16 @@ def make(comparison: Comparison) -> dict[str, str]:
 
 
 def _make_run(comparison: Comparison, run: Run) -> str | None:
-    """Make one run and its record; the reason if its synthesis failed."""
+    """Make one run and its record; return the reason if its synthesis failed, or else `None`."""
     began = time.perf_counter()
-    # What another recipe of that name has left in the folder is moved aside: it was changed since.
+    # If the recipe has changed since the folder was written, the old contents are moved aside.
     with claimed_together(run, fresh=is_of_another(run.folder, run.recipe)) as line:
         if line is not None:
             run.say(line)
         try:
             run_stages(run, ("synthesize", "relabel", "package"))
-        except SynthesisError as error:  # raised by every process alike
-            run.say(f"{name_of(run)}: {error}; the comparison goes on without it")
+        except SynthesisError as error:  # raised in every process
+            run.say(f"{name_of(run)}: {error}; the comparison continues without it")
             return str(error)
         with comparison.accelerator.main_process_first():
             distilled = load_distilled(run.dataset)
@@ -131,7 +131,7 @@ def _make_run(comparison: Comparison, run: Run) -> str | None:
         train_students(run, list(tasks.values()))
         if comparison.accelerator.is_main_process:
             record = _measure(comparison, run, distilled, tasks)
-            comparison.record(run).write_json({**record, "wall_time_s": time.perf_counter() - began})  # of this launch
+            comparison.record(run).write_json({**record, "wall_time_s": time.perf_counter() - began})  # this launch only
         comparison.accelerator.wait_for_everyone()
     return None
 
@@ -139,13 +139,13 @@ def _make_run(comparison: Comparison, run: Run) -> str | None:
 def _measure(
     comparison: Comparison, run: Run, distilled: DistilledDataset, tasks: Mapping[StudentSetup, StudentTask]
 ) -> dict[str, object]:
-    """Write the run's own report and card, with the scores of the first student; returns the record of the run."""
-    elsewhere = "a run of its own in the comparison that this one belongs to"
+    """Write the run's own report and card with the scores of the first student; return the record of the run."""
+    reason = "a separate run of the same comparison"
     evaluation = collect(
         run,
         [tasks[setup] for setup in reversed(comparison.plain_setups)],
         {"distilled": distilled},
-        left_out={"random real": elsewhere, "all real": elsewhere},
+        left_out={"random real": reason, "all real": reason},
         verifier=run.verifier,
         network=comparison.network,
     )

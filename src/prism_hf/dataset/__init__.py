@@ -1,4 +1,4 @@
-"""The format of a distilled dataset: tables, provenance, reading, checking, export."""
+"""Distilled datasets on disk: tables, provenance, reading, verification and export."""
 
 from .format import DISTILLED, IMAGES, RANDOM_REAL, VIEWS, Shard, image_features, image_shards, view_features, view_shards
 from .provenance import Provenance, check_folder, read_provenance, versions, write_provenance

@@ -1,4 +1,4 @@
-"""Export a distilled dataset in the layouts of other programs: class folders, or the columns of rethinkdc."""
+"""Export a distilled dataset in the layouts of other programs: class folders or the columns of rethinkdc."""
 
 import io
 import os
@@ -25,7 +25,7 @@ ExportFormat = Literal["imagefolder", "rethinkdc"]
 
 EXTENSIONS = {"PNG": "png", "WEBP": "webp", "JPEG": "jpg"}
 LONGEST_NAME = 80
-# `datasets` takes a folder with such a word in its name for a split, wherever the folder lies.
+# `datasets` treats any folder with such a word in its name as a split, at any depth.
 SPLIT_WORD = re.compile(
     r"(?:^|[-._0-9])(?:train|training|test|testing|eval|evaluation|validation|valid|val|dev)(?:$|[-._0-9])", re.IGNORECASE
 )
@@ -37,7 +37,7 @@ configs:
   - split: train
     path: data/train-*
 ---
-Images and class indices of a distilled dataset, in the columns that rethinkdc reads. Soft labels stay in the original.
+Images and class indices of a distilled dataset, in the columns that rethinkdc reads. Soft labels are not included.
 """
 
 
@@ -50,22 +50,22 @@ class _Picture(NamedTuple):
 
 
 def export(source: str | Path, target: str | Path, *, format: ExportFormat, revision: str | None = None) -> Path:
-    """Write a distilled dataset in a layout that other programs read; returns the target.
+    """Write a distilled dataset in a layout that other programs read; return the target folder.
 
-    Only the images and their classes are carried: neither layout has a place for soft labels, so a student trained on an
-    export learns from hard labels.
+    Only the images and their classes are exported: neither layout supports soft labels, so a student trained on an export
+    learns from hard labels.
 
     - `imagefolder`: `train/<class>/<slot>.<ext>` for `torchvision.datasets.ImageFolder` and `load_dataset("imagefolder")`.
-      Folders are numbered, so that both give each class the index that it has in the dataset; classes.json has the
-      true names. Files hold the very bytes of the dataset.
+      Folder names start with the class index, so both loaders assign each class the same index as the dataset;
+      classes.json has the original names. The image files are copied unchanged.
     - `rethinkdc`: one Parquet table with the columns `image` and `class_id`. Its transforms need three channels, so images
-      of another mode become RGB PNGs; the others keep their bytes. (Its command line reads Parquet only from a path with
-      "he-y" in it, and class folders, which `imagefolder` writes into `train`, from any other.)
+      that are not RGB become RGB PNGs; RGB images are copied unchanged. (Its command line reads Parquet only from a path
+      that contains "he-y". From any other path it reads class folders, which `imagefolder` writes into `train`.)
 
     Raises:
-        OutputError: The target is not empty or cannot be written; nothing is left half-written.
-        DataError: No such dataset or layout, a class without images, or bytes that are not a picture.
-        HubError: The Hub does not answer, or has no such dataset for this token.
+        OutputError: The target is not empty or cannot be written; no partial output remains.
+        DataError: No such dataset or layout, a class without images, or an image that cannot be read.
+        HubError: The Hub does not respond, or this token cannot access such a dataset.
     """
     if format not in _WRITERS:
         raise DataError(f"export format {format!r} is unknown; expected {' or '.join(_WRITERS)}")
@@ -74,14 +74,14 @@ def export(source: str | Path, target: str | Path, *, format: ExportFormat, revi
     with dataset_folder(source, revision) as folder:
         images, names = open_images(folder)
     _check_slots(images, names, source)
-    home = target.absolute()  # "." has neither name nor parent
+    home = target.absolute()  # the path "." has neither name nor parent
     draft = draft_folder(home)
     try:
         with writing(target):
             _WRITERS[format](draft, _pictures(images, source), names)
             write_json(draft / "classes.json", {str(index): name for index, name in enumerate(names)})
             if home.exists():
-                home.rmdir()  # empty; Windows renames onto no folder
+                home.rmdir()  # it is empty; Windows cannot rename onto an existing folder
             draft.rename(home)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -90,7 +90,7 @@ def export(source: str | Path, target: str | Path, *, format: ExportFormat, revi
 
 def _check_target(target: Path, source: str | Path) -> None:
     if os.path.isdir(source) and target.resolve().is_relative_to(Path(source).resolve()):
-        raise OutputError(f"{target} lies inside the dataset {source}; give a folder outside of it")
+        raise OutputError(f"{target} is inside the dataset {source}; give a folder outside of it")
     if os.path.isdir(target) and not target.is_symlink():
         if any(target.iterdir()):
             raise OutputError(f"{target} is not empty; give a folder that does not exist, or an empty one")
@@ -99,23 +99,23 @@ def _check_target(target: Path, source: str | Path) -> None:
 
 
 def _check_slots(table: Table, names: Sequence[str], source: str | Path) -> None:
-    """Every class has images, and every image a slot of its own: both become names of files."""
+    """Check that every class has images and each image its own slot, because both determine file names."""
     slots: Counter[tuple[int, int]] = Counter()
     for rows in table.batches(("label", "slot")):
         slots.update(zip(rows["label"].to_pylist(), rows["slot"].to_pylist(), strict=True))
-    labels, known = {label for label, _ in slots}, set(range(len(names)))
-    if strays := labels - known:
-        raise DataError(f"{str(source)!r} has an image of class {strays.pop()}; expected 0 to {len(names) - 1}")
-    if bare := sorted(known - labels):
-        name = names[bare[0]]
-        raise DataError(f"{str(source)!r} has no image of class {name!r}; its index would be given to the next class")
-    if twice := [key for key, count in slots.items() if count > 1]:
-        label, slot = twice[0]
+    labels, expected = {label for label, _ in slots}, set(range(len(names)))
+    if unknown := labels - expected:
+        raise DataError(f"{str(source)!r} has an image of class {unknown.pop()}; expected 0 to {len(names) - 1}")
+    if empty := sorted(expected - labels):
+        name = names[empty[0]]
+        raise DataError(f"{str(source)!r} has no image of class {name!r}; the next class would get its index")
+    if duplicates := [key for key, count in slots.items() if count > 1]:
+        label, slot = duplicates[0]
         raise DataError(f"{str(source)!r} has several images of class {names[label]!r} in slot {slot}; expected one")
 
 
 def _pictures(table: Table, source: str | Path) -> Iterator[list[_Picture]]:
-    """The images of each row group: as many as may be in memory together."""
+    """Yield the images of each row group, which is as many as may be in memory at a time."""
     for group in table.groups:
         rows = table.read(group.start, group.start + group.rows, ("image", "label", "slot")).to_pylist()
         yield [_picture(cells, f"row {group.start + number} of {str(source)!r}") for number, cells in enumerate(rows)]
@@ -127,7 +127,7 @@ def _picture(cells: Mapping[str, Any], where: str) -> _Picture:
         with Image.open(io.BytesIO(data)) as picture:
             kind, mode = str(picture.format), picture.mode
     except (*UNREADABLE, TypeError) as error:
-        reason = f"{where} holds no picture ({type(error).__name__}); package or download the dataset again"
+        reason = f"{where} has no readable image ({type(error).__name__}); package or download the dataset again"
         raise DataError(reason) from error
     if kind not in EXTENSIONS:
         raise DataError(f"{where} is {kind}; expected {', '.join(EXTENSIONS)}")
@@ -143,7 +143,7 @@ def _write_imagefolder(folder: Path, groups: Iterable[list[_Picture]], names: Se
 
 
 def _folder_name(index: int, name: str, count: int) -> str:
-    """The class index, which keeps folders apart and in order, and what of the name is safe in any file system."""
+    """Return the class index, which makes folders unique and ordered, plus the filesystem-safe part of the class name."""
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", plain)[:LONGEST_NAME].strip("._-")
     number = str(index).zfill(max(5, len(str(count - 1))))
@@ -154,7 +154,7 @@ def _write_rethinkdc(folder: Path, groups: Iterable[list[_Picture]], names: Sequ
     features = datasets.Features({"image": datasets.Image(), "class_id": datasets.Value("int64")})
     (folder / "data").mkdir()
     path = folder / "data" / "train-00000-of-00001.parquet"
-    # Encoded images do not shrink any more.
+    # Encoded images do not compress any further.
     with pq.ParquetWriter(path, features.arrow_schema, compression="none") as writer:
         for rows in groups:
             rgb = [p.data if p.mode == "RGB" else encode(decode(p.data, 3), "png") for p in rows]

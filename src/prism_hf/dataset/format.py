@@ -1,10 +1,10 @@
-"""The format of a distilled dataset: columns of its two tables, and how they are cut into shards.
+"""Format of a distilled dataset: the columns of its two tables and how rows are split into shards.
 
     data/train-*.parquet    config "default": image, label, slot, teacher_logits, job
-    views/train-*.parquet   config "views": one row per image and epoch, with its label; sorted by epoch
+    views/train-*.parquet   config "views": one row per image and epoch, with its soft label; sorted by epoch
     recipe.yaml, provenance.json, README.md, assets/
 
-docs/dataset_format.md is the contract. No pickles, no scripts.
+docs/dataset_format.md is the specification. A dataset contains neither pickles nor scripts.
 """
 
 import math
@@ -19,20 +19,20 @@ from ..recipe import VIEW_ROW_BYTES, Recipe, batch_ranges
 
 FORMAT_VERSION = 1
 IMAGES, VIEWS = "data", "views"
-"""Folders of the two tables."""
+"""Folder names of the two tables."""
 TABLES = {"default": IMAGES, VIEWS: VIEWS}
-"""Config -> folder of its shards."""
+"""Folder of the shards, by config name."""
 DISTILLED, RANDOM_REAL = "distilled", "random_real"
-"""What a dataset holds."""
+"""The two kinds of images that a dataset can contain."""
 
 GROUP_BYTES = 4 * 2**20
-"""A row group holds about this many bytes: what a reader, and the writer, has in memory at once."""
+"""Approximate size of a row group, which is what a reader or the writer keeps in memory at a time."""
 _SHARD_VIEWS = 2**13
-"""A shard of views holds no more views than this, if it holds more than one epoch: a killed run loses at most one shard."""
+"""Maximum views in a shard with more than one epoch; a killed run loses at most one shard."""
 
 
 def image_features(class_names: Sequence[str]) -> datasets.Features:
-    """Features of config "default"; `teacher_logits` are raw, float16, of the image without a view."""
+    """Return the features of config "default"; `teacher_logits` are raw float16 logits of the image itself, not a view."""
     return datasets.Features(
         {
             "image": datasets.Image(),
@@ -45,7 +45,7 @@ def image_features(class_names: Sequence[str]) -> datasets.Features:
 
 
 def view_features(num_classes: int) -> datasets.Features:
-    """Features of config "views"; boxes are top, left, height, width in pixels."""
+    """Return the features of config "views"; boxes are (top, left, height, width) in pixels."""
     box = datasets.List(datasets.Value("int16"), length=4)
     return datasets.Features(
         {
@@ -66,14 +66,14 @@ def view_features(num_classes: int) -> datasets.Features:
 
 @dataclass(frozen=True)
 class Shard:
-    """One of the Parquet files of a table: it holds these rows of the table of images, or epochs of the table of views."""
+    """One Parquet file of a table; `rows` are its image rows in `data`, or its epochs in `views`."""
 
     name: str
     rows: range
 
 
 def image_shards(recipe: Recipe, count: int) -> list[Shard]:
-    """The shards of a table of `count` images, cut between two batches of labels, by the size of the raw pixels."""
+    """Return the shards of a table of `count` images, sized by raw pixels and split only between relabeling batches."""
     batches = batch_ranges(count, recipe.relabel.batch_size)
     wanted = math.ceil(count * _image_row_bytes(recipe) / (recipe.packaging.shard_megabytes * 10**6))
     first = np.linspace(0, len(batches), min(wanted, len(batches)) + 1).astype(int).tolist()
@@ -82,7 +82,7 @@ def image_shards(recipe: Recipe, count: int) -> list[Shard]:
 
 
 def view_shards(recipe: Recipe, count: int) -> list[Shard]:
-    """The shards of the views of `count` images, each of whole epochs."""
+    """Return the shards of the views of `count` images; each shard contains whole epochs."""
     epochs = recipe.relabel.epochs
     fit = recipe.packaging.shard_megabytes * 10**6 // ((2 * recipe.data.num_classes + 2 * VIEW_ROW_BYTES) * count)
     each = max(1, min(fit, _SHARD_VIEWS // count))
@@ -94,12 +94,12 @@ def _shards(parts: Sequence[range]) -> list[Shard]:
 
 
 def image_group_rows(recipe: Recipe) -> int:
-    """Rows of a row group of images."""
+    """Return the number of rows in a row group of images."""
     return max(1, GROUP_BYTES // _image_row_bytes(recipe))
 
 
 def view_group_rows(num_classes: int) -> int:
-    """Rows of a row group of views; the last one of an epoch ends with it."""
+    """Return the target number of rows in a row group of views; no row group crosses the end of an epoch."""
     return max(1, GROUP_BYTES // (2 * num_classes + VIEW_ROW_BYTES))
 
 

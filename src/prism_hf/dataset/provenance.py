@@ -1,4 +1,4 @@
-"""provenance.json: what a dataset was made from and with, and whether its files and tables are still those."""
+"""provenance.json: the inputs and tools behind a dataset, and the check that its files and tables are unchanged."""
 
 import importlib.metadata
 import os
@@ -29,7 +29,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Partial(Facts):
-    """How many images of how many there are, and which synthesis jobs failed."""
+    """Extent of an incomplete dataset: the images it has, how many were expected (`of`), and the failed synthesis jobs."""
 
     images: int
     of: int
@@ -37,13 +37,13 @@ class Partial(Facts):
 
 
 class Source(SourceFacts):
-    """The real data; the first version did not say whether they are on the Hub."""
+    """The real data; early versions did not record whether it is on the Hub."""
 
     on_hub: bool = False
 
 
 class TeacherEntry(Facts):
-    """A teacher, its roles in the recipe, and its share of right answers on the test images if it was squeezed."""
+    """A teacher, its roles in the recipe and, if it was trained by the squeeze stage, its test top-1 in [0, 1]."""
 
     name: str
     roles: list[str] = []
@@ -55,7 +55,7 @@ class TeacherEntry(Facts):
 
 
 class FileEntry(Facts):
-    """A file; sets packaged before rows were recorded have the counts of their tables in the card alone."""
+    """One file of a dataset; datasets packaged before `rows` existed have row counts in the card only."""
 
     sha256: str
     bytes: int
@@ -63,15 +63,15 @@ class FileEntry(Facts):
 
 
 class Provenance(Facts):
-    """provenance.json. What programs go by must be there; the rest is for people, and may be missing.
+    """Contents of provenance.json; fields that programs rely on are required, and fields for people are optional.
 
-    Holds no time, host name or path: the same recipe gives the same bytes. A complete dataset has no `partial`.
+    It contains no time, host name or path: the same recipe gives the same bytes. A complete dataset has no `partial`.
     """
 
     FILE: ClassVar[str] = "provenance.json"
 
     format_version: int
-    recipe: str  # its name
+    recipe: str  # name of the recipe
     images: str = DISTILLED  # or `random_real`
     partial: Partial | None = None
     recipe_fingerprint: str | None = None
@@ -81,16 +81,16 @@ class Provenance(Facts):
     teachers: list[TeacherEntry]
     versions: dict[str, str] = {}
     hardware: dict[str, object] = {}
-    files: dict[str, FileEntry]  # by path in the folder: all but this one, the card and its pictures
+    files: dict[str, FileEntry]  # by path in the folder; without this file, the card and its figures
 
     @property
     def title(self) -> str:
-        """What a repo with this file holds a version of."""
+        """Name of the dataset that a repo with this file contains a version of."""
         return self.recipe if self.images == DISTILLED else f"{self.recipe} (random real images)"
 
 
 def read_provenance(path: Path) -> Provenance:
-    """What a dataset says of itself; a `DataError` if the file is missing, or not what prism-hf packaged."""
+    """Read a provenance.json file; raise a `DataError` if it is missing or was not written by prism-hf."""
     try:
         return Provenance.read(path)
     except ValueError as error:
@@ -109,7 +109,7 @@ def write_provenance(
     images: str = DISTILLED,
     partial: Mapping[str, object] | None = None,
 ) -> None:
-    """Write provenance.json of a dataset folder whose tables and recipe are there; see `Provenance` and `Partial`."""
+    """Write provenance.json into a dataset folder that has its tables and recipe; see `Provenance` and `Partial`."""
     data, incomplete = recipe.data, {"partial": Partial.model_validate(dict(partial))} if partial else {}
     Provenance(
         format_version=FORMAT_VERSION,
@@ -151,20 +151,20 @@ def _file_entry(path: Path) -> FileEntry:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Files that provenance.json vouches for: all but itself, the card, its pictures and hidden files."""
+    """Return the files that provenance.json lists: all except itself, the card, its figures and hidden files."""
     own = (Provenance.FILE, "README.md", "assets")
     files = ((path, path.relative_to(folder).parts) for path in files_below(folder))
     return [path for path, parts in files if parts[0] not in own and not any(name.startswith(".") for name in parts)]
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a result."""
+    """Return the versions of Python and of the packages that can affect results."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How many files were compared, the rows of each config, and the differences from what was packaged, one line each."""
+    """Result of a check: number of files compared, rows per config, and one line per difference from what was packaged."""
 
     files: int
     rows: Mapping[str, int]
@@ -172,23 +172,23 @@ class Verification:
 
 
 def check_folder(folder: Path) -> Verification:
-    """Compare a dataset folder with its provenance.json and its card; downloads check sizes only."""
+    """Compare a dataset folder with its provenance.json and its card."""
     try:
         if _leads_out(folder, Provenance.FILE):
             raise ValueError(f"{Provenance.FILE}: a link that leads out of the folder")
         provenance = Provenance.read(folder / Provenance.FILE, Provenance.FILE)
         version, files = provenance.format_version, provenance.files
         if version != FORMAT_VERSION:
-            raise ValueError(f"{Provenance.FILE}: format version {version}, but this program knows {FORMAT_VERSION}")
+            raise ValueError(f"{Provenance.FILE}: format version {version}, but this program supports {FORMAT_VERSION}")
     except ValueError as error:
         return Verification(0, {}, (str(error),))
-    strange = {name: reason for name in files if (reason := _strange(folder, name))}
-    tables = {name: _footer(folder / name) for name in files if name.endswith(".parquet") and name not in strange}
+    refused = {name: reason for name in files if (reason := _refusal(folder, name))}
+    tables = {name: _footer(folder / name) for name in files if name.endswith(".parquet") and name not in refused}
     rows = {
         config: sum(footer.num_rows for name, footer in tables.items() if footer and name.startswith(f"{sub}/"))
         for config, sub in TABLES.items()
     }
-    listed = [strange.get(name) or _difference(folder, name, entry, tables.get(name)) for name, entry in files.items()]
+    listed = [refused.get(name) or _difference(folder, name, entry, tables.get(name)) for name, entry in files.items()]
     differences = (*filter(None, listed), *_unlisted(folder, files), *_card_differences(folder, tables, rows))
     return Verification(len(files), rows, differences)
 
@@ -197,19 +197,19 @@ def _leads_out(folder: Path, name: str) -> bool:
     return not is_inside(folder / name, homes_of(folder))
 
 
-def _strange(folder: Path, name: str) -> str | None:
-    """Why a file that provenance.json names is not opened, if it is not."""
+def _refusal(folder: Path, name: str) -> str | None:
+    """Return why a file named in provenance.json must not be opened, or `None` if it may be."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:
         return f"{name[:80]!r}: provenance.json names a file outside the folder"
     own = name in ("README.md", Provenance.FILE)
     if own or not is_plain_path(name) or any(part.startswith(".") for part in pure.parts):
-        return f"{name[:80]!r}: provenance.json names a file that is no part of a dataset"
+        return f"{name[:80]!r}: provenance.json names a file that is not part of a dataset"
     return f"{name}: a link that leads out of the folder" if _leads_out(folder, name) else None
 
 
 def _footer(path: Path) -> pq.FileMetaData | None:
-    """Row count and columns of a table; `None` if it is not readable Parquet."""
+    """Return the row count and columns of a table, or `None` if it is not readable Parquet."""
     try:
         return pq.read_metadata(path)
     except (pa.ArrowInvalid, OSError):
@@ -219,29 +219,29 @@ def _footer(path: Path) -> pq.FileMetaData | None:
 def _difference(folder: Path, name: str, entry: FileEntry, footer: pq.FileMetaData | None) -> str | None:
     path = folder / name
     if not _SHA256.fullmatch(entry.sha256):
-        return f"{name}: provenance.json holds no SHA-256 for it"
+        return f"{name}: provenance.json has no valid SHA-256 for it"
     if not path.is_file():
         return f"{name}: missing"
     if path.stat().st_size != entry.bytes:
         return f"{name}: {path.stat().st_size} bytes, expected {entry.bytes}"
     if sha256_of(path) != entry.sha256:
-        return f"{name}: other content than packaged (SHA-256 differs)"
+        return f"{name}: content has changed since packaging (SHA-256 differs)"
     if path.suffix == ".parquet" and footer is None:
-        return f"{name}: no readable Parquet"
+        return f"{name}: not readable as Parquet"
     if footer and entry.rows not in (None, footer.num_rows):
         return f"{name}: {footer.num_rows} rows, expected {entry.rows}"
     return None
 
 
 def _unlisted(folder: Path, files: Collection[str]) -> list[str]:
-    """Files that `datasets` would read along with the tables."""
+    """Describe files missing from provenance.json that `datasets` would read as part of the tables."""
     paths = (path for sub in TABLES.values() for path in sorted((folder / sub).glob("train-*")))
     unlisted = (name for path in paths if (name := path.relative_to(folder).as_posix()) not in files)
-    return [f"{name!r}: provenance.json does not list it, and it would be mixed in" for name in unlisted]
+    return [f"{name!r}: provenance.json does not list it, but it would be read with the table" for name in unlisted]
 
 
 def _card_differences(folder: Path, tables: Mapping[str, pq.FileMetaData | None], rows: Mapping[str, int]) -> Iterator[str]:
-    """What `datasets` goes by: where the card's configs point to, their rows and columns; and whole epochs of views."""
+    """Yield differences of paths, rows and columns between card and tables, and check that the views are whole epochs."""
     if _leads_out(folder, "README.md"):
         yield "README.md: a link that leads out of the folder"
         return
@@ -252,7 +252,7 @@ def _card_differences(folder: Path, tables: Mapping[str, pq.FileMetaData | None]
         stated = {name: (infos[name].splits["train"].num_examples, infos[name].features) for name in TABLES}
         paths = {config["config_name"]: config["data_files"] for config in header["configs"]}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        yield f"README.md: no readable `configs` and `dataset_info` ({type(error).__name__})"
+        yield f"README.md: `configs` or `dataset_info` is missing or unreadable ({type(error).__name__})"
         return
     kinds = {name: datasets.Features.from_arrow_schema(f.schema.to_arrow_schema()) for name, f in tables.items() if f}
     for config, sub in TABLES.items():
@@ -260,18 +260,18 @@ def _card_differences(folder: Path, tables: Mapping[str, pq.FileMetaData | None]
         if paths.get(config) != [{"split": "train", "path": f"{sub}/train-*"}]:
             yield f"README.md: config {config!r} is missing, or does not point to {sub}/train-*"
         if count != rows[config]:
-            yield f"README.md: config {config!r} is said to have {count} rows, the tables have {rows[config]}"
+            yield f"README.md: config {config!r} states {count} rows, but the table has {rows[config]}"
         for name in (name for name, kind in kinds.items() if name.startswith(f"{sub}/") and kind != features):
-            yield f"README.md: config {config!r} is said to have other columns or types than {name}"
+            yield f"README.md: config {config!r} states columns or types that differ from {name}"
     if not rows["default"] or rows[VIEWS] % rows["default"]:
-        yield f"{rows[VIEWS]} views of {rows['default']} images; expected whole epochs"
+        yield f"{rows[VIEWS]} views for {rows['default']} images; expected whole epochs"
 
 
 def verify(source: str | Path, *, revision: str | None = None) -> Verification:
-    """Check a dataset folder, or download a Hub dataset afresh and check that.
+    """Check a dataset folder, or a fresh download of a Hub dataset.
 
     Raises:
-        HubError: It is neither a folder nor a Hub id, or cannot be downloaded.
+        HubError: The source is neither a folder nor a Hub id, or the dataset cannot be downloaded.
     """
     if os.path.isdir(source):
         return check_folder(Path(source))
@@ -287,11 +287,11 @@ def verify(source: str | Path, *, revision: str | None = None) -> Verification:
 
 
 def _download(repo_id: str, revision: str | None, folder: str) -> list[str]:
-    """Bring a dataset into a folder; what is not there as the Hub lists it, one line each."""
+    """Download a dataset into a folder; return one line for each file that differs from the Hub's list or is missing."""
     api = HfApi()
     commit = api.repo_info(repo_id, repo_type="dataset", revision=revision).sha
     api.snapshot_download(repo_id, repo_type="dataset", revision=commit, local_dir=folder)
-    # Card and pictures are not in provenance.json; the Hub's own list has the hashes of all files.
+    # A download checks sizes only. Card and figures are not in provenance.json, but the Hub lists the hashes of all files.
     report = api.verify_repo_checksums(repo_id, repo_type="dataset", revision=commit, local_dir=folder)
-    wrong = [f"{item['path']}: other content than the Hub lists" for item in report.mismatches]
+    wrong = [f"{item['path']}: content differs from the hash that the Hub lists" for item in report.mismatches]
     return [*wrong, *(f"{path}: not downloaded" for path in report.missing_paths)]

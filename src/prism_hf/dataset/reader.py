@@ -1,6 +1,6 @@
-"""Read a distilled dataset, from a folder or the Hub, for students to train on, in memory that does not grow with it.
+"""Read a distilled dataset from a folder or the Hub, to train students on, in memory that does not grow with its size.
 
-Legend: N images, B rows, C channels, H W pixels, K classes.
+Legend: N images, B rows, C channels, H x W pixels, K classes.
 """
 
 import hashlib
@@ -29,28 +29,28 @@ from .provenance import Provenance, read_provenance
 from .tables import Table, dataset_folder, open_images, to_arrays
 
 _IN_MEMORY = 2**23
-"""Arrays of more bytes than this lie in a file, whose pages the kernel may drop when it needs the memory."""
+"""Larger arrays (in bytes) are mapped from a file, so that the kernel can drop their pages when memory is short."""
 _PICTURES_AT_ONCE = 32
 _VIEW_COLUMNS = tuple(view_features(2))
 
 
 @dataclass(frozen=True, eq=False)
 class DistilledDataset:
-    """A distilled dataset; what is large in it lies in files and is read when it is looked at.
+    """A distilled dataset whose large parts stay in files and are read on access.
 
     Attributes:
-        images_uint8: (N, C, H, W).
-        labels: (N,) int64.
+        images_uint8: Images, (N, C, H, W) uint8.
+        labels: Class indices, (N,) int64.
         teacher_logits: Raw logits of the images themselves, (N, K) float16.
-        views: Number of an epoch, and which of its N rows, a range with step 1 -> these views and their raw logits,
-            (B, K) float16; no other row group is read.
-        image_bytes: Bytes of the encoded images.
-        label_bytes: Bytes of everything else in the files of the two tables.
-        content: Sixteen hex digits over images, labels and all views: whether this is the same dataset.
-        teacher_weights: SHA-256 of the weights of each teacher, as provenance.json tells.
-        image_label_bytes: Compressed bytes of `teacher_logits`; `None` for a dataset that is not in files.
-        view_bytes: Compressed bytes of the row groups that hold the first 0, 1, 2 ... epochs of views; `None` as above. A
-            group is read whole, so it counts whole if one of its rows is needed; those that we write end with an epoch.
+        views: Function of an epoch number and a range (step 1) of its N rows. Returns those views and their raw logits,
+            (B, K) float16, and reads only the row groups that contain them.
+        image_bytes: Size of the encoded images in bytes.
+        label_bytes: Size of everything else in the files of the two tables, in bytes.
+        content: Sixteen hex digits of a hash over images, labels and all views; equal for equal datasets.
+        teacher_weights: SHA-256 of each teacher's weights, from provenance.json.
+        image_label_bytes: Compressed size of `teacher_logits` in bytes; `None` for a dataset that is not in files.
+        view_bytes: Compressed bytes of the row groups with the first 0, 1, 2, ... epochs of views; `None` as above. A row
+            group is read as a whole, so all of it counts if any row is needed; ours never cross the end of an epoch.
     """
 
     images_uint8: Tensor
@@ -68,21 +68,21 @@ class DistilledDataset:
     view_bytes: Sequence[int] | None = None
 
     def epoch(self, number: int) -> tuple[ViewRows, Tensor]:
-        """All views of an epoch, and their raw logits, (N, K) float16."""
+        """Return all views of an epoch and their raw logits, (N, K) float16."""
         return self.views(number, range(len(self.labels)))
 
 
 def load_distilled(source: str | Path, *, revision: str | None = None, channels: int | None = None) -> DistilledDataset:
-    """Load a dataset folder or a Hub dataset of our format.
+    """Load a distilled dataset from a folder or the Hub.
 
     Args:
-        source: Folder, or Hub id. Of a Hub dataset, tables, recipe and provenance are downloaded into the Hub's cache.
-        revision: Of a Hub dataset.
-        channels: 1 or 3; by default what the recipe in the folder says, else what the first image has.
+        source: Folder or Hub id. For a Hub id, the tables, recipe and provenance are downloaded into the Hub cache.
+        revision: Branch, tag or commit of a Hub dataset.
+        channels: 1 or 3; defaults to the value in the folder's recipe, or else to the channels of the first image.
 
     Raises:
-        DataError: Not of this format, not complete, or no room for the decoded images.
-        HubError: The Hub does not answer, or has no such dataset for this token.
+        DataError: The dataset has another format or is incomplete, or there is no disk space for the decoded images.
+        HubError: The Hub does not respond, or this token cannot access such a dataset.
 
     Example:
         >>> load_distilled("outputs/digits-prism-ipc10/dataset").images_uint8.shape
@@ -133,9 +133,9 @@ def _load(folder: Path, channels: int | None) -> DistilledDataset:
 
 
 def _content(images: Table, views: Table, classes: int) -> tuple[str, int]:
-    """Digest of a dataset, and the bytes of its encoded images; on the way every value is checked.
+    """Check every value of a dataset; return its content hash and the total size of its encoded images in bytes.
 
-    The digest is over the images in order, then, for each batch of rows of the two tables, over its columns in order.
+    The hash covers the images in order, followed by the columns of each batch of rows of the two tables.
     """
     digest, size = hashlib.sha256(), 0
     for blob in chain.from_iterable(_encoded(images)):
@@ -147,31 +147,31 @@ def _content(images: Table, views: Table, classes: int) -> tuple[str, int]:
         for name, values in to_arrays(batch).items():
             expected = ranges.get(name)
             if expected is not None and (values.min() < expected.start or values.max() >= expected.stop):
-                raise DataError(f"column {name} holds other values than {expected.start} to {expected.stop - 1}")
-            if name not in ("slot", "job"):  # they are names of the images, not what a student sees
+                raise DataError(f"column {name} has values outside of {expected.start} to {expected.stop - 1}")
+            if name not in ("slot", "job"):  # these identify an image; a student never sees them
                 digest.update(values.ravel().data)
     return digest.hexdigest()[:16], size
 
 
 def _encoded(images: Table) -> Iterator[list[bytes]]:
-    """The bytes of all image files, a few at once."""
+    """Yield the bytes of all image files, a few at a time."""
     for start in range(0, images.num_rows, _PICTURES_AT_ONCE):
         cells = images.read(start, start + _PICTURES_AT_ONCE, ("image",))["image"]
         blobs = [blob or b"" for blob in pc.struct_field(cells, "bytes").to_pylist()]
         if b"" in blobs:
-            raise DataError(f"row {start + blobs.index(b'')} holds no picture; package or download the dataset again")
+            raise DataError(f"row {start + blobs.index(b'')} has no image; package or download the dataset again")
         yield blobs
 
 
 def _decoded(images: Table, channels: int) -> Iterator[np.ndarray]:
-    """All images, a few at once, (B, C, H, W) uint8."""
+    """Yield all images, a few at a time, (B, C, H, W) uint8."""
     shape = None
     with ThreadPoolExecutor() as pool:
         for blobs in _encoded(images):
             pictures = list(pool.map(decode, blobs, [channels] * len(blobs)))
             shape = shape or pictures[0].shape
             if strange := [picture.shape for picture in pictures if picture.shape != shape]:
-                raise DataError(f"it has images of {tuple(shape)} and of {tuple(strange[0])}; expected one size")
+                raise DataError(f"it has images of shapes {tuple(shape)} and {tuple(strange[0])}; expected one shape")
             yield torch.stack(pictures).numpy()
 
 
@@ -184,10 +184,10 @@ def _channels(blob: bytes) -> int:
 
 
 def _kept(parts: Iterable[np.ndarray], count: int) -> Tensor:
-    """Parts of `count` rows in all, as one tensor: in memory if it is small, else in a nameless file.
+    """Join parts with `count` rows in total into one tensor, in memory if it is small, or else mapped from an unnamed file.
 
-    The file lies where `datasets` caches: /tmp may be memory. It has no name, so that nothing is left behind by a process
-    that is killed, and it is written before it is mapped: a full disk is an error, where a map would be a crash.
+    The file is in the cache of `datasets`, because /tmp may be in memory. It has no name, so a killed process leaves no
+    file behind. It is written before it is mapped: a full disk then raises an error, while a map would crash the process.
     """
     source = iter(parts)
     first = next(source)
@@ -201,10 +201,10 @@ def _kept(parts: Iterable[np.ndarray], count: int) -> Tensor:
             for part in chain([first], source):
                 file.write(np.ascontiguousarray(part).data)
             file.flush()
-            os.fsync(file.fileno())  # a network disk says only now that it is full
+            os.fsync(file.fileno())  # a network disk reports only here that it is full
             return torch.from_numpy(np.memmap(file, first.dtype, "r+", shape=shape))
     except OSError as error:
         raise DataError(
-            f"{folder} cannot hold the {size / 1e6:.0f} MB of the decoded images and logits ({error.strerror or error}); "
-            "free some room, or set HF_DATASETS_CACHE to a folder on another disk"
+            f"cannot write {size / 1e6:.0f} MB of decoded images or logits to {folder} ({error.strerror or error}); "
+            "free some space, or set HF_DATASETS_CACHE to a folder on another disk"
         ) from error

@@ -1,6 +1,6 @@
-"""The tables of a distilled dataset, read in place from the Parquet files of a folder or of the Hub's cache.
+"""Tables of a distilled dataset, read in place from the Parquet files of a folder or the Hub cache.
 
-No Arrow cache is made of them. In memory is one row group, and the rows that were asked for.
+No Arrow cache is created. Memory holds one row group and the requested rows.
 """
 
 import re
@@ -26,24 +26,24 @@ from .format import IMAGES, VIEWS, image_features
 ROWS_AT_ONCE = 4096
 
 _FILES = [f"{IMAGES}/train-*.parquet", f"{VIEWS}/train-*.parquet", "recipe.yaml", "provenance.json"]
-"""What is downloaded of a Hub dataset."""
+"""Files that are downloaded from a Hub dataset."""
 _SHARD = re.compile(r"train-\d{5}-of-(\d{5})\.parquet")
 _EXPECTED = f"give a folder with {IMAGES}/ and {VIEWS}/, or a Hub id (org/name)"
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, pa.ArrowException)
-"""What damaged or hostile files make pyarrow and `datasets` raise."""
+"""Errors that pyarrow and `datasets` raise for damaged or malicious files."""
 
 
 @contextmanager
 def dataset_folder(source: str | Path, revision: str | None) -> Iterator[Path]:
-    """The folder of a dataset; of a Hub id the snapshot in the Hub's cache, with all files of one commit.
+    """Yield the folder of a dataset; for a Hub id, its snapshot in the Hub cache, with all files from one commit.
 
     Raises:
-        DataError: It is neither of the two, a link leads out of it, or the block failed; says which dataset it is about.
-        HubError: The Hub does not answer or has no such dataset for this token; offline, the cache lacks a file.
+        DataError: The source is neither, a link leads out of the folder, or the block raised one; names the dataset.
+        HubError: The Hub does not respond, this token cannot access the dataset, or offline the cache lacks a file.
     """
     try:
         folder = local_folder(source) or _downloaded(str(source), revision)
-        if folder.is_dir() and (link := stray_link(folder)):  # of a foreign repo no file may have been downloaded
+        if folder.is_dir() and (link := stray_link(folder)):  # a repo of another kind may have no file that we download
             raise DataError(f"{str(link)!r} is a link that leads out of {str(folder)!r}; put the files themselves there")
         yield folder
     except DataError as error:
@@ -55,7 +55,7 @@ def _downloaded(repo_id: str, revision: str | None) -> Path:
         raise DataError(f"it is neither a folder here nor a Hub id; {_EXPECTED}")
 
     def download() -> str:
-        if not is_offline_mode():  # without an answer, the download would return an older copy in silence
+        if not is_offline_mode():  # without a response, the download would silently return an older copy
             HfApi().dataset_info(repo_id, revision=revision)
         return snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=_FILES)
 
@@ -63,12 +63,12 @@ def _downloaded(repo_id: str, revision: str | None) -> Path:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text has the form org/name."""
+    """Return whether a text has the form org/name."""
     return "/" in text and hub_id_problem(text) is None
 
 
 def hub_id_problem(text: str) -> str | None:
-    """What is wrong with the name of a Hub repo, if anything."""
+    """Return why a text is not a valid name of a Hub repo, or `None` if it is valid."""
     try:
         validate_repo_id(text)
     except HFValidationError as error:
@@ -77,7 +77,7 @@ def hub_id_problem(text: str) -> str | None:
 
 
 class RowGroup(NamedTuple):
-    """Rows of a table that are compressed together, and which group of which file they are."""
+    """Rows of a table that are compressed together: file, number of the group in it, first row in the table, row count."""
 
     path: Path
     number: int
@@ -86,16 +86,16 @@ class RowGroup(NamedTuple):
 
 
 class Table:
-    """A table of a dataset folder, `data` or `views`. Only the row groups that hold the rows in question are read.
+    """A table of a dataset folder, `data` or `views`; only the row groups with the requested rows are read.
 
     Raises:
-        DataError: A shard is missing, strange, not readable, or has other columns than the first one.
+        DataError: A shard is missing, unexpected, unreadable, or has other columns than the first one.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self.num_rows, self.file_bytes = name, 0, 0
         self.features = datasets.Features()
-        self.groups: list[RowGroup] = []  # those that hold rows, in order
+        self.groups: list[RowGroup] = []  # non-empty groups, in order
         self._paths = _shards(folder, name)
         self._last: tuple[object, pa.Table] = None, None
         for path in self._paths:
@@ -112,9 +112,9 @@ class Table:
                     self.num_rows += rows
 
     def compressed_bytes(self, columns: Sequence[str]) -> list[int]:
-        """Bytes that these columns take in each of the row groups; only for columns that have been read.
+        """Return the compressed bytes of these columns in each row group; call it only for columns that have been read.
 
-        (pyarrow ends the process if these facts are damaged in a file, where reading the column raises an error.)
+        If this metadata is damaged, pyarrow aborts the process here, whereas reading the column first raises an error.
         """
         sizes = []
         for path in self._paths:
@@ -125,16 +125,16 @@ class Table:
         return sizes
 
     def check_columns(self, expected: datasets.Features) -> None:
-        """Raise a `DataError` if a column is missing or has another type; others may be there too."""
-        what = f"it is not of this format: table {self.name!r}"
+        """Raise a `DataError` if an expected column is missing or has another type; extra columns are allowed."""
+        intro = f"it does not have this format: table {self.name!r}"
         if missing := [column for column in expected if column not in self.features]:
-            raise DataError(f"{what} has no column {', '.join(missing)}")
+            raise DataError(f"{intro} has no column {', '.join(missing)}")
         for column, feature in expected.items():
             if self.features[column] != feature:
-                raise DataError(f"{what} has {self.features[column]} in column {column!r}, expected {feature}")
+                raise DataError(f"{intro} has {self.features[column]} in column {column!r}, expected {feature}")
 
     def read(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
-        """Rows `start` to `stop`, or to the end of the table; a `DataError` if a file is damaged."""
+        """Read the rows from `start` up to `stop` or the end of the table; raise a `DataError` if a file is damaged."""
         first = bisect_right(self.groups, start, key=lambda group: group.start) - 1
         parts = []
         for group in self.groups[first:]:
@@ -145,25 +145,25 @@ class Table:
         return pa.concat_tables(parts)
 
     def _read_group(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
-        """A whole row group; the last one is kept, since the next rows are often in it too."""
+        """Read a row group; the last one is kept in memory, because the next rows are often in it too."""
         if self._last[0] != (group, columns):
             self._last = None, None  # one at a time in memory
             with _opened(group.path) as file:
                 rows = file.read_row_group(group.number, columns=list(columns)).select(list(columns))
             if len(rows) != group.rows:
-                stated = f"{len(rows)} rows where it states {group.rows}"
-                raise DataError(f"{str(group.path)!r} holds {stated}; package it again")
+                counts = f"{len(rows)} rows, but its metadata states {group.rows}"
+                raise DataError(f"row group {group.number} of {str(group.path)!r} has {counts}; package it again")
             self._last = (group, columns), rows
         return self._last[1]
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """All rows, `ROWS_AT_ONCE` of them at a time, whatever the row groups are."""
+        """Yield all rows in batches of `ROWS_AT_ONCE`, independent of the row groups."""
         for start in range(0, self.num_rows, ROWS_AT_ONCE):
             yield self.read(start, start + ROWS_AT_ONCE, columns)
 
 
 def open_images(folder: Path) -> tuple[Table, tuple[str, ...]]:
-    """The table of the images, with the names of the classes; a `DataError` if it is not of this format."""
+    """Open the table of images; return it with the class names, or raise a `DataError` if it has another format."""
     table = Table(folder, IMAGES)
     label = table.features.get("label")
     names = label.names if isinstance(label, datasets.ClassLabel) else []
@@ -172,7 +172,7 @@ def open_images(folder: Path) -> tuple[Table, tuple[str, ...]]:
 
 
 def to_arrays(rows: pa.Table) -> dict[str, np.ndarray]:
-    """Columns of B numbers or lists as arrays, (B,) or (B, length); a `DataError` if a row has no value."""
+    """Convert columns of B numbers or lists to arrays, (B,) or (B, length); raise a `DataError` if a row has no value."""
     arrays = {}
     for name in rows.column_names:
         column = rows[name].combine_chunks()
@@ -186,7 +186,7 @@ def to_arrays(rows: pa.Table) -> dict[str, np.ndarray]:
 
 
 def _shards(folder: Path, name: str) -> list[Path]:
-    """The files of a table in order, all of them; `datasets` mixes in whatever is called `train-*`."""
+    """Return all files of a table in order; reject any other `train-*` file, because `datasets` would read it too."""
     paths = sorted((folder / name).glob("train-*"))
     if not paths:
         raise DataError(f"table {name!r} has no file {name}/train-*.parquet; {_EXPECTED}")
@@ -195,18 +195,18 @@ def _shards(folder: Path, name: str) -> list[Path]:
     expected = [f"train-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
     names = [path.name for path in paths]
     if strange := [each for each in names if each not in expected]:
-        raise DataError(f"{name}/ holds {strange[0]}, expected train-NNNNN-of-{count:05d}.parquet; move it elsewhere")
+        raise DataError(f"{name}/ contains {strange[0]}, expected train-NNNNN-of-{count:05d}.parquet; move it elsewhere")
     if missing := [each for each in expected if each not in names]:
         others = f" and {len(missing) - 3} others" if len(missing) > 3 else ""
-        raise DataError(f"{name}/ lacks {', '.join(missing[:3])}{others}; package or download the dataset again")
+        raise DataError(f"{name}/ is missing {', '.join(missing[:3])}{others}; package or download the dataset again")
     return paths
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        # Reading ahead, the default, would hold all that was read until the file is closed.
+        # With read-ahead, the default, everything read would stay in memory until the file is closed.
         with pq.ParquetFile(path, pre_buffer=False) as file:
             yield file
     except _DAMAGE as error:
-        raise DataError(f"{str(path)!r} is no readable Parquet ({reason_of(error)})") from error
+        raise DataError(f"{str(path)!r} is not readable as Parquet ({reason_of(error)})") from error

@@ -1,4 +1,4 @@
-"""Writing the tables of a distilled dataset, shard by shard, with memory that does not grow with the number of rows."""
+"""Write the tables of a distilled dataset shard by shard, in memory that does not grow with the number of rows."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,17 +26,17 @@ from .format import (
 )
 
 Columns = Mapping[str, np.ndarray]
-"""Columns of some views of one epoch; see `relabel_batches`."""
+"""Columns of a batch of views from one epoch; see `relabel_batches`."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageRows:
-    """Images as they ship; a whole table is class-major, and a complete set has row = class * ipc + slot."""
+    """Rows of the image table; the full table is sorted by class, and in a complete set row = class * ipc + slot."""
 
-    encoded: Sequence[bytes]  # file bytes of each image, B
+    encoded: Sequence[bytes]  # encoded file of each image, length B
     labels: Tensor  # (B,) int64
     slots: Tensor  # (B,) int64
-    jobs: Tensor  # synthesis job of each image, or -1 for real ones, (B,) int64
+    jobs: Tensor  # (B,) int64, synthesis job of each image, or -1 for a real image
     teacher_logits: Tensor  # (B, K) float16
 
     def __len__(self) -> int:
@@ -50,9 +50,9 @@ class ImageRows:
 def build_dataset(
     folder: Path, images: ImageRows, epochs: Sequence[Columns], *, recipe: Recipe, class_names: Sequence[str]
 ) -> None:
-    """Write both tables and the recipe into a folder, from images and views in memory; older tables are replaced.
+    """Write both tables and the recipe into a folder, from images and views in memory; existing tables are replaced.
 
-    The images are in order of their classes; `epochs` holds the views of each epoch, see `relabel_epoch`.
+    The images are sorted by class; `epochs` holds the views of each epoch (see `relabel_epoch`).
     """
     write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
     shards: dict[Path, Iterable[pa.Table]] = {}
@@ -72,7 +72,7 @@ def build_dataset(
 def image_tables(
     batches: Iterable[ImageRows], first: int, recipe: Recipe, class_names: Sequence[str]
 ) -> Iterator[pa.Table]:
-    """The row groups of a shard of images, from its images as they come; the first one is row `first` of the table."""
+    """Yield the row groups of a shard of images from batches of its rows; its first image is row `first` of the table."""
     features, image_format = image_features(class_names), recipe.packaging.image_format
     extension = "jpg" if image_format == "jpeg" else image_format
     numbers = count(first)
@@ -92,7 +92,7 @@ def image_tables(
 
 
 def view_tables(batches: Iterable[Columns], num_classes: int) -> Iterator[pa.Table]:
-    """The row groups of one epoch of views, from its batches as they come."""
+    """Yield the row groups of one epoch of views from its batches."""
     rows = view_group_rows(num_classes)
     held: list[Columns] = []
     for batch in batches:
@@ -116,7 +116,7 @@ def _fixed_list(values: np.ndarray) -> pa.FixedSizeListArray:
 
 
 def _regrouped(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The same rows in tables of exactly this many, the last one aside."""
+    """Yield the same rows in tables of exactly `rows` rows each; the last table may be shorter."""
     held: list[pa.Table] = []
     for table in tables:
         held.append(table)
@@ -129,7 +129,7 @@ def _regrouped(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 
 def write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
-    """Write tables of one schema as row groups: encoded images as they are, logits with split bytes."""
+    """Write tables of one schema as row groups: encoded images uncompressed, logits byte-stream-split and compressed."""
     with ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
         for table in tables:

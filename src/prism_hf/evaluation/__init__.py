@@ -1,4 +1,4 @@
-"""How good a dataset is: students, similarity, the honest table."""
+"""Evaluation of a dataset: students, similarity, and the table that compares it with its controls."""
 
 from .diversity import Diversity, FeatureMap, intra_class_similarity, pair_histogram
 from .report import (

@@ -1,4 +1,4 @@
-"""Report of an evaluation: for machines (report.json) and for people (the table and plain sentences)."""
+"""Reports of an evaluation: report.json for programs; the results table and a summary in words for people."""
 
 import math
 import statistics
@@ -7,8 +7,8 @@ from typing import Any
 
 from ..runtime import size_text
 
-CONTROL_ITSELF = "These are random real images: what a distilled set is to be compared with."
-NO_CONTROL = "the dataset itself is random real images"
+CONTROL_ITSELF = "These are random real images: the control that a distilled set is compared with."
+NO_CONTROL = "the dataset itself consists of random real images"
 LABELS = {"distilled": "distilled", "random_real": "random real", "full": "all real"}
 _VERDICTS = {
     "level": "the distilled images and random real images are level",
@@ -18,9 +18,9 @@ _VERDICTS = {
 
 
 def score_row(images: str, labels: str, seeds: Sequence[int], top1: Sequence[float], count: int) -> dict[str, Any]:
-    """A row of the table: top-1, in [0, 1], on the test part after the last epoch of one student per seed.
+    """Return a row of the table: the test top-1, in [0, 1], after the last epoch, of one student per seed.
 
-    `images` and `labels` are as in `Row`, and `count` is the number of training images.
+    `images` and `labels` are as in `Row`; `count` is the number of training images.
     """
     return {
         "images": images,
@@ -46,9 +46,9 @@ def evaluation_facts(
     similarity_network: str | None = None,
     names: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """`evaluation` of report.json, of `score_row`s and the `set_facts` of `distilled`, `random_real` and `full`.
+    """Return `evaluation` of report.json from `score_row`s and the `set_facts` of `distilled`, `random_real` and `full`.
 
-    `left_out` tells why other rows could not be had, and `names` what sets are called in tables, where not as in `LABELS`.
+    `left_out` gives the reason for each missing row. `names` overrides the names of sets in tables (default: `LABELS`).
     """
     return {
         "student": student,
@@ -66,7 +66,7 @@ def evaluation_facts(
 
 
 def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Whether the distilled images beat random real ones, with the standard error of the difference."""
+    """Return sentences on whether the distilled images beat random real ones, with the standard error of the difference."""
     by_key = {(row["images"], row["labels"]): row for row in rows}
     sentences = []
     for labels in ("soft", "image", "hard"):
@@ -74,23 +74,23 @@ def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
         if distilled and control:
             gap, error = difference(distilled, control)
             outcome, points = verdict(gap, error), f"distilled minus random real is {100 * gap:+.1f} points"
-            said = f"{points}; one seed allows no verdict"
+            clause = f"{points}; one seed is not enough for a verdict"
             if outcome is not None:
-                said = f"{_VERDICTS[outcome]}: {points} (standard error {100 * error:.1f})"
-            sentences.append(f"With {labels} labels {said}.")
+                clause = f"{_VERDICTS[outcome]}: {points} (standard error {100 * error:.1f})"
+            sentences.append(f"With {labels} labels {clause}.")
         elif distilled:
             sentences.append(f"With {labels} labels there is no random-real control to compare with.")
     return " ".join(sentences)
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float]:
-    """Mean top-1 of row `a` minus that of row `b`, and its standard error; infinite if a row has a single seed."""
+    """Return the mean top-1 of row `a` minus that of row `b`, and its standard error (infinite if a row has one seed)."""
     variances = [math.inf if row["std"] is None else row["std"] ** 2 / len(row["top1"]) for row in (a, b)]
     return a["mean"] - b["mean"], math.sqrt(sum(variances))
 
 
 def verdict(gap: float, error: float) -> str | None:
-    """`wins`, `loses`, or `level` within two standard errors; `None` if the error is not finite: one seed tells nothing."""
+    """Return `wins`, `loses`, or `level` (within two standard errors); `None` if the error is not finite (one seed)."""
     if not math.isfinite(error):
         return None
     if abs(gap) <= 2 * error:
@@ -99,27 +99,27 @@ def verdict(gap: float, error: float) -> str | None:
 
 
 def top1_text(row: Mapping[str, Any]) -> str:
-    """`97.1 ± 0.3`: mean and standard deviation of a row, in percent."""
+    """Format the mean and standard deviation of a row in percent: `97.1 ± 0.3`."""
     return f"{100 * row['mean']:.1f}" + (" (one seed)" if row["std"] is None else f" ± {100 * row['std']:.1f}")
 
 
 def bytes_text(count: float | None) -> str:
-    """`12.3 kB`."""
+    """Format a number of bytes: `12.3 kB`."""
     return "-" if count is None else size_text(count)
 
 
 def percent_text(share: float | None) -> str:
-    """`97.1`, of a share in [0, 1]."""
+    """Format a fraction in [0, 1] in percent: `97.1`."""
     return "-" if share is None else f"{100 * share:.1f}"
 
 
 def cosine_text(similarity: float | None) -> str:
-    """`0.512`."""
+    """Format a cosine similarity: `0.512`."""
     return "-" if similarity is None else f"{similarity:.3f}"
 
 
 def table_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The table of a report's `evaluation`, header first: images, how many, labels, top-1, bytes, similarity, verifier."""
+    """Return the table of a report's `evaluation`, header first."""
     header = ("images", "count", "labels", "top-1 %", "image bytes", "label bytes", "intra-class cos", "verifier %")
     names = LABELS | evaluation.get("names", {})
     lines: list[tuple[str, ...]] = [header]
@@ -142,20 +142,20 @@ def table_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Rows, header first, as a Markdown table."""
+    """Format rows, header first, as a Markdown table."""
     head, *body = lines
     rule = ["---"] * len(head)
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
 
 
 def plain_table(lines: Sequence[Sequence[str]]) -> str:
-    """Rows, header first, in aligned columns for a terminal."""
+    """Format rows, header first, in aligned columns for a terminal."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """The result table for a terminal, with times and plain sentences."""
+    """Return the results for a terminal: table, summary in words, and times."""
     evaluation = report["evaluation"]
     seeds = evaluation["rows"][0]["seeds"] if evaluation["rows"] else []
     students = f"{len(seeds)} seed" + ("" if len(seeds) == 1 else "s")

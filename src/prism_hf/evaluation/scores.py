@@ -1,4 +1,4 @@
-"""The honest table: every row trained under one protocol, each student an independent task."""
+"""Scores for the results table: every row uses one protocol, and each student is an independent task."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,12 +18,12 @@ from .report import score_row
 from .students import ROWS, Row, train_on_real, train_student
 
 Source = DistilledDataset | ImageSplit
-"""What a student learns from: a packaged dataset, or all real training images."""
+"""The training data of a student: a packaged dataset, or all real training images."""
 
 
 @dataclass(frozen=True, eq=False)
 class StudentTask:
-    """One student to train on a source, where real images are cropped as the view says, and to score on test images."""
+    """A student to train on a source and score on test images; `view` sets how real training images are cropped."""
 
     row: Row
     seed: int
@@ -36,12 +36,12 @@ class StudentTask:
 
     @property
     def name(self) -> str:
-        """For the log."""
+        """Name in the log."""
         return f"{self.settings.student}, {self.row.key}, seed {self.seed}"
 
     @property
     def score(self) -> Artifact:
-        """Its score; the key says which images, labels, views, test images and protocol it is made from."""
+        """The file of the score; its key identifies the images, labels, views, test images and protocol behind it."""
         settings = asdict(replace(self.settings, seeds=(0,)))
         view = asdict(self.view) if self.row.images == "full" else None
         key = digest([self.row.key, self.source.content, self.test.content, settings, view])[:16]
@@ -49,7 +49,7 @@ class StudentTask:
 
     @property
     def checkpoint(self) -> Artifact:
-        """The state of its training."""
+        """The file of the training state."""
         path = self.score.path.with_suffix(".checkpoint.safetensors")
         return Artifact(path, f"{self.score.key}/{self.seed}")
 
@@ -64,7 +64,7 @@ def student_tasks(
     num_classes: int,
     rows: Sequence[Row] = ROWS,
 ) -> list[StudentTask]:
-    """A task for each seed of each row whose images are among the sources; the long ones on all real images come first."""
+    """Return a task per seed for each row whose images are in `sources`; the long tasks on all real images come first."""
     wanted = [row for row in rows if row.images in sources and (row.images != "full" or settings.full_data_epochs)]
     return [
         StudentTask(row, seed, sources[row.images], test, settings, view, num_classes, folder)
@@ -74,10 +74,10 @@ def student_tasks(
 
 
 def is_scored(task: StudentTask) -> bool:
-    """Whether the score of a student is there and made from what is compared now."""
+    """Return whether the student's score exists and was made from the current inputs."""
     if not task.score.is_whole():
         return False
-    task.checkpoint.remove()  # a process was killed right after it had written the score
+    task.checkpoint.remove()  # it remains if a process was killed right after writing the score
     return True
 
 
@@ -88,10 +88,10 @@ def train_and_score(
     keep: Callable[[nn.Module, float], None] | None = None,
     every_s: float = EVERY_S,
 ) -> None:
-    """Train and score one student, and write its score.
+    """Train one student, score it, and write its score.
 
-    `keep` stores the student itself, with its top-1 in [0, 1]. It is called before the score is written: a run that is
-    killed between the two makes both again. A checkpoint is written every `every_s` seconds.
+    `keep` stores the student itself, with its top-1 in [0, 1]. It is called before the score is written, so a run that is
+    killed between the two repeats both. A checkpoint is written every `every_s` seconds.
     """
     checkpoint, source, settings, seed = Checkpoint(task.checkpoint, every_s), task.source, task.settings, task.seed
     if isinstance(source, ImageSplit):
@@ -108,10 +108,10 @@ def train_and_score(
 
 
 def read_scores(tasks: Sequence[StudentTask]) -> list[dict[str, Any]]:
-    """The rows of the table, each a `score_row`, from the scores of finished tasks.
+    """Return the rows of the table, each a `score_row`, from the scores of finished tasks.
 
     Raises:
-        DamagedError: A score is not what was written.
+        DamagedError: A score file was changed after it was written.
     """
     rows = []
     for row in reversed(dict.fromkeys(task.row for task in tasks)):
@@ -125,11 +125,11 @@ def read_scores(tasks: Sequence[StudentTask]) -> list[dict[str, Any]]:
 def set_facts(
     source: Source, *, verifier: Teacher | None, network: Teacher | None, num_classes: int, device: torch.device
 ) -> dict[str, Any]:
-    """What is known of a set without training, for report.json; `None` where it is not.
+    """Return the facts about a set that need no training, for report.json; unknown values are `None`.
 
     Returns:
-        `image_bytes`, encoded, and `label_bytes`, with the views, of a packaged dataset; `verifier_top1`, the share of its
-        images that the verifier puts in their class; `intra_class_similarity` in the features of the network.
+        For a packaged dataset, `image_bytes` (encoded), `label_bytes` (including views) and `verifier_top1`, the fraction
+        of its images that the verifier classifies correctly; `intra_class_similarity` in the features of the network.
     """
     packaged = source if isinstance(source, DistilledDataset) else None
     similarity = similarity_of_batches(features_of(network, source) if network else (), num_classes)
@@ -143,7 +143,7 @@ def set_facts(
 
 @torch.no_grad()
 def _agreement(verifier: Teacher, source: DistilledDataset, device: torch.device) -> float:
-    """Share of the images that a verifier puts in their class, in [0, 1]."""
+    """Return the fraction of images that a verifier classifies as their label, in [0, 1]."""
     hits = 0
     for images, labels in zip(source.images_uint8.split(256), source.labels.split(256), strict=True):
         logits = verifier.logits(to_reference(images.to(device)))
@@ -152,13 +152,13 @@ def _agreement(verifier: Teacher, source: DistilledDataset, device: torch.device
 
 
 def features_of(network: Teacher, source: Source, chosen: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Penultimate features (B, D) float32 of images, and labels (B,), batch by batch; of the chosen rows if not of all."""
-    at = torch.arange(len(source.labels)) if chosen is None else chosen
-    labels = torch.as_tensor(source.labels)[at]
+    """Yield batches of penultimate features (B, D) float32 and labels (B,), of the chosen rows or else of all images."""
+    indices = torch.arange(len(source.labels)) if chosen is None else chosen
+    labels = torch.as_tensor(source.labels)[indices]
 
     def images(rows: range) -> Tensor:
-        wanted = at[rows.start : rows.stop]
-        return source.images(wanted) if isinstance(source, ImageSplit) else source.images_uint8[wanted]
+        batch = indices[rows.start : rows.stop]
+        return source.images(batch) if isinstance(source, ImageSplit) else source.images_uint8[batch]
 
-    for rows, features in penultimate_features(network, images, len(at)):
+    for rows, features in penultimate_features(network, images, len(indices)):
         yield features, labels[rows.start : rows.stop]

@@ -1,9 +1,9 @@
 """Students trained from scratch: on a dataset, on its controls, and on all real images.
 
-Legend: B images, C channels, H W pixels, K classes.
+Legend: B images, C channels, H x W pixels, K classes.
 
-The controls answer the field's criticism (arXiv 2604.18811, 2502.06434): random real images under the very same
-relabeling and protocol, hard labels only, and the full training set. Last epoch, several seeds.
+The controls respond to criticism of the field (arXiv 2604.18811, 2502.06434): random real images with the same relabeling
+and protocol, hard labels only, and the full training set. The score is that of the last epoch, over several seeds.
 """
 
 import logging
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 Labels = Literal["soft", "hard", "image"]
 
 _ON_DEVICE = 2**25
-"""Bytes of uint8 images that are put on the device once; of a larger set each batch comes from the mapped file."""
+"""Maximum bytes of uint8 images that are kept on the device; batches of a larger set are read from the mapped file."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Row:
 
     Attributes:
         images: `distilled`, `random_real` or `full`.
-        labels: `soft` (stored logits of the views), `hard` (the class, mixed as the view mixes) or `image` (stored logits
-            of the image without a view, mixed as the view mixes: one label per image, whatever the epochs).
+        labels: `soft` (stored logits of the views), `hard` (the class) or `image` (stored logits of the image itself, so
+            one label per image for all epochs). `hard` and `image` labels are mixed in the same ratio as the view.
     """
 
     images: Literal["distilled", "random_real", "full"]
@@ -68,9 +68,9 @@ ROWS = (
     Row("random_real", "hard"),
     Row("full", "hard"),
 )
-"""The rows of the table unless others are asked for."""
+"""The default rows of the table."""
 KEPT = Row("distilled", "soft")
-"""The row whose first student is kept for others to use."""
+"""The row whose first student is stored as a model."""
 
 
 def train_student(
@@ -82,16 +82,16 @@ def train_student(
     device: torch.device,
     checkpoint: Checkpoint | None = None,
 ) -> nn.Module:
-    """Train one student on what a dataset folder contains: images, labels, views; nothing else.
+    """Train one student only on the contents of a dataset folder: images, labels and views.
 
-    The seed is that of the weights; the order of images comes from the views. Batches and steps are the same for all kinds
-    of labels (see `Row`), and the loss on `hard` ones is cross-entropy. A training goes on from its checkpoint.
+    The seed sets the initial weights; the order of images comes from the views. Batches and steps are the same for all
+    kinds of labels (see `Row`). The loss for `hard` labels is cross-entropy. Training resumes from the checkpoint.
 
     Returns:
-        The student in eval mode, on `device`, taking the reference normalization.
+        The student in eval mode, on `device`; its input uses the reference normalization.
 
     Raises:
-        DataError: The folder holds fewer epochs of views than `settings.label_epochs`, or else `settings.epochs`.
+        DataError: The dataset has fewer epochs of views than `settings.label_epochs`, or else `settings.epochs`.
 
     Example:
         >>> student = train_student(load_distilled(folder), recipe.evaluation, labels="soft", seed=0, device=device)
@@ -112,23 +112,23 @@ def train_student(
 
 
 def epochs_of(source: DistilledDataset, settings: EvaluationRecipe) -> tuple[int, int]:
-    """Epochs of the training, and how many recorded epochs of views it takes in turn.
+    """Return the number of training epochs, and the number of stored epochs of views that training cycles through.
 
     Raises:
-        DataError: The dataset holds fewer.
+        DataError: The dataset has fewer epochs of views.
     """
     epochs = settings.epochs or source.num_epochs
     recorded = settings.label_epochs or epochs
     if recorded > source.num_epochs:
         key = "label_epochs" if settings.label_epochs else "epochs"
-        raise DataError(f"the dataset holds {source.num_epochs} epochs of views, evaluation.{key} is {recorded}; lower it")
+        raise DataError(f"the dataset has {source.num_epochs} epochs of views, evaluation.{key} is {recorded}; lower it")
     return epochs, recorded
 
 
 def label_bytes(source: DistilledDataset, settings: EvaluationRecipe, labels: Labels) -> int | None:
-    """Bytes of stored labels that a student reads; `None` for a dataset that is not in files.
+    """Return the bytes of stored labels that a student reads; `None` for a dataset that is not in files.
 
-    `soft`: views and logits of the epochs that it reads; `image`: one row of logits per image; `hard`: none.
+    `soft`: views and logits of the epochs that it reads; `image`: one row of logits per image; `hard`: 0.
     """
     if labels == "hard":
         return 0
@@ -147,7 +147,7 @@ def train_on_real(
     device: torch.device,
     checkpoint: Checkpoint | None = None,
 ) -> nn.Module:
-    """Train the ceiling: the same student, optimizer and crops on all real training images, hard labels, no mixing."""
+    """Train the upper bound: the same student, optimizer and crops on all real images, with hard labels and no mixing."""
     labels = torch.from_numpy(split.labels)
 
     def make(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -191,7 +191,7 @@ def _view_batches(
     *,
     per_image: bool,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Views, logits and class shares of each batch after the first `start`; `recorded` epochs are taken in turn."""
+    """Yield views, logits and class shares of each batch from number `start` on, cycling through `recorded` epochs."""
     images, parts, classes = source.images_uint8, batch_ranges(len(source.labels), batch_size), len(source.class_names)
     if images.nbytes <= _ON_DEVICE:
         images = images.to(device)
@@ -200,11 +200,11 @@ def _view_batches(
         rows, logits = source.views(epoch % recorded, parts[part])
         partner, weight = rows.view.mix_with.clamp(min=0), rows.view.mix_weight
         if per_image:
-            own, other = source.teacher_logits[rows.image_index], source.teacher_logits[partner]
-            logits = torch.lerp(other.float(), own.float(), weight.view(-1, 1))
+            first, second = source.teacher_logits[rows.image_index], source.teacher_logits[partner]
+            logits = torch.lerp(second.float(), first.float(), weight.view(-1, 1))
         shares = class_shares(source.labels[rows.image_index], source.labels[partner], weight, classes)
-        shown = rows.replay(images, lambda picked: to_reference(picked.to(device)))
-        yield shown, logits.to(device, torch.float32), shares.to(device)
+        views = rows.replay(images, lambda picked: to_reference(picked.to(device)))
+        yield views, logits.to(device, torch.float32), shares.to(device)
 
 
 def keep_student(
@@ -219,13 +219,13 @@ def keep_student(
     test_count: int,
     dataset_id: str | None = None,
 ) -> None:
-    """Store the first student of row `KEPT` as a model folder; one that cannot be stored (not of timm) leaves a log line.
+    """Store the first student of row `KEPT` as a model folder; log a line if it cannot be stored (not a timm model).
 
-    `source` is the real data behind the distilled set; `dataset_id` is its Hub id, or `None` if it is a local folder.
+    `source` is the real data behind the distilled set. `dataset_id` is the set's Hub id, or `None` for a local folder.
     """
     _, channels, _, size = distilled.images_uint8.shape
     recipe = distilled.recipe
-    elsewhere = ("student", "seeds", "epochs", "full_data_epochs") + (() if settings.label_epochs else ("label_epochs",))
+    excluded = ("student", "seeds", "epochs", "full_data_epochs") + (() if settings.label_epochs else ("label_epochs",))
     facts = StudentFacts(
         kind="student",
         architecture=settings.student,
@@ -241,13 +241,13 @@ def keep_student(
         source=source,
         test=tested_on,
         recipe_fingerprint=recipe.fingerprint() if recipe else None,
-        settings={key: value for key, value in asdict(settings).items() if key not in elsewhere},
+        settings={key: value for key, value in asdict(settings).items() if key not in excluded},
         seed=settings.seeds[0],
         test_top1=top1,
         test_count=test_count,
     )
     try:
-        # One that is there belongs to a score that is gone, or to other seeds.
+        # An existing folder belongs to a score that no longer exists, or to other seeds.
         store_network(student, folder, facts, size=size, class_names=distilled.class_names, replace=True)
     except RecipeError as error:
-        log.info("student not kept: %s", error)
+        log.info("student not stored: %s", error)
