@@ -1,4 +1,4 @@
-"""What a checkpoint of a large job costs: seconds of one write, beside the pause between two.
+"""Measure the cost of a checkpoint of a large job: the seconds per write, relative to the interval between writes.
 
 python benchmarks/checkpoints.py --output /a/folder --record benchmarks/results/checkpoints.json
 """
@@ -30,7 +30,7 @@ def main() -> None:
     recipe = load_recipe(ROOT / args.recipe)
     job, data = plan_jobs(recipe)[0], recipe.data
     pixels = torch.randn(len(job.classes), data.channels, data.size, data.size)
-    # As `Step.state` gives it: the pixels and their two moments.
+    # The same tensors as in `Step.state`: the pixels and their two moments.
     state = State({key: torch.randn_like(pixels) for key in ("pixels", "adam/exp_avg", "adam/exp_avg_sq")}, {})
     checkpoint = Checkpoint(Artifact(args.output / "checkpoint.safetensors", "key"))
     seconds = []

@@ -1,4 +1,4 @@
-"""Tables of docs/comparison.md, written from the JSON of benchmarks/tables.py."""
+"""Tables of docs/comparison.md, rendered from the JSON of benchmarks/tables.py."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +10,14 @@ SIGNS = {"wins": "**above**", "level": "level", "loses": "*below*"}
 
 
 def score_of(result: dict[str, Any], method: str, labels: str, student: str | None = None) -> dict[str, Any] | None:
-    """The row of a method, of the first student unless another is named."""
+    """Return the score of a method, for the first student unless another is named; `None` if it was not run."""
     student = student or result["scores"][0]["student"]
     key = (method, labels, student)
     return next((s for s in result["scores"] if (s["method"], s["labels"], s["student"]) == key), None)
 
 
 def gap_text(a: dict[str, Any] | None, b: dict[str, Any] | None) -> str:
-    """`+1.2 ± 0.4 **above**`: difference, its standard error, and what two standard errors say."""
+    """Format a difference, its standard error and the verdict at two standard errors: `+1.2 ± 0.4 **above**`."""
     if a is None or b is None:
         return "-"
     gap, error = difference(a, b)
@@ -28,25 +28,25 @@ def gap_text(a: dict[str, Any] | None, b: dict[str, Any] | None) -> str:
 
 
 def cell(row: dict[str, Any] | None) -> str:
-    """Mean and standard deviation, or that it was not run."""
+    """Format the mean and standard deviation of a row, or `NOT_YET` if it was not run."""
     return NOT_YET if row is None else top1_text(row)
 
 
 def provenance(result: dict[str, Any]) -> str:
-    """Command, seeds, machine."""
+    """Return a line with the command, seeds, student, test images and machine of a result."""
     hardware, data = result["hardware"], result["data"]
     seeds = ", ".join(map(str, result["protocol"]["seeds"]))
     student = result["scores"][0]["student"]
     processes = "1 process" if hardware["processes"] == 1 else f"{hardware['processes']} processes"
     return (
-        f"`{result['command']}`: seeds {seeds} (of synthesis and student alike), student {student}, last epoch, "
+        f"`{result['command']}`: seeds {seeds} (for both synthesis and student), student {student}, last epoch, "
         f"{data['test_count']:,} {data.get('tested_on', 'test images')}; {hardware['cpu']}, {hardware['cores']} cores, "
         f"{processes}."
     )
 
 
 def methods_table(result: dict[str, Any]) -> str:
-    """Table 1 at one size."""
+    """Return table 1 at one number of images per class."""
     control = next(method["label"] for method in result["methods"] if method["control"])
     head = (
         "method", "soft", "hard", "soft - random", "hard - random", "intra-class cos", "verifier %", "s / image",
@@ -55,7 +55,7 @@ def methods_table(result: dict[str, Any]) -> str:
     rows: list[Sequence[str]] = [head]
     for method in result["methods"]:
         soft, hard = (score_of(result, method["label"], labels) for labels in ("soft", "hard"))
-        own = [
+        gaps = [
             "-" if method["control"] else gap_text(row, score_of(result, control, labels))
             for row, labels in ((soft, "soft"), (hard, "hard"))
         ]
@@ -64,7 +64,7 @@ def methods_table(result: dict[str, Any]) -> str:
                 method["label"],
                 cell(soft),
                 cell(hard),
-                *own,
+                *gaps,
                 cosine_text(method["similarity"]["mean"]),
                 f"{100 * method['verifier_top1']:.0f}",
                 "-" if method["control"] else f"{method['seconds_per_image']:.2f}",
@@ -81,20 +81,20 @@ def methods_table(result: dict[str, Any]) -> str:
 
 
 def against_first(result: dict[str, Any]) -> str:
-    """Tables 2 and 3: every row against the first method, one thing changed."""
+    """Return table 2 or 3, which compares every row with the first method; each row changes one thing."""
     methods = [method["label"] for method in result["methods"]]
     first = next(method["label"] for method in result["methods"] if not method["control"])
     rows: list[Sequence[str]] = [
         ("", "soft", "hard", f"soft - {first}", f"hard - {first}", "intra-class cos", "verifier %")
     ]
     for label in sorted(methods, key=lambda label: label != first):
-        found = {labels: score_of(result, label, labels) for labels in ("soft", "hard")}
-        gaps = ["-" if label == first else gap_text(found[labels], score_of(result, first, labels)) for labels in found]
+        scores = {labels: score_of(result, label, labels) for labels in ("soft", "hard")}
+        gaps = ["-" if label == first else gap_text(scores[labels], score_of(result, first, labels)) for labels in scores]
         facts = next(method for method in result["methods"] if method["label"] == label)
         rows.append(
             (
                 label,
-                *map(cell, found.values()),
+                *map(cell, scores.values()),
                 *gaps,
                 cosine_text(facts["similarity"]["mean"]),
                 f"{100 * facts['verifier_top1']:.0f}",
@@ -104,7 +104,7 @@ def against_first(result: dict[str, Any]) -> str:
 
 
 def students_table(result: dict[str, Any]) -> str:
-    """Table 4: soft labels, a column for each student."""
+    """Return table 4: scores with soft labels, one column per student."""
     students = list(dict.fromkeys(score["student"] for score in result["scores"]))
     rows: list[Sequence[str]] = [("method, soft labels", *students)]
     for method in result["methods"]:
@@ -117,7 +117,7 @@ def students_table(result: dict[str, Any]) -> str:
 
 
 def labels_table(result: dict[str, Any]) -> str:
-    """Table 5: what the bytes of labels buy."""
+    """Return table 5: scores by the size of the labels."""
     methods = [method["label"] for method in result["methods"]]
     kinds = list(dict.fromkeys(score["labels"] for score in result["scores"]))
     names = {
@@ -128,28 +128,28 @@ def labels_table(result: dict[str, Any]) -> str:
     order = sorted(kinds, key=lambda kind: (score_of(result, methods[0], kind) or {})["label_bytes"] or 0)
     rows: list[Sequence[str]] = [("labels", "bytes", *methods, *(f"{label} - {methods[0]}" for label in methods[1:]))]
     for kind in order:
-        found = [score_of(result, label, kind) for label in methods]
-        size = found[0]["label_bytes"] if found[0] else None
-        words = names.get(kind) or f"views of {kind.removeprefix('soft-')} epochs, in turn"
+        scores = [score_of(result, label, kind) for label in methods]
+        size = scores[0]["label_bytes"] if scores[0] else None
+        name = names.get(kind) or f"views of {kind.removeprefix('soft-')} epochs, repeated"
         rows.append(
             (
-                words,
+                name,
                 bytes_text(size or 0),
-                *map(cell, found),
-                *(gap_text(row, found[0]) for row in found[1:]),
+                *map(cell, scores),
+                *(gap_text(row, scores[0]) for row in scores[1:]),
             )
         )
     epochs = result["protocol"]["evaluation"]["epochs"]
-    return f"{markdown_table(rows)}\n\nEvery student trains {epochs} epochs. {provenance(result)}"
+    return f"{markdown_table(rows)}\n\nEvery student trains for {epochs} epochs. {provenance(result)}"
 
 
 FEW = ("random real", "PRISM from k-means", "PRISM per slot", "SRe2L", "G-VBSM")
-"""Rows of the README."""
+"""Methods in the README table."""
 
 
-def few_table(found: dict[str, dict[str, Any]]) -> str:
-    """For the README: a few methods at every size."""
-    results = {ipc: found[name] for ipc in (1, 10, 50) if (name := f"fashion-methods-ipc{ipc}") in found}
+def few_table(recorded: dict[str, dict[str, Any]]) -> str:
+    """Return the table for the README: a few methods at every number of images per class."""
+    results = {ipc: recorded[name] for ipc in (1, 10, 50) if (name := f"fashion-methods-ipc{ipc}") in recorded}
     if not results:
         return NOT_YET
     kinds = [(ipc, labels) for ipc in results for labels in ("soft", "hard")]
@@ -159,9 +159,9 @@ def few_table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def _cell_at(result: dict[str, Any], method: str, ipc: int, labels: str) -> str:
-    """A dash where the table of this size has no such row at all."""
-    found = score_of(result, method, labels)
-    return "-" if found is None and f"{method}, ipc {ipc}" not in result["left_out"] else cell(found)
+    """Format a score; a dash if the comparison at this ipc does not include the method."""
+    score = score_of(result, method, labels)
+    return "-" if score is None and f"{method}, ipc {ipc}" not in result["left_out"] else cell(score)
 
 
 SECTIONS = {
@@ -180,4 +180,4 @@ SECTIONS = {
     "fashion-labels": labels_table,
 }
 SOURCES = {"fashion-students": "fashion-methods-ipc10"}
-"""Sections that are another view of a result."""
+"""Result that a section is rendered from, if its name differs."""

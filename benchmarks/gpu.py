@@ -1,10 +1,10 @@
-"""One synthesis step on an accelerator, beside the equations written down plainly: speed, memory, precision.
+"""Benchmark of one synthesis step on a GPU against a plain implementation: speed, memory, precision.
 
     python benchmarks/gpu.py --record benchmarks/results/gpu_step.json
 
-Cases are those of ImageNet-1K: 224 pixels, batches of 100 images, one teacher (SRe2L) or three (PRISM). Networks have
-random weights: time does not depend on them. Each round runs every variant once; figures are medians over the rounds.
-`plain` is what published codes do; see step_time.py.
+The cases match ImageNet-1K: 224 pixels, batches of 100 images, one teacher (SRe2L) or three (PRISM). The networks have
+random weights, because the time does not depend on them. Each round runs every variant once; results are medians over the
+rounds. `plain` does what published implementations do; see step_time.py.
 """
 
 import argparse
@@ -34,7 +34,7 @@ CASES = {
 def variants(
     names: tuple[str, ...], batch: int, size: int, device: torch.device
 ) -> Iterator[dict[str, Callable[[], None]]]:
-    """The steps to time: plain and ours in float32, ours in bf16."""
+    """Yield the steps to time: plain and ours in float32, and ours in bf16."""
     torch.manual_seed(0)
     images = torch.randn(batch, 3, size, size, device=device)
     labels = torch.randint(10, (batch,), device=device)
@@ -60,7 +60,7 @@ def variants(
 def measure(
     names: tuple[str, ...], batch: int, size: int, rounds: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Median seconds, image-iterations per second and peak memory of each variant."""
+    """Return the median seconds, image-iterations per second, speedup over plain, and peak bytes of each variant."""
     seconds: dict[str, list[float]] = {}
     peak: dict[str, int] = {}
     with variants(names, batch, size, device) as steps:
@@ -71,7 +71,7 @@ def measure(
                 held, began = torch.cuda.memory_allocated(), time.perf_counter()
                 step()
                 torch.cuda.synchronize()
-                if number >= 3:  # the first rounds choose kernels
+                if number >= 3:  # the first rounds include kernel selection
                     seconds.setdefault(label, []).append(time.perf_counter() - began)
                 peak[label] = torch.cuda.max_memory_allocated() - held
     medians = {label: statistics.median(values) for label, values in seconds.items()}
@@ -87,7 +87,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure all cases."""
+    """Measure and print all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--size", type=int, default=224)
@@ -95,11 +95,11 @@ def main() -> None:
     parser.add_argument("--record", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("expected an accelerator, found none; step_time.py measures on the CPU")
+        raise SystemExit("expected a CUDA device, found none; use step_time.py to measure on the CPU")
     device = torch.device("cuda")
     cases = {label: measure(names, args.batch, args.size, args.rounds, device) for label, names in CASES.items()}
-    for label, found in cases.items():
-        for variant, facts in found.items():
+    for label, case in cases.items():
+        for variant, facts in case.items():
             rate, ratio = facts["image_iterations_per_second"], facts["times_plain"]
             sys.stdout.write(f"{label}; {variant}: {rate:.0f} image-iterations/s, {ratio:.2f} x plain, ")
             sys.stdout.write(f"{facts['peak_bytes'] / 1e9:.2f} GB\n")

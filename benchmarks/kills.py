@@ -1,10 +1,10 @@
-"""Kill a run at random moments of every stage, start it again, and compare its bytes with those of an undisturbed run.
+"""Kill a run at random moments of every stage, restart it, and compare its bytes with those of an uninterrupted run.
 
     python benchmarks/kills.py --count 50 --output /a/folder        # about half an hour on two cores
     python benchmarks/kills.py --count 50 --output /a/folder --record benchmarks/results/kills.json
 
-Every case is drawn from its own seed: recipe, processes, stage, moment in it, signal, whom it hits. After the last kill
-the run is finished with another number of processes.
+Every case is drawn from its own seed: recipe, number of processes, stage, moment within the stage, signal, and target.
+After the last kill, a final launch with its own number of processes finishes the run.
 """
 
 import argparse
@@ -50,17 +50,17 @@ RECIPES = {
     "sre2l": ("sre2l_ipc10.yaml", ("teachers.bn_pool=[]", "relabel.teachers=[squeeze:test_byobnet]")),
 }  # fmt: skip
 DRAWN = ("prism, per slot", "prism, per iteration, from noise", "sre2l")
-"""The seeds of benchmarks/results/kills.json mean these; others by --recipe."""
+"""Recipes that a seed draws from, as in benchmarks/results/kills.json; select any other with --recipe."""
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 PARTS = ("dataset", "control", "student", "work/jobs", "work/students")
-"""What must be the same."""
+"""Parts of a run that must be identical."""
 LIMIT_S = 5.0
-"""A polite signal ends every process within this time."""
+"""Time limit for every process to exit after SIGTERM or SIGINT."""
 
 
 @dataclass
 class Kill:
-    """One kill, and what came of it."""
+    """One kill and its outcome."""
 
     stage: str
     share: float
@@ -74,7 +74,7 @@ class Kill:
 
 @dataclass
 class Case:
-    """A run that is killed once or more, then finished."""
+    """A run that is killed one or more times and then finished."""
 
     seed: int
     recipe: str
@@ -84,7 +84,7 @@ class Case:
 
 
 def draw_case(seed: int, *, stage: str | None = None, recipe: str | None = None) -> Case:
-    """The case of a seed; the stage of its first kill can be chosen, so that every stage is hit, and the recipe."""
+    """Draw the case of a seed; `recipe`, and the stage of the first kill, can be set so that every stage is hit."""
     draw = random.Random(seed)
     kills = []
     for number in range(draw.choice((1, 1, 2))):
@@ -99,13 +99,13 @@ def draw_case(seed: int, *, stage: str | None = None, recipe: str | None = None)
 
 
 def environment() -> dict[str, str]:
-    """One thread, no network, no bars; nothing of a surrounding launch."""
+    """Return an environment with one thread, no network and no progress bars, free of any outer launch."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))}
     return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
-def words(recipe: str, folder: Path, processes: int, *extra: str) -> list[str]:
-    """The command of a launch."""
+def launch_command(recipe: str, folder: Path, processes: int, *extra: str) -> list[str]:
+    """Return the command of a launch."""
     file, overrides = RECIPES[recipe]
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q"]
     several = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
@@ -116,27 +116,26 @@ def words(recipe: str, folder: Path, processes: int, *extra: str) -> list[str]:
 
 
 def finish(recipe: str, folder: Path, processes: int) -> subprocess.CompletedProcess[str]:
-    """A launch that is left alone."""
-    return subprocess.run(
-        words(recipe, folder, processes), env=environment(), capture_output=True, text=True, check=False, timeout=900
-    )
+    """Launch a run and wait until it ends, without interruption."""
+    command = launch_command(recipe, folder, processes)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=900)
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file that a user gets, and of every score."""
-    found = {}
+    """Return the SHA-256 of every output file and of the evaluation."""
+    hashes = {}
     for part in PARTS:
         for path in sorted((folder / part).rglob("*")):
             if path.is_file() and not path.name.endswith(".seal") and ".aside-" not in path.name:
                 name = path.relative_to(folder).as_posix()
-                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+                hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    found["evaluation"] = hashlib.sha256(json.dumps(report["evaluation"]).encode()).hexdigest()
-    return found
+    hashes["evaluation"] = hashlib.sha256(json.dumps(report["evaluation"]).encode()).hexdigest()
+    return hashes
 
 
 def finished_files(folder: Path) -> dict[str, int]:
-    """Modification time of everything that counts as finished."""
+    """Return the modification time (ns) of every finished file, by its path in the folder."""
     seals = {p.with_name(p.name.removesuffix(".seal")) for p in (folder / "work").rglob("*.seal")}
     lasting = {p for p in seals if ".checkpoint" not in p.name and p.is_file()}
     teachers = set((folder / "teachers").glob("[!.]*/model.safetensors"))
@@ -144,7 +143,7 @@ def finished_files(folder: Path) -> dict[str, int]:
 
 
 def stage_of(folder: Path) -> str | None:
-    """The stage that a run says it is in."""
+    """Return the current stage of a run according to its log, or `None`."""
     log = folder / "logs" / "run.log"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     stages = [line.rpartition("stage ")[2] for line in lines if " INFO stage " in line]
@@ -152,13 +151,13 @@ def stage_of(folder: Path) -> str | None:
 
 
 def count_stages(folder: Path, stage: str) -> int:
-    """How many launches have come to a stage."""
+    """Return how many launches have reached a stage."""
     log = folder / "logs" / "run.log"
     return log.read_text(encoding="utf-8").count(f" INFO stage {stage}\n") if log.is_file() else 0
 
 
 def family(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The launcher's children that work."""
+    """Return the launcher's worker processes."""
     try:
         return [p for p in psutil.Process(launcher.pid).children(recursive=True) if "prism.py" in " ".join(p.cmdline())]
     except psutil.Error:
@@ -166,17 +165,17 @@ def family(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def listen() -> None:
-    """In the new process: a job of a shell's background ignores SIGINT, and would hand that on to what it starts."""
+    """Reset SIGINT in the new process: a background job of a shell ignores it, and child processes inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def strike(kill: Kill, case: Case, folder: Path, times: dict[str, float]) -> None:
-    """One launch, killed as the case says; notes what happened."""
+    """Launch the run, kill it as the case specifies, and record the outcome."""
     error = folder.parent / f"{folder.name}.err"
     before = count_stages(folder, kill.stage)
     with open(error, "w", encoding="utf-8") as stderr:
         launcher = subprocess.Popen(
-            words(case.recipe, folder, kill.processes),
+            launch_command(case.recipe, folder, kill.processes),
             env=environment(), stdout=subprocess.DEVNULL, stderr=stderr, text=True, start_new_session=True,
             preexec_fn=listen,
         )  # fmt: skip
@@ -188,22 +187,22 @@ def strike(kill: Kill, case: Case, folder: Path, times: dict[str, float]) -> Non
         if kill.hit is not None:
             send(kill, launcher, workers)
             if kill.whom == "launcher":
-                # Its own end is not ours; what it leaves behind must follow.
+                # How fast accelerate's launcher exits is not measured; the workers it leaves behind must exit.
                 launcher.wait(60)
             started = time.monotonic()
-            # A hard kill of one process leaves it to the launcher, and to the others, to notice.
+            # After SIGKILL, or if one worker dies, the others exit only once they or the launcher notice.
             limit = LIMIT_S if kill.signal != "SIGKILL" and kill.whom != "one worker" else 60.0
             alive = psutil.wait_procs(workers, timeout=limit)[1]
             kill.seconds_to_end = round(time.monotonic() - started, 2)
             if alive:
-                case.problems.append(f"{len(alive)} processes alive {limit:g} s after {kill.signal} to {kill.whom}")
+                case.problems.append(f"{len(alive)} processes still alive {limit:g} s after {kill.signal} to {kill.whom}")
             for process in alive:
                 process.kill()
         if launcher.poll() is None and kill.whom != "launcher":
             try:
                 launcher.wait(60)
             except subprocess.TimeoutExpired:
-                case.problems.append(f"the launcher is alive 60 s after {kill.signal} to {kill.whom}")
+                case.problems.append(f"the launcher is still alive 60 s after {kill.signal} to {kill.whom}")
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
             launcher.wait()
@@ -212,13 +211,13 @@ def strike(kill: Kill, case: Case, folder: Path, times: dict[str, float]) -> Non
     if kill.hit is not None and kill.signal != "SIGKILL" and kill.whom != "one worker":
         kill.told_how_to_resume = "run the same command again to resume" in text
         if not kill.told_how_to_resume:
-            case.problems.append(f"no line on how to resume after {kill.signal} to {kill.whom}: {text[-300:]!r}")
+            case.problems.append(f"no message on how to resume after {kill.signal} to {kill.whom}: {text[-300:]!r}")
     if kill.hit is None and launcher.returncode:
-        case.problems.append(f"the launch failed by itself: {text[-500:]!r}")
+        case.problems.append(f"the launch failed before the kill: {text[-500:]!r}")
 
 
 def send(kill: Kill, launcher: subprocess.Popen[str], workers: list[psutil.Process]) -> None:
-    """Send the signal to whom the case says."""
+    """Send the signal to the target of the kill."""
     number = signal.Signals[kill.signal]
     if kill.whom == "everybody":
         os.killpg(launcher.pid, number)
@@ -228,20 +227,20 @@ def send(kill: Kill, launcher: subprocess.Popen[str], workers: list[psutil.Proce
         try:
             process.send_signal(number)
         except psutil.NoSuchProcess:
-            pass  # it has finished in this moment
+            pass  # it has just finished
 
 
 def run_case(case: Case, folder: Path, expected: dict[str, str], times: dict[str, float]) -> Case:
-    """Kill as drawn, finish, compare."""
+    """Kill the run as drawn, finish it, and compare it with the uninterrupted run."""
     for kill in case.kills:
         strike(kill, case, folder, times)
     kept = finished_files(folder)
     done = finish(case.recipe, folder, case.last_processes)
     if done.returncode:
-        case.problems.append(f"the last launch ended with {done.returncode}: {done.stderr[-800:]}")
+        case.problems.append(f"the last launch exited with code {done.returncode}: {done.stderr[-800:]}")
         return case
-    found = tree(folder)
-    differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    actual = tree(folder)
+    differing = sorted(name for name in {*expected, *actual} if expected.get(name) != actual.get(name))
     if differing:
         case.problems.append(f"not the same bytes: {differing[:5]}")
     again = [name for name, moment in kept.items() if finished_files(folder).get(name) != moment]
@@ -256,23 +255,23 @@ def run_case(case: Case, folder: Path, expected: dict[str, str], times: dict[str
 
 
 def reference(recipe: str, folder: Path) -> tuple[dict[str, str], dict[str, float]]:
-    """Bytes and stage times of an undisturbed run with one process."""
+    """Return the hashes and the stage times (s) of an uninterrupted run with one process."""
     done = finish(recipe, folder, 1)
     if done.returncode:
-        raise SystemExit(f"the undisturbed run of {recipe} failed: {done.stderr[-2000:]}")
+        raise SystemExit(f"the uninterrupted run of {recipe} failed: {done.stderr[-2000:]}")
     return tree(folder), json.loads((folder / "work" / "times.json").read_text(encoding="utf-8"))
 
 
 def run_all(cases: list[Case], output: Path, *, at_once: int = 1) -> list[Case]:
-    """Run every case; prints a line for each."""
+    """Run every case and print a line for each."""
     used = dict.fromkeys(case.recipe for case in cases)
     references = {name: reference(name, output / f"reference-{i}") for i, name in enumerate(used)}
 
     def one(case: Case) -> None:
         folder = output / f"case-{case.seed:03d}"
         run_case(case, folder, *references[case.recipe])
-        kills = "; ".join(f"{k.signal} to {k.whom} of {k.processes} in {k.hit or 'nothing'}" for k in case.kills)
-        sys.stdout.write(f"{case.seed}: {case.recipe}: {kills}: {case.problems or 'same bytes'}\n")
+        kills = "; ".join(f"{k.signal} to {k.whom} of {k.processes} in {k.hit or 'no stage'}" for k in case.kills)
+        sys.stdout.write(f"{case.seed}: {case.recipe}: {kills}: {case.problems or 'identical bytes'}\n")
         sys.stdout.flush()
         if not case.problems:
             shutil.rmtree(folder)
@@ -283,7 +282,7 @@ def run_all(cases: list[Case], output: Path, *, at_once: int = 1) -> list[Case]:
 
 
 def summary(cases: list[Case]) -> dict[str, object]:
-    """Figures for the documents."""
+    """Return the numbers for the docs."""
     kills = [kill for case in cases for kill in case.kills if kill.hit is not None]
     polite = [k.seconds_to_end or 0.0 for k in kills if k.signal != "SIGKILL" and k.whom != "one worker"]
     return {
@@ -306,9 +305,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--first", type=int, default=0, help="first seed")
-    parser.add_argument("--recipe", choices=RECIPES, help="default: drawn, one of " + "; ".join(DRAWN))
+    parser.add_argument("--recipe", choices=RECIPES, help="default: drawn from " + "; ".join(DRAWN))
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--at-once", type=int, default=1, help="cases side by side")
+    parser.add_argument("--at-once", type=int, default=1, help="number of cases to run in parallel")
     parser.add_argument("--record", type=Path)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

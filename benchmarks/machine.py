@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Facts about the machine that a benchmark runs on."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from prism_hf.dataset.provenance import versions
 
 
 def cpu() -> str:
-    """The processor's name, where the system tells."""
+    """Return the name of the processor, as far as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -17,10 +17,10 @@ def cpu() -> str:
 
 
 def hardware() -> dict[str, object]:
-    """The processor and its cores."""
+    """Return the name of the processor and its number of cores."""
     return {"cpu": cpu(), "cores": os.cpu_count()}
 
 
 def facts() -> dict[str, object]:
-    """Hardware and versions."""
+    """Return the hardware and the package versions."""
     return {"hardware": hardware(), "versions": versions()}

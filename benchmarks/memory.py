@@ -1,9 +1,9 @@
-"""Peak memory of every stage at once and at ten times the work: ten times the images and jobs, and epochs of views.
+"""Measure the peak memory of every stage at two scales: 1x, and 10x the images, jobs and epochs of views.
 
     python benchmarks/memory.py --output /a/folder --record benchmarks/results/memory.json
 
-Counted is anonymous memory (RssAnon of Linux): what the kernel cannot drop. Files that are mapped in are not. With
-`--plain` the allocators give back what is freed; by default they keep some of it, more after more requests.
+The measure is anonymous memory (RssAnon on Linux), which the kernel cannot drop; mapped files do not count. With `--plain`,
+the allocators return freed memory to the system. By default they keep some of it, and more of it after more allocations.
 """
 
 import argparse
@@ -23,7 +23,7 @@ PLAIN = {
     "MALLOC_TRIM_THRESHOLD_": "131072",
     "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
-"""Settings of glibc and Arrow."""
+"""Environment variables that make glibc and Arrow return freed memory to the system."""
 STAGES = ("synthesize", "relabel", "package", "evaluate")
 RECIPE = (
     "data.channels=3", "synthesis.iterations=2", "synthesis.slots_per_batch=1", "synthesis.batch_size=10",
@@ -35,7 +35,7 @@ RECIPE = (
 
 
 def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a process, or 0 when it has gone."""
+    """Return RssAnon of a process in bytes, or 0 if it has exited."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -43,9 +43,9 @@ def anonymous_bytes(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
-def peak_of(words: list[str], env: dict[str, str]) -> int:
-    """Largest RssAnon of a command, sampled each 5 ms."""
-    process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def peak_of(arguments: list[str], env: dict[str, str]) -> int:
+    """Run a command and return its peak RssAnon in bytes, sampled every 5 ms."""
+    process = subprocess.Popen(arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peak = 0
 
     def watch() -> None:
@@ -59,20 +59,20 @@ def peak_of(words: list[str], env: dict[str, str]) -> int:
     _, error = process.communicate()
     watcher.join()
     if process.returncode:
-        raise SystemExit(f"{' '.join(words)} failed: {error[-1500:]}")
+        raise SystemExit(f"{' '.join(arguments)} failed: {error[-1500:]}")
     return peak
 
 
 def command(folder: Path, stage: str, *, size: int, ipc: int, epochs: int) -> list[str]:
-    """One stage of the run."""
+    """Return the command of one stage of the run."""
     scale = (f"data.size={size}", f"synthesis.ipc={ipc}", f"relabel.epochs={epochs}")
-    place = ("--output", str(folder), "--teachers", str(folder.parent / "teachers"), "--stage", stage)
+    options = ("--output", str(folder), "--teachers", str(folder.parent / "teachers"), "--stage", stage)
     recipe = str(ROOT / "recipes" / "digits" / "prism_ipc10.yaml")
-    return [sys.executable, str(ROOT / "recipes" / "prism.py"), recipe, *RECIPE, *scale, *place]
+    return [sys.executable, str(ROOT / "recipes" / "prism.py"), recipe, *RECIPE, *scale, *options]
 
 
 def measure(output: Path, *, size: int, ipc: int, epochs: int, env: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Peaks of each stage for `ipc` and ten times that, with two and `epochs` epochs of views."""
+    """Return each stage's peak bytes: `ipc` with a tenth of `epochs` (at least 2), and ten times `ipc` with `epochs`."""
     runs = {"1x": (ipc, max(2, epochs // 10)), "10x": (10 * ipc, epochs)}
     peaks: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
     for name, (count, views) in runs.items():
@@ -80,9 +80,9 @@ def measure(output: Path, *, size: int, ipc: int, epochs: int, env: dict[str, st
         peak_of(command(folder, "squeeze", size=size, ipc=count, epochs=views), env)
         for stage in STAGES:
             peaks[stage][name] = peak_of(command(folder, stage, size=size, ipc=count, epochs=views), env)
-    for stage, found in peaks.items():
-        found["ratio"] = round(found["10x"] / found["1x"], 4)
-        sys.stdout.write(f"{stage}: {found['1x'] / 1e6:.0f} MB, {found['10x'] / 1e6:.0f} MB: {found['ratio']:.3f}\n")
+    for stage, peak in peaks.items():
+        peak["ratio"] = round(peak["10x"] / peak["1x"], 4)
+        sys.stdout.write(f"{stage}: {peak['1x'] / 1e6:.0f} MB, {peak['10x'] / 1e6:.0f} MB, ratio {peak['ratio']:.3f}\n")
         sys.stdout.flush()
     return peaks
 
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--record", type=Path)
-    parser.add_argument("--plain", action="store_true", help="allocators that give back what is freed")
+    parser.add_argument("--plain", action="store_true", help="let the allocators return freed memory to the system")
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--ipc", type=int, default=30)
     parser.add_argument("--epochs", type=int, default=20)
@@ -102,7 +102,7 @@ def main() -> None:
     peaks = measure(
         args.output, size=args.size, ipc=args.ipc, epochs=args.epochs, env=environment() | (PLAIN if args.plain else {})
     )
-    worst = max(found["ratio"] for found in peaks.values())
+    worst = max(peak["ratio"] for peak in peaks.values())
     sys.stdout.write(json.dumps({"worst_ratio": worst}) + "\n")
     if args.record:
         from machine import facts as machine_facts

@@ -1,4 +1,4 @@
-"""The same jobs in bf16 and in float32: how far apart are the images, and what do the networks say of them?
+"""Compare the same jobs in bf16 and float32: the difference between the images, and the scores that networks give them.
 
 python benchmarks/precision.py RECIPE.yaml --teachers outputs/teachers --record benchmarks/results/precision.json
 """
@@ -37,17 +37,17 @@ def main() -> None:
     verifier = teachers.pop(recipe.teachers.verifier) if recipe.teachers.verifier else None
     data, synthesis = load_source(recipe.data), recipe.synthesis
     rows = real_rows(data, synthesis.ipc, seed=recipe.seed)
-    found: dict[str, list[dict[str, float]]] = {"float32": [], "bf16": []}
+    measured: dict[str, list[dict[str, float]]] = {"float32": [], "bf16": []}
     differences: list[float] = []
     for job in plan_jobs(recipe):
         if synthesis.init == "noise":
             shape = (len(job.classes), recipe.data.channels, recipe.data.size, recipe.data.size)
             start = noise(shape, torch.Generator().manual_seed(job.seed + 1))
         else:
-            places = [c * synthesis.ipc + s for c, s in zip(job.classes, job.slots, strict=True)]
-            start = to_reference(data.train.images(rows[places]))
+            indices = [c * synthesis.ipc + s for c, s in zip(job.classes, job.slots, strict=True)]
+            start = to_reference(data.train.images(rows[indices]))
         images = {}
-        for precision, results in found.items():
+        for precision, results in measured.items():
             began = time.perf_counter()
             result = optimize(job, synthesis, start.to(device), teachers, verifier=verifier, precision=precision)
             last = result.history[-1]
@@ -64,15 +64,15 @@ def main() -> None:
         differences.append(float((images["bf16"] - images["float32"]).abs().mean()))
 
     def mean(precision: str, key: str) -> float:
-        return sum(entry[key] for entry in found[precision]) / len(found[precision])
+        return sum(entry[key] for entry in measured[precision]) / len(measured[precision])
 
-    figures = {p: {key: round(mean(p, key), 4) for key in found[p][0]} for p in found}
+    means = {p: {key: round(mean(p, key), 4) for key in measured[p][0]} for p in measured}
     facts = {
         "recipe": recipe.name,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "jobs": len(differences),
         "mean_absolute_difference_of_8_bit_levels": round(sum(differences) / len(differences), 3),
-        **figures,
+        **means,
         "command": " ".join(["python benchmarks/precision.py", str(args.recipe), *args.overrides]),
         **machine.facts(),
     }

@@ -1,7 +1,7 @@
-"""Keep a finished run as a benchmark: `python benchmarks/record.py outputs/NAME [--as LABEL]`.
+"""Record a finished run as a benchmark: `python benchmarks/record.py outputs/NAME [--as LABEL]`.
 
-The JSON holds the command, versions, hardware, seeds, times and every figure, and all that the card says; README tables and
-the copies in cards/ are rendered from it (`make cards`).
+The JSON contains the command, versions, hardware, seeds, times, all results, and the facts of the card. The README tables
+and the cards in cards/ are rendered from it (`make cards`).
 """
 
 import argparse
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def command_of(run: Path, threads: int) -> str:
-    """The command that makes this run again: a shipped recipe, with the overrides that tell this run from it."""
+    """Return the command that reproduces a run: the closest shipped recipe, its overrides, and the number of threads."""
     recipe = load_recipe(run / "recipe.yaml")
     shipped = {
         p.relative_to(ROOT): load_recipe(p)
@@ -31,10 +31,10 @@ def command_of(run: Path, threads: int) -> str:
     )
 
     def value(key: str) -> str:
-        found: object = to_dict(recipe)
+        current: object = to_dict(recipe)
         for part in key.split("."):
-            found = found[part]  # type: ignore[index]
-        return json.dumps(found, separators=(",", ":"))
+            current = current[part]  # type: ignore[index]
+        return json.dumps(current, separators=(",", ":"))
 
     overrides = [f"{key}={value(key)}" for key in differing_keys(nearest, recipe)]
     if recipe.name != nearest.name:
@@ -43,7 +43,7 @@ def command_of(run: Path, threads: int) -> str:
 
 
 def main() -> None:
-    """Write the JSON."""
+    """Write the JSON of a run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--as", dest="label")

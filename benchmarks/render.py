@@ -1,6 +1,6 @@
-"""Render cards/*.md and the tables between the markers of README.md from benchmarks/results/*.json.
+"""Render cards/*.md, and the parts between markers in README.md and docs/*.md, from benchmarks/results/*.json.
 
-`python benchmarks/render.py` writes; `--check` only compares, and exits 1 when something is stale.
+`python benchmarks/render.py` writes the files; `--check` only compares them and exits with 1 if any file is stale.
 """
 
 import argparse
@@ -16,53 +16,53 @@ from prism_hf.hub.dataset_card import render_card
 from prism_hf.recipe.yaml_file import load_recipe, parse_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKERS = re.compile(r"(<!-- results: (?P<what>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKERS = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def results() -> dict[str, dict]:
-    """All results by label."""
+    """Return all results by label."""
     paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def rendered() -> dict[Path, str]:
-    """Every derived file and its right contents."""
-    found = results()
+    """Return the expected contents of every derived file."""
+    recorded = results()
     files = {}
     for path in sorted((ROOT / "recipes").glob("*/*.yaml")):
         if path.parent.name == "accelerate":
             continue
         recipe = load_recipe(path)
-        if recipe.name in found:
-            facts = found[recipe.name]["card_facts"]
+        if recipe.name in recorded:
+            facts = recorded[recipe.name]["card_facts"]
             files[ROOT / "cards" / f"{recipe.name}.md"] = render_card(facts, parse_recipe(facts["recipe"]))
     for name in ("README.md", "docs/method.md", "docs/reproduction.md", "docs/reliability.md", "docs/comparison.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
-        files[ROOT / name] = MARKERS.sub(lambda m: m[1] + section(m["what"], found) + m[3], text)
+        files[ROOT / name] = MARKERS.sub(lambda m: m[1] + section(m["name"], recorded) + m[3], text)
     return files
 
 
-def section(what: str, found: dict[str, dict]) -> str:
-    """One generated part of a document: a run's table by its label, or `comparison` over all runs."""
-    if what == "comparison":
-        return markdown_table(comparison(found)) + "\n"
-    if what == "fashion-few":
-        return fashion.few_table(found) + "\n"
-    if what == "digits-printed":
-        return printed(found["digits-prism-ipc10"])
-    if what in fashion.SECTIONS:
-        source = fashion.SOURCES.get(what, what)
-        return fashion.SECTIONS[what](found[source]) + "\n" if source in found else "*not yet run*\n"
-    if what in RELIABILITY and what not in found:
+def section(name: str, recorded: dict[str, dict]) -> str:
+    """Return one generated part of a document: the results of a run by its label, or `comparison` over all runs."""
+    if name == "comparison":
+        return markdown_table(comparison(recorded)) + "\n"
+    if name == "fashion-few":
+        return fashion.few_table(recorded) + "\n"
+    if name == "digits-printed":
+        return printed(recorded["digits-prism-ipc10"])
+    if name in fashion.SECTIONS:
+        source = fashion.SOURCES.get(name, name)
+        return fashion.SECTIONS[name](recorded[source]) + "\n" if source in recorded else "*not yet run*\n"
+    if name in RELIABILITY and name not in recorded:
         return "*not yet run*\n"
-    result = found[what]
-    if what in RELIABILITY:
-        return f"{RELIABILITY[what](result)}\n\n`{result['command']}`\n"
-    if what == "step_time":
+    result = recorded[name]
+    if name in RELIABILITY:
+        return f"{RELIABILITY[name](result)}\n\n`{result['command']}`\n"
+    if name == "step_time":
         return step_times(result)
-    if what == "gpu_step":
+    if name == "gpu_step":
         return gpu_steps(result)
-    if what == "gpu_digits":
+    if name == "gpu_digits":
         return gpu_digits(result)
     report = result["report"]
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["wall_time_s"].items())
@@ -71,13 +71,13 @@ def section(what: str, found: dict[str, dict]) -> str:
         f"`{result['command']}`\n\n"
         f"{markdown_table(table_rows(report['evaluation']))}\n\n"
         f"{report['evaluation']['in_words']}\n\n"
-        f"Time: {times}; {sum(report['wall_time_s'].values()):.0f} s in all ({hardware['cpu']}, "
+        f"Time: {times}; {sum(report['wall_time_s'].values()):.0f} s in total ({hardware['cpu']}, "
         f"{hardware['cores']} cores, {hardware['processes']} process).\n"
     )
 
 
 def printed(result: dict) -> str:
-    """Time and table of a run, as its command prints them."""
+    """Return the time and the table of a run, as its command prints them."""
     report, hardware = result["report"], result["hardware"]
     minutes = sum(report["wall_time_s"].values()) / 60
     table = plain_table(table_rows(report["evaluation"]))
@@ -85,7 +85,7 @@ def printed(result: dict) -> str:
 
 
 def gpu_steps(result: dict) -> str:
-    """Speed and memory of one step on a GPU, plain and ours."""
+    """Return the speed and memory of one step on a GPU, for the plain step and ours."""
     rows = [
         (
             label,
@@ -97,12 +97,12 @@ def gpu_steps(result: dict) -> str:
         for label, case in result["cases"].items()
         for variant, facts in case.items()
     ]
-    header = ("case", f"step ({result['device']})", "image-iterations / s", "plain / this", "peak memory")
+    header = ("case", f"step ({result['device']})", "image-iterations / s", "speedup over plain", "peak memory")
     return markdown_table([header, *rows]) + f"\n\n`{result['command']}`\n"
 
 
 def gpu_digits(result: dict) -> str:
-    """The default recipe on a GPU."""
+    """Return the results of the default recipe on a GPU."""
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in result["wall_time_s"].items())
     return (
         f"`{result['command']}`, {result['device']}\n\n{markdown_table(table_rows(result['evaluation']))}\n\n"
@@ -111,71 +111,73 @@ def gpu_digits(result: dict) -> str:
 
 
 def step_times(result: dict) -> str:
-    """Median ratios of the plain step to ours."""
+    """Return the median ratio of the plain step time to ours, for each case."""
     rows = [(label, f"{case['median_ratio']:.2f}") for label, case in result["cases"].items()]
     hardware = result["hardware"]
-    where = f"{hardware['device']}, {hardware['threads']} thread"
-    return markdown_table([("case", f"plain / ours ({where})"), *rows]) + f"\n\n`{result['command']}`\n"
+    device = f"{hardware['device']}, {hardware['threads']} thread"
+    return markdown_table([("case", f"speedup over plain ({device})"), *rows]) + f"\n\n`{result['command']}`\n"
 
 
 def kills_table(result: dict) -> str:
-    """How many cases ended with the same bytes, and what they were hit by."""
+    """Return a table of the kills, and of the cases that ended with identical bytes."""
 
     def counts(key: str) -> str:
-        return ", ".join(f"{name} {count}" for name, count in sorted(result[key].items()))
+        return "; ".join(f"{name}: {count}" for name, count in sorted(result[key].items()))
 
     rows = [
-        ("runs with the same bytes at the end", f"{result['survived']} of {result['cases']}"),
-        ("kills", f"{result['kills']}: {counts('by_signal')}"),
-        ("in stage", counts("by_stage")),
-        ("whom", counts("by_whom")),
-        ("recipes", counts("by_recipe")),
-        ("processes of the last launch", counts("last_processes")),
-        ("slowest end after SIGTERM or SIGINT", f"{result['slowest_polite_end_s']:.1f} s"),
-        ("slowest end of the others after one process died", f"{result['slowest_end_after_one_dead_worker_s']:.1f} s"),
+        ("runs with identical bytes at the end", f"{result['survived']} of {result['cases']}"),
+        ("kills by signal", f"{counts('by_signal')} ({result['kills']} in total)"),
+        ("kills by stage", counts("by_stage")),
+        ("kills by target", counts("by_whom")),
+        ("runs by recipe", counts("by_recipe")),
+        ("runs by number of processes in the last launch", counts("last_processes")),
+        ("slowest exit after SIGTERM or SIGINT", f"{result['slowest_polite_end_s']:.1f} s"),
+        ("slowest exit of the other processes after one died", f"{result['slowest_end_after_one_dead_worker_s']:.1f} s"),
     ]
-    return markdown_table([("what", "found"), *rows])
+    return markdown_table([("measurement", "result"), *rows])
 
 
 def memory_table(result: dict) -> str:
-    """Peaks of each stage and their ratio."""
+    """Return a table of the peak memory of each stage at both scales, and their ratio."""
     images, views = result["images"], result["epochs_of_views"]
     head = tuple(f"{images[k]} images, {views[k]} epochs of views" for k in ("1x", "10x"))
     rows = [
         (stage, f"{peak['1x'] / 1e6:.0f} MB", f"{peak['10x'] / 1e6:.0f} MB", f"{peak['ratio']:.3f}")
         for stage, peak in result["peak_bytes"].items()
     ]
-    note = f"Images of {images['bytes_each'] / 1000:.1f} kB; anonymous memory, which the kernel cannot drop."
+    note = (
+        f"Images have {images['bytes_each'] / 1000:.1f} kB each. Only anonymous memory counts; the kernel cannot drop it."
+    )
     return markdown_table([("stage", *head, "ratio"), *rows]) + f"\n\n{note}"
 
 
 def checkpoint_text(result: dict) -> str:
-    """Cost of a write beside the pause."""
+    """Return a sentence on the cost of a checkpoint relative to the interval between checkpoints."""
     batch = " x ".join(map(str, result["batch"]))
     return (
-        f"A checkpoint of {result['recipe']} ({batch} pixels with two moments, {result['bytes'] / 1e6:.0f} MB) takes "
-        f"{result['seconds_of_a_write']:.2f} s (median of {len(result['seconds_of_all_writes'])}), every "
-        f"{result['pause_s']:.0f} s: {100 * result['share_of_the_time']:.1f} % of the time."
+        f"A checkpoint of {result['recipe']} ({batch} pixels and their two moments, {result['bytes'] / 1e6:.0f} MB) takes "
+        f"{result['seconds_of_a_write']:.2f} s (median of {len(result['seconds_of_all_writes'])}). With one checkpoint "
+        f"every {result['pause_s']:.0f} s, this is {100 * result['share_of_the_time']:.1f} % of the time."
     )
 
 
 def precision_table(result: dict) -> str:
-    """The same jobs in both precisions."""
+    """Return a table of the same jobs in both precisions."""
     keys = ("ce", "bn", "logit_top1", "verifier_top1")
     rows = [(name, *(f"{result[name][key]:.3f}" for key in keys)) for name in ("float32", "bf16")]
-    apart = result["mean_absolute_difference_of_8_bit_levels"]
+    gap = result["mean_absolute_difference_of_8_bit_levels"]
     head = ("precision", "last CE", "last R_bn", "logit teacher", "verifier")
-    where = f"{result['recipe']}, {result['jobs']} jobs, {result['device']}"
-    return markdown_table([head, *rows]) + f"\n\n{where}; pixels differ by {apart:.2f} of 255 levels in the mean."
+    setup = f"{result['recipe']}, {result['jobs']} jobs, {result['device']}"
+    return markdown_table([head, *rows]) + f"\n\n{setup}; on average, pixels differ by {gap:.2f} of 255 levels."
 
 
 def refusals_table(result: dict) -> str:
-    """Cases of the table-driven test by group."""
+    """Return a table of the bad-input test cases by group."""
     rows = [(group, str(count)) for group, count in sorted(result["by_group"].items())]
-    total = ("all", f"{result['passed']} of {result['cases']} as they should be")
+    total = ("all", f"{result['passed']} of {result['cases']} as specified")
     text = (
-        "Each: one line with what was expected, what came and how to fix it; the right error class; exit code 2; nothing "
-        "written."
+        "Each case must raise the right error class, exit with code 2 and write nothing. Its error message must be one "
+        "line that says what was expected, what was given and how to fix it."
     )
     return f"{text}\n\n" + markdown_table([("wrong input", "cases"), *rows, total])
 
@@ -192,8 +194,8 @@ RELIABILITY = {
 }
 
 
-def comparison(found: dict[str, dict]) -> list[tuple[str, ...]]:
-    """One line per run: soft and hard labels of the distilled set, verifier, similarity."""
+def comparison(recorded: dict[str, dict]) -> list[tuple[str, ...]]:
+    """Return a table with one line per run: scores with soft and hard labels, verifier, similarity."""
     lines: list[tuple[str, ...]] = [
         (
             "run",
@@ -203,11 +205,11 @@ def comparison(found: dict[str, dict]) -> list[tuple[str, ...]]:
             "random real, soft",
             "random real, hard",
             "verifier %",
-            "cos",
+            "intra-class cos",
         )
     ]
-    for label, result in found.items():
-        if "report" not in result:  # step times, tuning
+    for label, result in recorded.items():
+        if "report" not in result:  # not a run: step times, tuning
             continue
         evaluation = result["report"]["evaluation"]
         rows = {(row["images"], row["labels"]): top1_text(row) for row in evaluation["rows"]}
@@ -233,7 +235,7 @@ def comparison(found: dict[str, dict]) -> list[tuple[str, ...]]:
 
 
 def main() -> int:
-    """Write or check."""
+    """Write the derived files, or check them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Show that a change of the code changes no byte of the tables.
+"""Check that a code change does not change any byte of the tables.
 
-    python benchmarks/same_bytes.py                         # run this checkout, compare with the recorded hashes
-    python benchmarks/same_bytes.py --root OTHER --record   # run another checkout, and record its hashes
+    python benchmarks/same_bytes.py                         # run this checkout and compare with the recorded hashes
+    python benchmarks/same_bytes.py --root OTHER --record   # run another checkout and record its hashes
 
-Five small runs on digits are made from nothing: PRISM per slot, PRISM per iteration from noise, SRe2L, G-VBSM and random
-real images. Compared are the SHA-256 of each Parquet file of dataset and control, and the scores of the students.
-The hashes hold for one version of torch on one kind of CPU; record them again on another machine, from the old commit.
+The script makes five small runs on digits from scratch: PRISM per slot, PRISM per iteration from noise, SRe2L, G-VBSM and
+random real images. It compares the SHA-256 of each Parquet file of dataset and control, and the scores of the students.
+The hashes are valid for one version of torch on one kind of CPU. On another machine, record them again from the old commit.
 """
 
 import argparse
@@ -40,14 +40,14 @@ RUNS = {
 
 
 def run(root: Path, folder: Path, teachers: Path, recipe: str, overrides: tuple[str, ...]) -> dict[str, object]:
-    """Make one dataset with the code in `root`; its hashes and scores."""
+    """Make one dataset with the code in `root`; return its hashes and scores."""
     env = os.environ | {
         "PYTHONPATH": str(root / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1",
         "HF_HOME": str(folder.parent / "hf"),
     }  # fmt: skip
-    words = [str(root / "recipes" / f"{recipe}.yaml"), *overrides, "--output", str(folder), "--teachers", str(teachers)]
+    options = [str(root / "recipes" / f"{recipe}.yaml"), *overrides, "--output", str(folder), "--teachers", str(teachers)]
     done = subprocess.run(
-        [sys.executable, str(root / "recipes" / "prism.py"), *words, "--threads", "1"],
+        [sys.executable, str(root / "recipes" / "prism.py"), *options, "--threads", "1"],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
@@ -61,15 +61,15 @@ def run(root: Path, folder: Path, teachers: Path, recipe: str, overrides: tuple[
 
 
 def main() -> None:
-    """Compare or record."""
+    """Compare hashes and scores with the recorded ones, or record them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout whose code is run")
     parser.add_argument("--record", action="store_true", help="write the hashes instead of comparing them")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        folders = {name: Path(place) / name.replace(" ", "-") for name in RUNS}
-        found = {
-            name: run(args.root.resolve(), folders[name], Path(place) / "teachers", *arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        folders = {name: Path(folder) / name.replace(" ", "-") for name in RUNS}
+        results = {
+            name: run(args.root.resolve(), folders[name], Path(folder) / "teachers", *arguments)
             for name, arguments in RUNS.items()
         }
     if args.record:
@@ -77,14 +77,14 @@ def main() -> None:
 
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=args.root, capture_output=True, text=True, check=True)
         command = f"python benchmarks/same_bytes.py --root CHECKOUT --record  # of commit {commit.stdout.strip()[:12]}"
-        facts = {"command": command, **machine.facts(), "runs": found}
+        facts = {"command": command, **machine.facts(), "runs": results}
         RECORD.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         return
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))["runs"]
-    for name, facts in found.items():
-        same = "the same" if facts == recorded[name] else "DIFFERENT"
+    for name, facts in results.items():
+        same = "identical" if facts == recorded[name] else "DIFFERENT"
         sys.stdout.write(f"{name}: {len(facts['tables'])} tables, {len(facts['top1'])} scores: {same}\n")  # type: ignore[arg-type]
-    sys.exit(found != recorded)
+    sys.exit(results != recorded)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How much faster one synthesis step is than the equations written down plainly, side by side in one run.
+"""Measure the speedup of one synthesis step over a plain implementation, side by side in one process.
 
-`python benchmarks/step_time.py` writes benchmarks/results/step_time.json. Plain means what published codes do: the logit
-teacher is run twice (once for its logits, once as a BN teacher), statistics are taken in two passes over a permuted copy,
-whole networks are run, in NCHW. Networks have random weights: time does not depend on them. Rounds alternate, the figure
-is the median of the ratios.
+`python benchmarks/step_time.py` writes benchmarks/results/step_time.json. The plain step does what published code does: it
+runs the logit teacher twice (once for its logits, once as a BN teacher), computes statistics in two passes over a permuted
+copy, and runs complete networks in NCHW. The networks have random weights, because the time does not depend on them. Both
+steps alternate; the result is the median of the ratios.
 """
 
 import json
@@ -40,13 +40,13 @@ NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def network(name: str, memory_format: torch.memory_format) -> nn.Module:
-    """A frozen network with random weights."""
+    """Create a frozen network with random weights."""
     model = timm.create_model(name, num_classes=10).eval().requires_grad_(False)
     return model.to(memory_format=memory_format)
 
 
 def plain_step(models: list[nn.Module], images: Tensor, labels: Tensor) -> None:
-    """CE of the first network plus R_bn of all, as published codes compute it."""
+    """Run a step on the CE of the first network plus the R_bn of all networks, as published code computes them."""
     x = images.detach().clone().requires_grad_()
     loss = F.cross_entropy(models[0](x), labels)
     for model in models:
@@ -67,7 +67,7 @@ def plain_step(models: list[nn.Module], images: Tensor, labels: Tensor) -> None:
 
 
 def measure(names: tuple[str, ...], size: int, batch: int) -> dict[str, object]:
-    """Seconds of both, round by round, and the median ratio."""
+    """Return the seconds of both steps in each round, and the median of their ratios."""
     torch.manual_seed(0)
     images, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
     plain = [network(name, torch.contiguous_format) for name in names]
@@ -87,7 +87,7 @@ def measure(names: tuple[str, ...], size: int, batch: int) -> dict[str, object]:
             for label, run in (("plain", lambda: plain_step(plain, images, labels)), ("ours", step)):
                 started = time.perf_counter()
                 run()
-                if number >= 2:  # the first rounds touch fresh memory
+                if number >= 2:  # the first rounds allocate memory
                     seconds[label].append(time.perf_counter() - started)
     ratios = [a / b for a, b in zip(seconds["plain"], seconds["ours"], strict=True)]
     return {"seconds": seconds, "median_ratio": statistics.median(ratios), "ratios": ratios}

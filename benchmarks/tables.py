@@ -1,12 +1,12 @@
-"""The tables of docs/comparison.md, each a comparison of its own: `accelerate launch benchmarks/tables.py [NAME ...]`.
+"""Run the comparisons behind the tables of docs/comparison.md: `accelerate launch benchmarks/tables.py [NAME ...]`.
 
     accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
-        benchmarks/tables.py --data outputs/fashion-mnist --threads 1              # all of them, over night on 2 cores
+        benchmarks/tables.py --data outputs/fashion-mnist --threads 1              # all tables, overnight on 2 cores
     accelerate launch benchmarks/tables.py methods-ipc10 --data outputs/fashion-mnist
 
-With --reduced, three of them with fewer seeds, in half an hour by two processes. Without --data the images come from the
-Hub. What is finished is kept in outputs/tables, so the same command goes on; each finished table is written to
-benchmarks/results/fashion-NAME.json.
+With --reduced, three tables are made with fewer seeds; this takes two processes half an hour. Without --data, the images
+come from the Hub. Finished work is kept in outputs/tables, so the same command resumes an interrupted one. Each finished
+table is written to benchmarks/results/fashion-NAME.json.
 """
 
 import argparse
@@ -44,25 +44,25 @@ SIZES: dict[int, tuple[str, ...]] = {
         "synthesis.ipc=50", "relabel.epochs=16", "relabel.batch_size=50", "evaluation.batch_size=50",
     ),
 }  # fmt: skip
-"""What the number of images per class changes: about as many views in all."""
+"""Overrides for each number of images per class; they keep the total number of views about constant."""
 STUDENTS = ("test_resnet", "test_efficientnet", "cs3darknet_s")
-"""The logit teacher's architecture, a BN teacher's, and one that is no teacher's."""
+"""The architectures of the logit teacher, of a BN teacher, and one that is not a teacher's."""
 
 Row = tuple[str, str, tuple[str, ...]]  # label, recipe, overrides
 
 
 @dataclass(frozen=True)
 class Table:
-    """One comparison.
+    """The settings of one comparison.
 
     Attributes:
         rows: Label, recipe and overrides of each method.
-        seeds: Runs of each.
-        common: Overrides of every row.
-        students: Architectures; the first with soft and hard labels, the others with soft ones.
-        budgets: Further ways to read the labels of the first student: kind, and epochs of views.
-        own: Sections that each recipe keeps, against the protocol.
-        ceiling: Whether the first student is trained on all real images too.
+        seeds: Seeds of the runs of each method.
+        common: Overrides for every row.
+        students: Architectures; the first learns from soft and hard labels, the others from soft labels.
+        budgets: More label budgets for the first student: kind of labels, and epochs of views.
+        own: Sections that each recipe keeps instead of taking them from the protocol.
+        ceiling: Whether the first student is also trained on all real images.
     """
 
     rows: tuple[Row, ...]
@@ -75,22 +75,22 @@ class Table:
 
 
 def methods_at(ipc: int) -> tuple[Row, ...]:
-    """Every method at a size, under the protocol of PRISM's recipe, which so comes first."""
+    """Return every method at one ipc; PRISM comes first, because the first recipe defines the protocol."""
     rows = [(label, name, SIZES[ipc] + _batches(name, ipc)) for label, name in METHODS.items()]
     first = next(row for row in rows if row[1] == PRISM)
     return (first, *(row for row in rows if row is not first), *best_at(ipc))
 
 
 def best_at(ipc: int) -> tuple[Row, ...]:
-    """`PRISM from k-means` at a size, and what it is made of."""
+    """Return `PRISM from k-means` at one ipc, and its start images as a method."""
     best = f"prism_kmeans_ipc{ipc}"
     rows = (("PRISM from k-means", best, ()), ("its start images, not optimized", best, ("synthesis.iterations=0",)))
-    before = ("PRISM from k-means of the easiest 0.8", best, ("synthesis.easiest=0.8",))  # the choice before this one
-    return (*rows, before) if ipc == 10 else rows
+    previous = ("PRISM from k-means of the easiest 0.8", best, ("synthesis.easiest=0.8",))  # the former default
+    return (*rows, previous) if ipc == 10 else rows
 
 
 def _batches(name: str, ipc: int) -> tuple[str, ...]:
-    """With one image per class a batch holds ten; else as in the recipe."""
+    """Return the overrides of the batch size: ten images at one image per class, else as in the recipe."""
     if ipc > 1 or name == "random_ipc10":
         return ()
     if name.startswith("gvbsm"):
@@ -99,7 +99,7 @@ def _batches(name: str, ipc: int) -> tuple[str, ...]:
 
 
 def switch(label: str, *overrides: str) -> Row:
-    """PRISM with one thing changed."""
+    """Return a row that changes one thing in PRISM."""
     return (label, PRISM, overrides)
 
 
@@ -176,7 +176,7 @@ TABLES = {
         seeds=SEEDS[:3],
         common=(f"data.validation_fraction={1 / 6}",),
     ),
-    "fresh-seeds": Table(CHOSEN[10], seeds=tuple(range(5, 15))),  # that guided no choice
+    "fresh-seeds": Table(CHOSEN[10], seeds=tuple(range(5, 15))),  # seeds that were not used to choose settings
     "other-teachers": Table(CHOSEN[10], seeds=SEEDS[:3], common=("squeeze.seed=1",)),
     "other-teachers-ipc1": Table(CHOSEN[1], seeds=SEEDS[:3], common=("squeeze.seed=1",)),
     "labels": Table(
@@ -189,14 +189,14 @@ TABLES = {
 
 
 def recipe_of(row: Row, table: Table, data: str | None) -> Recipe:
-    """The recipe of a row."""
+    """Load the recipe of a row with all its overrides."""
     _, name, overrides = row
     source = () if data is None else (f"data.source={data}",)
     return load_recipe(RECIPES / f"{name}.yaml", [*source, *table.common, *overrides])
 
 
 def reduced(table: Table) -> Table:
-    """For half an hour: two seeds, one student."""
+    """Return the half-hour version of a table: two seeds, one student."""
     return replace(table, seeds=(0, 1), students=table.students[:1], ceiling=False)
 
 
@@ -204,23 +204,23 @@ REDUCED = ("methods-ipc1", "methods-ipc10", "decoupling")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(TABLES))
-    parser.add_argument("--data", metavar="FOLDER", help="from recipes/fashion/to_parquet.py; default: the Hub")
-    parser.add_argument("--reduced", action="store_true", help=f"two seeds, one student, of {', '.join(REDUCED)}")
-    parser.add_argument("--as-is", action="store_true", help="make nothing: write what is there of each table")
-    parser.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds")
+    parser.add_argument("--data", metavar="FOLDER", help="output of recipes/fashion/to_parquet.py; default: the Hub")
+    parser.add_argument("--reduced", action="store_true", help=f"two seeds and one student, only for {', '.join(REDUCED)}")
+    parser.add_argument("--as-is", action="store_true", help="run nothing: write each table from its finished runs")
+    parser.add_argument("--seeds", type=int, metavar="N", help="use only the first N seeds")
     add_compute(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Make tables one after the other."""
+    """Make the requested tables one after another."""
     unknown = [name for name in args.names if name not in TABLES]
     if unknown:
-        raise RecipeError(f"no table is called {unknown[0]!r}; there are {', '.join(TABLES)}")
+        raise RecipeError(f"unknown table {unknown[0]!r}; use one of {', '.join(TABLES)}")
     quiet()
     from prism_hf.run.context import make_accelerator
 
@@ -232,7 +232,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def make(name: str, table: Table, args: argparse.Namespace, accelerator: object) -> None:
-    """One table, and its JSON."""
+    """Make one table and write its JSON."""
     from prism_hf.compare import under_one_protocol
     from prism_hf.compare.comparison import Comparison
     from prism_hf.compare.findings import findings
@@ -276,20 +276,20 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
 
 
 def setups_of(table: Table) -> list[StudentSetup]:
-    """How students read the labels: soft and hard, further students soft, further budgets."""
+    """Return the student setups: the first student with soft and hard labels, the others with soft, then the budgets."""
     first, *others = table.students
     budgets = [StudentSetup(first, labels, epochs) for labels, epochs in table.budgets]
     soft = [StudentSetup(name, "soft") for name in others]
     return [StudentSetup(first, "soft"), StudentSetup(first, "hard"), *soft, *budgets]
 
 
-def small(found: dict[str, object]) -> dict[str, object]:
-    """Without what only pictures are drawn from."""
+def small(facts: dict[str, object]) -> dict[str, object]:
+    """Return the findings without the data that only the figures need."""
     methods = [
-        {key: value for key, value in method.items() if key not in ("histogram", "points")} for method in found["methods"]
+        {key: value for key, value in method.items() if key not in ("histogram", "points")} for method in facts["methods"]
     ]
-    real = {"similarity": found["real"]["similarity"]}
-    return {**{key: value for key, value in found.items() if key != "map"}, "methods": methods, "real": real}
+    real = {"similarity": facts["real"]["similarity"]}
+    return {**{key: value for key, value in facts.items() if key != "map"}, "methods": methods, "real": real}
 
 
 if __name__ == "__main__":
