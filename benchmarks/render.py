@@ -145,10 +145,8 @@ def memory_table(result: dict) -> str:
         (stage, f"{peak['1x'] / 1e6:.0f} MB", f"{peak['10x'] / 1e6:.0f} MB", f"{peak['ratio']:.3f}")
         for stage, peak in result["peak_bytes"].items()
     ]
-    note = (
-        f"Images have {images['bytes_each'] / 1000:.1f} kB each. Only anonymous memory counts; the kernel cannot drop it."
-    )
-    return markdown_table([("stage", *head, "ratio"), *rows]) + f"\n\n{note}"
+    note = "The peaks count only anonymous memory, which the kernel cannot drop."
+    return f"{markdown_table([('stage', *head, 'ratio'), *rows])}\n\nEach image is {images['bytes_each'] / 1000:.1f} kB. {note}"
 
 
 def checkpoint_text(result: dict) -> str:
