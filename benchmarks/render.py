@@ -145,8 +145,8 @@ def memory_table(result: dict) -> str:
         (stage, f"{peak['1x'] / 1e6:.0f} MB", f"{peak['10x'] / 1e6:.0f} MB", f"{peak['ratio']:.3f}")
         for stage, peak in result["peak_bytes"].items()
     ]
-    note = "The peaks count only anonymous memory, which the kernel cannot drop."
-    return f"{markdown_table([('stage', *head, 'ratio'), *rows])}\n\nEach image is {images['bytes_each'] / 1000:.1f} kB. {note}"
+    note = f"Each image is {images['bytes_each'] / 1000:.1f} kB. Peaks are anonymous memory, which cannot be dropped."
+    return markdown_table([("stage", *head, "ratio"), *rows]) + f"\n\n{note}"
 
 
 def checkpoint_text(result: dict) -> str:
