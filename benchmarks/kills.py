@@ -243,14 +243,14 @@ def run_case(case: Case, folder: Path, expected: dict[str, str], times: dict[str
     differing = sorted(name for name in {*expected, *actual} if expected.get(name) != actual.get(name))
     if differing:
         case.problems.append(f"not the same bytes: {differing[:5]}")
-    again = [name for name, moment in kept.items() if finished_files(folder).get(name) != moment]
-    if again:
-        case.problems.append(f"made twice: {again[:5]}")
-    rest = [
+    repeated = [name for name, moment in kept.items() if finished_files(folder).get(name) != moment]
+    if repeated:
+        case.problems.append(f"made twice: {repeated[:5]}")
+    leftovers = [
         p.name for p in folder.rglob("*") if p.name.startswith(".draft-") or ".aside-" in p.name or "checkpoint" in p.name
     ]
-    if rest:
-        case.problems.append(f"left behind: {rest[:5]}")
+    if leftovers:
+        case.problems.append(f"left behind: {leftovers[:5]}")
     return case
 
 

@@ -106,8 +106,8 @@ def make(comparison: Comparison) -> dict[str, str]:
             if reason is not None:
                 failed[name_of(run)] = reason
             bar.update()
-            rest = (time.monotonic() - began) / made * (len(missing) - made)
-            estimate = f", about {duration_text(rest)} left" if rest else ""
+            remaining = (time.monotonic() - began) / made * (len(missing) - made)
+            estimate = f", about {duration_text(remaining)} left" if remaining else ""
             common.say(f"{run.title}: {finished + made} of {total} runs done{estimate}")
     train_students(common, [task for student in comparison.ceilings for task in comparison.full_tasks(student)])
     return failed

@@ -116,10 +116,10 @@ def _load(folder: Path, channels: int | None) -> DistilledDataset:
     num_epochs = views.num_rows // count
     sizes = list(zip((group.start for group in views.groups), views.compressed_bytes(_VIEW_COLUMNS), strict=True))
     return DistilledDataset(
-        images_uint8=_kept(_decoded(images, channels), count),
-        labels=_kept(column("label"), count),
+        images_uint8=_joined(_decoded(images, channels), count),
+        labels=_joined(column("label"), count),
         class_names=class_names,
-        teacher_logits=_kept(column("teacher_logits"), count),
+        teacher_logits=_joined(column("teacher_logits"), count),
         num_epochs=num_epochs,
         views=views_of,
         image_bytes=image_bytes,
@@ -170,8 +170,8 @@ def _decoded(images: Table, channels: int) -> Iterator[np.ndarray]:
         for blobs in _encoded(images):
             pictures = list(pool.map(decode, blobs, [channels] * len(blobs)))
             shape = shape or pictures[0].shape
-            if strange := [picture.shape for picture in pictures if picture.shape != shape]:
-                raise DataError(f"it has images of shapes {tuple(shape)} and {tuple(strange[0])}; expected one shape")
+            if differing := [picture.shape for picture in pictures if picture.shape != shape]:
+                raise DataError(f"it has images of shapes {tuple(shape)} and {tuple(differing[0])}; expected one shape")
             yield torch.stack(pictures).numpy()
 
 
@@ -183,7 +183,7 @@ def _channels(blob: bytes) -> int:
         raise DataError(f"the first image cannot be decoded ({error}); package or download the dataset again") from error
 
 
-def _kept(parts: Iterable[np.ndarray], count: int) -> Tensor:
+def _joined(parts: Iterable[np.ndarray], count: int) -> Tensor:
     """Join parts with `count` rows in total into one tensor, in memory if it is small, or else mapped from an unnamed file.
 
     The file is in the cache of `datasets`, because /tmp may be in memory. It has no name, so a killed process leaves no

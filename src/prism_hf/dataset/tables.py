@@ -194,11 +194,11 @@ def _shards(folder: Path, name: str) -> list[Path]:
     count = int(shard[1]) if shard else len(paths)
     expected = [f"train-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
     names = [path.name for path in paths]
-    if strange := [each for each in names if each not in expected]:
-        raise DataError(f"{name}/ contains {strange[0]}, expected train-NNNNN-of-{count:05d}.parquet; move it elsewhere")
+    if unexpected := [each for each in names if each not in expected]:
+        raise DataError(f"{name}/ contains {unexpected[0]}, expected train-NNNNN-of-{count:05d}.parquet; move it elsewhere")
     if missing := [each for each in expected if each not in names]:
-        others = f" and {len(missing) - 3} others" if len(missing) > 3 else ""
-        raise DataError(f"{name}/ is missing {', '.join(missing[:3])}{others}; package or download the dataset again")
+        suffix = f" and {len(missing) - 3} others" if len(missing) > 3 else ""
+        raise DataError(f"{name}/ is missing {', '.join(missing[:3])}{suffix}; package or download the dataset again")
     return paths
 
 

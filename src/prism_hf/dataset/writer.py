@@ -94,14 +94,14 @@ def image_tables(
 def view_tables(batches: Iterable[Columns], num_classes: int) -> Iterator[pa.Table]:
     """Yield the row groups of one epoch of views from its batches."""
     rows = view_group_rows(num_classes)
-    held: list[Columns] = []
+    pending: list[Columns] = []
     for batch in batches:
-        held.append(batch)
-        if sum(len(part["epoch"]) for part in held) >= rows:
-            yield _view_table(held, num_classes)
-            held = []
-    if held:
-        yield _view_table(held, num_classes)
+        pending.append(batch)
+        if sum(len(part["epoch"]) for part in pending) >= rows:
+            yield _view_table(pending, num_classes)
+            pending = []
+    if pending:
+        yield _view_table(pending, num_classes)
 
 
 def _view_table(batches: Sequence[Columns], num_classes: int) -> pa.Table:
@@ -117,15 +117,15 @@ def _fixed_list(values: np.ndarray) -> pa.FixedSizeListArray:
 
 def _regrouped(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
     """Yield the same rows in tables of exactly `rows` rows each; the last table may be shorter."""
-    held: list[pa.Table] = []
+    pending: list[pa.Table] = []
     for table in tables:
-        held.append(table)
-        while sum(map(len, held)) >= rows:
-            joined = pa.concat_tables(held)
+        pending.append(table)
+        while sum(map(len, pending)) >= rows:
+            joined = pa.concat_tables(pending)
             yield joined.slice(0, rows).combine_chunks()
-            held = [joined.slice(rows)] if len(joined) > rows else []
-    if held:
-        yield pa.concat_tables(held).combine_chunks()
+            pending = [joined.slice(rows)] if len(joined) > rows else []
+    if pending:
+        yield pa.concat_tables(pending).combine_chunks()
 
 
 def write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:

@@ -105,10 +105,10 @@ def train_student(
         return soft_label_loss(logits, teacher_logits, shares, settings)
 
     batches = Batches(lambda start: _view_batches(source, epochs, batch_size, device, start, recorded, per_image=per_image))
-    steps, what = epochs * len(batch_ranges(len(source.labels), batch_size)), f"student {settings.student}, seed {seed}"
+    steps, title = epochs * len(batch_ranges(len(source.labels), batch_size)), f"student {settings.student}, seed {seed}"
     classes, channels = len(source.class_names), source.images_uint8.shape[1]
     with seeded(seed, device):
-        return _fit(settings, classes, channels, device, batches, loss, steps, what, checkpoint)
+        return _fit(settings, classes, channels, device, batches, loss, steps, title, checkpoint)
 
 
 def epochs_of(source: DistilledDataset, settings: EvaluationRecipe) -> tuple[int, int]:
@@ -158,10 +158,10 @@ def train_on_real(
     parts, epochs = batch_ranges(len(split), settings.batch_size), settings.full_data_epochs
     generator = torch.Generator().manual_seed(derived_seed(seed, "full data"))
     batches = ShuffledBatches(parts, epochs, generator, make, count=len(split))
-    what = f"student {settings.student} on all real images, seed {seed}"
+    title = f"student {settings.student} on all real images, seed {seed}"
     steps, loss = epochs * len(parts), F.cross_entropy
     with seeded(seed, device):
-        return _fit(settings, num_classes, split.channels, device, batches, loss, steps, what, checkpoint)
+        return _fit(settings, num_classes, split.channels, device, batches, loss, steps, title, checkpoint)
 
 
 def _fit(
@@ -172,13 +172,13 @@ def _fit(
     batches: Batches,
     loss: Callable[..., Tensor],
     steps: int,
-    what: str,
+    title: str,
     checkpoint: Checkpoint | None,
 ) -> nn.Module:
     rate, decay, ema = settings.lr, settings.weight_decay, settings.ema
     network = build_network(settings.student, num_classes=classes, channels=channels).to(device)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return fit(network, batches, loss, steps=steps, lr=rate, weight_decay=decay, ema=ema, what=what, checkpoint=checkpoint)
+    return fit(network, batches, loss, steps=steps, lr=rate, weight_decay=decay, ema=ema, what=title, checkpoint=checkpoint)
 
 
 def _view_batches(
