@@ -910,7 +910,7 @@ EVALUATE = {
         table(VIEWS, lambda t: t.slice(1)),
     ),
     "no image at all": ("set", DataError, ["'set'"], table(IMAGES, lambda t: t.slice(0, 0))),
-    "an image that is none": ("set", DataError, ["row 3", "picture"], table(IMAGES, without_picture)),
+    "an image that is none": ("set", DataError, ["row 3", "no image"], table(IMAGES, without_picture)),
     "images without labels": ("set", DataError, ["label"], table(IMAGES, lambda t: t.drop(["label"]))),
     "provenance in half": ("set", DataError, ["provenance.json"], cut("set/provenance.json")),
     "provenance of another kind": ("set", DataError, ["provenance.json"], write("set/provenance.json", [])),
