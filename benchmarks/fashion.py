@@ -147,14 +147,14 @@ FEW = ("random real", "PRISM from k-means", "PRISM per slot", "SRe2L", "G-VBSM")
 """Methods in the README table."""
 
 
-def few_table(recorded: dict[str, dict[str, Any]]) -> str:
+def few_table(recorded: dict[str, dict[str, Any]], methods: Sequence[str] = FEW) -> str:
     """Return the table for the README: a few methods at every number of images per class."""
     results = {ipc: recorded[name] for ipc in (1, 10, 50) if (name := f"fashion-methods-ipc{ipc}") in recorded}
     if not results:
         return NOT_YET
     kinds = [(ipc, labels) for ipc in results for labels in ("soft", "hard")]
     rows: list[Sequence[str]] = [("images", *(f"{ipc} per class, {labels}" for ipc, labels in kinds))]
-    rows += [(name, *(_cell_at(results[ipc], name, ipc, labels) for ipc, labels in kinds)) for name in FEW]
+    rows += [(name, *(_cell_at(results[ipc], name, ipc, labels) for ipc, labels in kinds)) for name in methods]
     return markdown_table(rows)
 
 

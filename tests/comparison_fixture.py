@@ -58,7 +58,14 @@ def make_comparison(*, methods=4, classes=10, ipc=10, seeds=3, students=("test_r
                     row = score(random, middle, seeds)
                     count = many * classes
                     comparison["scores"].append(
-                        {"method": label, "student": student, "labels": kind, **row, "count": count}
+                        {
+                            "method": label,
+                            "student": student,
+                            "labels": kind,
+                            **row,
+                            "count": count,
+                            "label_bytes": {"hard": None, "image": 2000.0}.get(kind, 338000.0),
+                        }  # fmt: skip
                     )
     for student in students:
         comparison["full_data"].append({"student": student, **score(random, 0.97, seeds), "count": 1347})

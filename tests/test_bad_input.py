@@ -304,7 +304,7 @@ OVERRIDES = {
 }
 
 CASES = {
-    "recipe: missing": Bad("prism.py gone.yaml", RecipeError, ("gone.yaml", "not found", "path of a YAML file")),
+    "recipe: missing": Bad("prism.py gone.yaml", RecipeError, ("gone.yaml", "not found", "give a YAML file")),
     "recipe: missing, squeeze": Bad("squeeze.py gone.yaml", RecipeError, ("gone.yaml", "not found")),
     "recipe: nothing to squeeze": Bad(
         "squeeze.py good.yaml teachers.logit=resnet18 teachers.bn_pool=[] relabel.teachers=[resnet18]",

@@ -9,7 +9,7 @@ from jinja2 import UndefinedError
 
 from cards import HOSTILE, shape, tokens
 from cards import shown as markdown_text
-from prism_hf.compare.page import HEADER, render_html, render_markdown, value_text
+from prism_hf.compare.page import HEADER, render_html, render_markdown, table_of, value_text
 from prism_hf.evaluation.report import difference, top1_text
 
 PICTURES = {name: b"\x89PNG" + name.encode() for name in ("accuracy", "grids", "similarity", "map")}
@@ -346,3 +346,9 @@ def test_a_missing_fact_is_an_error_and_not_a_gap(comparison, path):
 )
 def test_settings_as_people_write_them(value, text):
     assert value_text(value) == text
+
+
+def test_each_row_states_the_bytes_of_the_labels_that_it_used():
+    comparison, _ = make_comparison(kinds=("soft", "image", "hard"))
+    sizes = {line[2]: line[7] for line in table_of(comparison)[1:] if line[2] != "-"}
+    assert sizes == {"soft": "338 kB", "image": "2 kB", "hard": "-"}

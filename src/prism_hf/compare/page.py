@@ -177,7 +177,7 @@ def table_of(comparison: Mapping[str, Any], clean: Callable[[str], str] = visibl
         quality = (f"{method['seconds_per_image']:.3g}", cosine, percent_text(method["verifier_top1"]))
         for score in comparison["scores"]:
             if score["method"] == method["label"]:
-                label_bytes = "-" if score["labels"] == "hard" else bytes_text(method["label_bytes"])
+                label_bytes = "-" if score["labels"] == "hard" else bytes_text(score["label_bytes"])
                 size = (str(method["ipc"]), f"{score['count']:,}", bytes_text(method["image_bytes"]), label_bytes)
                 rows.append((label, clean(score["student"]), clean(score["labels"]), top1_text(score), *size, *quality))
     for score in comparison["full_data"]:
