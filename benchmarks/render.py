@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import fashion
@@ -38,8 +39,17 @@ def rendered() -> dict[Path, str]:
             files[ROOT / "cards" / f"{recipe.name}.md"] = render_card(facts, parse_recipe(facts["recipe"]))
     for name in ("README.md", "docs/method.md", "docs/reproduction.md", "docs/reliability.md", "docs/comparison.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
-        files[ROOT / name] = MARKERS.sub(lambda m: m[1] + section(m["name"], recorded) + m[3], text)
+        files[ROOT / name] = MARKERS.sub(lambda m: m[1] + wrapped(section(m["name"], recorded)) + m[3], text)
     return files
+
+
+def wrapped(text: str) -> str:
+    """Break the long lines of generated text, but not the rows of a table or what a terminal shows."""
+    lines = [
+        line if line.startswith("|") or "  " in line else textwrap.fill(line, 118, break_on_hyphens=False)
+        for line in text.split("\n")
+    ]
+    return "\n".join(lines)
 
 
 def section(name: str, recorded: dict[str, dict]) -> str:
