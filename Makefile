@@ -14,7 +14,7 @@ test:
 	pytest
 
 test-slow:
-	pytest -m "slow or not slow"
+	pytest -m slow
 
 cards:
 	python benchmarks/render.py

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from each import each
 
 import prism_hf
 from prism_hf import runtime
@@ -31,7 +32,7 @@ def name_of(path):
 LATER = {name: module for module, names in runtime._LATER.items() for name in names.split()}
 """Name -> the module of runtime/ from which its face imports it when it is first used."""
 
-every_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: name_of(p))
+every_module = each("path", MODULES)
 
 
 def tree(path):
@@ -138,7 +139,7 @@ def test_nothing_imports_recipes_tests_or_itself_by_name(path):
     assert not {package for package, module in imports(path) if module is None} & {"recipes", "tests", "prism_hf"}
 
 
-@pytest.mark.parametrize("name", ["errors", "recipe.schema", "recipe.yaml_file", "recipe.plan", "recipe.describe"])
+@each("name", ["errors", "recipe.schema", "recipe.yaml_file", "recipe.plan", "recipe.describe"])
 def test_light_modules_import_nothing_heavy(name):
     seen = queue = [name]
     while queue:

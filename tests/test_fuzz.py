@@ -1,7 +1,8 @@
-"""Text and values that nobody would write, by the thousand: a recipe or one line, and a card whose words stay words."""
+"""Text and values that nobody would write, by the hundred, and by the thousand in the slow run."""
 
 import copy
 import os
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from huggingface_hub import DatasetCard
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from pipeline import RECIPE, one_line
+from pipeline import PYTHON, RECIPE, ROOT, one_line, quiet_env
 
 from cards import HOSTILE, NAMES, packed_card, render, shape, shown, tokens
 from prism_hf.errors import RecipeError
@@ -20,19 +21,29 @@ from prism_hf.recipe.yaml_file import dump_recipe, load_recipe, override_recipe,
 from prism_hf.runtime.plain_yaml import dump_yaml, read_yaml
 from prism_hf.runtime.untrusted import _UNSEEN as UNSEEN
 
-MORE = int(os.environ.get("FUZZ_TIMES", "1"))  # a longer look: FUZZ_TIMES=20 pytest tests/test_fuzz.py
-NEW = MORE > 1  # the default run tries the same examples every time
+MORE = float(os.environ.get("FUZZ_TIMES", "0.2"))  # a longer look: FUZZ_TIMES=20 pytest tests/test_fuzz.py
+NEW = MORE > 1  # up to here every run tries the same examples
 
 
 def fuzz(examples):
     return settings(
-        max_examples=examples * MORE,
+        max_examples=int(examples * MORE),
         derandomize=not NEW,
         database=None,
         deadline=None,
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
     )
+
+
+@pytest.mark.slow
+def test_a_longer_look_finds_nothing_either():
+    """The tests below with five times their examples, in a process of its own: the number is fixed at import."""
+    words = [PYTHON, "-m", "pytest", "-n", "0", "-m", "not slow", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        words, env=quiet_env() | {"FUZZ_TIMES": "1"}, capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------

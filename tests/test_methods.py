@@ -55,6 +55,7 @@ def test_random_real_images_are_a_data_set_like_any_other(finished_run, tmp_path
     assert scored["left_out"]["random real"] == evaluation["left_out"]["random real"]
 
 
+@pytest.mark.slow
 def test_gvbsm_gives_the_same_bytes_with_one_process_and_two(finished_run, tmp_path):
     one, two, teachers = tmp_path / "one", tmp_path / "two", finished_run / "teachers"
     for stage in ("synthesize", "relabel", "package"):

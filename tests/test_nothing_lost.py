@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from each import rest_slow
 from pipeline import PYTHON, ROOT, TINY, launch, quiet_env, sha_tree
 
 from prism_hf.recipe.plan import STAGES
@@ -27,7 +28,16 @@ def harness():
 
 
 kills = harness()
+SHORT = "prism, in short"
+kills.RECIPES[SHORT] = (
+    "prism_ipc10.yaml",
+    (
+        "synthesis.iterations=20", "synthesis.ipc=2", "squeeze.epochs=1", "relabel.epochs=4",
+        "evaluation.full_data_epochs=0", "evaluation.seeds=[0]",
+    ),
+)  # fmt: skip
 CASES = {
+    SHORT: [("synthesize", "SIGKILL", "one worker", 2), ("relabel", "SIGTERM", "workers", 1)],
     "prism, per slot": [("synthesize", "SIGKILL", "one worker", 2), ("relabel", "SIGTERM", "workers", 1)],
     "prism, per iteration, from noise": [("squeeze", "SIGINT", "everybody", 1), ("evaluate", "SIGKILL", "launcher", 2)],
 }
@@ -47,10 +57,10 @@ def references(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("recipe", CASES)
+@pytest.mark.parametrize("recipe", rest_slow(CASES, [SHORT]))
 def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(recipe, references, tmp_path):
     struck = [kills.Kill(stage, 0.5, name, whom, count) for stage, name, whom, count in CASES[recipe]]
-    case = kills.Case(0, recipe, struck, last_processes=3)
+    case = kills.Case(0, recipe, struck, last_processes=2 if recipe == SHORT else 3)
     _, expected, times = references(recipe)
     kills.run_case(case, tmp_path / "killed", expected, times)
     assert case.problems == []
@@ -59,7 +69,7 @@ def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(recipe, ref
 
 def test_the_harness_sees_a_changed_byte_and_work_done_twice(references, tmp_path, monkeypatch):
     """A check that cannot fail is a defect: without kills, with a damaged job and a wrong expectation."""
-    recipe = "prism, per slot"
+    recipe = SHORT
     source, expected, times = references(recipe)
     folder = Path(shutil.copytree(source, tmp_path / "run"))
     case = kills.Case(0, recipe, [], last_processes=1)
@@ -124,6 +134,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_in_every_stage_costs_nothing_that_is_finished(undisturbed, tmp_path):
     """In a process of its own: what pytest captures goes into files, which the limit would cut as well."""
     folder, packaged = tmp_path / "run", Path(shutil.copytree(undisturbed, tmp_path / "packaged"))

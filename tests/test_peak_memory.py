@@ -126,9 +126,8 @@ def sets(tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize(
-    "case", ["train", "relabel and package", pytest.param("verify and export", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["train", "relabel and package", "verify and export"])
 def test_ten_times_the_images_need_no_more_memory(sets, tmp_path, case):
     small, large = (
         peak_anonymous(CASES[case], folder, tmp_path / f"{ipc}-", cache=tmp_path / f"cache-{ipc}")

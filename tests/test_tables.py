@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from each import each
 from pipeline import one_line, recipe_script
 
 from prism_hf.cli.options import run_command
@@ -93,8 +94,8 @@ def toy(mean_a, mean_b, *, seeds=(0, 1)):
     }
 
 
-@pytest.mark.parametrize(("gap", "word"), [(0.1, "**above**"), (0.0, "level"), (-0.1, "*below*")])
-@pytest.mark.parametrize("section", [name for name in fashion.SECTIONS if name != "fashion-labels"])
+@each("gap, word", [(0.1, "**above**"), (0.0, "level"), (-0.1, "*below*")])
+@each("section", [name for name in fashion.SECTIONS if name != "fashion-labels"])
 def test_a_table_says_who_is_above(section, gap, word):
     text = fashion.SECTIONS[section](toy(0.7 + gap, 0.7))
     assert "| ours" in text

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from each import each
 from hub_fixtures import connected, hub, online, transport  # noqa: F401
 from PIL import Image
 from pipeline import add_card, mtimes, one_line, sha_tree, small_set
@@ -133,8 +134,8 @@ def test_datasets_gives_each_class_its_index(tmp_path, nasty, how):
     assert [open(path, "rb").read() for path, _ in rows] == table.encoded
 
 
-@pytest.mark.parametrize("word", [word for words in datasets.data_files.SPLIT_KEYWORDS.values() for word in words])
-@pytest.mark.parametrize("name", ["{}", "{}-tube", "a_{}", "A {} of", "{}7", "UPPER"])
+@each("word", [word for words in datasets.data_files.SPLIT_KEYWORDS.values() for word in words])
+@each("name", ["{}", "{}-tube", "a_{}", "A {} of", "{}7", "UPPER"])
 def test_a_folder_is_never_named_like_a_split(word, name):
     name = word.upper() if name == "UPPER" else name.format(word)
     assert module._folder_name(3, name, 10) == "00003"

@@ -3,6 +3,7 @@ import random
 import pytest
 import yaml
 from datasets import load_dataset_builder
+from each import each
 from huggingface_hub import DatasetCard
 from pipeline import add_card, small_set
 
@@ -213,7 +214,7 @@ PIECES = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(300))
+@each("seed", range(300), some=range(40))
 def test_any_mixture_of_markers_headers_and_words_is_merged_once_and_for_all(seed):
     draw = random.Random(seed)
     lines = [f"{piece} {n}" if (piece := draw.choice(PIECES)) == "user line" else piece for n in range(draw.randint(0, 9))]

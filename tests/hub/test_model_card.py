@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import yaml
+from each import diagonal, each, product
 from huggingface_hub import ModelCard
 from PIL import Image
 from pipeline import one_line
@@ -272,8 +273,7 @@ def test_a_missing_file_is_one_line_that_names_it(tmp_path, gone):
     assert str(tmp_path) in one_line(error)
 
 
-@pytest.mark.parametrize("name", ["student.json", "config.json"])
-@pytest.mark.parametrize("text", ["", "[]", "{]", "\xff"])
+@each("name, text", product(["student.json", "config.json"], ["", "[]", "{]", "\xff"]))
 def test_a_broken_file_is_one_line_that_names_it(tmp_path, name, text):
     (written(tmp_path, student=STUDENT) / name).write_bytes(text.encode("latin-1"))
     with pytest.raises(HubError) as error:
@@ -281,7 +281,7 @@ def test_a_broken_file_is_one_line_that_names_it(tmp_path, name, text):
     assert name in one_line(error)
 
 
-@pytest.mark.parametrize(
+@each(
     "path",
     [
         "architecture", "labels", "seed", "epochs", "test_top1", "test_count", "channels", "dataset", "source", "test",
@@ -344,7 +344,7 @@ def test_a_local_path_in_the_facts_is_not_shared(tmp_path, path):
     assert "/home/someone/pets" in one_line(error)
 
 
-@pytest.mark.parametrize("given", ["a/b/c", "a b/c", "org/na`me", 'org/"x', "org/name\n", "-org/x", "", "org/鹤", "a--b"])
+@each("given", ["a/b/c", "a b/c", "org/na`me", 'org/"x', "org/name\n", "-org/x", "", "org/鹤", "a--b"])
 @pytest.mark.parametrize("which", ["repo_id", "dataset_id"])
 def test_an_id_that_is_none_is_one_line(made, given, which):
     with pytest.raises(HubError) as error:
@@ -360,8 +360,7 @@ PLACES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-@pytest.mark.parametrize("place", PLACES)
+@each("place, text", product(PLACES, HOSTILE), some=diagonal(PLACES, HOSTILE))
 def test_hostile_text_breaks_neither_header_nor_table_nor_html(tmp_path, place, text):
     plain = shape(render(written(tmp_path, student=STUDENT))[2])
     if place == "class":

@@ -3,6 +3,7 @@ import statistics
 
 import pytest
 import torch
+from each import each
 
 from prism_hf.method import soft_labels
 from prism_hf.method.soft_labels import class_shares, soft_label_loss
@@ -75,9 +76,9 @@ def literal_loss(logits, teacher_logits, shares, loss, ce_weight, temperature):
 LOSSES = ("mse_ce", "kl", "dist", "cosine")
 
 
-@pytest.mark.parametrize("temperature", [1.0, 20.0])
-@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
-@pytest.mark.parametrize("loss", LOSSES)
+@each("temperature", [1.0, 20.0])
+@each("ce_weight", [0.0, 0.3])
+@each("loss", LOSSES)
 def test_a_loss_is_its_literal_version(tiny_recipe, loss, ce_weight, temperature):
     settings = settings_of(tiny_recipe, {"loss": loss, "ce_weight": ce_weight, "temperature": temperature})
     batch = some_batch()
@@ -130,9 +131,9 @@ def degenerate(kind):
 KINDS = ("one image", "a flat row", "all flat", "student flat", "equal rows", "far apart", "the same")
 
 
-@pytest.mark.parametrize("temperature", [1.0, 20.0])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("loss", LOSSES)
+@each("temperature", [1.0, 20.0])
+@each("kind", KINDS)
+@each("loss", LOSSES)
 def test_the_gradient_is_finite_whatever_comes(tiny_recipe, loss, kind, temperature):
     logits, teacher_logits, shares = degenerate(kind)
     logits.requires_grad_()

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from each import each
 from pipeline import one_line
 from slow_statistics import (
     NETS,
@@ -73,7 +74,7 @@ def test_statistics_pass_gradcheck():
     assert torch.autograd.gradcheck(lambda t: patch_statistics(t, 2), x)
 
 
-@pytest.mark.parametrize("side", range(1, 40))
+@each("side", range(1, 40))
 def test_cells_are_cut_as_adaptive_average_pooling_cuts(side):
     x, cells = torch.rand(2, 3, side, 20, dtype=torch.float64), (max(1, side // 7), 2)
     expected = nn.functional.adaptive_avg_pool2d(x, cells).mean((0, 1)).flatten()

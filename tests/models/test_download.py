@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from each import each
 from foreign_teachers import bomb_in
 from hub_fixtures import fast_retries, hub, online, transport  # noqa: F401
 from hub_server import CutBody, Reset, Status
@@ -176,8 +177,8 @@ def test_a_plain_timm_name_keeps_the_facts_that_timm_has(server, tmp_path):
     folder = save_timm(tmp_path / "net", classes=1000, mean=[0.9, 0.9, 0.9], license="another")
     commit = create(server, folder, repo, README__md=b"---\nlicense: a third\n---\n")
     known = timm.get_pretrained_cfg(name)
-    for each in (name, "test_byobnet"):
-        teacher = load_teacher(each, device=CPU)
+    for spelled in (name, "test_byobnet"):
+        teacher = load_teacher(spelled, device=CPU)
         assert teacher.weights_sha256 == sha256(f"local-dir:{folder}")
         assert (teacher.num_classes, teacher.architecture, teacher.revision) == (1000, "test_byobnet", commit)
         assert (teacher.mean, teacher.size, teacher.license) == (known.mean, known.input_size[-1], known.license)
@@ -508,10 +509,8 @@ def test_a_token_that_is_no_header_is_not_shown(server, monkeypatch, naps, timm_
     assert naps == server.requests == []
 
 
-@pytest.mark.parametrize(
-    "source", ["", "org/net@", "a/b/c", "org/net@../../x", "org/net@/x", "org/net@a b", "org/net@a@b", "../x"]
-)
-@pytest.mark.parametrize("kind", ["hf-hub", "hf_hub", "transformers"])
+@each("source", ["", "org/net@", "a/b/c", "org/net@../../x", "org/net@/x", "org/net@a b", "org/net@a@b", "../x"])
+@each("kind", ["hf-hub", "hf_hub", "transformers"])
 def test_what_is_no_hub_id_is_one_line(server, kind, source):
     refused(f"{kind}:{source}" if (kind, source) != ("transformers", "../x") else "transformers:../no-such-folder")
     assert server.requests == []

@@ -1,6 +1,7 @@
 from collections import Counter
 
 import pytest
+from each import each
 
 from prism_hf.recipe.describe import describe_plan
 from prism_hf.recipe.plan import batch_ranges, plan_jobs
@@ -14,10 +15,8 @@ def big(tiny_recipe, classes=7, ipc=5, size=4, **changes):
     return tiny_recipe(base | {key.replace("__", "."): value for key, value in changes.items()})
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 7])
-@pytest.mark.parametrize(
-    ("order", "slots"), [("within_class", 1), ("cross_class", 1), ("cross_class", 2), ("cross_class", 5)]
-)
+@each("size", [2, 3, 4, 5, 6, 7])
+@each("order, slots", [("within_class", 1), ("cross_class", 1), ("cross_class", 2), ("cross_class", 5)])
 def test_every_image_is_in_exactly_one_job(tiny_recipe, size, order, slots):
     made = big(tiny_recipe, size=size, synthesis__batch_order=order, synthesis__slots_per_batch=slots)
     jobs = plan_jobs(made)
@@ -50,8 +49,8 @@ def test_within_class_batch_holds_consecutive_slots(tiny_recipe):
     assert [(job.classes, job.slots) for job in jobs] == [((0, 0, 1, 1), (0, 1, 0, 1)), ((2, 2), (0, 1))]
 
 
-@pytest.mark.parametrize(
-    ("count", "size", "lengths"),
+@each(
+    "count, size, lengths",
     [(6, 3, [3, 3]), (7, 3, [3, 4]), (8, 3, [3, 3, 2]), (3, 2, [3]), (2, 5, [2]), (1, 5, [1]), (4, 4, [4])],
 )
 def test_an_image_left_alone_joins_the_batch_before(count, size, lengths):

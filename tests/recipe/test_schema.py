@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from each import each
 
 from prism_hf.errors import RecipeError
 from prism_hf.recipe import plan
@@ -112,7 +113,7 @@ def test_shipped_recipes_are_found():
     assert SHIPPED
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
+@each("path", SHIPPED)
 def test_shipped_recipe_loads_and_plans(path):
     loaded = load_recipe(path)
     assert sum(len(job.classes) for job in plan.plan_jobs(loaded)) == loaded.num_images
@@ -123,7 +124,7 @@ def test_every_shipped_recipe_keeps_its_fingerprint():
     assert {path.relative_to(folder).as_posix(): load_recipe(path).fingerprint() for path in SHIPPED} == FINGERPRINTS
 
 
-@pytest.mark.parametrize("key", LEAVES)
+@each("key", LEAVES)
 def test_changing_any_leaf_changes_the_fingerprint(tiny_recipe, key):
     base = full(tiny_recipe)
     changed = copy.deepcopy(base)
@@ -147,7 +148,7 @@ def test_the_walk_meets_every_leaf_of_the_resolved_recipe(tiny_recipe):
     assert flat(to_dict(full(tiny_recipe))) == set(LEAVES)
 
 
-@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
+@each("path", PUBLISHED)
 def test_what_was_published_keeps_its_fingerprint(path):
     report = json.loads(path.read_text())["report"]
     assert parse_recipe({"name": "x", **report["settings"]}).fingerprint() == report["recipe_fingerprint"]
@@ -162,7 +163,7 @@ def test_every_shipped_digits_recipe_was_published():
     assert names <= {path.stem for path in PUBLISHED}
 
 
-@pytest.mark.parametrize("key", recipe._ADDED)
+@each("key", recipe._ADDED)
 def test_a_key_of_a_later_version_counts_where_it_is_used(tiny_recipe, key):
     assert set(recipe._ADDED) == set(ADDED)
     changed = tiny_recipe(BESIDE.get(key, {}) | ADDED[key])
@@ -189,8 +190,8 @@ def test_fingerprint_does_not_depend_on_how_the_recipe_is_written(tiny_recipe):
     assert len(bytes.fromhex(base.fingerprint())) == 8
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
+@each(
+    "key, value",
     [
         ("synthesis.iterations", "20"),
         ("synthesis.iterations", 20.5),
@@ -245,8 +246,8 @@ def test_wrong_value_is_an_error_that_names_the_key(tiny_recipe, key, value):
     assert key in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
+@each(
+    "changes, message",
     [
         ({"teachers.bn_pool": ["a", "a"]}, "bn_pool names a teacher twice"),
         ({"teachers.bn_pool": ["test_resnet"]}, "bn_pool contains the logit teacher 'test_resnet'"),

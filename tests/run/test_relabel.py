@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from each import product, rest_slow
 from pipeline import make, mtimes, one_line, run_in, save_timm, sha_tree
 
 from prism_hf.dataset import format as cutting
@@ -97,8 +98,13 @@ def test_epochs_are_the_same_however_they_are_cut(finished_run, labeled, tmp_pat
 # -- killed, stopped, damaged -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [1, 4, 5, 6, 12, CALLS])
-@pytest.mark.parametrize("how", ["killed", "asked to stop"])
+ENDS = product([1, 4, 5, 6, 12, CALLS], ["killed", "asked to stop"])
+
+
+@pytest.mark.parametrize(
+    ("at", "how"),
+    rest_slow(ENDS, [(1, "killed"), (5, "asked to stop"), (6, "killed"), (CALLS, "asked to stop")]),
+)
 def test_a_run_that_ends_early_loses_at_most_a_shard(finished_run, labeled, tmp_path, at, how):
     folder = tmp_path / "run"
     run = begun(finished_run, folder, FOUR)

@@ -6,6 +6,7 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from each import product, rest_slow
 from pipeline import RECIPE, TINY, launch, make, mtimes, run_in, sha_tree
 
 from prism_hf.dataset.reader import load_distilled
@@ -187,6 +188,12 @@ def undisturbed(finished_run, tmp_path_factory):
     return get
 
 
+# Of the default run: either kind of run, either kind of end, the first step, one between, the last.
+ENDS = [
+    (kind, at, how) for kind, ats in zip(KINDS, [(1, 6), (2, 6)], strict=True) for at, how in zip(ats, STOPS, strict=True)
+]
+
+
 def stopped(run, at, how):
     """A run that ends when its logit teacher is asked for the n-th time, in a step."""
     calls = []
@@ -208,9 +215,7 @@ def stopped(run, at, how):
         stop._wanted.clear()
 
 
-@pytest.mark.parametrize("how", STOPS)
-@pytest.mark.parametrize("at", [1, 2, 6])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "at", "how"), rest_slow(product(KINDS, [1, 2, 6], STOPS), ENDS))
 def test_a_run_that_ends_in_a_job_goes_on_to_the_same_bytes(finished_run, undisturbed, tmp_path, caplog, kind, at, how):
     """Killed at a step, it has the steps before; asked to stop, it finishes the step."""
     expected, loaded = undisturbed(kind)

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import yaml
+from each import each
 from huggingface_hub import DatasetCard
 
 from prism_hf.runtime.plain_yaml import YamlError, dump_yaml, read_header, read_yaml
@@ -17,7 +18,7 @@ ODD_TEXT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ODD_TEXT, ids=repr)
+@each("text", ODD_TEXT)
 def test_text_that_is_written_is_read_by_every_reader_on_one_line(text):
     values = {"text": text, "list": [text, [text]], "key": {text: text}}
     written = dump_yaml(values)
@@ -28,11 +29,10 @@ def test_text_that_is_written_is_read_by_every_reader_on_one_line(text):
     assert len(dump_yaml({"text": text}).splitlines()) == 1
 
 
-@pytest.mark.parametrize(
+@each(
     "value",
     [0, -1, 10**30, 0.1, 1e-5, 1e20, 1e16, -2.5e-300, 5.0, 0.0, math.inf, -math.inf, True, False, None, [], {}, [[]],
      {"a": [{"b": [1, [2, {"c": None}]]}]}],
-    ids=repr,
 )  # fmt: skip
 def test_other_values_are_read_by_every_reader(value):
     written = dump_yaml({"a": value})
@@ -45,8 +45,7 @@ def test_keys_keep_their_order_and_lists_have_a_line_for_each_item():
     assert dump_yaml({"b": [1, "x"], "a": {"d": [], "c": {}}}) == "b:\n- 1\n- x\na:\n  d: []\n  c: {}\n"
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
+@each("text, value",
     [
         ("1e-3", 0.001), ("1E3", 1000.0), (".5", 0.5), ("5.", 5.0), ("-1", -1), ("+1", 1), ("017", 17), ("0o17", 15),
         ("0x1f", 31), (".inf", math.inf), ("true", True), ("null", None), ("~", None), ("", None),
@@ -63,8 +62,8 @@ def test_values_are_those_of_the_core_schema_of_yaml_1_2(text, value):
     assert read_yaml(f"%YAML 1.1\n---\na: {text}") == {"a": value}
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
+@each(
+    "text, words",
     [
         ("a: 1\nb: 2\na: 3", ["key 'a' appears twice", "line 3, column 1"]),
         ("1: a\n1.0: b", ["appears twice", "line 2"]),
@@ -90,7 +89,6 @@ def test_values_are_those_of_the_core_schema_of_yaml_1_2(text, value):
         ("a: \x00", ["x0000", "position 3"]),
         ("a: \ud800", ["xd800", "position 3"]),
     ],
-    ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
 def test_what_is_not_plain_yaml_is_one_line_with_its_position(text, words):
     with pytest.raises(YamlError) as error:
@@ -110,8 +108,8 @@ def test_an_anchor_may_be_used_again():
     assert read_yaml("a: &x 1\nb: *x\nc: &x 2\nd: *x") == {"a": 1, "b": 1, "c": 2, "d": 2}
 
 
-@pytest.mark.parametrize(
-    ("text", "header"),
+@each(
+    "text, header",
     [
         ("---\na: 1\n---\nwords", {"a": 1}),
         ("---\r\na: 1\r\n---\r\nwords", {"a": 1}),

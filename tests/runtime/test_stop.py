@@ -6,6 +6,7 @@ import subprocess
 import textwrap
 
 import pytest
+from each import diagonal, product, rest_slow
 from pipeline import PYTHON, quiet_env
 
 from prism_hf.runtime.stop import raise_if_stopped, stop_wanted
@@ -74,8 +75,7 @@ def ready(process):
     return int(pid)
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
-@pytest.mark.parametrize("where", list(BLOCKED))
+@pytest.mark.parametrize(("where", "number"), rest_slow(product(BLOCKED, SIGNALS), diagonal(BLOCKED, SIGNALS)))
 def test_a_process_that_takes_no_notice_is_ended_with_a_line(where, number):
     process = start(program(BLOCKED[where]))
     ready(process)
