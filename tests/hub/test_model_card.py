@@ -48,8 +48,7 @@ else: 40 images with soft labels, distilled from org/pets (revision abc123) with
 | --- | --- | --- | --- | --- | --- |
 | 91.2 | 450 | org/pets | val | 3 | 40 |
 
-This is one seed, so the spread over seeds is unknown. The weights are those after the last epoch, which was not selected
-by its test score.
+This is one seed, so the spread over seeds is unknown. The weights are those of the last epoch, not those with the best test score.
 
 ## Load
 
@@ -78,8 +77,7 @@ Classes: ant, bee, cat, dog.
 
 The network was trained on images distilled from org/pets (license or terms: CC BY 4.0).
 It reflects its training data and the teachers behind it, including errors and biases. It is meant for telling these classes
-apart and for nothing else. No claims are made about privacy. The score holds for the test images above; other images score
-differently.
+apart and for nothing else. No claims are made about privacy. The score holds only for the test images above.
 
 `student.json`, next to this card, records these facts, the content digest of the distilled set and the training settings.
 
@@ -189,8 +187,8 @@ def test_the_teachers_card_tells_what_it_was_trained_on(made):
     assert header["datasets"] == ["org/pets"]
     assert "distilled from" not in text
     assert "`squeeze.json`" in body
-    assert [t.content.strip() for t in tokens(body) if t.info == "bibtex"] == [CITATIONS["SRe2L"].bibtex]
-    assert f"(https://arxiv.org/abs/{CITATIONS['SRe2L'].arxiv})" in body
+    assert [t.content.strip() for t in tokens(body) if t.info == "bibtex"] == [CITATIONS["SRe2L"]["bibtex"]]
+    assert f"(https://arxiv.org/abs/{CITATIONS['SRe2L']['arxiv']})" in body
     assert "1.5" not in body, "times are no part of a card"
 
 

@@ -61,9 +61,7 @@ class Bundle:
 
 
 def bundle_of(folder: Path, *, dataset_id: str | None = None) -> Bundle:
-    """Check a dataset folder or model folder and return its bundle.
-
-    `dataset_id` is the Hub id of the dataset that a student was trained on.
+    """Check a dataset or model folder and return its bundle (`dataset_id`: the Hub id of a student's training data).
 
     Raises:
         HubError: The folder is neither, cannot be read, or is a dataset that differs from its provenance.json.

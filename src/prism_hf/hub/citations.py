@@ -1,23 +1,11 @@
-"""Citations: the paper of each distillation method, with the BibTeX entry to cite it by."""
+"""Citations: method -> the arXiv id of its paper, and the BibTeX entry to cite it by."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Citation:
-    """A paper: its title, its arXiv id, and its BibTeX entry."""
-
-    title: str
-    arxiv: str
-    bibtex: str
-
-
-CITATIONS: Mapping[str, Citation] = {
-    "PRISM": Citation(
-        title="PRISM: Diversifying Dataset Distillation by Decoupling Architectural Priors",
-        arxiv="2511.09905",
-        bibtex="""\
+CITATIONS: Mapping[str, Mapping[str, str]] = {
+    "PRISM": {
+        "arxiv": "2511.09905",
+        "bibtex": """\
 @misc{moser2025prism,
   title={PRISM: Diversifying Dataset Distillation by Decoupling Architectural Priors},
   author={Brian B. Moser and Shalini Sarode and Federico Raue and Stanislav Frolov and Krzysztof Adamkiewicz and
@@ -27,28 +15,25 @@ CITATIONS: Mapping[str, Citation] = {
   archivePrefix={arXiv},
   primaryClass={cs.LG}
 }""",
-    ),
-    "SRe2L": Citation(
-        title="Squeeze, Recover and Relabel: Dataset Condensation at ImageNet Scale From A New Perspective",
-        arxiv="2306.13092",
-        bibtex="""\
+    },
+    "SRe2L": {
+        "arxiv": "2306.13092",
+        "bibtex": """\
 @inproceedings{yin2023squeeze,
   title={Squeeze, Recover and Relabel: Dataset Condensation at ImageNet Scale From A New Perspective},
   author={Yin, Zeyuan and Xing, Eric and Shen, Zhiqiang},
   booktitle={Thirty-seventh Conference on Neural Information Processing Systems},
   year={2023}
 }""",
-    ),
-    "G-VBSM": Citation(
-        title="Generalized Large-Scale Data Condensation via Various Backbone and Statistical Matching",
-        arxiv="2311.17950",
-        bibtex="""\
+    },
+    "G-VBSM": {
+        "arxiv": "2311.17950",
+        "bibtex": """\
 @inproceedings{shao2024generalized,
   title={Generalized Large-Scale Data Condensation via Various Backbone and Statistical Matching},
   author={Shao, Shitong and Yin, Zeyuan and Zhou, Muxin and Zhang, Xindong and Shen, Zhiqiang},
   booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
   year={2024}
 }""",
-    ),
+    },
 }
-"""Method -> its paper. The cards link the paper on arXiv, from which the Hub makes its own `arxiv:` tag."""

@@ -15,7 +15,7 @@ from ..evaluation import markdown_table, table_rows
 from ..recipe import Recipe, dump_recipe, to_dict
 from ..runtime import map_texts
 from .card import checked_header, escape, fence_for, license_keys, render, with_header
-from .citations import CITATIONS, Citation
+from .citations import CITATIONS
 from .merge import block_of
 
 METADATA_KEYS = (
@@ -78,7 +78,7 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
         "fence": fence_for(recipe_yaml),
         "replay": REPLAY,
         "method": method_in_words(recipe),
-        "paper": citation_of(recipe),
+        "paper": cited_paper(recipe),
     }
     return with_header(metadata(facts, recipe), block_of(render("dataset_card.md.jinja", values)))
 
@@ -163,13 +163,13 @@ def _size_category(rows: int) -> str:
     return next((name for bound, name in bounds if rows < bound), "10M<n<100M")
 
 
-def citation_of(recipe: Recipe) -> Citation | None:
-    """Return the paper of the method that optimized the images, or `None` if they were not optimized."""
+def cited_paper(recipe: Recipe) -> dict[str, str] | None:
+    """Return the name and citation of the method that optimized the images; `None` if they were not optimized."""
     if recipe.method == "random" or not recipe.synthesis.iterations:
         return None
-    if not recipe.teachers.bn_pool:
-        return CITATIONS["SRe2L"]
-    return CITATIONS["G-VBSM" if recipe.teachers.selection == "cycle" else "PRISM"]
+    with_pool = "G-VBSM" if recipe.teachers.selection == "cycle" else "PRISM"
+    name = with_pool if recipe.teachers.bn_pool else "SRe2L"
+    return {"name": name, **CITATIONS[name]}
 
 
 def method_in_words(recipe: Recipe) -> str:

@@ -55,7 +55,7 @@ def render_model_card(folder: Path, repo_id: str, revision: str | None = None, *
         "std": ", ".join(f"{value:g}" for value in config.pretrained_cfg.std),
         "class_names": [escape(name) for name in config.label_names[:20]],
         "class_count": len(config.label_names),
-        "paper": CITATIONS["SRe2L"],
+        "paper": CITATIONS["SRe2L"],  # its first stage is the training of a teacher
     }
     return with_header(_metadata(fields, repo_id), render("model_card.md.jinja", values))
 

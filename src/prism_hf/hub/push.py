@@ -56,8 +56,7 @@ def reserve(target: Target, *, pauses: Sequence[float] = SHORT) -> None:
 def publish(bundle: Bundle, target: Target, *, pauses: Sequence[float] = PAUSES) -> Publication:
     """Bring a branch to the state of a bundle in one commit, or in none if it is up to date; see `check_target`.
 
-    `pauses` are the seconds before each retry. Temporary failures are retried: 408, 409, 412, 425, 429, 5xx, broken
-    connections, and commits by others.
+    Retried after `pauses` (in seconds): 408, 409, 412, 425, 429, 5xx, broken connections, and commits by others.
 
     Raises:
         HubError: The failure is permanent (401, 403, ...), or the last retry failed. The branch then has the old version,
