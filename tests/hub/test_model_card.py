@@ -48,7 +48,7 @@ else: 40 images with soft labels, distilled from org/pets (revision abc123) with
 | --- | --- | --- | --- | --- | --- |
 | 91.2 | 450 | org/pets | val | 3 | 40 |
 
-This is one seed, so the spread over seeds is unknown. The weights are those of the last epoch, not those with the best test score.
+This is one seed, so the spread is unknown. The weights are those of the last epoch, not those with the best test score.
 
 ## Load
 
