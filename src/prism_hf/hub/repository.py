@@ -124,8 +124,8 @@ def check_here(target: Target) -> None:
 def check_target(target: Target, name: str, *, pauses: Sequence[float] = SHORT) -> Target:
     """Check hours ahead of a push that it can succeed; write nothing.
 
-    The name, the token and its write permission are checked, and that the repo is new, empty or has an older version of
-    `name`. In the returned target, the namespace of the user is added to a name without one.
+    Check the name, the token and its write permission. The repo must be new, be empty or contain an older version of `name`.
+    In the returned target, the namespace of the user is added to a name without one.
     """
     check_here(target)
     user = again(lambda: HfApi().whoami(), "asking the Hub whose token this is", pauses)
