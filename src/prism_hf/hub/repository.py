@@ -124,7 +124,7 @@ def check_here(target: Target) -> None:
 def check_target(target: Target, name: str, *, pauses: Sequence[float] = SHORT) -> Target:
     """Check hours ahead of a push that it can succeed; write nothing.
 
-    Check the name, the token and its write permission. The repo must be new, be empty or contain an older version of `name`.
+    Check the name, the token and its write permission. The repo must be new, be empty or have an older version of `name`.
     In the returned target, the namespace of the user is added to a name without one.
     """
     check_here(target)
