@@ -74,7 +74,7 @@ class Repository:
             local = self.api.hf_hub_download(**self.where, filename=file.path, revision=commit, cache_dir=cache)
             content = Path(local).read_bytes()
         if not Entry(content, hashlib.sha256(content).hexdigest()).equal(file):
-            raise ConnectionError(f"{file.path} was downloaded with other content than the Hub lists")
+            raise ConnectionError(f"{file.path} has other content than the Hub lists")
         return content
 
     def commit_url(self, commit: str) -> str:
@@ -131,7 +131,7 @@ def check_target(target: Target, name: str, *, pauses: Sequence[float] = SHORT) 
     user = again(lambda: HfApi().whoami(), "asking the Hub whose token this is", pauses)
     token = (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
-        raise HubError("the Hugging Face token can only read; create a new one at https://huggingface.co/settings/tokens")
+        raise HubError("the Hugging Face token can only read; create a write token at https://huggingface.co/settings/tokens")
     if not user.get("name"):
         raise HubError("the Hub does not say whose token this is; check HF_ENDPOINT and the proxy")
     if "/" not in target.repo_id:
