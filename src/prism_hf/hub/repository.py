@@ -131,7 +131,7 @@ def check_target(target: Target, name: str, *, pauses: Sequence[float] = SHORT) 
     user = again(lambda: HfApi().whoami(), "asking the Hub whose token this is", pauses)
     token = (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
-        raise HubError("the Hugging Face token can only read; create a write token at https://huggingface.co/settings/tokens")
+        raise HubError("the Hugging Face token can only read; get a write token at https://huggingface.co/settings/tokens")
     if not user.get("name"):
         raise HubError("the Hub does not say whose token this is; check HF_ENDPOINT and the proxy")
     if "/" not in target.repo_id:
