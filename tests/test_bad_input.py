@@ -991,12 +991,12 @@ CASES |= {
         table(IMAGES, lambda t: t.set_column(2, t.schema.field("slot"), [np.zeros(9, np.int32)])),
     ),
     "push: offline": Bad("prism-hf push set org/set", HubError, ("HF_HUB_OFFLINE is set", "unset it")),
-    "push: no name of a repo": Bad("prism-hf push set 'bad name'", HubError, ("'bad name'", "no name of a Hub repo")),
+    "push: no name of a repo": Bad("prism-hf push set 'bad name'", HubError, ("'bad name'", "not a valid Hub repo name")),
     "push: two branches": Bad(
         "prism-hf push set org/set --revision v2 --create-pr", HubError, ("--create-pr or --revision, not both",)
     ),
     "push: no name of a branch": Bad(
-        "prism-hf push set org/set --revision a..b", HubError, ("'a..b'", "no name of a branch")
+        "prism-hf push set org/set --revision a..b", HubError, ("'a..b'", "not a valid branch name")
     ),
     "push: offline, at the end of a run": Bad(
         "prism.py good.yaml --push-to-hub org/set --output out", HubError, ("HF_HUB_OFFLINE is set", "unset it")

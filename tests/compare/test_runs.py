@@ -137,7 +137,7 @@ def test_a_run_is_the_one_that_the_other_command_makes(compared, tmp_path):
     # The comparison has scored it, and says so.
     card = (folder / "runs" / "prism-ipc2" / "seed-1" / "dataset" / "README.md").read_text()
     assert "| distilled | 20 | soft |" in card
-    assert "Left out, random real: a separate run of the same comparison" in card
+    assert "Left out: random real (a separate run of the same comparison" in card
     assert ours.pop("assets/diversity.png")
     assert theirs.pop("README.md") != ours.pop("README.md")
     assert theirs == ours

@@ -1,5 +1,6 @@
 import copy
 import re
+from pathlib import Path
 
 import datasets
 import pytest
@@ -11,8 +12,10 @@ from pipeline import add_card, small_set, tiny
 
 # markdown-it-py is there wherever huggingface-hub is (through typer and rich).
 from cards import HOSTILE, NAMES, evaluation, packed_card, render, shape, shown, tokens
+from prism_hf.compare.methods import random_recipe
 from prism_hf.dataset.writer import image_features, view_features
 from prism_hf.hub.card import checked_header, escape, fence_for
+from prism_hf.hub.citations import CITATIONS
 from prism_hf.hub.dataset_card import (
     METADATA_KEYS,
     card_facts,
@@ -98,7 +101,7 @@ def test_the_card_shows_the_table_the_teachers_and_the_recipe(packed, facts):
     text = shown(body)
     for word in ("62.5 ± 17.7", "squeeze:test_resnet", "trained for this set", "91.2", "logit, bn_pool", "450 real test"):
         assert word in text, word
-    assert "Left out, all real: not yet run" in text
+    assert "Left out: all real (not yet run" in text
     assert "- Not yet run" not in text
     assert recipe.fingerprint() in body
     fenced = [t for t in tokens(body) if t.type == "fence"]
@@ -264,7 +267,7 @@ def test_the_method_is_said_in_words(overrides, words):
     [
         (("synthesis.bn_reduction=balanced",), ["(sum over layers, divided by that of the start images)"]),
         (("synthesis.conv={patch: 4, drop: 0.2}",), ["per patch of 4 pixels", "with probability 0.2"]),
-        (("synthesis.init=real_kmeans", "synthesis.easiest=0.5"), ["real\\_kmeans among the easiest 50 % of each class"]),
+        (("synthesis.init=real_kmeans", "synthesis.easiest=0.5"), ["real\\_kmeans among the easiest 50% of each class"]),
         (("synthesis.init=mosaic", "synthesis.mosaic={}", "synthesis.iterations=0"), ["mosaics of real images and not"]),
     ],
 )
@@ -272,6 +275,48 @@ def test_what_a_method_has_of_its_own_is_on_the_card(facts, overrides, words):
     recipe = tiny(*overrides)
     text = render_card(facts | {"recipe": to_dict(recipe)}, recipe)
     assert all(word in text for word in words), text
+
+
+# -- citations --------------------------------------------------------------------------------------------------------
+
+CITED = {
+    "PRISM": [(), ("teachers.selection=per_iteration",), ("teachers.include_logit=false",)],
+    "SRe2L": [("teachers.bn_pool=[]",), ("teachers.selection=cycle", "teachers.bn_pool=[]")],
+    "G-VBSM": [("teachers.selection=cycle",), ("teachers.selection=cycle", "synthesis.conv={patch: 4}")],
+    None: [("synthesis.iterations=0",)],  # and random real images
+}
+
+
+def test_a_card_cites_and_links_the_paper_of_its_method_and_no_other(facts):
+    for method, recipes in CITED.items():
+        for recipe in [*(tiny(*words) for words in recipes), *([] if method else [random_recipe(tiny(), 2)])]:
+            card, header, body = render(facts | {"recipe": to_dict(recipe)}, recipe)
+            entries = [t.content.strip() for t in tokens(body) if t.type == "fence" and t.info == "bibtex"]
+            links = {t.attrs["href"] for t in tokens(body) if t.type == "link_open"}
+            cited = {name: paper for name, paper in CITATIONS.items() if name == method}
+            assert entries == [paper["bibtex"] for paper in cited.values()], method
+            assert links == {f"https://arxiv.org/abs/{paper['arxiv']}" for paper in cited.values()}, method
+            assert ("there is no paper to cite" in body) == (method is None)
+            assert [name for name, paper in CITATIONS.items() if paper["arxiv"] in card] == list(cited)
+            assert {"image", "datasets", "dataset-distillation"} <= set(header["tags"])
+            assert not any(tag.startswith("arxiv:") for tag in header["tags"]), "the Hub makes this tag from the link"
+
+
+def test_every_citation_is_one_bibtex_entry():
+    for paper in CITATIONS.values():
+        assert re.fullmatch(r"@\w+\{\w+,\n(  \w+=\{[^{}]+\},\n)+  \w+=\{[^{}]+\}\n\}", paper["bibtex"])
+        assert re.fullmatch(r"\d{4}\.\d{5}", paper["arxiv"])
+
+
+def test_the_citation_file_names_the_paper_that_the_cards_of_prism_cite():
+    cff = yaml.safe_load((Path(__file__).parents[2] / "CITATION.cff").read_text(encoding="utf-8"))
+    paper, prism = cff["preferred-citation"], CITATIONS["PRISM"]
+    assert (cff["cff-version"], cff["title"]) == ("1.2.0", "prism-hf")
+    assert paper["identifiers"][0]["value"] == f"arXiv:{prism['arxiv']}"
+    for field in (f"title={{{paper['title']}}}", f"eprint={{{prism['arxiv']}}}"):
+        assert field in prism["bibtex"]
+    names = " and ".join(f"{author['given-names']} {author['family-names']}" for author in paper["authors"])
+    assert f"author={{{names}}}" in " ".join(prism["bibtex"].split())
 
 
 @pytest.mark.parametrize("text", ["https://evil.example", "http://x", "www.evil.example", "@somebody", "a@b.example"])

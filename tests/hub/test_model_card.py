@@ -12,6 +12,7 @@ from pipeline import one_line
 
 from cards import HOSTILE, shape, shown, tokens
 from prism_hf.errors import HubError
+from prism_hf.hub.citations import CITATIONS
 from prism_hf.hub.model_card import MODEL_METADATA_KEYS, render_model_card
 from prism_hf.models.build import build_network
 from prism_hf.models.facts import StudentFacts, TeacherFacts
@@ -42,13 +43,13 @@ BODY = """
 An image classifier (test\\_resnet, 4 classes), trained from scratch on the distilled dataset me/pets-prism and on nothing
 else: 40 images with soft labels, distilled from org/pets (revision abc123) with prism-hf.
 
-## How good
+## Results
 
-| top-1 % | real test images | of | split | seed | epochs |
+| top-1 % | real test images | test dataset | split | seed | epochs |
 | --- | --- | --- | --- | --- | --- |
 | 91.2 | 450 | org/pets | val | 3 | 40 |
 
-One seed, so no spread is known; the state after the last epoch, not the best one on the test images.
+This is one seed, so the spread is unknown. The weights are those of the last epoch, not those with the best test score.
 
 ## Load
 
@@ -68,19 +69,18 @@ labels = classify("picture.png")
 
 ## Input and classes
 
-RGB, 32 × 32 pixels; values in [0, 1] are normalized with mean (0.485, 0.456, 0.406) and standard deviation
-(0.229, 0.224, 0.225).
+The input is an RGB image of 32 × 32 pixels. Values in [0, 1] are normalized with mean (0.485, 0.456, 0.406) and standard
+deviation (0.229, 0.224, 0.225).
 
 Classes: ant, bee, cat, dog.
 
-## Limits and terms
+## Limitations and license
 
-The weights were trained on images distilled from org/pets (license or terms: CC BY 4.0).
-They carry what their data and its teachers taught them, errors and biases included, and are made to tell these classes
-apart, nothing else. Nothing is claimed about privacy. The score holds for the test images
-above; other pictures score differently.
+The network was trained on images distilled from org/pets (license or terms: CC BY 4.0).
+It reflects its training data and the teachers behind it, including errors and biases. It is meant for telling these classes
+apart and for nothing else. No claims are made about privacy. The score holds only for the test images above.
 
-`student.json` beside this card holds these facts, the content digest of the distilled set and the training settings.
+`student.json`, next to this card, records these facts, the content digest of the distilled set and the training settings.
 
 Made with prism-hf.
 """
@@ -188,6 +188,8 @@ def test_the_teachers_card_tells_what_it_was_trained_on(made):
     assert header["datasets"] == ["org/pets"]
     assert "distilled from" not in text
     assert "`squeeze.json`" in body
+    assert [t.content.strip() for t in tokens(body) if t.info == "bibtex"] == [CITATIONS["SRe2L"]["bibtex"]]
+    assert f"(https://arxiv.org/abs/{CITATIONS['SRe2L']['arxiv']})" in body
     assert "1.5" not in body, "times are no part of a card"
 
 
@@ -204,8 +206,8 @@ def test_a_teacher_of_an_older_version_has_dashes_for_what_it_did_not_write(made
 def test_a_network_of_gray_images_says_so(tmp_path, kind, known):
     facts = {"student": STUDENT, "teacher": TEACHER}[kind] | {"channels": 1}
     text = shown(render(written(tmp_path, **{kind: facts}))[2])
-    assert "It has seen gray images only" in text
-    assert ("folds the three into one" in text) == known
+    assert "trained on grayscale images only" in text
+    assert ("folds the three channels into one" in text) == known
     assert "## Input" not in text
     assert "gray" not in shown(render(written(tmp_path, **{kind: facts | {"channels": 3}}))[2])
 
@@ -349,7 +351,7 @@ def test_a_local_path_in_the_facts_is_not_shared(tmp_path, path):
 def test_an_id_that_is_none_is_one_line(made, given, which):
     with pytest.raises(HubError) as error:
         render_model_card(made["student"], **({"repo_id": "me/x"} | {which: given}))
-    assert "is no Hub id" in one_line(error)
+    assert "is not a Hub id" in one_line(error)
 
 
 # -- hostile text -----------------------------------------------------------------------------------------------------

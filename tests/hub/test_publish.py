@@ -376,7 +376,7 @@ def test_a_folder_that_is_packaged_anew_during_the_push_is_noticed(connected, fo
     connected.fault("preupload", Rival(package))
     with pytest.raises(HubError) as error:
         push(place)
-    assert "changed while it was being sent" in one_line(error)
+    assert "changed while it was being uploaded" in one_line(error)
     assert commits(connected) == 1
 
 

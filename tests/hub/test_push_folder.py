@@ -89,7 +89,7 @@ def refused(connected, tmp_path, *words):
         ("hf_unknown", REPO, "does not accept the token"),
         ("read", REPO, "can only read"),
         ("hf_secret_token", "other/x", "neither you nor your organization"),
-        ("hf_secret_token", "bad name", "no name of a Hub repo"),
+        ("hf_secret_token", "bad name", "not a valid Hub repo name"),
     ],
 )
 def test_what_would_fail_in_the_morning_fails_now(connected, tmp_path, monkeypatch, capsys, token, repo, words):

@@ -250,7 +250,7 @@ def test_a_small_class_leaves_the_control_out_and_held_out_images_are_named_so(t
     assert [row["images"] for row in evaluation["rows"]] == ["distilled", "distilled"]
     assert "fewer real training images" in evaluation["left_out"]["random real"]
     card = (tmp_path / "out" / "dataset" / "README.md").read_text()
-    assert "Left out, random real" in card
+    assert "Left out: random real" in card
     assert evaluation["tested_on"] == "training images that were held out"
     assert f"{evaluation['test_count']} real training images that were held out" in card
     assert evaluation["test_count"] == 6

@@ -1,4 +1,4 @@
-"""The dataset card: what a distilled dataset says about itself, rendered strictly from facts; pure, no network."""
+"""The dataset card, rendered from recorded facts only; no network access."""
 
 import json
 import re
@@ -15,22 +15,23 @@ from ..evaluation import markdown_table, table_rows
 from ..recipe import Recipe, dump_recipe, to_dict
 from ..runtime import map_texts
 from .card import checked_header, escape, fence_for, license_keys, render, with_header
+from .citations import CITATIONS
 from .merge import block_of
 
 METADATA_KEYS = (
     "pretty_name", "license", "license_name", "task_categories", "tags", "source_datasets", "size_categories",
     "configs", "dataset_info",
 )  # fmt: skip
-"""Everything that may stand in the YAML header; a key outside is an error."""
-_PLACEHOLDER = 'repo = "ORG/{}"  # a Hub id, or the path of this folder'
+"""The keys that the YAML header may have; any other key is an error."""
+_PLACEHOLDER = 'repo = "ORG/{}"  # a Hub id, or the path to this folder'
 
 
 def card_facts(
     folder: Path, recipe: Recipe, class_names: Sequence[str], report: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Everything that a card says, as plain JSON, from a folder with tables and provenance.json.
+    """Return all the facts of a card as plain JSON. The folder must contain the tables and provenance.json.
 
-    Times in the report, which is `None` before the evaluation, are left out: the same recipe gives the same card.
+    `report` is `None` before the evaluation. Its times are left out, so that the same recipe gives the same card.
     """
     provenance = read_provenance(folder / "provenance.json").plain()
     return {
@@ -43,7 +44,7 @@ def card_facts(
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Rows and bytes of the tables in a folder."""
+    """Return the number of rows and bytes of the tables in a folder."""
     paths = sorted(folder.glob("train-*.parquet"))
     footers = [pq.read_metadata(path) for path in paths]
     return {
@@ -54,7 +55,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
-    """The card, README.md of the dataset folder, from `card_facts`; a missing fact is a `jinja2.UndefinedError`.
+    """Return the card (README.md of the dataset folder) for `card_facts`; a missing fact is a `jinja2.UndefinedError`.
 
     Example:
         >>> render_card(facts, recipe).startswith("---")
@@ -63,7 +64,7 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
     evaluation, recipe_yaml, student = facts["evaluation"], dump_recipe(recipe), recipe.evaluation.student
     values = {
         "placeholder": _PLACEHOLDER.format(recipe.name),
-        "name": recipe.name,  # safe as it is: a recipe's name is letters, digits, dot, dash, underscore
+        "name": recipe.name,  # needs no escaping: a recipe name has only letters, digits, dots, dashes and underscores
         "r": map_texts(to_dict(recipe), escape),
         "student": student if re.fullmatch(r"\w+", student) else "resnet18",
         "class_names": [escape(name) for name in facts["class_names"][:20]],
@@ -77,23 +78,24 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
         "fence": fence_for(recipe_yaml),
         "replay": REPLAY,
         "method": method_in_words(recipe),
+        "paper": cited_paper(recipe),
     }
     return with_header(metadata(facts, recipe), block_of(render("dataset_card.md.jinja", values)))
 
 
 def render_control_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
-    """A short card for the control folder: random real images, so that plain `datasets` loads it the same way."""
+    """Return a short card for the control (random real images), so that plain `datasets` loads it like the dataset."""
     return with_header(
         metadata(facts, recipe),
         f"# {recipe.name}: random real images\n\n"
         f"{facts['tables']['default']['rows']} random real training images of {escape(recipe.data.source)}, relabeled "
-        "by the same teachers under the same protocol as the distilled set: its control. Not distilled.\n",
+        "by the same teachers under the same protocol as the distilled dataset. They are its control. Not distilled.\n",
     )
 
 
 def address_card(text: str, name: str, repo_id: str, revision: str | None = None) -> str:
-    """The card of the recipe `name` with the repo where it will stand, and the branch unless it is the main one."""
-    # Only in the first piece of code: a class may be called anything, in the header too.
+    """Return the card of the recipe `name` with the id of its repo, and with the branch unless it is the main one."""
+    # Replace only in the first code block: a class name, which is also in the header, may contain the same text.
     before, title, rest = text.partition("\n## Load and train\n")
     code, fence, after = rest.partition("\n```\n")
     code = code.replace(_PLACEHOLDER.format(name), f'repo = "{repo_id}"', 1)
@@ -108,25 +110,25 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 
-def shown(image, box, flip):  # image: (C, H, W) float in [0, 1]
+def crop_and_flip(image, box, flip):  # image: (C, H, W) float in [0, 1]
     top, left, height, width = box
     crop = image[None, :, top : top + height, left : left + width]
     return interpolate(crop, image.shape[-2:], mode="bilinear", antialias=True)[0].flip([-1] if flip else [])
 
 
-def replay(row, images):  # row of "views", images = the "default" config
-    own, partner = (pil_to_tensor(images[row[key]]["image"]) / 255 for key in ("image_index", "mix_image_index"))
-    view, (top, left, height, width) = shown(own, row["crop"], row["flip"]), row["mix_box"]
+def replay(row, images):  # row: of the "views" config; images: the "default" config
+    image, partner = (pil_to_tensor(images[row[key]]["image"]) / 255 for key in ("image_index", "mix_image_index"))
+    view, (top, left, height, width) = crop_and_flip(image, row["crop"], row["flip"]), row["mix_box"]
     if row["mix_image_index"] >= 0:
-        share = torch.full_like(view, 1.0 if height * width else row["mix_weight"])  # CutMix, or a blend
+        share = torch.full_like(view, 1.0 if height * width else row["mix_weight"])  # CutMix or MixUp
         share[:, top : top + height, left : left + width] = 0
-        view = share * view + (1 - share) * shown(partner, row["mix_crop"], row["mix_flip"])
+        view = share * view + (1 - share) * crop_and_flip(partner, row["mix_crop"], row["mix_flip"])
     return view"""
-"""The outsider's replay, shown in the card and the docs, and run by a test: no code of ours."""
+"""Code that rebuilds a view without prism-hf. The card and the docs show it, and a test runs it."""
 
 
 def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """The YAML header, from an allow-list; `configs` and `dataset_info` make plain `load_dataset` work."""
+    """Return the YAML header, with allowed keys only; `configs` and `dataset_info` make plain `load_dataset` work."""
     names, tables = facts["class_names"], facts["tables"]
     data, infos = DatasetCardData(), DatasetInfosDict()
     for config, features in (("default", image_features(names)), (VIEWS, view_features(len(names)))):
@@ -144,7 +146,7 @@ def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
         "pretty_name": recipe.name,
         **license_keys(recipe.data.license),
         "task_categories": ["image-classification"],
-        "tags": ["dataset-distillation", "soft-labels", "prism", "prism-hf"],
+        "tags": ["dataset-distillation", "soft-labels", "prism", "prism-hf", "image", "datasets"],
         "source_datasets": [recipe.data.source if on_hub else "extended|other"],
         "size_categories": [_size_category(tables["default"]["rows"])],
         "configs": [
@@ -161,27 +163,36 @@ def _size_category(rows: int) -> str:
     return next((name for bound, name in bounds if rows < bound), "10M<n<100M")
 
 
+def cited_paper(recipe: Recipe) -> dict[str, str] | None:
+    """Return the name and citation of the method that optimized the images; `None` if they were not optimized."""
+    if recipe.method == "random" or not recipe.synthesis.iterations:
+        return None
+    with_pool = "G-VBSM" if recipe.teachers.selection == "cycle" else "PRISM"
+    name = with_pool if recipe.teachers.bn_pool else "SRe2L"
+    return {"name": name, **CITATIONS[name]}
+
+
 def method_in_words(recipe: Recipe) -> str:
-    """One sentence on who supervised what."""
+    """Return one sentence that says which teacher supervised what."""
     teachers = recipe.teachers
     if recipe.method == "random" or not recipe.synthesis.iterations:
         return "nothing is optimized"
     if teachers.selection == "cycle" and teachers.bn_pool:
-        conv = " and of the inputs of convolutions" if recipe.synthesis.conv else ""
+        conv = " and of convolution inputs" if recipe.synthesis.conv else ""
         return (
-            f"{len(teachers.synthesis_names)} teachers take turns, one at each iteration, which gives both the "
+            f"{len(teachers.synthesis_names)} teachers take turns, one per iteration, and each provides both the "
             f"classification loss and the alignment of batch-norm statistics{conv} "
             f"(the {'G-VBSM' if conv else 'BN-only G-VBSM'} scheme)"
         )
     if not teachers.bn_pool:
-        return "one teacher gives both the classification loss and the batch-norm alignment (the SRe2L scheme)"
+        return "one teacher provides both the classification loss and the batch-norm alignment (the SRe2L scheme)"
     draws = min(teachers.extras, len(teachers.bn_pool))
     if not teachers.include_logit and not (draws and teachers.draw_probability):
-        return "one logit teacher gives the classification loss, and no network gives batch-norm alignment"
+        return "one logit teacher provides the classification loss, and no network provides batch-norm alignment"
     when = "once per slot" if teachers.selection == "per_slot" else "anew at each iteration"
-    own = "the logit teacher itself and " if teachers.include_logit else ""
+    logit = "the logit teacher itself and " if teachers.include_logit else ""
     return (
-        "one logit teacher gives the classification loss; batch-norm alignment comes from "
-        f"{own}up to {draws} of {len(teachers.bn_pool)} other networks, each draw made with probability "
-        f"{teachers.draw_probability:g}, drawn {when} (the PRISM scheme)"
+        "one logit teacher provides the classification loss; batch-norm alignment comes from "
+        f"{logit}up to {draws} of {len(teachers.bn_pool)} other networks, drawn {when}, where each draw is made with "
+        f"probability {teachers.draw_probability:g} (the PRISM scheme)"
     )

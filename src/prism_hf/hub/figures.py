@@ -1,4 +1,4 @@
-"""Figures of the card: the grid of images and the diversity plot, as PNG files with the same bytes each time."""
+"""Figures of the card: the image grid and the diversity plot, as PNG files with reproducible bytes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,14 +19,14 @@ STYLE: dict[Any, Any] = {"font.size": 8, "axes.spines.top": False, "axes.spines.
 
 
 def grid(images_uint8: Tensor, ipc: int) -> Tensor:
-    """Class-major images (K * ipc, C, H, W) uint8 -> one picture (C, H', W'): a row per class, one pixel between."""
+    """Arrange class-major images (K * ipc, C, H, W) uint8 as one picture (C, H', W'): a row per class, 1 pixel apart."""
     rows = images_uint8.unflatten(0, (-1, ipc))[:MAX_CLASSES, :MAX_SLOTS]
     bordered = F.pad(rows, (0, 1, 0, 1), value=255)  # white to the right of each image, and below
     return bordered.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[:, :-1, :-1]
 
 
 def draw_grid(path: Path, images_uint8: Tensor, class_names: Sequence[str], ipc: int) -> None:
-    """The distilled images, a row per class with its name; at most 20 classes and 10 slots."""
+    """Draw the images, one row per class with its name; at most `MAX_CLASSES` classes and `MAX_SLOTS` slots."""
     picture = grid(images_uint8, ipc).numpy()
     side = images_uint8.shape[-2] + 1
     classes = min(len(class_names), MAX_CLASSES)
@@ -43,13 +43,13 @@ def draw_grid(path: Path, images_uint8: Tensor, class_names: Sequence[str], ipc:
 
 
 def draw_diversity(path: Path, sets: Mapping[str, Diversity], class_names: Sequence[str]) -> None:
-    """Intra-class similarity of each set: a dot per class, a line at the mean."""
+    """Draw the intra-class similarity of each set: a dot per class and a line at the mean."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 0.55 * len(sets) + 0.9), layout="constrained")
         axes = figure.add_subplot()
         for height, diversity in enumerate(reversed(list(sets.values()))):
-            known = [v for v in diversity.per_class if v is not None]
-            axes.plot(known, np.full(len(known), height), "o", alpha=0.5, markersize=5, markeredgewidth=0)
+            values = [v for v in diversity.per_class if v is not None]
+            axes.plot(values, np.full(len(values), height), "o", alpha=0.5, markersize=5, markeredgewidth=0)
             if diversity.mean is not None:
                 axes.plot([diversity.mean] * 2, [height - 0.3, height + 0.3], "k-", linewidth=1.5)
                 axes.annotate(f"{diversity.mean:.3f}", (diversity.mean, height + 0.32), ha="center", va="bottom")
@@ -62,15 +62,15 @@ def draw_diversity(path: Path, sets: Mapping[str, Diversity], class_names: Seque
 
 
 def plain_name(text: str, otherwise: str, *, most: int = 24) -> str:
-    """A name from outside as matplotlib can draw it, `most` letters; `otherwise` for a script its font does not have."""
+    """Return a name that matplotlib can draw, of at most `most` letters; `otherwise` if its font lacks a letter."""
     glyphs = get_font(findfont("DejaVu Sans")).get_charmap()
     if not all(ord(letter) in glyphs for letter in text):
         return otherwise
     short = text if len(text) <= most else text[: most - 1] + "…"
-    # matplotlib reads $...$ as mathematics; class names come from outside.
+    # matplotlib reads $...$ as math, and class names are untrusted.
     return short.replace("$", r"\$")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG without the time and the program's version: the same figure gives the same bytes."""
+    """Write a PNG without a time or program version, so that the same figure gives the same bytes."""
     write_whole(path, lambda draft: figure.savefig(draft, format="png", metadata={"Software": None}))

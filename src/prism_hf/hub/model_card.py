@@ -1,4 +1,4 @@
-"""The model card: what a shared network says about itself, rendered strictly from its folder; pure, no network."""
+"""The model card of a teacher or a student, rendered from its model folder only; no network access."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,71 +11,73 @@ from ..errors import HubError
 from ..models import NetworkConfig, StudentFacts, TeacherFacts, read_facts
 from ..runtime import map_texts, texts_in
 from .card import checked_header, escape, license_keys, render, slug, with_header
+from .citations import CITATIONS
 
 MODEL_METADATA_KEYS = (
     "license", "license_name", "library_name", "pipeline_tag", "tags", "datasets", "model-index",
 )  # fmt: skip
-"""Everything that may stand in the YAML header; a key outside is an error."""
+"""The keys that the YAML header may have; any other key is an error."""
 
 
 def render_model_card(folder: Path, repo_id: str, revision: str | None = None, *, dataset_id: str | None = None) -> str:
-    """The card, README.md of a model repo, from a model folder; the lines that load the network name a branch `revision`.
+    """Return the card (README.md of a model repo) of a model folder; its code loads the network from branch `revision`.
 
-    `dataset_id` is the Hub id of the distilled dataset, for a student whose facts do not know it yet.
+    `dataset_id` is the Hub id of the distilled dataset, for a student whose facts do not have it yet.
 
     Raises:
-        HubError: A file is missing, incomplete or names a local path (it is named), or an id is not a Hub id.
+        HubError: A file is missing, is incomplete or contains a local path, or an id is not a Hub id.
     """
     for given in (repo_id, dataset_id):
         if given is not None and hub_id_problem(given):
-            raise HubError(f"{given!r} is no Hub id; expected NAMESPACE/NAME of letters, digits, dots, dashes, underscores")
+            raise HubError(f"{given!r} is not a Hub id; expected NAMESPACE/NAME of letters, digits, dots, dashes or _")
     try:
         config, facts = NetworkConfig.read(folder / "config.json"), read_facts(folder)
     except ValueError as error:
-        raise HubError(f"{error}; share a network as prism-hf stored it") from error
+        raise HubError(f"{error}; share the model folder as prism-hf wrote it") from error
     local = next((text for text in texts_in(facts.plain()) if Path(text).is_absolute()), None)
     if local is not None:
-        raise HubError(f"{folder / facts.FILE} names the local path {local!r}; cut it to its last part")
+        raise HubError(f"{folder / facts.FILE} contains the local path {local!r}; shorten it to its last part")
     if isinstance(facts, StudentFacts):
         hub_id = dataset_id or facts.dataset.hub_id
         name = hub_id or facts.dataset.name or "without a name"
-        told = facts.model_dump() | {"dataset_id": hub_id, "dataset_name": name}
+        fields = facts.model_dump() | {"dataset_id": hub_id, "dataset_name": name}
     else:
-        told = _of_teacher(facts, config)
+        fields = _of_teacher(facts, config)
     values = {
         "student": isinstance(facts, StudentFacts),
         "facts_file": facts.FILE,
         "revision": revision,
-        "repo_id": repo_id,  # safe as it is, inside code too: a checked Hub id, and a checked branch
+        "repo_id": repo_id,  # needs no escaping, even inside code: the id and the branch were checked
         "name": escape(repo_id.rpartition("/")[2]),
-        "f": map_texts(told, escape),
+        "f": map_texts(fields, escape),
         "size": config.pretrained_cfg.input_size[-1],
         "mean": ", ".join(f"{value:g}" for value in config.pretrained_cfg.mean),
         "std": ", ".join(f"{value:g}" for value in config.pretrained_cfg.std),
         "class_names": [escape(name) for name in config.label_names[:20]],
         "class_count": len(config.label_names),
+        "paper": CITATIONS["SRe2L"],  # its first stage is the training of a teacher
     }
-    return with_header(_metadata(told, repo_id), render("model_card.md.jinja", values))
+    return with_header(_metadata(fields, repo_id), render("model_card.md.jinja", values))
 
 
 def _of_teacher(facts: TeacherFacts, config: NetworkConfig) -> dict[str, Any]:
-    """What the card tells of a teacher; those of earlier versions name their data alone."""
-    told, settings = facts.model_dump(), facts.settings
+    """Return the fields of a teacher's card; facts written by earlier versions have only the name of the data."""
+    fields, settings = facts.model_dump(), facts.settings
     source = {"id": settings.data, "on_hub": False, "revision": None, "license": config.pretrained_cfg.license}
-    return told | {
+    return fields | {
         "architecture": facts.architecture or config.architecture,
-        "source": told["source"] or source,
-        "test": told["test"] or {"id": settings.data, "split": None},
+        "source": fields["source"] or source,
+        "test": fields["test"] or {"id": settings.data, "split": None},
         "seed": settings.seed,
         "epochs": settings.epochs,
         "dataset_id": None,
     }
 
 
-def _metadata(told: Mapping[str, Any], repo_id: str) -> dict[str, Any]:
-    """The YAML header, from an allow-list; the accuracy on the real test part stands in `model-index`."""
-    source, test = told["source"], told["test"]
-    trained_on = [told["dataset_id"], source["id"] if source["on_hub"] else None]
+def _metadata(fields: Mapping[str, Any], repo_id: str) -> dict[str, Any]:
+    """Return the YAML header, with allowed keys only; `model-index` has the accuracy on the real test split."""
+    source, test = fields["source"], fields["test"]
+    trained_on = [fields["dataset_id"], source["id"] if source["on_hub"] else None]
     result = EvalResult(
         task_type="image-classification",
         dataset_type=slug(test["id"]) if hub_id_problem(test["id"]) else test["id"],
@@ -84,7 +86,7 @@ def _metadata(told: Mapping[str, Any], repo_id: str) -> dict[str, Any]:
         dataset_revision=source["revision"] if test["id"] == source["id"] else None,
         metric_type="accuracy",
         metric_name="top-1 accuracy",
-        metric_value=told["test_top1"],
+        metric_value=fields["test_top1"],
     )
     data = ModelCardData(
         **license_keys(source["license"]),

@@ -1,8 +1,8 @@
-"""Push: a folder gets to the Hub in one commit, all of it or nothing. The only module that writes to the network.
+"""Push a folder to the Hub in a single commit. This is the only module that writes to the network.
 
-The branch is at every moment exactly the old version or exactly the new one. Files are sent one by one before the commit,
-so that a killed push goes on where it stopped. Whatever fails for a moment is tried again from what the Hub holds then: an
-answer that was lost is not published twice, and somebody else's commit in between is kept.
+At any moment the branch has either the complete old version or the complete new one. Files are uploaded one by one before
+the commit, so that a killed push can resume. After a temporary failure, the push reads the state of the Hub again before it
+retries: a commit whose response was lost is not made twice, and a commit by somebody else in between is kept.
 """
 
 import logging
@@ -25,7 +25,7 @@ Operation = CommitOperationAdd | CommitOperationDelete
 
 @dataclass(frozen=True)
 class Publication:
-    """The URL of a commit or of a pull request, the commit's id, and whether anything had to be published."""
+    """The result of a push: the URL of the commit or pull request, the commit id, and whether anything changed."""
 
     url: str
     commit: str
@@ -33,12 +33,12 @@ class Publication:
 
 
 def push_folder(folder: Path, target: Target, *, dataset_id: str | None = None) -> Publication:
-    """Publish a dataset folder, a squeezed teacher or a student (for its card: of the dataset `dataset_id`).
+    """Publish a dataset folder, a squeezed teacher or a student (`dataset_id`: its dataset on the Hub, for the card).
 
-    The kind of the target follows from the folder.
+    The folder determines the kind of the repo.
 
     Raises:
-        HubError: The folder cannot be published, or not there; see `publish`.
+        HubError: The folder cannot be published, or not to this target; see `publish`.
 
     Example:
         >>> push_folder(Path("outputs/digits-prism-ipc10/dataset"), Target("org/digits-prism-ipc10", public=True)).url
@@ -49,18 +49,18 @@ def push_folder(folder: Path, target: Target, *, dataset_id: str | None = None) 
 
 
 def reserve(target: Target, *, pauses: Sequence[float] = SHORT) -> None:
-    """Make the repo if it is not there, empty and private: only that proves that it can be made, and keeps its name."""
-    again(lambda: _made(Repository(target)), f"making {target.repo_id!r} on the Hub", pauses)
+    """Create a missing repo, empty and private: this reserves its name and is the only proof that it can be created."""
+    again(lambda: _created(Repository(target)), f"creating {target.repo_id!r} on the Hub", pauses)
 
 
 def publish(bundle: Bundle, target: Target, *, pauses: Sequence[float] = PAUSES) -> Publication:
-    """Bring a branch, of a target from `check_target`, to the state of a bundle: in one commit, or in none if it is there.
+    """Bring a branch to the state of a bundle in one commit, or in none if it is up to date; see `check_target`.
 
-    What can pass is tried again, after so many seconds: 408, 409, 412, 425, 429, 5xx, broken connections, a rival's commit.
+    Retried after `pauses` (in seconds): 408, 409, 412, 425, 429, 5xx, broken connections, and commits by others.
 
     Raises:
-        HubError: It cannot be done (401, 403, ...), or fails still after the last try. The branch has the old version then;
-            the new one if nothing but the answer was lost.
+        HubError: The failure is permanent (401, 403, ...), or the last retry failed. The branch then has the old version,
+            or the new one if only the response to the commit was lost.
     """
     tries = _Tries()
     return again(lambda: _publish_once(bundle, Repository(target), tries), f"publishing to {target.repo_id!r}", pauses)
@@ -68,26 +68,26 @@ def publish(bundle: Bundle, target: Target, *, pauses: Sequence[float] = PAUSES)
 
 @dataclass(eq=False)
 class _Tries:
-    """What is known from one try to the next."""
+    """State that is kept from one try to the next."""
 
-    sent: dict[str, CommitOperationAdd] = field(default_factory=dict)  # files that the Hub's storage has
-    committed: bool = False  # whether a commit was asked for; it may have landed though its answer was lost
+    sent: dict[str, CommitOperationAdd] = field(default_factory=dict)  # files that are in the storage of the Hub
+    committed: bool = False  # a commit was requested; it may exist even if the response was lost
 
 
-def _made(repo: Repository) -> DatasetInfo | ModelInfo:
-    """The repo, made if it is not there: private until its data are there; one that has appeared meanwhile is fine."""
+def _created(repo: Repository) -> DatasetInfo | ModelInfo:
+    """Return the repo; create it if it is missing, private until its data is there. Another process may create it too."""
     info = repo.info()
     if info is None:
         repo.api.create_repo(**repo.where, private=True, exist_ok=True)
         info = repo.info()
     if info is None:
-        raise HubError(f"{repo.target.repo_id!r} is there, but not for this token; choose another name, or another token")
+        raise HubError(f"{repo.target.repo_id!r} exists, but not for this token; use another name or another token")
     return info
 
 
 def _publish_once(bundle: Bundle, repo: Repository, tries: _Tries) -> Publication:
-    """One try, from what the Hub holds now."""
-    target, info = repo.target, _made(repo)
+    """Try to publish once, starting from the current state of the Hub."""
+    target, info = repo.target, _created(repo)
     branch = target.revision
     head = repo.head(branch)
     if head is None:
@@ -103,25 +103,25 @@ def _publish_once(bundle: Bundle, repo: Repository, tries: _Tries) -> Publicatio
 
 
 def _request_once(bundle: Bundle, repo: Repository, main: str, tries: _Tries) -> Publication:
-    """One try to bring it all into one pull request; none is opened if the main branch, at `main`, has it all."""
+    """Try once to publish in one pull request; open none if the commit `main` of the main branch is up to date."""
     if not _changes(bundle, repo, main, tries):
         return Publication(repo.commit_url(main), main, changed=False)
     repo.check_visibility()
     title, user = TITLE.format(bundle.name), repo.api.whoami(cache=True)["name"]
     requests = repo.api.get_repo_discussions(**repo.where, author=user, discussion_type="pull_request")
-    # A killed push goes on in the pull request that it opened.
+    # A push that was killed resumes in the pull request that it opened.
     ours = (each for each in requests if (each.title, each.author) == (title, user) and each.status in ("draft", "open"))
     request = next(ours, None) or repo.api.create_pull_request(**repo.where, title=title)
     branch = f"refs/pr/{request.num}"
     head = _bring_up(bundle, repo, branch, repo.must_have(branch), tries)
     if request.status == "draft":
-        # Others may see it now that its commit is there.
+        # Show it to others, now that it has its commit.
         repo.api.change_discussion_status(**repo.where, discussion_num=request.num, new_status="open")
     return Publication(request.url, head, changed=True)
 
 
 def _changes(bundle: Bundle, repo: Repository, head: str, tries: _Tries) -> list[Operation]:
-    """What a commit on `head` has to do; empty if everything is there as it should be."""
+    """Return the operations of a commit on top of `head`; empty if everything is up to date."""
     tree, target = repo.tree(head), repo.target
     theirs = repo.read(tree["README.md"], head) if "README.md" in tree else None
     branch = None if target.revision == MAIN else target.revision
@@ -137,24 +137,24 @@ def _changes(bundle: Bundle, repo: Repository, head: str, tries: _Tries) -> list
 
 
 def _bring_up(bundle: Bundle, repo: Repository, branch: str, head: str, tries: _Tries) -> str:
-    """Send what a branch lacks, file by file, then the commit, which counts only if the branch is still at `head`."""
+    """Upload missing files one by one, then commit; the Hub rejects the commit unless the branch is still at `head`."""
     target, changes = repo.target, _changes(bundle, repo, head, tries)
     if not changes:
-        log.info("%s has it all%s", target.repo_id, "" if tries.committed else ": nothing to publish")
+        log.info("%s is up to date%s", target.repo_id, "" if tries.committed else ": nothing to publish")
         return head
     additions = [change for change in changes if isinstance(change, CommitOperationAdd)]
     for addition in additions:
         if isinstance(addition.path_or_fileobj, str):
-            log.info("sending %s (%.1f MB)", addition.path_in_repo, addition.upload_info.size / 1e6)
+            log.info("uploading %s (%.1f MB)", addition.path_in_repo, addition.upload_info.size / 1e6)
             _send(repo, [addition], branch)
             if not bundle.files[addition.path_in_repo].intact():
-                raise HubError(f"{addition.path_in_repo} was changed while it was being sent; push again later")
+                raise HubError(f"{addition.path_in_repo} changed while it was being uploaded; push again later")
             tries.sent[addition.path_in_repo] = addition
     _send(repo, [addition for addition in additions if isinstance(addition.path_or_fileobj, bytes)], branch)
-    # The library leaves files that the repo's .gitignore matches out of the commit, without a word.
+    # huggingface_hub silently leaves files that the .gitignore of the repo matches out of the commit.
     ignored = [addition.path_in_repo for addition in additions if addition._should_ignore]
     if ignored:
-        raise HubError(f"the .gitignore in {target.repo_id!r} keeps {ignored[0]} out; remove that line from it")
+        raise HubError(f"the .gitignore in {target.repo_id!r} excludes {ignored[0]}; remove the line that matches it")
     repo.check_visibility()
     tries.committed = True
     log.info("committing %d changes to %s", len(changes), target.repo_id)
@@ -165,5 +165,5 @@ def _bring_up(bundle: Bundle, repo: Repository, branch: str, head: str, tries: _
 
 
 def _send(repo: Repository, additions: list[CommitOperationAdd], branch: str) -> None:
-    """Bring files into the Hub's storage, and learn how the Hub wants each of them."""
+    """Upload files to the storage of the Hub, which also decides how each file is stored."""
     repo.api.preupload_lfs_files(**repo.where, additions=additions, revision=branch, free_memory=False)

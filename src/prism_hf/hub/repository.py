@@ -1,4 +1,4 @@
-"""A repo of the Hub: what it holds, and whether something may be published there; reads, and never writes."""
+"""Read a repo of the Hub and check whether something may be published there; never writes."""
 
 import hashlib
 import re
@@ -22,25 +22,25 @@ MAIN = "main"
 
 @dataclass(frozen=True)
 class Target:
-    """Where a publication goes."""
+    """The destination of a push."""
 
-    repo_id: str  # `namespace/name`, or a name among the user's
+    repo_id: str  # `namespace/name`, or a name in the namespace of the user
     kind: Kind = "dataset"
-    public: bool = False  # whether everybody may read the repo
-    revision: str = MAIN  # a branch, made if it is not there
+    public: bool = False  # whether everybody can read the repo
+    revision: str = MAIN  # a branch; it is created if it does not exist
     create_pr: bool = False  # open a pull request to the main branch instead of changing it
-    replace_other: bool = False  # publish even over something else that the repo holds
+    replace_other: bool = False  # publish even if the repo contains something else
 
 
 class Repository:
-    """The repo of a target, as it is at each question; `api` is the client that asks, `where` are its first arguments."""
+    """The repo of a target, read anew by each call; `where` are the first arguments of the methods of `api`."""
 
     def __init__(self, target: Target) -> None:
         self.target, self.api = target, HfApi()
         self.where: dict[str, Any] = {"repo_id": target.repo_id, "repo_type": target.kind}
 
     def info(self, revision: str | None = None) -> DatasetInfo | ModelInfo | None:
-        """What the Hub says of the repo, or `None` if it is not there."""
+        """Return the information that the Hub has about the repo, or `None` if there is no such repo."""
         try:
             info = self.api.repo_info(**self.where, revision=revision)
         except RepositoryNotFoundError:
@@ -49,7 +49,7 @@ class Repository:
         return info
 
     def head(self, revision: str) -> str | None:
-        """The commit that a branch is at, or `None` if there is no such branch."""
+        """Return the commit that a branch points to, or `None` if there is no such branch."""
         try:
             info = self.info(revision)
         except RevisionNotFoundError:
@@ -57,33 +57,33 @@ class Repository:
         return info.sha if info else None
 
     def must_have(self, revision: str) -> str:
-        """The commit that a branch is at, which must be there."""
+        """Return the commit that a branch points to; a missing branch is a `HubError`."""
         head = self.head(revision)
         if head is None:
-            raise HubError(f"{self.target.repo_id!r} has no branch {revision!r}; was it removed just now?")
+            raise HubError(f"{self.target.repo_id!r} has no branch {revision!r}; was it just removed?")
         return head
 
     def tree(self, commit: str) -> dict[str, RepoFile]:
-        """All files of a commit."""
+        """Return all files of a commit by path."""
         entries = self.api.list_repo_tree(**self.where, recursive=True, revision=commit)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def read(self, file: RepoFile, commit: str) -> bytes:
-        """The content of a small file, checked against the tree: downloads look at the size alone."""
+        """Return the content of a small file, compared with the hash in the tree: downloads check the size only."""
         with tempfile.TemporaryDirectory() as cache:
             local = self.api.hf_hub_download(**self.where, filename=file.path, revision=commit, cache_dir=cache)
             content = Path(local).read_bytes()
         if not Entry(content, hashlib.sha256(content).hexdigest()).equal(file):
-            raise ConnectionError(f"{file.path} arrived with other content than the Hub lists")
+            raise ConnectionError(f"{file.path} has other content than the Hub lists")
         return content
 
     def commit_url(self, commit: str) -> str:
-        """The page of a commit."""
+        """Return the URL of the page of a commit."""
         prefix = "datasets/" if self.target.kind == "dataset" else ""
         return f"{without_password(self.api.endpoint)}/{prefix}{self.target.repo_id}/commit/{commit}"
 
     def check_visibility(self) -> None:
-        """Nothing goes into a public repo unasked."""
+        """Refuse to push into a public repo without --public."""
         info = self.info()
         if not self.target.public and info is not None and info.private is False:
             raise HubError(
@@ -91,30 +91,30 @@ class Repository:
             )
 
     def check_occupant(self, name: str, head: str) -> None:
-        """Publish over an older version of `name` or into an empty repo, and over nothing else by accident."""
+        """Refuse to overwrite anything but an older version of `name` or an empty repo."""
         tree = self.tree(head)
         content = sorted(set(tree) - {".gitattributes", "README.md", "LICENSE"})
         if self.target.replace_other or not content:
             return
         label = next((path for path in LABELS if path in tree), None)
-        held = name_in(label, self.read(tree[label], head)) if label else None
-        if held != name:
-            what = repr(held) if held else f"files that prism-hf did not make ({', '.join(content[:3])})"
-            raise HubError(f"{self.target.repo_id!r} holds {what}, not {name!r}; choose another name, or say --replace")
+        title = name_in(label, self.read(tree[label], head)) if label else None
+        if title != name:
+            occupant = repr(title) if title else f"files that prism-hf did not make ({', '.join(content[:3])})"
+            raise HubError(f"{self.target.repo_id!r} contains {occupant}, not {name!r}; use another name, or --replace")
 
 
 def check_here(target: Target) -> None:
-    """Find out what is wrong with a target without asking the Hub: name, branch, token, offline mode."""
+    """Check the name, branch and token of a target, and offline mode, without a request to the Hub."""
     problem = hub_id_problem(target.repo_id)
     if problem is not None:
-        raise HubError(f"{target.repo_id!r} is no name of a Hub repo: {problem}")
+        raise HubError(f"{target.repo_id!r} is not a valid Hub repo name: {problem}")
     branch = target.revision
     if target.create_pr and branch != MAIN:
-        raise HubError("a pull request goes to the main branch; give --create-pr or --revision, not both")
-    # Git's own rules, as far as they can be broken by mistake; refs/ is the Hub's.
+        raise HubError("a pull request goes to the main branch; use --create-pr or --revision, not both")
+    # The rules of Git that are easy to break by mistake; refs/ is reserved for the Hub.
     wrong = branch.endswith(("/", ".", ".lock")) or re.search(r"\.\.|//|/\.|^refs/|^[0-9a-f]{40}$", branch)
     if wrong or not re.fullmatch(r"\w[\w./-]*", branch):
-        raise HubError(f"--revision {branch!r} is no name of a branch; use letters, digits, dots, dashes, underscores")
+        raise HubError(f"--revision {branch!r} is not a valid branch name; use letters, digits, dots, dashes or _")
     if is_offline_mode():
         raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it, or push later with `prism-hf push`")
     if get_token() is None:
@@ -122,16 +122,16 @@ def check_here(target: Target) -> None:
 
 
 def check_target(target: Target, name: str, *, pauses: Sequence[float] = SHORT) -> Target:
-    """Find out whether a target can be published to, hours before anything is sent; writes nothing.
+    """Check hours ahead of a push that it can succeed; write nothing.
 
-    Checks the name, the token and its right to write, and that the repo is new, empty or holds an older version of `name`.
-    In what is returned, a name without namespace has become one of the user's.
+    Check the name, the token and its write permission. The repo must be new, be empty or have an older version of `name`.
+    In the returned target, the namespace of the user is added to a name without one.
     """
     check_here(target)
     user = again(lambda: HfApi().whoami(), "asking the Hub whose token this is", pauses)
     token = (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
-        raise HubError("the Hugging Face token can only read; make another at https://huggingface.co/settings/tokens")
+        raise HubError("the Hugging Face token can only read; get a write token at https://huggingface.co/settings/tokens")
     if not user.get("name"):
         raise HubError("the Hub does not say whose token this is; check HF_ENDPOINT and the proxy")
     if "/" not in target.repo_id:
@@ -145,7 +145,7 @@ def _check_repo(repo: Repository, name: str, spaces: Collection[str]) -> None:
     target = repo.target
     if repo.info() is None:
         if target.create_pr:
-            raise HubError(f"{target.repo_id!r} is not on the Hub, or not for this token; leave out --create-pr to make it")
+            raise HubError(f"{target.repo_id!r} is not on the Hub, or not for this token; omit --create-pr to create it")
         space = target.repo_id.split("/")[0]
         if space not in spaces:
             raise HubError(f"{space!r} is neither you nor your organization; push to one of {', '.join(sorted(spaces))}")
@@ -157,7 +157,7 @@ def _check_repo(repo: Repository, name: str, spaces: Collection[str]) -> None:
     if head is not None and target.revision != MAIN:
         branches = repo.api.list_repo_refs(**repo.where).branches
         if target.revision not in [branch.name for branch in branches]:
-            raise HubError(f"--revision {target.revision!r} is a tag of {target.repo_id!r}; name a branch")
+            raise HubError(f"--revision {target.revision!r} is a tag of {target.repo_id!r}; use a branch")
     head = head or repo.head(MAIN)
     if head is not None:
         repo.check_occupant(name, head)
