@@ -101,7 +101,7 @@ def test_a_stage_after_a_fresh_start_has_nothing_before_it(tmp_path, finished_ru
     run = run_in(tmp_path / "run", finished_run / "teachers")
     check_stage(run, "relabel")
     check_stage(run, "synthesize", fresh=True)
-    with pytest.raises(StageError, match="holds no run to relabel"):
+    with pytest.raises(StageError, match="contains no run to relabel"):
         check_stage(run, "relabel", fresh=True)
 
 
