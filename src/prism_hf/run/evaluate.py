@@ -40,7 +40,7 @@ def evaluate(run: Run) -> None:
     """Train and score all students of the table, then write the report and update the card."""
     if not (run.dataset / "README.md").is_file():
         raise StageError(f"{run.dataset} is not packaged yet; run --stage package first")
-    # Every process reads the tables. The first one decodes them alone, so that not all need the memory at once.
+    # Every process reads the tables. The first one decodes them alone, so that not all processes need the memory at once.
     with run.accelerator.main_process_first():
         distilled = load_distilled(run.dataset)
         sources: dict[str, Source] = {"distilled": distilled}

@@ -67,7 +67,7 @@ def package_set(run: Run, images: ImageSet) -> None:
 
 
 def partial_facts(run: Run, count: int) -> dict[str, object] | None:
-    """Return what provenance and card state about a dataset that lacks images of failed jobs; `None` if it is complete."""
+    """Return the facts about missing images of failed jobs, for provenance and card; `None` if no image is missing."""
     if count == run.recipe.num_images:
         return None
     return {"images": count, "of": run.recipe.num_images, "failed_jobs": [note["job"] for note in read_failed(run.work)]}
@@ -150,7 +150,7 @@ def _is_packaged(run: Run, record: Artifact, folder: Path) -> bool:
 
 
 def _hardware(run: Run, images: ImageSet) -> dict[str, object]:
-    """Return the hardware of this launch, but the precision of the jobs, which may come from a retry or another launch."""
+    """Return the hardware of this launch and the precisions of all jobs, which a retry or another launch may have set."""
     jobs = {job for _, _, job, _ in images.origins if job >= 0}
     # Labels are always computed in float32, and the control has no jobs.
     precisions = {str(read_proof(job_file(run.work, job)).notes["precision"]) for job in jobs} or {"float32"}

@@ -20,7 +20,7 @@ INPUTS = "inputs.json"
 
 
 def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
-    """Check everything that can be wrong: disk space, Hub teachers, data, images per class. Writes nothing.
+    """Check everything that can go wrong: disk space, Hub teachers, data, images per class. Writes nothing.
 
     With `fresh`, an earlier run in the folder is ignored, since it will be moved aside. Without `space`, the caller checks
     the disk space, as a comparison does for all its runs together.

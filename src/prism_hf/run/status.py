@@ -63,7 +63,7 @@ def bytes_below(*folders: Path) -> int:
 def _read(path: Path) -> dict[str, Any]:
     try:
         value = read_json(path)
-    except (OSError, ValueError):  # its process has just removed or replaced it
+    except (OSError, ValueError):  # its process has just removed it
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -74,7 +74,7 @@ def _is_finished(run: Run, job: SynthesisJob) -> bool:
 
 
 def _prepare(run: Run) -> tuple[np.ndarray | None, Statistics]:
-    """Compute what needs a pass over the real images. The first process computes it, and the others read the results.
+    """Compute the results that need a pass over the real images, in the first process; the others read them.
 
     Returns the row in the training split of each start image, (K * ipc,), class-major, or `None` for other inits; and the
     statistics of the convolutions of every BN teacher, if the recipe matches them.
