@@ -23,7 +23,7 @@ def run_command(command: Command, args: argparse.Namespace) -> int:
         with stopping_cleanly():
             return command(args) or 0
     except (StoppedError, KeyboardInterrupt):
-        leave_at_once()  # after a signal, whose message is already on the terminal, this exits
+        leave_at_once()  # exits if a signal came, whose message is already on the terminal
         sys.stderr.write("interrupted: finished work is kept; run the same command again to resume\n")
         return 130
     except PrismError as error:

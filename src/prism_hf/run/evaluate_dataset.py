@@ -106,7 +106,7 @@ def _evaluate(run: Run, source: str, distilled: DistilledDataset, test: str | No
 def _protocol(source: str, distilled: DistilledDataset, overrides: Sequence[str]) -> Recipe:
     """Return the recipe of the dataset with overrides of its protocol. All settings of the images stay the same."""
     if distilled.recipe is None:
-        raise DataError(f"{source!r} has no recipe.yaml, which names the test data and the protocol; use a dataset with one")
+        raise DataError(f"{source!r} has no recipe.yaml, which names the test data and the protocol; add the file")
     wrong = [override for override in overrides if not override.startswith("evaluation.")]
     if wrong:
         raise RecipeError(f"override {wrong[0]!r}: only evaluation.* can change, since the images already exist")
