@@ -19,6 +19,6 @@ test-slow:
 cards:
 	python benchmarks/render.py
 
-# OSV, since the other service passes what it cannot find: without an answer this fails.
+# Use OSV: this fails if the service does not respond. The other service passes packages that it cannot find.
 audit:
 	pip-audit --vulnerability-service osv --skip-editable --progress-spinner off

@@ -1,9 +1,9 @@
-"""Compare recipes: `prism-hf compare`, for `accelerate launch recipes/compare.py`."""
+"""Compare recipes: `prism-hf compare` as a script, for `accelerate launch recipes/compare.py`."""
 
 import sys
 from pathlib import Path
 
-# Python puts this folder first on its path, where our evaluate.py would hide the package of that name.
+# Python puts this folder first on sys.path, where our evaluate.py would shadow the `evaluate` package.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from prism_hf.cli.main import main

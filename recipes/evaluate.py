@@ -1,9 +1,9 @@
-"""Train students on a distilled dataset: `prism-hf evaluate`, for `accelerate launch recipes/evaluate.py`."""
+"""Train students on a distilled dataset: `prism-hf evaluate` as a script, for `accelerate launch recipes/evaluate.py`."""
 
 import sys
 from pathlib import Path
 
-# Python puts this folder first on its path, where our evaluate.py would hide the package of that name.
+# Python puts this folder first on sys.path, where our evaluate.py would shadow the `evaluate` package.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from prism_hf.cli.main import main

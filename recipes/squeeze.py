@@ -1,9 +1,9 @@
-"""Train the teachers of a recipe: `prism-hf squeeze`, for `accelerate launch recipes/squeeze.py`."""
+"""Train the teachers of a recipe: `prism-hf squeeze` as a script, for `accelerate launch recipes/squeeze.py`."""
 
 import sys
 from pathlib import Path
 
-# Python puts this folder first on its path, where our evaluate.py would hide the package of that name.
+# Python puts this folder first on sys.path, where our evaluate.py would shadow the `evaluate` package.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from prism_hf.cli.main import main

@@ -821,7 +821,7 @@ CASES |= {
     ),
     "output: the folder itself": Bad("prism.py good.yaml --output ''", OutputError, ("is not empty", "--output DIR")),
     "output: below a file": Bad(
-        "prism.py good.yaml --output good.yaml/out", OutputError, ("good.yaml/out", "is a file, or below one", "--output")
+        "prism.py good.yaml --output good.yaml/out", OutputError, ("good.yaml/out", "is a file, or inside one", "--output")
     ),
     "output: of another recipe": Bad(
         "prism.py good.yaml synthesis.lr=0.5 --output out",

@@ -172,6 +172,6 @@ def test_what_a_killed_process_left_half_written_is_removed_and_named_in_the_log
     (folder / ".holder.json").write_text(json.dumps({"host": "gone", "pid": 7, "since": "yesterday"}))
     assert go(folder) == 0
     assert not list(folder.rglob(".draft-*"))
-    assert "process 7 on gone, since yesterday, ended without a word; going on (2 drafts removed)" in (
+    assert "process 7 on gone, since yesterday, ended without cleaning up; resuming (2 drafts removed)" in (
         folder / "logs" / "run.log"
     ).read_text(encoding="utf-8")

@@ -1,10 +1,10 @@
-"""Fashion-MNIST's own files as a dataset folder: for machines that cannot reach the Hub.
+"""Convert the original Fashion-MNIST files to a dataset folder, for machines that cannot reach the Hub.
 
     python recipes/fashion/to_parquet.py IDX_FOLDER OUT      # e.g. /usr/share/datasets/fashion-mnist outputs/fashion-mnist
 
-IDX_FOLDER holds the four files of the authors (`train-images-idx3-ubyte.gz` and its like), as the Debian package
-`dataset-fashion-mnist` installs them. OUT then takes the place of the Hub id `zalando-datasets/fashion_mnist`, with the
-same classes and splits: `--data OUT`, or `data.source=OUT`.
+IDX_FOLDER contains the four original files (`train-images-idx3-ubyte.gz` and so on). The Debian package
+`dataset-fashion-mnist` installs them. Use OUT instead of the Hub id `zalando-datasets/fashion_mnist`: with `--data OUT`
+or `data.source=OUT`. It has the same classes and splits.
 """
 
 import argparse
@@ -28,35 +28,35 @@ CLASSES = (
 )  # fmt: skip
 SPLITS = {"train": ("train", 60_000), "test": ("t10k", 10_000)}
 IMAGES, LABELS = 2051, 2049
-"""Magic numbers of an IDX file of unsigned bytes with three dimensions, and with one."""
+"""Magic numbers of IDX files of unsigned bytes, with three dimensions and with one."""
 
 
 def read_idx(path: Path, magic: int) -> np.ndarray:
-    """The array of an IDX file, uint8: (N, 28, 28) images or (N,) labels.
+    """Read an IDX file as uint8: (N, 28, 28) images or (N,) labels.
 
     Raises:
-        DataError: Not there, cut short, or something else.
+        DataError: The file is missing, truncated, or of another kind.
     """
     try:
         with gzip.open(path) as file:
             content = file.read()
-        found, count = struct.unpack_from(">II", content)
+        actual, count = struct.unpack_from(">II", content)
         shape = (count,) if magic == LABELS else (count, *struct.unpack_from(">II", content, 8))
-        if found != magic:
-            raise ValueError(f"magic number {found}, expected {magic}")
+        if actual != magic:
+            raise ValueError(f"magic number {actual}, expected {magic}")
         return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error) as error:
         raise DataError(
-            f"{str(path)!r} is not the IDX file it should be ({error}); expected the authors' four .gz files"
+            f"{str(path)!r} is not the expected IDX file ({error}); give the folder of the four original .gz files"
         ) from error
 
 
 def read_split(folder: Path, prefix: str, count: int) -> datasets.Dataset:
-    """One split, images as PNG."""
+    """Read one split, with images as PNG."""
     images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", IMAGES)
     labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", LABELS)
     if not len(images) == len(labels) == count or labels.max() >= len(CLASSES):
-        raise DataError(f"{prefix}: {len(images)} images and {len(labels)} labels, expected {count} of each, 10 classes")
+        raise DataError(f"{prefix}: {len(images)} images and {len(labels)} labels; expected {count} of each, in 10 classes")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
     columns = {"image": [Image.fromarray(image) for image in images], "label": labels.tolist()}
     return datasets.Dataset.from_dict(columns, features=features)

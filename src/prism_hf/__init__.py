@@ -1,6 +1,6 @@
-"""Diverse dataset distillation with the Hugging Face stack: one recipe leaves one dataset that explains itself.
+"""Diverse dataset distillation with Hugging Face: turn a labeled dataset into a few synthetic images with soft labels.
 
-Names are imported when first used, so that reading a recipe or printing a plan does not wait for torch.
+Names are imported on first use, so that reading a recipe or printing a plan does not load torch.
 """
 
 from importlib import import_module

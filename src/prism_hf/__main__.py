@@ -1,4 +1,4 @@
-"""The command line as a module, for `accelerate launch -m prism_hf COMMAND ...`."""
+"""Entry point of `python -m prism_hf COMMAND ...` and `accelerate launch -m prism_hf COMMAND ...`."""
 
 import sys
 

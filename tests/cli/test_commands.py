@@ -100,7 +100,7 @@ def test_the_package_is_the_same_command_line_and_has_no_default_recipe(tmp_path
     assert done.stdout == typed(tmp_path, ROOT / "recipes" / "prism.py", "--dry-run").stdout
     done = typed(tmp_path, "-m", "prism_hf", "distill", "--dry-run")
     assert done.returncode == 2
-    assert done.stderr == "RecipeError: expected one recipe, got none; overrides are written key=value\n"
+    assert done.stderr == "RecipeError: expected one recipe, got none; write overrides as key=value\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -409,7 +409,7 @@ def test_fresh_moves_nothing_that_is_no_run(tmp_path, capsys):
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     before = mtimes(tmp_path)
     assert go(tmp_path / "mine", "--fresh") == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "does not contain a run" in capsys.readouterr().err
     assert mtimes(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

@@ -94,7 +94,7 @@ def test_seeds_that_are_none_are_refused(tmp_path, capsys, monkeypatch, recipes,
     with pytest.raises(SystemExit) as end:
         go(f"--seeds={seeds}", *recipes)
     assert end.value.code == 2
-    assert "expected different whole numbers with commas between" in capsys.readouterr().err.splitlines()[-1]
+    assert "expected distinct whole numbers separated by commas" in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 

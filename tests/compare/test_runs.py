@@ -151,7 +151,7 @@ def test_the_disk_must_hold_all_of_its_runs(tmp_path):
     recipe = tiny(*words)
     check_space(missing_space(run_in(folder, folder, *words)), tmp_path)
     made = comparison(tmp_path / "compare", tmp_path / "teachers", [("prism", recipe)], seeds=(0, 1, 2, 3))
-    with pytest.raises(OutputError, match="needs about .* are free") as error:
+    with pytest.raises(OutputError, match="needs about .* is free") as error:
         check_comparison(made)
     assert one_line(error)
     assert not (tmp_path / "compare").exists()

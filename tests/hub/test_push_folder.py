@@ -118,7 +118,7 @@ def test_options_of_a_push_need_a_push(option, capsys):
 def test_a_stage_that_packages_nothing_has_nothing_to_push(stage, capsys):
     assert launch("--push-to-hub", "a/b", "--stage", stage) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"HubError: --stage {stage} leaves no dataset to push")
+    assert line.startswith(f"HubError: --stage {stage} does not make a dataset to push")
 
 
 def test_private_and_public_exclude_each_other(capsys):

@@ -87,7 +87,7 @@ def killed_in(folder):
 def test_what_a_killed_launch_left_is_put_right_and_told(tmp_path):
     killed_in(tmp_path / "run")
     line = claim(tmp_path / "run", tiny())
-    assert line == "process 7 on gone, since yesterday, ended without a word; going on (2 drafts removed)"
+    assert line == "process 7 on gone, since yesterday, ended without cleaning up; resuming (2 drafts removed)"
     assert (tmp_path / "run" / "dataset" / "README.md").read_bytes() == b"whole"
     assert [path.name for path in (tmp_path / "run").rglob(".draft-*")] == [".draft-of-another-run"], "it may be at work"
     assert claim(tmp_path / "run", tiny()) is None

@@ -101,7 +101,7 @@ def test_a_stage_after_a_fresh_start_has_nothing_before_it(tmp_path, finished_ru
     run = run_in(tmp_path / "run", finished_run / "teachers")
     check_stage(run, "relabel")
     check_stage(run, "synthesize", fresh=True)
-    with pytest.raises(StageError, match="holds no run to relabel"):
+    with pytest.raises(StageError, match="contains no run to relabel"):
         check_stage(run, "relabel", fresh=True)
 
 
@@ -144,7 +144,7 @@ def test_too_little_space_is_one_line_with_both_numbers(tmp_path):
     with pytest.raises(OutputError) as error:
         check_space(needed(folder, "relabel.epochs=2000000000"), folder)
     text = one_line(error)
-    assert "needs about 4.16 TB and " in text
+    assert "needs about 4.16 TB, but only " in text
     assert "--output DIR" in text
     assert list(tmp_path.iterdir()) == []
     run = Run(tiny("relabel.epochs=2000000000"), folder, folder / "teachers", make_accelerator())

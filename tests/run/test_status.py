@@ -96,7 +96,7 @@ def test_a_run_that_is_at_work(copied):
     assert state["seconds_left"] == 4000
     assert "this stage  about 67 min left" in lines
     (line, _) = [line for line in lines if line.startswith("process ")]
-    assert "synthesize: job 1, 3 of 8 steps, silent for " in line
+    assert "synthesize: job 1, 3 of 8 steps, no update for " in line
 
 
 def test_failed_jobs_and_damaged_files(copied):
@@ -155,4 +155,4 @@ def test_the_command_prints_it(finished_run, tmp_path, capsys):
 def test_teachers_are_done_when_all_are(copied):
     assert "squeeze     done" in shown(copied)[1][1]
     (copied / "work" / "squeezed.json").unlink()
-    assert "squeeze     begun" in shown(copied)[1][1]
+    assert "squeeze     started" in shown(copied)[1][1]

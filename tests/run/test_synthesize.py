@@ -138,7 +138,7 @@ def test_a_job_that_goes_bad_in_bf16_is_made_in_float32(finished_run, tmp_path, 
         ours, theirs = (read_tensors(folder / path)["images_uint8"] for folder in (tmp_path / "run", finished_run))
         assert torch.equal(ours, theirs)
     assert {path.name for path in (tmp_path / "run/work/jobs").glob("*checkpoint*")} == set()
-    assert caplog.text.count("once more in float32") == 2
+    assert caplog.text.count("retrying in float32") == 2
 
 
 def test_bf16_is_used_where_it_is_asked_for(finished_run, tmp_path, monkeypatch):
@@ -229,7 +229,7 @@ def test_a_run_that_ends_in_a_job_goes_on_to_the_same_bytes(finished_run, undist
         assert f'"step": {done},' in json.dumps(dict(read_proof(path).notes))
     with caplog.at_level("INFO", "prism_hf"):
         make(*words, **more, wanted=("synthesize",))
-    assert f"synthesize: {len(checkpoints)} jobs go on from a checkpoint, " in caplog.text
+    assert f"synthesize: {len(checkpoints)} jobs resume from a checkpoint, " in caplog.text
     assert sha_tree(jobs) == expected
 
 
@@ -265,5 +265,5 @@ def test_a_checkpoint_of_another_precision_is_no_start(finished_run, tmp_path, m
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     with caplog.at_level("INFO", "prism_hf"):
         make(*words, wanted=("synthesize",))
-    assert "synthesize: 0 jobs go on from a checkpoint, 2 start; float32" in caplog.text
+    assert "synthesize: 0 jobs resume from a checkpoint, 2 start; float32" in caplog.text
     assert sha_tree(tmp_path / "run" / "work" / "jobs") == sha_tree(finished_run / "work" / "jobs")

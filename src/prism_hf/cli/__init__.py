@@ -1,1 +1,1 @@
-"""The command line: one file per command, put together in `main`."""
+"""The command line: one file per command, combined in `main`."""

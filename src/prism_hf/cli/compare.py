@@ -1,4 +1,4 @@
-"""The command compare."""
+"""The command compare: compare methods under one protocol."""
 
 import argparse
 import dataclasses
@@ -22,20 +22,20 @@ def compare(parser: argparse.ArgumentParser) -> Command:
         %(prog)s recipes/digits/prism_ipc10.yaml recipes/digits/sre2l_ipc10.yaml
         %(prog)s A.yaml B.yaml --data ORG/NAME          # a Hub id, or a folder
         %(prog)s A.yaml B.yaml --seeds 0,1,2 --students resnet18,mobilenetv3_small_050
-        %(prog)s A.yaml B.yaml --dry-run                # what would be run
+        %(prog)s A.yaml B.yaml --dry-run                # print the plan and stop
 
-    Data, teachers' training, labels, packaging and students are those of the first recipe, its size and channels too
-    (change them with data.size=64 data.channels=3). Random real images are always among the methods. Leaves
-    comparison.html (one file, for a browser), comparison.md, comparison.json and the runs, each with its dataset. The same
-    command resumes an interrupted comparison, with any number of processes.
+    All methods use the data, image size, channels, teacher training, labels, packaging and students of the first recipe.
+    Overrides apply to all methods (data.size=64 data.channels=3). Random real images are always included as a baseline.
+    The output is comparison.html (a single file for a browser), comparison.md, comparison.json, and the runs with their
+    datasets. Run the same command again, with any number of processes, to resume an interrupted comparison.
     """
-    parser.add_argument("words", nargs="+", metavar="RECIPE.yaml | key=value", help="recipes, and overrides for all")
-    parser.add_argument("--data", metavar="HUB_ID_OR_FOLDER", help="your data, in place of the first recipe's")
-    parser.add_argument("--seeds", type=_seeds, metavar="N,N,...", help="one run of each; default: evaluation.seeds")
-    parser.add_argument("--students", metavar="NAME,NAME,...", help="architectures; default: evaluation.student")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/compare-<name of the first recipe>")
-    parser.add_argument("--teachers", type=Path, metavar="DIR", help="where squeezed teachers are kept")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be run and stop")
+    parser.add_argument("words", nargs="+", metavar="RECIPE.yaml | key=value", help="recipes and overrides for all of them")
+    parser.add_argument("--data", metavar="HUB_ID_OR_FOLDER", help="your data, instead of the first recipe's")
+    parser.add_argument("--seeds", type=_seeds, metavar="N,N,...", help="one run per seed; default: evaluation.seeds")
+    parser.add_argument("--students", metavar="NAME,NAME,...", help="student architectures; default: evaluation.student")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/compare-<first recipe name>")
+    parser.add_argument("--teachers", type=Path, metavar="DIR", help="folder of squeezed teachers")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     add_compute(parser)
     return _compare
 
@@ -45,7 +45,7 @@ def _seeds(text: str) -> list[int]:
         seeds = [int(part) for part in text.split(",")]
         if 0 <= min(seeds) and max(seeds) < 2**63 and len(set(seeds)) == len(seeds):
             return seeds
-    raise argparse.ArgumentTypeError(f"expected different whole numbers with commas between, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected distinct whole numbers separated by commas, got {text!r}")
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -76,14 +76,14 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _with_data(first: Recipe, source: str, overrides: Sequence[str]) -> list[str]:
-    """Overrides that give all recipes other data, with the first one's settings where they hold there too."""
+    """Return overrides that replace the data of all recipes, and keep the first recipe's settings that still apply."""
     from ..images import count_classes
 
     words = [f"data.{key}=null" for key in ("config", "revision", "image_column", "label_column")]
     words += ["data.license=unknown", f"data.source={json.dumps(source)}"]
-    # The rest of the overrides waits for the number of classes.
+    # The other overrides are applied later, when the number of classes is known.
     data = override_recipe(first, [*words, *(word for word in overrides if word.startswith("data."))]).data
-    # The section as a whole: the other recipes may name splits or columns that these data do not have.
+    # Replace the whole section: the other recipes may name splits or columns that this data does not have.
     section = dataclasses.asdict(data) | {"num_classes": count_classes(data)}
     return [f"data={json.dumps(section, ensure_ascii=False)}", *overrides]
 
@@ -98,9 +98,9 @@ def _plan(methods: Sequence[Method], notes: Sequence[str], seeds: Sequence[int],
 
 
 _ABSOLUTE_PATH = re.compile(r"""(?<![\w./~-])/(?!/)[^,\]"']*""")
-"""Alone or inside an option, an override or a list; not an address."""
+"""An absolute path, alone or inside an option, an override or a list. URLs do not match."""
 
 
 def public_word(word: str) -> str:
-    """A word of the command as a shell reads it, without the folders of this machine."""
+    """Return a word of the command, quoted for a shell, with absolute paths cut to their last part."""
     return shlex.quote(_ABSOLUTE_PATH.sub(lambda match: Path(match[0]).name, word))

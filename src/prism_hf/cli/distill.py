@@ -1,4 +1,4 @@
-"""The command distill: a recipe as a whole."""
+"""The command distill: run a complete recipe."""
 
 import argparse
 import sys
@@ -11,33 +11,33 @@ from .status import print_status
 
 
 def distill(parser: argparse.ArgumentParser) -> Command:
-    r"""Run a recipe: from real data to a distilled dataset.
+    r"""Distill a dataset: run all stages of a recipe.
 
         %(prog)s digits/prism_ipc10                            # a shipped recipe, into outputs/<recipe name>
-        %(prog)s RECIPE.yaml synthesis.ipc=5 --output DIR      # any override, any folder
-        %(prog)s RECIPE.yaml --dry-run                         # the plan; touches no tensor and no network
-        %(prog)s RECIPE.yaml --stage evaluate                  # one stage, from what the earlier ones left
-        %(prog)s RECIPE.yaml --push-to-hub ORG/NAME            # share it; private unless --public
+        %(prog)s RECIPE.yaml synthesis.ipc=5 --output DIR      # override a value, choose the folder
+        %(prog)s RECIPE.yaml --dry-run                         # print the plan; loads and downloads nothing
+        %(prog)s RECIPE.yaml --stage evaluate                  # run one stage; needs the earlier ones
+        %(prog)s RECIPE.yaml --push-to-hub ORG/NAME            # publish it; private unless --public
 
-    On two processes, GPUs or else CPU cores:
+    To use two processes, on two GPUs or on the CPU:
 
         accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
             -m prism_hf distill RECIPE.yaml
 
-    The stages are squeeze (train teachers), synthesize (images), relabel, package and evaluate (train students). The same
-    command resumes an interrupted run, with any number of processes.
+    The stages are squeeze (train teachers), synthesize (optimize images), relabel (make soft labels), package, and
+    evaluate (train students). Run the same command again, with any number of processes, to resume an interrupted run.
     """
     parser.add_argument(
-        "words", nargs="*", metavar="RECIPE | key=value", help="a YAML file or a shipped name, and overrides"
+        "words", nargs="*", metavar="RECIPE | key=value", help="a YAML file or a shipped recipe, and overrides"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/<recipe name>")
-    parser.add_argument("--teachers", type=Path, metavar="DIR", help="where squeezed teachers are kept")
-    parser.add_argument("--stage", choices=STAGES, help="run one stage only")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="output folder; default: outputs/<recipe name>")
+    parser.add_argument("--teachers", type=Path, metavar="DIR", help="folder of squeezed teachers")
+    parser.add_argument("--stage", choices=STAGES, help="run only this stage")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    parser.add_argument("--status", nargs="?", const=True, metavar="DIR", help="print the state of a run and stop")
-    parser.add_argument("--fresh", action="store_true", help="move what is in the output folder aside and start again")
-    parser.add_argument("--allow-partial", action="store_true", help="package what is finished although some jobs failed")
-    parser.add_argument("--log-with", metavar="|".join(TRACKERS), help="record losses, verifier accuracy and pictures")
+    parser.add_argument("--status", nargs="?", const=True, metavar="DIR", help="print the status of a run and stop")
+    parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start over")
+    parser.add_argument("--allow-partial", action="store_true", help="package the finished images even if some jobs failed")
+    parser.add_argument("--log-with", metavar="|".join(TRACKERS), help="log losses, verifier accuracy and images")
     parser.add_argument("--push-to-hub", dest="repo", metavar="REPO", help="publish the dataset; creates REPO if missing")
     add_target(parser)
     add_compute(parser)
@@ -46,7 +46,7 @@ def distill(parser: argparse.ArgumentParser) -> Command:
 
 def _distill(args: argparse.Namespace) -> None:
     if args.repo is None and (args.public or args.revision != "main" or args.create_pr or args.replace):
-        args.parser.error("--public, --revision, --create-pr and --replace belong to --push-to-hub REPO")
+        args.parser.error("--public, --revision, --create-pr and --replace require --push-to-hub REPO")
     if isinstance(args.status, str) and not args.words:
         print_status(Path(args.status))
         return

@@ -1,4 +1,4 @@
-"""The command evaluate: students on a distilled dataset."""
+"""The command evaluate: train students on a distilled dataset."""
 
 import argparse
 import json
@@ -11,23 +11,23 @@ from .options import Command, add_compute, quiet, split_overrides
 
 
 def evaluate(parser: argparse.ArgumentParser) -> Command:
-    """Train students on a distilled dataset, and print the table.
+    """Train students on a distilled dataset and print the results.
 
         %(prog)s DATASET
         %(prog)s DATASET --student resnet18 --seeds 3 evaluation.epochs=100
         %(prog)s DATASET --test DATA:SPLIT
 
-    DATASET is a folder or a Hub id. Students see only what it contains: images, labels, views. The test data are the
-    recipe's unless named. The random-real rows appear when the real training data and the teachers can be reached
-    (--teachers DIR for squeezed ones).
+    DATASET is a folder or a Hub id. Students are trained only on its images, labels and views. The test data is that of
+    the recipe unless --test is given. The table has rows for random real images if the real training data and the
+    teachers are available (--teachers DIR for squeezed ones).
     """
-    parser.add_argument("words", nargs="+", metavar="DATASET | evaluation.key=value", help="a folder or a Hub id")
-    parser.add_argument("--revision", help="of a Hub dataset")
-    parser.add_argument("--student", metavar="NAME", help="timm architecture, or transformers:MODEL_TYPE")
-    parser.add_argument("--test", metavar="DATA[:SPLIT]", help="test data: Hub id or folder; split `test` if not named")
-    parser.add_argument("--seeds", type=int, metavar="N", help="students per row")
-    parser.add_argument("--teachers", type=Path, metavar="DIR", help="default: those beside DATASET, or outputs/teachers")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/evaluate/<recipe name>")
+    parser.add_argument("words", nargs="+", metavar="DATASET | evaluation.key=value", help="folder or Hub id; overrides")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub dataset")
+    parser.add_argument("--student", metavar="NAME", help="student: timm architecture or transformers:MODEL_TYPE")
+    parser.add_argument("--test", metavar="DATA[:SPLIT]", help="test data: Hub id or folder; default split: test")
+    parser.add_argument("--seeds", type=int, metavar="N", help="number of students (seeds) per row")
+    parser.add_argument("--teachers", type=Path, metavar="DIR", help="default: next to DATASET, or outputs/teachers")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="output folder; default: outputs/evaluate/<recipe name>")
     add_compute(parser)
     return _evaluate
 
@@ -35,7 +35,7 @@ def evaluate(parser: argparse.ArgumentParser) -> Command:
 def _evaluate(args: argparse.Namespace) -> None:
     sources, overrides = split_overrides(args.words)
     if len(sources) != 1:
-        raise RecipeError(f"expected one dataset, got {len(sources)}; protocol changes are written evaluation.key=value")
+        raise RecipeError(f"expected one dataset, got {len(sources)}; write overrides as evaluation.key=value")
     if args.seeds is not None:
         if args.seeds < 1:
             raise RecipeError(f"--seeds is {args.seeds}; expected at least 1")

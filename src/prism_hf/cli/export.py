@@ -1,4 +1,4 @@
-"""The command export: a dataset for other programs."""
+"""The command export: convert a dataset for other programs."""
 
 import argparse
 import sys
@@ -8,17 +8,17 @@ from .options import Command, quiet
 
 
 def export(parser: argparse.ArgumentParser) -> Command:
-    """Write the images of a dataset for other programs.
+    """Export the images of a dataset for other programs.
 
         %(prog)s outputs/NAME/dataset DIR --format imagefolder
         %(prog)s ORG/NAME DIR --format rethinkdc --revision v1
 
-    imagefolder: a folder of image files per class. rethinkdc: one Parquet table with the columns that rethinkdc reads.
+    imagefolder: one folder of image files per class. rethinkdc: one Parquet table with the columns that rethinkdc reads.
     """
-    parser.add_argument("source", metavar="FOLDER_OR_REPO", help="a dataset folder, or a Hub id")
-    parser.add_argument("target", type=Path, metavar="DIR", help="new folder")
-    parser.add_argument("--format", required=True, choices=("imagefolder", "rethinkdc"))
-    parser.add_argument("--revision", help="of a Hub dataset")
+    parser.add_argument("source", metavar="FOLDER_OR_REPO", help="a dataset folder or a Hub id")
+    parser.add_argument("target", type=Path, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--format", required=True, choices=("imagefolder", "rethinkdc"), help="output format")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub dataset")
     return _export
 
 

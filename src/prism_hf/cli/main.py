@@ -1,8 +1,8 @@
-"""Distill datasets, evaluate and compare them, share and check them.
+"""Distill image datasets, evaluate and compare them, and publish and verify them.
 
-`prism-hf COMMAND --help` explains a command. `prism-hf recipes` lists the recipes that come with the package, and
-`prism-hf digits/prism_ipc10` is short for `prism-hf distill digits/prism_ipc10`. `distill`, `squeeze`, `evaluate` and
-`compare` also run on several processes: `accelerate launch ... -m prism_hf COMMAND ...`.
+`prism-hf COMMAND --help` explains a command. `prism-hf recipes` lists the recipes that come with the package.
+`prism-hf digits/prism_ipc10` is short for `prism-hf distill digits/prism_ipc10`. The commands `distill`, `squeeze`,
+`evaluate` and `compare` can use several processes: `accelerate launch ... -m prism_hf COMMAND ...`.
 """
 
 import argparse
@@ -24,19 +24,19 @@ from .status import status
 from .verify import verify
 
 COMMANDS = (distill, recipes, squeeze, evaluate, compare, status, push, verify, export)
-"""Each adds the options of its command to a parser and returns what runs it; its docstring is the help."""
+"""Each function adds the options of its command to a parser and returns the code to run. Its docstring is the help."""
 
 
 def parse(
     argv: Sequence[str] | None = None, *, prog: str | None = None, default_recipe: Path | None = None
 ) -> argparse.Namespace:
-    """The options of a command line, by default that of this process; `run` is the function of its command.
+    """Parse a command line, by default that of this process. The attribute `run` of the result runs the command.
 
-    `prog` is what the user types in place of `prism-hf COMMAND`; `default_recipe` is for `distill` where none is named.
+    `prog` replaces `prism-hf COMMAND` in the help; `default_recipe` is for `distill` if the command line has no recipe.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].isalpha() and words[0] not in ("-h", "--help", "--version"):
-        words.insert(0, "distill")  # a recipe, an override or an option: no command is spelled like these
+        words.insert(0, "distill")  # a recipe, an override or an option; command names have only letters
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("prism-hf", description=__doc__, formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"prism-hf {__version__}")
@@ -51,12 +51,12 @@ def parse(
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(run=run, parser=command, argv=words[1:], default_recipe=default_recipe)
         if words[:1] == [name]:
-            # Not by the parser above: recipes, overrides and options may stand in any order.
+            # Not with the parser above, so that recipes, overrides and options may come in any order.
             return command.parse_intermixed_args(words[1:])
     return parser.parse_args(words)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None, default_recipe: Path | None = None) -> int:
-    """Run a command line, see `parse`; returns its exit code."""
+    """Run a command line (see `parse`) and return its exit code."""
     args = parse(argv, prog=prog, default_recipe=default_recipe)
     return run_command(args.run, args)

@@ -1,4 +1,4 @@
-"""The command push: a folder to the Hub."""
+"""The command push: publish a folder on the Hub."""
 
 import argparse
 import sys
@@ -13,11 +13,11 @@ def push(parser: argparse.ArgumentParser) -> Command:
         %(prog)s outputs/NAME/dataset ORG/NAME [--public] [--revision BRANCH | --create-pr] [--replace]
         %(prog)s outputs/NAME/student ORG/STUDENT --dataset ORG/NAME
 
-    One commit brings all of it or nothing. The repo is private unless --public.
+    Everything is published in one commit. The repo is private unless you use --public.
     """
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a dataset (DIR/dataset), a teacher, or DIR/student")
-    parser.add_argument("repo", metavar="REPO", help="Hub id, created if it does not exist")
-    parser.add_argument("--dataset", metavar="REPO", help="of a student: Hub id of the dataset that it learned from")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="DIR/dataset, a teacher folder, or DIR/student")
+    parser.add_argument("repo", metavar="REPO", help="Hub id; the repo is created if it does not exist")
+    parser.add_argument("--dataset", metavar="REPO", help="for a student: Hub id of the dataset it was trained on")
     add_target(parser)
     return _push
 

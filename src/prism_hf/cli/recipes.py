@@ -1,4 +1,4 @@
-"""The command recipes: the recipes that come with prism-hf."""
+"""The command recipes: list or print the recipes that come with prism-hf."""
 
 import argparse
 import sys
@@ -12,9 +12,9 @@ def recipes(parser: argparse.ArgumentParser) -> Command:
     """List the shipped recipes, or print one.
 
         %(prog)s
-        %(prog)s your_data/prism_ipc10 > my_recipe.yaml    # a copy to change
+        %(prog)s your_data/prism_ipc10 > my_recipe.yaml    # a copy to edit
 
-    Every command that takes a recipe takes these names too.
+    Every command that takes the path of a recipe also accepts these names.
     """
     parser.add_argument("name", nargs="?", metavar="NAME", help="print the YAML of this recipe")
     return _recipes

@@ -1,4 +1,4 @@
-"""The command squeeze: the teachers of a recipe alone."""
+"""The command squeeze: train only the teachers of a recipe."""
 
 import argparse
 import shutil
@@ -15,9 +15,9 @@ def squeeze(parser: argparse.ArgumentParser) -> Command:
 
         %(prog)s RECIPE.yaml [key=value ...] [--output DIR]
 
-    They learn the recipe's real data; finished ones are left as they are. Prints a folder per teacher, which both
-    `timm.create_model("local-dir:FOLDER", pretrained=True)` and transformers'
-    `AutoModelForImageClassification.from_pretrained("FOLDER")` load.
+    Teachers are trained on the recipe's real data; finished ones are not trained again. Prints the folder of each teacher.
+    Load it with `timm.create_model("local-dir:FOLDER", pretrained=True)` or, in transformers, with
+    `AutoModelForImageClassification.from_pretrained("FOLDER")`.
     """
     parser.add_argument("words", nargs="+", metavar="RECIPE.yaml | key=value", help="a recipe, and overrides")
     parser.add_argument("--output", type=Path, default="outputs/teachers", metavar="DIR", help="default: %(default)s")
@@ -29,7 +29,7 @@ def _squeeze(args: argparse.Namespace) -> None:
     recipe = read_recipe(args.words)
     if not recipe.squeezed_teachers:
         (path,), _ = split_overrides(args.words)
-        raise RecipeError(f"{path} names no `squeeze:` teacher, so there is nothing to train")
+        raise RecipeError(f"{path} does not name a `squeeze:` teacher, so there is nothing to train")
     quiet()
     from ..models import teacher_folder
     from ..run.context import Run, make_accelerator
@@ -40,7 +40,7 @@ def _squeeze(args: argparse.Namespace) -> None:
 
     check_place(args.output, "--output")
     check_architectures(recipe)
-    # Only later stages need the folder of a run; teachers go straight to the output.
+    # Only later stages need the folder of a run; teachers are written directly to the output.
     scratch = args.output / f".work-{recipe.name}"
     run = Run(recipe, scratch, args.output, make_accelerator(), args.checkpoint_every)
     use_threads(run.accelerator, run.work, args.threads)

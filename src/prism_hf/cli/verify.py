@@ -1,4 +1,4 @@
-"""The command verify: a dataset against its provenance."""
+"""The command verify: check a dataset against its provenance."""
 
 import argparse
 import sys
@@ -7,15 +7,15 @@ from .options import Command, quiet
 
 
 def verify(parser: argparse.ArgumentParser) -> Command:
-    """Compare every file of a dataset with provenance.json.
+    """Check every file of a dataset against provenance.json.
 
         %(prog)s outputs/NAME/dataset
         %(prog)s ORG/NAME --revision v1
 
-    The exit code is 1 if anything differs.
+    Prints one line per difference. The exit code is 1 if there is any.
     """
-    parser.add_argument("source", metavar="FOLDER_OR_REPO", help="a dataset folder, or a Hub id")
-    parser.add_argument("--revision", help="of a Hub dataset")
+    parser.add_argument("source", metavar="FOLDER_OR_REPO", help="a dataset folder or a Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub dataset")
     return _verify
 
 

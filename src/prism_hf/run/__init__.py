@@ -1,1 +1,1 @@
-"""A run: its folder, what its stages leave, and the stages."""
+"""Runs: the output folder, the stages, and the intermediate files that the stages exchange."""

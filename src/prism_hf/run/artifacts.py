@@ -1,11 +1,11 @@
-"""What the stages of a run leave for each other in DIR/work: the name of each file, and the key of what it is made from.
+"""Files that the stages of a run exchange in DIR/work. Each has a name, and a key that identifies what it was made from.
 
-start.npy                          start images that a teacher has chosen, (N, C, H, W) uint8
-jobs/job-N.safetensors             the images of one synthesis job, (B, C, H, W) uint8
-jobs/job-N.checkpoint.safetensors  a job that is not finished
-jobs/job-N.failed.safetensors      a job whose numbers went bad, as it was then
-SET/data/, SET/views/              the shards of both tables, as they ship
-SET/pixels.npy                     the images decoded, (N, C, H, W) uint8: what the teachers label
+start.npy                          start images chosen by a teacher, (N, C, H, W) uint8
+jobs/job-N.safetensors             images of one synthesis job, (B, C, H, W) uint8
+jobs/job-N.checkpoint.safetensors  state of an unfinished job
+jobs/job-N.failed.safetensors      state of a failed job, at the step where a value was NaN or infinite
+SET/data/, SET/views/              shards of both tables, exactly as they are published
+SET/pixels.npy                     decoded images, (N, C, H, W) uint8, which the teachers label
 students/                          scores
 squeezed.json, times.json          for `prism-hf status`
 
@@ -25,51 +25,51 @@ from ..recipe import Recipe, SynthesisJob
 from ..runtime import Artifact, digest, is_finished, read_proof
 
 STATE = 2
-"""Format of a job's state in its checkpoint; one of another format is not used."""
+"""Format version of a job's state in its checkpoint. A checkpoint with another version is not used."""
 SQUEEZED, TIMES = "squeezed.json", "times.json"
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A set of images to label and package: the distilled ones, or random real ones as their control.
+    """A set of images to label and package: the distilled images, or random real images as their control.
 
-    `origins` are (class, slot, job, row) of each image, in the order of the table. The row is one of the job's file; of a
-    real image, whose job is -1, one of the training split.
+    `origins` has one (class, slot, job, row) per image, in table order. `row` is the row in the job's file. For a real
+    image, `job` is -1 and `row` is the row in the training split.
     """
 
     name: str  # `distilled` or `random_real`
     origins: tuple[tuple[int, int, int, int], ...]
-    key: str  # digest of what the images are made from
+    key: str  # digest of the inputs that the images are made from
 
     def __len__(self) -> int:
         return len(self.origins)
 
 
 ShardTask = tuple[ImageSet, str, Shard]
-"""A set, its table (`data` or `views`), and a shard of that."""
+"""An image set, the name of one of its tables (`data` or `views`), and a shard of that table."""
 
 
 @dataclass(frozen=True, eq=False)
 class Artifacts:
-    """Names and keys of the files of one run."""
+    """Paths and keys of the files of one run."""
 
     folder: Path  # DIR/work
     recipe: Recipe
     train_content: str  # digest of the training data
     class_names: Sequence[str]
-    weights: Mapping[str, str]  # SHA-256 of the weights of every teacher
+    weights: Mapping[str, str]  # SHA-256 of each teacher's weights
 
-    def _key(self, what: str, sections: Sequence[str], teachers: Sequence[str], *parts: object) -> str:
+    def _key(self, kind: str, sections: Sequence[str], teachers: Sequence[str], *parts: object) -> str:
         weights = {name: self.weights[name] for name in teachers}
-        return digest([what, self.recipe.fingerprint(*sections), self.train_content, weights, *parts])[:16]
+        return digest([kind, self.recipe.fingerprint(*sections), self.train_content, weights, *parts])[:16]
 
     @property
     def start(self) -> Artifact:
-        """Start images that the logit teacher has chosen."""
+        """The start images that the logit teacher has chosen."""
         synthesis = self.recipe.synthesis
         mosaic = None if synthesis.mosaic is None else dataclasses.asdict(synthesis.mosaic)
-        rule = [synthesis.init, synthesis.ipc, mosaic, synthesis.easiest]
-        key = self._key("start", ("data", "squeeze"), (self.recipe.teachers.logit,), *rule)
+        settings = [synthesis.init, synthesis.ipc, mosaic, synthesis.easiest]
+        key = self._key("start", ("data", "squeeze"), (self.recipe.teachers.logit,), *settings)
         return Artifact(self.folder / "start.npy", key)
 
     @property
@@ -78,59 +78,59 @@ class Artifacts:
         return self._key("synthesis", ("method", "data", "teachers", "squeeze", "synthesis"), names)
 
     def job(self, job: SynthesisJob) -> Artifact:
-        """The images of a finished job."""
+        """Return the file with the images of a finished job."""
         return Artifact(job_file(self.folder, job.id), f"{self._synthesis_key}/{job.id}")
 
     def checkpoint(self, job: SynthesisJob, precision: Precision) -> Artifact:
-        """The state of a job that is not finished; a job of another precision does not start from it."""
+        """Return the file with the state of an unfinished job. Each precision has a separate file."""
         kind = "checkpoint" if precision == "float32" else f"checkpoint.{precision}"
         return Artifact(job_file(self.folder, job.id, kind), f"{self._synthesis_key}/{job.id}/{precision}/{STATE}")
 
     def failed(self, job: SynthesisJob) -> Artifact:
-        """The state of a job whose numbers went bad."""
+        """Return the file with the state of a failed job, whose values became NaN or infinite."""
         return Artifact(job_file(self.folder, job.id, "failed"), f"{self._synthesis_key}/{job.id}")
 
     def forget_unfinished(self, job: SynthesisJob) -> None:
-        """Remove what a job needed while it was not finished."""
+        """Remove the checkpoints and the failure state of a job that is now finished."""
         for precision in get_args(Precision):
             self.checkpoint(job, precision).remove()
         self.failed(job).remove()
 
     def images_key(self, content: object) -> str:
-        """What the images of a set are made from; `content` is the hash of each job, or the rows of the training split."""
-        rule = self.recipe.packaging
-        return self._key("images", ("data",), (), [rule.image_format, rule.jpeg_quality], content)
+        """Return the key of the images of a set. `content` is the hash of each job, or the rows of the training split."""
+        packaging = self.recipe.packaging
+        return self._key("images", ("data",), (), [packaging.image_format, packaging.jpeg_quality], content)
 
     def pixels(self, images: ImageSet) -> Artifact:
-        """The decoded images."""
+        """Return the file with the decoded images of a set."""
         return Artifact(self.folder / images.name / "pixels.npy", images.key)
 
     def shard_tasks(self, sets: Sequence[ImageSet], table: str) -> list[ShardTask]:
-        """Every shard of one table of some sets."""
+        """Return all shards of one table, for all given sets."""
         shards_of = image_shards if table == IMAGES else view_shards
         return [(images, table, shard) for images in sets for shard in shards_of(self.recipe, len(images))]
 
     def shards(self, sets: Sequence[ImageSet]) -> list[Artifact]:
-        """The files of both tables of some sets."""
+        """Return the files of all shards of both tables, for all given sets."""
         return [self.shard(*task) for table in (IMAGES, VIEWS) for task in self.shard_tasks(sets, table)]
 
     def shard(self, images: ImageSet, table: str, shard: Shard) -> Artifact:
-        """The file of a shard."""
+        """Return the file of a shard."""
         parts = [table, shard.name, shard.rows.start, shard.rows.stop]
-        # The table of images shows the names of the classes.
+        # The image table contains the class names, so its key depends on them.
         names = [list(self.class_names)] if table == IMAGES else []
         key = self._key("labels", ("relabel",), self.recipe.relabel.teachers, images.key, parts, *names)
         return Artifact(self.folder / images.name / table / shard.name, key)
 
 
 def job_file(folder: Path, job: int, kind: str = "") -> Path:
-    """Where in DIR/work the images of a job are; or its state, of the kind `checkpoint` or `failed`."""
+    """Return the path of a job's images in DIR/work, or of its state if `kind` is `checkpoint` or `failed`."""
     suffix = f".{kind}" if kind else ""
     return folder / "jobs" / f"job-{job:05d}{suffix}.safetensors"
 
 
 def read_failed(folder: Path) -> list[dict[str, Any]]:
-    """What is known of the jobs of DIR/work that failed, in order; one that was finished after all is not among them."""
+    """Return the notes on the failed jobs in DIR/work, in order. Jobs that a later launch finished are omitted."""
     notes = []
     for path in sorted((folder / "jobs").glob("job-*.failed.safetensors")):
         name = path.name.removesuffix(".failed.safetensors")

@@ -1,12 +1,12 @@
-"""A run: one recipe in one output folder, on some processes, with its real data and networks.
+"""A run: one recipe in one output folder, with its real data and networks, on one or more processes.
 
-DIR/recipe.yaml     whose folder this is
-DIR/dataset/        the Hub-ready folder
+DIR/recipe.yaml     the recipe that the folder belongs to
+DIR/dataset/        the dataset, ready to push to the Hub
 DIR/control/        random real images, packaged the same way
-DIR/student/        one student, for timm and transformers
-DIR/report.json     every figure of the table
-DIR/work/           what the stages leave for each other
-DIR/logs/           run.log, trackers
+DIR/student/        one student, which timm and transformers can load
+DIR/report.json     all numbers of the results table
+DIR/work/           intermediate files that the stages exchange
+DIR/logs/           run.log and the files of trackers
 """
 
 import logging
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Loaded:
-    """Real data and networks that are in memory: each is loaded once. The runs of a comparison share them."""
+    """The real data and networks in memory, each loaded once. The runs of a comparison share them."""
 
     data: dict[DataRecipe, SourceData] = field(default_factory=dict)
     teachers: dict[tuple[str, Path | None], Teacher] = field(default_factory=dict)
@@ -48,50 +48,50 @@ class Loaded:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One recipe in one output folder, on some processes."""
+    """One recipe in one output folder, on one or more processes."""
 
     recipe: Recipe
     folder: Path
-    teachers_root: Path  # where squeezed teachers are kept; recipes may share it
+    teachers_root: Path  # folder of the squeezed teachers; recipes may share it
     accelerator: Accelerator  # processes, device, trackers
-    checkpoint_s: float = EVERY_S  # seconds between two checkpoints of a long job
-    allow_partial: bool = False  # go on without the jobs whose numbers went bad
-    with_control: bool = True  # make random real images beside the distilled ones, as every recipe by itself does
-    title: str = ""  # what the run is called beside its stages, where it is one of many
+    checkpoint_s: float = EVERY_S  # seconds between checkpoints of a long job
+    allow_partial: bool = False  # continue without the jobs that failed
+    with_control: bool = True  # also make random real images, as every run outside a comparison does
+    title: str = ""  # name of the run in front of its stage in the progress bar, if it is one of many
     loaded: Loaded = field(default_factory=Loaded)
 
     @property
     def wants_control(self) -> bool:
-        """Whether there is a control to make: a dataset of random real images is one itself."""
+        """True if the run makes a control. A dataset of random real images needs none, since it is one itself."""
         return self.with_control and self.recipe.method != "random"
 
     @property
     def dataset(self) -> Path:
-        """The Hub-ready folder."""
+        """The folder of the dataset, ready to push to the Hub."""
         return self.folder / "dataset"
 
     @property
     def control(self) -> Path:
-        """Random real images, packaged the same way."""
+        """The folder of random real images, packaged like the dataset."""
         return self.folder / "control"
 
     @property
     def work(self) -> Path:
-        """What the stages leave for each other."""
+        """The folder of the files that the stages exchange."""
         return self.folder / "work"
 
     @property
     def data(self) -> SourceData:
-        """The real data, loaded when first needed."""
-        # No barrier: a process that needs no data in some stage must not keep the others waiting. Downloads are safe, the
-        # libraries lock their caches.
+        """The real data, loaded on first use."""
+        # No barrier: a process that needs no data in a stage must not block the others. Concurrent downloads are safe,
+        # because the libraries lock their caches.
         wanted = self.recipe.data
         if wanted not in self.loaded.data:
             self.loaded.data[wanted] = load_source(wanted)
         return self.loaded.data[wanted]
 
     def teachers(self, names: Sequence[str]) -> dict[str, Teacher]:
-        """Networks by name, each loaded once and checked against the data."""
+        """Return networks by name. Each is loaded once and checked against the data."""
         return {name: self._teacher(name) for name in dict.fromkeys(names)}
 
     def _teacher(self, name: str) -> Teacher:
@@ -99,18 +99,18 @@ class Run:
         if (name, folder) not in self.loaded.teachers:
             squeezed = None if folder is None else {name: folder}
             teacher = load_teacher(name, device=self.accelerator.device, squeezed=squeezed)
-            # Teachers of earlier versions do not say what their weights were.
+            # Teachers saved by earlier versions do not record the hash of their weights.
             if folder is not None and read_squeezed(folder).weights_sha256 not in (None, teacher.weights_sha256):
                 raise DamagedError(
-                    f"the weights in {folder} were changed after they were written; --stage squeeze sets them aside "
-                    "and trains again"
+                    f"the weights in {folder} were changed after they were written; run --stage squeeze to set them "
+                    "aside and train again"
                 )
             check_teacher(teacher, class_names=self.data.class_names, channels=self.recipe.data.channels)
             self.loaded.teachers[name, folder] = teacher
         return self.loaded.teachers[name, folder]
 
     def _folder_of(self, name: str) -> Path | None:
-        """The folder of a `squeeze:` teacher that was trained on these very data; `None` for other teachers."""
+        """Return the folder of a `squeeze:` teacher that was trained on this data; `None` for other teachers."""
         if name not in self.recipe.squeezed_teachers:
             return None
         folder = self.trained_folder(name)
@@ -118,74 +118,74 @@ class Run:
         return folder
 
     def trained_folder(self, name: str) -> Path:
-        """The folder of a `squeeze:` teacher; a `StageError` if it is not trained yet."""
+        """Return the folder of a `squeeze:` teacher, or raise a `StageError` if it is not trained yet."""
         folder = teacher_folder(name, self.recipe, self.teachers_root)
         if not is_squeezed(folder):
             raise StageError(
                 f"teacher {name!r} is not trained yet in {folder.parent}; run recipes/squeeze.py (or --stage squeeze) "
-                "first, or name its folder with --teachers DIR"
+                "first, or specify the folder of teachers with --teachers DIR"
             )
         return folder
 
     @property
     def squeezed_top1(self) -> dict[str, float]:
-        """Score of each squeezed teacher on the test part, in [0, 1]."""
+        """Top-1 accuracy of each squeezed teacher on the test data, in [0, 1]."""
         folders = {name: teacher_folder(name, self.recipe, self.teachers_root) for name in self.recipe.squeezed_teachers}
         return {name: read_squeezed(folder, self.data).test_top1 for name, folder in folders.items()}
 
     @property
     def verifier(self) -> Teacher | None:
-        """The held-out judge, if the recipe names one."""
+        """The held-out verifier, or `None` if the recipe does not name one."""
         return self.judge if self.recipe.teachers.verifier else None
 
     @property
     def judge(self) -> Teacher:
-        """The network whose features measure similarity: the verifier, or else the logit teacher."""
+        """The network whose features measure similarity: the verifier, or the logit teacher if there is no verifier."""
         return self._teacher(self.recipe.teachers.verifier or self.recipe.teachers.logit)
 
     @cached_property
     def artifacts(self) -> Artifacts:
-        """What the stages leave for each other; its keys need the weights of every teacher."""
+        """The files that the stages exchange. Their keys depend on the weights of every teacher."""
         weights = {}
         for name in self.recipe.all_teachers:
             folder = self._folder_of(name)
-            known = None if folder is None else read_squeezed(folder).weights_sha256
-            weights[name] = known or self._teacher(name).weights_sha256
+            recorded = None if folder is None else read_squeezed(folder).weights_sha256
+            weights[name] = recorded or self._teacher(name).weights_sha256
         return Artifacts(self.work, self.recipe, self.data.train.content, self.data.class_names, weights)
 
     @property
     def precision(self) -> Precision:
-        """Of the teachers' passes in synthesis, as `accelerate launch --mixed_precision` asks; all else is float32."""
+        """Precision of the teachers in synthesis, from `accelerate launch --mixed_precision`. All else is float32."""
         return "bf16" if self.accelerator.mixed_precision == "bf16" else "float32"
 
     @property
     def hardware(self) -> dict[str, object]:
-        """What a result may depend on beyond the recipe, up to rounding."""
+        """Device, threads and precision, which can change a result through rounding."""
         threads = torch.get_num_threads()
         return {"device": self.accelerator.device.type, "threads": threads, "precision": self.precision}
 
-    def share(self, stage: str, tasks: Sequence[T], **how: Any) -> None:
-        """Do the tasks of a stage that are not done, shared over the processes; see `runtime.share`."""
-        share(self.accelerator, stage, tasks, notes=self.work, title=self.title, **how)
+    def share(self, stage: str, tasks: Sequence[T], **options: Any) -> None:
+        """Do the unfinished tasks of a stage, divided over the processes; see `runtime.share`."""
+        share(self.accelerator, stage, tasks, notes=self.work, title=self.title, **options)
 
     def say(self, text: str) -> None:
-        """Write one log line, on the main process only; accelerate's own logger would prefix it with the rank."""
+        """Log one line, on the main process only. Accelerate's own logger would prefix it with the rank."""
         if self.accelerator.is_main_process:
             log.info(text)
 
     def warn(self, text: str) -> None:
-        """Write one log line about what went wrong on this process."""
+        """Log a warning from this process, with its rank unless it is the main process."""
         rank = self.accelerator.process_index
         log.warning(f"process {rank}: {text}" if rank else text)
 
     def times(self) -> dict[str, float]:
-        """Seconds spent in each stage so far, all launches added up (those that were killed outright left none)."""
+        """Return the seconds spent in each stage, summed over all launches except those that were killed."""
         path = self.work / TIMES
         return read_json(path) if path.is_file() else {}
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the time of a stage to its record."""
+        """Add the duration of the block to the recorded time of a stage."""
         started = time.perf_counter()
         try:
             yield
@@ -197,7 +197,7 @@ class Run:
 
 
 def make_accelerator(folder: Path | None = None, *, log_with: str | None = None) -> Accelerator:
-    """Return the processes of this launch, as `accelerate launch` set them up, with trackers in the output folder."""
+    """Return the accelerator of this launch, as `accelerate launch` configured it. Trackers write to DIR/logs."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
         raise RecipeError(
@@ -207,19 +207,19 @@ def make_accelerator(folder: Path | None = None, *, log_with: str | None = None)
     if log_with is not None and log_with not in TRACKERS:
         raise RecipeError(f"--log-with {log_with!r} is unknown; use one of {', '.join(TRACKERS)}")
     if log_with is not None and find_spec(log_with) is None:
-        raise RecipeError(f"--log-with {log_with}: the package is not installed; pip install {log_with}")
+        raise RecipeError(f"--log-with {log_with}: the package is not installed; run pip install {log_with}")
     return Accelerator(
-        # Without this flag, processes on a machine without GPU would not know of each other.
+        # Without this flag, the processes on a machine without a GPU would not form one group.
         cpu=not torch.cuda.is_available(),
         log_with=log_with,
         project_dir=str(folder / "logs") if folder is not None else None,
-        # Processes meet only between stages, and one may have hours more to do than another.
+        # Processes synchronize only between stages, and one may have hours more work than another.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
 
 
 def log_picture(accelerator: Accelerator, name: str, image_uint8: Tensor, step: int) -> None:
-    """Send one picture, (C, H, W) uint8, to every tracker that takes pictures."""
+    """Log one image, (C, H, W) uint8, to every tracker that supports images."""
     rgb = image_uint8.expand(3, -1, -1)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":

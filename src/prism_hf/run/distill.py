@@ -1,6 +1,6 @@
-"""A whole run by one call: check everything, claim the folder, take the stages in order, publish.
+"""A complete run in one call: check everything, claim the folder, run the stages in order, publish.
 
-Every stage shares its independent tasks over the processes and skips what is finished, so a second launch resumes where
+Every stage divides its independent tasks over the processes and skips finished ones. So a second launch resumes where
 the first one stopped, with any number of processes.
 """
 
@@ -32,12 +32,12 @@ _FUNCTIONS = dict(zip(STAGES, (squeeze, synthesize, relabel, package, evaluate),
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a run has left.
+    """The results of a run.
 
     Attributes:
-        dataset: The Hub-ready folder in the output folder; `None` if it is not packaged yet.
-        report: Every figure of the table, as report.json has it; `None` if it is not evaluated yet.
-        url: Address of the commit or of the pull request, in the first process, if the dataset was published.
+        dataset: The dataset folder inside the output folder; `None` if it is not packaged yet.
+        report: The content of report.json, with all numbers of the table; `None` if the run is not evaluated yet.
+        url: URL of the commit or pull request, if the dataset was published; only in the main process.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class Distilled:
 
     @property
     def table(self) -> str | None:
-        """The table and sentences that the command line prints; `None` if the run is not evaluated yet."""
+        """The results table and summary that the command line prints; `None` if the run is not evaluated yet."""
         return None if self.report is None else summary(self.report)
 
 
@@ -68,21 +68,21 @@ def distill(
     """Distill a dataset into a folder, as `prism-hf distill` does; the same call resumes an interrupted run.
 
     Args:
-        recipe: A recipe, the path of its YAML, or the name of a shipped one (`digits/prism_ipc10`).
+        recipe: A recipe, the path of a YAML file, or the name of a shipped recipe (`digits/prism_ipc10`).
         output: The output folder.
-        overrides: Changes of the recipe: `{"synthesis.ipc": 5}`, or `["synthesis.ipc=5"]`.
-        teachers: Where squeezed teachers are kept, shared between recipes; default: OUTPUT/teachers.
-        stage: Take this stage only: `squeeze`, `synthesize`, `relabel`, `package` or `evaluate`.
-        fresh: Move the run that is in the folder aside, and start again.
-        allow_partial: Package the finished images although some jobs failed.
-        push_to_hub: Publish the dataset in one commit; a plain Hub id means a private repo.
-        log_with: Record losses and pictures with `tensorboard`, `wandb` or `trackio`.
-        threads: CPU threads per process, on which the bytes of a result depend; default: those that the folder was
-            started with, or else the cores of the machine divided by the processes on it.
-        checkpoint_s: Seconds between two checkpoints of a long job.
+        overrides: Changes to the recipe: `{"synthesis.ipc": 5}`, or `["synthesis.ipc=5"]`.
+        teachers: Folder of squeezed teachers, which recipes can share; default: OUTPUT/teachers.
+        stage: Run only this stage: `squeeze`, `synthesize`, `relabel`, `package` or `evaluate`.
+        fresh: Move an existing run in the folder aside, and start again.
+        allow_partial: Package the finished images even if some jobs failed.
+        push_to_hub: Publish the dataset in one commit. A plain Hub id means a private repo.
+        log_with: Log losses and images to `tensorboard`, `wandb` or `trackio`.
+        threads: CPU threads per process. The exact bytes of a result depend on it. Default: the number that the run was
+            started with; for a new run, the cores of the machine divided by the number of processes on it.
+        checkpoint_s: Seconds between checkpoints of a long job.
 
     Raises:
-        PrismError: One line on what cannot be used, before anything is written; or on what went wrong later.
+        PrismError: A one-line message, either about invalid input before anything is written, or about a later failure.
 
     Example:
         >>> result = distill("digits/prism_ipc10", "outputs/digits", overrides={"synthesis.ipc": 1})
@@ -100,11 +100,11 @@ def distill(
 
 
 def _check_at_once(recipe: Recipe, folder: Path, stage: str | None, target: Target | None, *, fresh: bool) -> None:
-    """Check what needs neither data nor teachers."""
+    """Check everything that needs neither data nor teachers."""
     if stage is not None and stage not in STAGES:
         raise RecipeError(f"stage {stage!r} is unknown; use one of {', '.join(STAGES)}")
     if target is not None and stage in ("squeeze", "synthesize", "relabel"):
-        raise HubError(f"--stage {stage} leaves no dataset to push; leave out --stage, or push after --stage package")
+        raise HubError(f"--stage {stage} does not make a dataset to push; omit --stage, or push after --stage package")
     check_folder(folder, recipe, fresh=fresh)
     check_free(folder)
     if target is not None:
@@ -112,13 +112,13 @@ def _check_at_once(recipe: Recipe, folder: Path, stage: str | None, target: Targ
 
 
 def _distill(run: Run, stage: str | None, target: Target | None, threads: int | None, *, fresh: bool) -> Distilled:
-    """Check what costs time to go wrong, claim the folder, take the stages, publish."""
+    """Check everything that can fail later, claim the folder, run the stages, publish."""
     is_main, recipe, processes = run.accelerator.is_main_process, run.recipe, run.accelerator.num_processes
     target = check_target(target, recipe.name) if target is not None and is_main else None
     if stage is not None:
         check_stage(run, stage, fresh=fresh)
     check(run, fresh=fresh)
-    # From here on something is written.
+    # Nothing is written before this point.
     if target is not None:
         reserve(target)
     with claimed_together(run, fresh=fresh) as earlier, log_file(run.folder, run.accelerator.process_index):
@@ -138,13 +138,13 @@ def _distill(run: Run, stage: str | None, target: Target | None, threads: int | 
             url = None if target is None else publish(bundle_of(run.dataset), target).url
         except HubError:
             if report is not None:
-                run.say(summary(report))  # the caller gets no result to show it from
+                run.say(summary(report))  # the caller gets an error instead of a result with the table
             raise
     return Distilled(run.folder, run.dataset if run.dataset.is_dir() else None, report, url)
 
 
 def run_stages(run: Run, wanted: Sequence[str]) -> None:
-    """Run the wanted stages, in order, and record how long each took."""
+    """Run the wanted stages in order, and record how long each one took."""
     for name in (stage for stage in STAGES if stage in wanted):
         run.say(f"stage {name}")
         with run.timed(name):
@@ -153,14 +153,14 @@ def run_stages(run: Run, wanted: Sequence[str]) -> None:
         raise_if_stopped()
     report = run.folder / "report.json"
     if run.accelerator.is_main_process and report.is_file():
-        # Only now is the time of the last stage known.
+        # The time of the last stage is known only now.
         write_json(report, read_json(report) | {"wall_time_s": run.times()})
 
 
 def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Open the trackers, if any, with the recipe's values as their config; local paths stay here."""
+    """Start the trackers, if any, with the recipe's values, but no local paths, as their config."""
     if accelerator.log_with:
-        # TensorBoard's tracker takes nothing but scalars.
+        # TensorBoard's tracker accepts only scalars.
         config = {
             key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
             for key, value in flat_values(public_recipe(recipe)).items()

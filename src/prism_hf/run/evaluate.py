@@ -1,4 +1,4 @@
-"""The stage evaluate: train the students of the table, keep one of them, write report.json, and complete the card."""
+"""The stage evaluate: train the students of the table, keep one of them, write report.json, and update the card."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -37,10 +37,10 @@ Keep = Callable[[nn.Module, float], None]
 
 
 def evaluate(run: Run) -> None:
-    """Train all students of the table, and write what they score."""
+    """Train and score all students of the table, then write the report and update the card."""
     if not (run.dataset / "README.md").is_file():
         raise StageError(f"{run.dataset} is not packaged yet; run --stage package first")
-    # Every process reads the tables. The first one decodes them alone, so that memory is asked for once at a time.
+    # Every process reads the tables. The first one decodes them alone, so that not all processes need the memory at once.
     with run.accelerator.main_process_first():
         distilled = load_distilled(run.dataset)
         sources: dict[str, Source] = {"distilled": distilled}
@@ -62,7 +62,7 @@ def evaluate(run: Run) -> None:
 
 
 def left_out(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, str]:
-    """Rows that cannot be had, with the reason."""
+    """Return the rows that cannot be computed, each with the reason."""
     reasons = {}
     if recipe.method == "random":
         reasons["random real"] = NO_CONTROL
@@ -83,9 +83,9 @@ def fill_table(
     missing: Mapping[str, str],
     judge: Teacher | None,
 ) -> dict[str, Any]:
-    """Train every student that can be had, and score it on `test`; scores are kept in `folder`.
+    """Train every possible student, score it on `test`, and return the table. The scores are saved in `folder`.
 
-    `judge` is the verifier, or else the logit teacher; `missing` says why it or one of the sources is not there.
+    `judge` is the verifier, or the logit teacher if there is none. `missing` has the reason for each unavailable row.
     """
     recipe, classes = run.recipe, run.recipe.data.num_classes
     tasks = student_tasks(sources, test, recipe.evaluation, recipe.relabel.view, folder, num_classes=classes)
@@ -95,9 +95,9 @@ def fill_table(
 
 
 def train_students(run: Run, tasks: Sequence[StudentTask], *, keep: Keep | None = None) -> None:
-    """Train and score every student that has no score yet, shared over the processes.
+    """Train and score every student that has no score yet, divided over the processes.
 
-    `keep` stores one of them for others to use: soft labels of the distilled images, first seed.
+    `keep` saves one of them for later use: the student of the distilled images with soft labels and the first seed.
     """
 
     def do(task: StudentTask, _: object) -> None:
@@ -117,10 +117,10 @@ def collect(
     verifier: Teacher | None,
     network: Teacher | None,
 ) -> dict[str, Any]:
-    """Read all scores, and measure what needs no training.
+    """Read all scores, and compute the measures that need no training.
 
-    `sources` are those of `distilled`, `random_real` and `full` that there are; the others are in `left_out`, with the
-    reason. The features of `network` measure similarity.
+    `sources` has those of `distilled`, `random_real` and `full` that are available. `left_out` has the reason for the
+    others. The features of `network` measure similarity.
     """
     distilled, settings = sources["distilled"], run.recipe.evaluation
     assert isinstance(distilled, DistilledDataset)
@@ -143,7 +143,7 @@ def collect(
 
 
 def conclude(run: Run, evaluation: Mapping[str, Any]) -> None:
-    """Write report.json, every figure of the table with its seeds and settings, and the figures into the card."""
+    """Write report.json, with all numbers of the table, seeds and settings, and put the numbers into the card."""
     names = LABELS | evaluation.get("names", {})
     sets = {names[name]: Diversity(**facts["intra_class_similarity"]) for name, facts in evaluation["sets"].items()}
     draw_diversity(run.dataset / "assets" / "diversity.png", sets, run.data.class_names)

@@ -1,4 +1,4 @@
-"""Students on a distilled dataset that was made elsewhere, beside random real images where they can be had."""
+"""Evaluation of an existing dataset: train students on it, and on random real images if they are available."""
 
 import hashlib
 import json
@@ -36,14 +36,14 @@ def evaluate_dataset(
     threads: int | None = None,
     checkpoint_s: float = EVERY_S,
 ) -> tuple[Path, Path | None]:
-    """Train students on a distilled dataset, and write the honest table; the same call resumes an interrupted one.
+    """Train students on a distilled dataset, and write the results table. The same call resumes an interrupted one.
 
-    `source` is a folder or a Hub id; `overrides` change its protocol, `evaluation.key=value`. `test` is `DATA` or
-    `DATA:SPLIT` in place of the recipe's test data. Squeezed teachers are by default looked for beside the dataset, then in
-    outputs/teachers; the output folder is by default outputs/evaluate/<recipe name>.
+    `source` is a folder or a Hub id. `overrides` change its protocol (`evaluation.key=value`). `test` is `DATA` or
+    `DATA:SPLIT`, and replaces the recipe's test data. By default, `teachers` is the folder next to the dataset or else
+    outputs/teachers, and `folder` is outputs/evaluate/<recipe name>.
 
     Returns:
-        Path of report.json; folder of the student that was kept, `None` if none was.
+        The path of report.json, and the folder of the student that was kept (`None` if none was).
     """
     if folder is not None:
         check_place(folder, "--output")
@@ -59,7 +59,7 @@ def evaluate_dataset(
 
 
 def _evaluate(run: Run, source: str, distilled: DistilledDataset, test: str | None, threads: int | None) -> Path:
-    """Fill the rows of the table that can be had here, and write report.json; returns where a student is kept."""
+    """Compute the rows of the table that are possible here, and write report.json. Return the folder for the student."""
     recipe, report, work, missing = run.recipe, run.folder / "report.json", run.work, dict[str, str]()
     tested = recipe if test is None else _with_test(recipe, test)
     data: SourceData | None
@@ -69,9 +69,9 @@ def _evaluate(run: Run, source: str, distilled: DistilledDataset, test: str | No
     else:
         data = _unless_missing(lambda: load_source(recipe.data), missing, "random real", "all real")
         split = load_test_split(recipe.data, tested.data.source, tested.data.test_split, distilled.class_names)
-    # One folder for all that control and scores depend on: another dataset of the same name must not find them.
+    # One folder per dataset and training data: another dataset of the same name must not reuse control and scores.
     run = replace(run, folder=run.folder / _digest(distilled.content, "" if data is None else data.train.content))
-    # More seeds join the students that are trained already.
+    # The key excludes the seeds, so that a call with more seeds reuses the students that are already trained.
     protocol = to_dict(replace(recipe, evaluation=replace(recipe.evaluation, seeds=(0,))))["evaluation"]
     key = _digest(json.dumps(protocol), split.content)
     keep = partial(
@@ -104,15 +104,15 @@ def _evaluate(run: Run, source: str, distilled: DistilledDataset, test: str | No
 
 
 def _protocol(source: str, distilled: DistilledDataset, overrides: Sequence[str]) -> Recipe:
-    """The recipe of the dataset, with the protocol changed as asked; what made the images stays."""
+    """Return the recipe of the dataset with overrides of its protocol. All settings of the images stay the same."""
     if distilled.recipe is None:
-        raise DataError(f"{source!r} has no recipe.yaml, which names the test data and the protocol")
+        raise DataError(f"{source!r} has no recipe.yaml, which names the test data and the protocol; add the file")
     wrong = [override for override in overrides if not override.startswith("evaluation.")]
     if wrong:
-        raise RecipeError(f"override {wrong[0]!r}: only evaluation.* can change for images that exist already")
+        raise RecipeError(f"override {wrong[0]!r}: only evaluation.* can change, since the images already exist")
     recipe, beside = distilled.recipe, Path(source).parent / "recipe.yaml"
     if Path(source).is_dir() and beside.is_file() and public_recipe(load_recipe(beside)) == recipe:
-        recipe = load_recipe(beside)  # names local data by their full path
+        recipe = load_recipe(beside)  # contains the full paths of local data
     recipe = override_recipe(recipe, overrides)
     channels, size = distilled.images_uint8.shape[1], distilled.images_uint8.shape[-1]
     check_network(recipe.evaluation.student, num_classes=len(distilled.class_names), channels=channels, size=size)
@@ -120,13 +120,13 @@ def _protocol(source: str, distilled: DistilledDataset, overrides: Sequence[str]
 
 
 def _nearest_teachers(source: str) -> Path:
-    """The teachers beside a dataset, or of the comparison that its run is part of; else those of all recipes."""
+    """Return the teachers folder next to a dataset or of the comparison it belongs to, or else outputs/teachers."""
     beside = [folder / "teachers" for folder in Path(source).parents[:4]]
     return next((folder for folder in beside if folder.is_dir()), Path("outputs") / "teachers")
 
 
 def _with_test(recipe: Recipe, test: str) -> Recipe:
-    """The recipe with DATA[:SPLIT] as its test data."""
+    """Return the recipe with DATA[:SPLIT] as its test data."""
     source, split = test, "test"
     if ":" in test and not Path(test).exists():
         source, _, split = test.rpartition(":")
@@ -134,7 +134,7 @@ def _with_test(recipe: Recipe, test: str) -> Recipe:
 
 
 def _unless_missing(load: Callable[[], T], missing: dict[str, str], *rows: str) -> T | None:
-    """What `load` returns; if it cannot be had here, these rows of the table are left out for that reason."""
+    """Return the result of `load`. If it is unavailable, return `None` and record the reason for the given rows."""
     try:
         return load()
     except (DataError, StageError, TeacherError) as error:
@@ -143,7 +143,7 @@ def _unless_missing(load: Callable[[], T], missing: dict[str, str], *rows: str) 
 
 
 def _sources(run: Run, distilled: DistilledDataset, data: SourceData | None, missing: dict[str, str]) -> dict[str, Source]:
-    """What students can learn from here."""
+    """Return the available image sources for students."""
     sources: dict[str, Source] = {"distilled": distilled}
     if data is not None:
         run.loaded.data[run.recipe.data] = data
@@ -154,12 +154,12 @@ def _sources(run: Run, distilled: DistilledDataset, data: SourceData | None, mis
 
 
 def _control(run: Run, distilled: DistilledDataset) -> DistilledDataset | None:
-    """Random real images, labeled by the very teachers that labeled the dataset; `None` if a class has too few."""
+    """Return random real images labeled by the same teachers as the dataset; `None` if a class has too few images."""
     names = run.recipe.relabel.teachers
     loaded = run.teachers(names)
     for public, name in zip(public_recipe(run.recipe).relabel.teachers, names, strict=True):
         if distilled.teacher_weights.get(public) != loaded[name].weights_sha256:
-            raise TeacherError(f"teacher {public!r} here has other weights than the one that labeled the dataset")
+            raise TeacherError(f"teacher {public!r} has other weights here than when it labeled the dataset")
     sets = control_set(run, plan_jobs(run.recipe))
     if not sets:
         return None
@@ -172,5 +172,5 @@ def _control(run: Run, distilled: DistilledDataset) -> DistilledDataset | None:
 
 
 def _digest(*parts: str) -> str:
-    """Sixteen hex digits that name a combination of parts."""
+    """Return sixteen hex digits that identify a combination of parts."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

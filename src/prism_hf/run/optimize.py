@@ -1,4 +1,4 @@
-"""One synthesis job: the steps of the method, with looks at the losses, a history, a verifier and checkpoints."""
+"""One synthesis job: the steps of the method, with loss checks, a history, verifier scores and checkpoints."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -16,26 +16,26 @@ from ..recipe import SynthesisJob, SynthesisRecipe
 from ..runtime import Checkpoint, State, told_in_one_line
 
 CHECK_EVERY = 10
-"""Steps between looks at the losses; each look waits for the device, and finds the exact step that went wrong."""
+"""Steps between checks of the losses. A check waits for the device, and identifies the exact step that failed."""
 _NO_MEMORY = (
-    "The batch is part of the method and is not shrunk: lower synthesis.batch_size in the recipe, or use a device with "
-    "more memory"
+    "The batch size is part of the method and is never reduced automatically: lower synthesis.batch_size in the recipe, "
+    "or use a device with more memory"
 )
 History = list[dict[str, float]]
 
 
 @dataclass(frozen=True, eq=False)
 class JobResult:
-    """A finished job.
+    """The result of a finished job.
 
-    The history has one dict each `CHECK_EVERY` steps: `step`, `ce`, `bn`, `grad` (largest size of a pixel's gradient),
-    `lr`, `densification` where it is on, and `verifier_top1` where it was asked.
+    The history has one dict per `CHECK_EVERY` steps: `step`, `ce`, `bn`, `grad` (largest absolute gradient of a pixel),
+    `lr`, `densification` if it is on, and `verifier_top1` at the steps where the verifier scored the images.
     """
 
     images_uint8: Tensor  # (B, C, H, W)
     history: History
-    logit_top1: float  # share of the final 8-bit images that the logit teacher puts in their class
-    verifier_top1: float | None  # the same of the held-out verifier, or `None` without one
+    logit_top1: float  # share of the final 8-bit images that the logit teacher classifies correctly
+    verifier_top1: float | None  # the same for the held-out verifier; `None` without one
 
 
 def optimize(
@@ -50,15 +50,15 @@ def optimize(
     precision: Precision = "float32",
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> JobResult:
-    """Run all steps of one job, from its checkpoint if there is one; see `synthesize`.
+    """Run all steps of one job, starting from its checkpoint if there is one; see `synthesize`.
 
-    `verifier` is asked each `verify_every` steps and at the end, and is never in the loss. `on_check` is called with each
-    new entry of the history.
+    `verifier` scores the images every `verify_every` steps and at the end, and is never in the loss. `on_check` is called
+    with each new entry of the history.
 
     Raises:
-        NotFiniteError: A loss, gradient or pixel is NaN or infinite (names job and step; its state is in the checkpoint).
-        DeviceMemoryError: The batch does not fit.
-        StoppedError: Somebody asked the program to stop.
+        NotFiniteError: A loss, gradient or pixel is NaN or infinite (names job and step; the checkpoint has the state).
+        DeviceMemoryError: The batch does not fit in memory.
+        StoppedError: The program was asked to stop.
     """
     saved = None if checkpoint is None else checkpoint.load()
     state = None if saved is None else saved.tensors
@@ -73,7 +73,7 @@ def optimize(
             losses.append(torch.stack([term for term in step.terms if term is not None]))
             if step.number % CHECK_EVERY == 0 or step.number == job.iterations:
                 try:
-                    history.append(_look(job, settings, step, losses, verifier))
+                    history.append(_check(job, settings, step, losses, verifier))
                 except NotFiniteError:
                     if checkpoint is not None:
                         checkpoint.save(_state(step, losses, history))
@@ -82,17 +82,17 @@ def optimize(
                 on_check(history[-1])
             if checkpoint is not None:
                 checkpoint.tick(partial(_state, step, losses, history))
-        # In the layout that the steps have: in another one a teacher may round differently.
+        # Same memory format as in the steps: a teacher may round differently in another one.
         images_uint8 = to_uint8(pixels.contiguous(memory_format=torch.channels_last))
         logit_top1 = _top1(teachers[job.teachers.logit], images_uint8, job)
         verifier_top1 = None if verifier is None else _top1(verifier, images_uint8, job)
     return JobResult(images_uint8.cpu().contiguous(), history, logit_top1, verifier_top1)
 
 
-def _look(
+def _check(
     job: SynthesisJob, settings: SynthesisRecipe, step: Step, losses: Sequence[Tensor], verifier: Teacher | None
 ) -> dict[str, float]:
-    """A new entry of the history, from a row (ce, bn, grad, densification if on) of losses per step since the last one."""
+    """Return a history entry. `losses` has a row (ce, bn, grad, densification if on) per step since the last entry."""
     values = torch.stack(list(losses)).cpu().double()
     bad = (~values.isfinite()).any(1).nonzero().flatten().tolist()
     advice = "Lower synthesis.lr or synthesis.bn_weight, or keep synthesis.clamp on"
@@ -106,8 +106,8 @@ def _look(
         raise NotFiniteError(f"job {job.id}, iteration {step.number}: a pixel is not finite. {advice}")
     terms = dict(zip(("ce", "bn", "grad", "densification"), values[-1].tolist(), strict=False))
     entry = {"step": step.number, **terms, "lr": step.lr}
-    last_look = (step.number - 1) // CHECK_EVERY * CHECK_EVERY
-    due = step.number // settings.verify_every > last_look // settings.verify_every
+    last_check = (step.number - 1) // CHECK_EVERY * CHECK_EVERY
+    due = step.number // settings.verify_every > last_check // settings.verify_every
     if verifier is not None and (due or step.number == job.iterations):
         entry["verifier_top1"] = _top1(verifier, to_uint8(step.pixels), job)
     return entry
@@ -115,7 +115,7 @@ def _look(
 
 @torch.no_grad()
 def _top1(teacher: Teacher, images_uint8: Tensor, job: SynthesisJob) -> float:
-    """Share of the images of a job that a teacher puts in their class."""
+    """Return the share of a job's images that a teacher classifies correctly."""
     labels = torch.tensor(job.classes, device=images_uint8.device)
     return float((teacher.logits(to_reference(images_uint8)).argmax(1) == labels).float().mean())
 

@@ -1,6 +1,6 @@
-"""The stage package: the dataset folders are made whole under another name, then take the place of the old ones.
+"""The stage package: each dataset folder is completed under a temporary name, then replaces the old one.
 
-The shards of the tables are written already; they get a second name in the folder, no second copy.
+The shards of the tables already exist, so they are hard-linked into the folder instead of copied.
 """
 
 import os
@@ -33,17 +33,17 @@ from .relabel import decoded_images, image_sets
 
 
 def package(run: Run) -> None:
-    """Make the dataset folder and the control's, each with its provenance; the card says what is not yet run."""
+    """Make the folders of the dataset and the control, each with provenance and a card that names what was not run."""
     sets = image_sets(run)
     if unfinished(run.accelerator, run.artifacts.shards(sets), Artifact.is_whole):
-        raise StageError("the images are not all labeled; run --stage relabel first")
+        raise StageError("not all images are labeled; run --stage relabel first")
     if run.accelerator.is_main_process:
         for images in sets:
             package_set(run, images)
 
 
 def package_set(run: Run, images: ImageSet) -> None:
-    """Make the folder of the distilled images, or of random real ones as a dataset of their own, if it is not there."""
+    """Make the dataset folder of one image set, distilled or random real, unless it is up to date."""
     folder = run.dataset if images.name == DISTILLED else run.control
     partial = partial_facts(run, len(images))
     record = _record(run, images, partial)
@@ -67,21 +67,21 @@ def package_set(run: Run, images: ImageSet) -> None:
 
 
 def partial_facts(run: Run, count: int) -> dict[str, object] | None:
-    """What provenance and card say of a dataset without the images of failed jobs; `None` if all are there."""
+    """Return the facts about missing images of failed jobs, for provenance and card; `None` if no image is missing."""
     if count == run.recipe.num_images:
         return None
     return {"images": count, "of": run.recipe.num_images, "failed_jobs": [note["job"] for note in read_failed(run.work)]}
 
 
 def write_card(run: Run, folder: Path, report: Mapping[str, Any] | None, render: Callable[..., str] = render_card) -> None:
-    """Write the card of a dataset folder, with or without the figures of an evaluation."""
+    """Write the card of a dataset folder, with the numbers of an evaluation if there is a report."""
     public = public_recipe(run.recipe)
     facts = card_facts(folder, public, run.data.class_names, report)
     write_bytes(folder / "README.md", render(facts, public).encode())
 
 
 def _fill(run: Run, images: ImageSet, draft: Path, partial: Mapping[str, object] | None) -> None:
-    """Put tables, recipe and provenance into a draft."""
+    """Put tables, recipe and provenance into a draft folder."""
     public, teachers = public_recipe(run.recipe), run.teachers(run.recipe.all_teachers)
     for shard in run.artifacts.shards([images]):
         target = draft / shard.path.relative_to(run.work / images.name)
@@ -89,7 +89,7 @@ def _fill(run: Run, images: ImageSet, draft: Path, partial: Mapping[str, object]
             target.parent.mkdir(exist_ok=True)
         try:
             os.link(shard.path, target)
-        except OSError:  # the file system knows no second names
+        except OSError:  # the file system does not support hard links
             _copy(shard.path, target)
     write_bytes(draft / "recipe.yaml", dump_recipe(public).encode())
     write_provenance(
@@ -112,7 +112,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _record(run: Run, images: ImageSet, partial: Mapping[str, object] | None) -> Artifact:
-    """A copy of provenance.json in DIR/work, with the key of everything that the folder is made from."""
+    """Return the copy of provenance.json in DIR/work. Its key covers everything that the folder is made from."""
     paths = [shard.path for shard in run.artifacts.shards([images])]
     public = public_recipe(run.recipe)
     facts = [
@@ -130,7 +130,7 @@ def _record(run: Run, images: ImageSet, partial: Mapping[str, object] | None) ->
 
 
 def _is_packaged(run: Run, record: Artifact, folder: Path) -> bool:
-    """Whether a folder is what it would be if it were packaged now; the log says so."""
+    """Return whether a folder is already what packaging would produce now, and log the result."""
     provenance = folder / Provenance.FILE
     if not provenance.is_file():
         return False
@@ -145,20 +145,20 @@ def _is_packaged(run: Run, record: Artifact, folder: Path) -> bool:
     for line in differences:
         run.warn(f"{folder}: {line}; it is packaged again")
     if not differences:
-        run.say(f"package: {folder} found as it should be")
+        run.say(f"package: {folder} is up to date")
     return not differences
 
 
 def _hardware(run: Run, images: ImageSet) -> dict[str, object]:
-    """Of this launch, with the precision of the jobs: some may be another launch's, or were made again in float32."""
+    """Return the hardware of this launch and the precisions of all jobs, which a retry or another launch may have set."""
     jobs = {job for _, _, job, _ in images.origins if job >= 0}
-    # Labels are always made in float32, and the control has nothing else.
+    # Labels are always computed in float32, and the control has no jobs.
     precisions = {str(read_proof(job_file(run.work, job)).notes["precision"]) for job in jobs} or {"float32"}
     return run.hardware | {"precision": " and ".join(sorted(precisions))}
 
 
 def _draw_grid(run: Run, images: ImageSet, draft: Path) -> None:
-    """Draw the images of the first classes and slots, white where one is missing."""
+    """Draw a grid of the first classes and slots. Missing images are white."""
     data, slots = run.recipe.data, min(run.recipe.synthesis.ipc, MAX_SLOTS)
     classes = min(data.num_classes, MAX_CLASSES)
     canvas = torch.full((classes * slots, data.channels, data.size, data.size), 255, dtype=torch.uint8)
@@ -172,7 +172,7 @@ def _draw_grid(run: Run, images: ImageSet, draft: Path) -> None:
 
 
 def _kept_report(run: Run, draft: Path) -> dict[str, Any] | None:
-    """The report of an evaluation of these very tables, whose figures the card keeps; `None` if there is none."""
+    """Return the report of an earlier evaluation of the same tables, for the card; `None` if there is none."""
     report, figures = run.folder / "report.json", run.dataset / "assets" / "diversity.png"
     if _listed(run.dataset) != _listed(draft) or not report.is_file() or not figures.is_file():
         return None
@@ -181,7 +181,7 @@ def _kept_report(run: Run, draft: Path) -> dict[str, Any] | None:
 
 
 def _keep_foreign(old: Path, draft: Path) -> None:
-    """Copy what somebody else has put into a dataset folder; only what we made is replaced."""
+    """Copy files that somebody else added to a dataset folder. Only files that prism-hf wrote are replaced."""
     ours = {"README.md", Provenance.FILE, *(_listed(old) or {})}
     for path in files_below(old):
         name = path.relative_to(old).as_posix()
@@ -190,7 +190,7 @@ def _keep_foreign(old: Path, draft: Path) -> None:
 
 
 def _listed(folder: Path) -> Mapping[str, object] | None:
-    """What provenance.json of a folder vouches for; `None` if it says nothing."""
+    """Return the files that provenance.json of a folder lists; `None` if it is missing or invalid."""
     try:
         return read_provenance(folder / Provenance.FILE).files
     except DataError:

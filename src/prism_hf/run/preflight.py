@@ -1,4 +1,4 @@
-"""The checks before the work: what is wrong with a run is told before anything costs time or is written."""
+"""Checks before a run: problems are reported before anything costs time or is written."""
 
 import shutil
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ INPUTS = "inputs.json"
 
 
 def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
-    """Look at everything that can be wrong: disk space, Hub teachers, the data, images per class; writes nothing.
+    """Check everything that can go wrong: disk space, Hub teachers, data, images per class. Writes nothing.
 
-    With `fresh`, what an earlier run left in the folder does not count: it will be moved aside. Without `space`, the caller
-    looks at the disk, as a comparison does for all its runs.
+    With `fresh`, an earlier run in the folder is ignored, since it will be moved aside. Without `space`, the caller checks
+    the disk space, as a comparison does for all its runs together.
     """
     recipe, data = run.recipe, run.recipe.data
     check_place(run.teachers_root, "--teachers")
@@ -40,33 +40,33 @@ def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
     if recipe.synthesis.init != "noise":
         real_rows(run.data, recipe.synthesis.ipc, seed=recipe.seed)
     check_candidates(run.data, recipe.synthesis)
-    # Always asked, since it decodes images of both parts: one that cannot be read is told before anything is written.
-    inputs, now = run.work / INPUTS, _inputs_of(run)
-    if not fresh and inputs.is_file() and read_json(inputs) != now:
+    # Always computed, since it decodes images of both splits: an unreadable one is reported before anything is written.
+    inputs, current = run.work / INPUTS, _inputs_of(run)
+    if not fresh and inputs.is_file() and read_json(inputs) != current:
         raise OutputError(
-            f"the data or the teachers of this run have changed since it was started (see {inputs}); what is finished "
-            "there would not fit. Use another folder (--output DIR)"
+            f"the data or the teachers of this run have changed since it was started (see {inputs}), so they do not match "
+            "its finished files; use another folder (--output DIR)"
         )
 
 
 def check_stage(run: Run, stage: str, *, fresh: bool = False) -> None:
-    """Find out whether a stage can begin where the stages before it stopped, else raise a `StageError`; writes nothing."""
+    """Raise a `StageError` if the earlier stages have not made what a stage needs. Writes nothing."""
     if stage == "squeeze":
         return
     if stage != "synthesize" and (fresh or not (run.folder / "recipe.yaml").is_file()):
         before = STAGES[STAGES.index(stage) - 1]
-        raise StageError(f"{run.folder} holds no run to {stage}; run --stage {before}, and what comes before it")
+        raise StageError(f"{run.folder} contains no run to {stage}; run --stage {before} and earlier stages first")
     for name in run.recipe.squeezed_teachers:
         run.trained_folder(name)
 
 
 def record_inputs(run: Run) -> None:
-    """Keep what the names in the recipe stood for, so that a later launch notices a change behind them."""
+    """Record what the names in the recipe refer to, so that a later launch detects a change."""
     write_json(run.work / INPUTS, _inputs_of(run))
 
 
 def _inputs_of(run: Run) -> dict[str, object]:
-    """What the names in a recipe stand for now: contents of the data, weights of the teachers that are not squeezed."""
+    """Return the hashes of what the recipe refers to now: the data, and the teachers that are not squeezed."""
     weights = {name: teacher.weights_sha256 for name, teacher in run.teachers(_not_squeezed(run.recipe)).items()}
     return {"train": run.data.train.content, "test": run.data.test.content, "teachers": dict(sorted(weights.items()))}
 
@@ -76,27 +76,27 @@ def _not_squeezed(recipe: Recipe) -> list[str]:
 
 
 def missing_space(run: Run) -> int:
-    """Bytes that a run still needs on the disk, at most; what is in its folder already counts as done."""
+    """Return the maximum number of bytes that a run still needs on disk, less the files already in its folder."""
     processes = run.accelerator.num_processes
     needed = sum(space_needed(run.recipe, processes=processes, control=run.wants_control).values())
     return max(0, needed - bytes_below(run.work, run.dataset, run.control))
 
 
 def check_space(missing: int, folder: Path) -> None:
-    """Compare the bytes that are still needed with what is free, before anything is written."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
+    """Raise an `OutputError` if less disk space is free than a run still needs."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
     if missing > free:
         raise OutputError(
-            f"output {str(folder)!r} needs about {size_text(missing)} and {size_text(free)} are free; make space, "
-            "use another disk (--output DIR), or lower synthesis.ipc or relabel.epochs"
+            f"output {str(folder)!r} needs about {size_text(missing)}, but only {size_text(free)} is free; make "
+            "space, use another disk (--output DIR), or lower synthesis.ipc or relabel.epochs"
         )
 
 
 def check_verifier(recipe: Recipe, loaded: Mapping[str, Teacher]) -> None:
-    """Refuse a verifier of the architecture of a network in the loss, whatever it is called, or one without features.
+    """Refuse a verifier without features, or with the architecture of a network in the loss, under any name.
 
-    `loaded` are the teachers that are not squeezed.
+    `loaded` has the teachers that are not squeezed.
     """
     name = recipe.teachers.verifier
     if name is None:
@@ -109,25 +109,25 @@ def check_verifier(recipe: Recipe, loaded: Mapping[str, Teacher]) -> None:
         if architecture(teacher) == architecture(name):
             raise RecipeError(
                 f"verifier {name!r} has the architecture of teacher {teacher!r} ({architecture(name)}); a verifier must be "
-                "held out, name another architecture"
+                "held out; name another architecture"
             )
     if name in loaded and classifier_of(loaded[name].model) is None:
         raise TeacherError(f"verifier {name!r} has no linear classifier to take features from; name another one")
 
 
 def check_apart(folder: Path, source: str) -> None:
-    """Refuse an output folder inside the data: what is written there would be read as data by the next launch."""
+    """Refuse an output folder inside the data folder: the next launch would read the output as data."""
     data = None if source == "digits" else local_folder(source)
     if data is not None and folder.resolve().is_relative_to(data.resolve()):
         raise OutputError(f"output {str(folder)!r} is inside the data {source!r}; use another folder (--output DIR)")
 
 
 def check_architectures(recipe: Recipe) -> None:
-    """Fail before any training if a `squeeze:` name is not a timm architecture, or could never align anything."""
+    """Raise a `TeacherError` before any training if a `squeeze:` architecture is not in timm or not usable in its role."""
     for name in recipe.squeezed_teachers:
         architecture = name.removeprefix(SQUEEZE_PREFIX)
         if not timm.is_model(architecture):
-            raise TeacherError(f"teacher {name!r}: timm knows no such architecture; timm.list_models() lists all")
+            raise TeacherError(f"teacher {name!r}: timm has no such architecture; timm.list_models() lists all")
         network = check_network(architecture, num_classes=recipe.data.num_classes, channels=3, size=recipe.data.size)
         if name in recipe.bn_candidates:
             Alignment(network, name=name)

@@ -1,4 +1,4 @@
-"""The stage relabel: encode and label the images, then draw and label their views, straight into the shards that ship."""
+"""The stage relabel: encode and label the images, then draw and label their views, and write both to the final shards."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +24,14 @@ T = TypeVar("T")
 
 
 def relabel(run: Run) -> None:
-    """Label the distilled images and their views, and those of random real images as their control."""
+    """Label the distilled images and their views, and those of the random real control."""
     label(run, image_sets(run))
 
 
 def label(run: Run, sets: Sequence[ImageSet]) -> None:
-    """Write every shard of some sets that is not written, shared over the processes.
+    """Write all missing shards of the given sets, divided over the processes.
 
-    A shard of images holds the encoded images and the labels of what they decode to: a lossy format ships what it ships.
+    The labels are those of the decoded images, so they match the published images even in a lossy format.
     """
 
     def decode_once(_: object) -> None:
@@ -49,7 +49,7 @@ def _share(
     run: Run,
     tasks: Sequence[ShardTask],
     rows: Callable[[Run, ImageSet, Shard, Progress], Iterator[pa.Table]],
-    **how: Any,
+    **options: Any,
 ) -> None:
     def write(task: ShardTask, progress: Progress) -> None:
         images, _, shard = task
@@ -62,12 +62,12 @@ def _share(
         do=write,
         name=lambda task: f"{LABELS[task[0].name]}, {task[2].name}",
         size=lambda task: len(task[2].rows),
-        **how,
+        **options,
     )
 
 
 def image_sets(run: Run) -> list[ImageSet]:
-    """The distilled images, and random real ones where a control is wanted and can be had."""
+    """Return the distilled images, and random real ones if a control is wanted and possible."""
     jobs = _finished_jobs(run)
     origins = sorted((c, s, job.id, i) for job in jobs for i, (c, s) in enumerate(zip(job.classes, job.slots, strict=True)))
     hashes = {job.id: read_proof(job_file(run.work, job.id)).sha256 for job in jobs}
@@ -76,21 +76,21 @@ def image_sets(run: Run) -> list[ImageSet]:
 
 
 def control_set(run: Run, jobs: Sequence[SynthesisJob]) -> list[ImageSet]:
-    """Random real images with the classes and slots of some jobs; none if a class has too few."""
+    """Return random real images with the classes and slots of the jobs; an empty list if a class has too few."""
     ipc = run.recipe.synthesis.ipc
     try:
         rows = real_rows(run.data, ipc, seed=run.recipe.seed)
     except DataError as error:
-        # Only with init noise: the check before the run stops every other recipe here.
+        # Only possible with init noise: otherwise, the checks before the run have already raised this error.
         run.say(f"no random-real control: {error}")
         return []
-    places = sorted((c, s) for job in jobs for c, s in zip(job.classes, job.slots, strict=True))
-    origins = tuple((c, s, -1, int(rows[c * ipc + s])) for c, s in places)
+    pairs = sorted((c, s) for job in jobs for c, s in zip(job.classes, job.slots, strict=True))
+    origins = tuple((c, s, -1, int(rows[c * ipc + s])) for c, s in pairs)
     return [ImageSet(RANDOM_REAL, origins, run.artifacts.images_key([row for *_, row in origins]))]
 
 
 def _finished_jobs(run: Run) -> list[SynthesisJob]:
-    """Jobs whose images are there: all of them, unless a partial dataset was asked for."""
+    """Return the jobs whose images exist. That must be all jobs, unless a partial dataset is allowed."""
     jobs = plan_jobs(run.recipe)
     missing = {job.id for job in unfinished(run.accelerator, jobs, lambda job: run.artifacts.job(job).is_whole())}
     failed = {note["job"] for note in read_failed(run.work)} if run.allow_partial else set()
@@ -104,7 +104,7 @@ def _image_rows(run: Run, images: ImageSet, shard: Shard, progress: Progress) ->
 
 
 def _labeled(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> Iterator[ImageRows]:
-    """Encode images and label what they decode to, in the batches of the recipe."""
+    """Encode images, and label the decoded ones, in the batches of the recipe."""
     settings, rule, channels = run.recipe.relabel, run.recipe.packaging, run.recipe.data.channels
     teachers = list(run.teachers(settings.teachers).values())
     with ThreadPoolExecutor() as pool:
@@ -127,7 +127,7 @@ def _labeled(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> It
 
 
 def decoded_images(run: Run, images: ImageSet) -> Tensor:
-    """The images of a set as they ship, (N, C, S, S) uint8, mapped into memory; made from the shards where they are not."""
+    """Return the published images of a set, (N, C, S, S) uint8, memory-mapped; decode them from the shards if needed."""
     pixels, data = run.artifacts.pixels(images), run.recipe.data
     if not pixels.is_whole():
         shape = (len(images), data.channels, data.size, data.size)

@@ -1,4 +1,4 @@
-"""The stage squeeze: train the `squeeze:` teachers that are not there yet."""
+"""The stage squeeze: train the `squeeze:` teachers that do not exist yet."""
 
 from ..models import check_squeezed, clear_scratch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
 from ..runtime import Progress, sound_or_aside, write_json
@@ -7,7 +7,7 @@ from .context import Run
 
 
 def squeeze(run: Run) -> None:
-    """Train every `squeeze:` teacher of the recipe that is not trained, and store it below the folder of teachers."""
+    """Train every `squeeze:` teacher of the recipe that is not trained yet, and save it in the folder of teachers."""
 
     def train(name: str, progress: Progress) -> None:
         device, every_s = run.accelerator.device, run.checkpoint_s
@@ -17,13 +17,13 @@ def squeeze(run: Run) -> None:
     run.share("squeeze", names, is_done=lambda name: _is_trained(run, name), do=train, unit="teacher")
     scores = run.squeezed_top1
     for name, top1 in scores.items():
-        run.say(f"squeeze: {name} scores {100 * top1:.1f} % on the test part")
+        run.say(f"squeeze: {name} has {100 * top1:.1f} % top-1 accuracy on the test data")
     if run.accelerator.is_main_process:
-        write_json(run.work / SQUEEZED, scores)  # for the status: teachers may lie anywhere
+        write_json(run.work / SQUEEZED, scores)  # for `prism-hf status`: teachers may be in any folder
 
 
 def _is_trained(run: Run, name: str) -> bool:
-    """Whether a teacher is there, whole, and trained on the data that the source holds now; a damaged one is set aside."""
+    """Return whether a teacher is complete and was trained on the current data. A damaged one is set aside."""
     folder = teacher_folder(name, run.recipe, run.teachers_root)
     if not is_squeezed(folder) or sound_or_aside(folder, lambda: check_squeezed(folder)) is None:
         return False

@@ -1,4 +1,4 @@
-"""How far a run is, from its folder alone: done, running, failed, left, and how long that should take."""
+"""The status of a run, from its folder alone: finished, active, failed and remaining work, and the estimated time left."""
 
 import json
 import os
@@ -15,21 +15,21 @@ from ..runtime import duration_text, holder_of, is_finished, is_held, read_json,
 from .artifacts import SQUEEZED, TIMES, job_file, read_failed
 
 _QUIET_S = 600.0
-"""A process that has said nothing for so long is worth a look."""
+"""Seconds without an update after which the status reports a process as silent."""
 
 
 def survey(folder: Path) -> dict[str, Any]:
-    """The state of a run, as plain JSON; reads names and small files, computes nothing, changes nothing.
+    """Return the state of a run as plain JSON. Reads only file names and small files, and changes nothing.
 
     Returns:
-        `recipe`, `running` (who holds the folder, or `None`), `stages` (for each: `done`, `of`, `unit`, `seconds` spent;
+        `recipe`, `running` (the holder of the folder, or `None`), `stages` (each: `done`, `of`, `unit`, `seconds` spent;
         squeeze: `finished`), `processes` (what each is doing), `failed` jobs with reasons, `checkpoints` (unfinished jobs),
-        `aside` (damaged files), `seconds_left` of the running stage, `bytes` on the disk.
+        `aside` (damaged files), `seconds_left` of the running stage, `bytes` on disk.
     """
     try:
         recipe = load_recipe(folder / "recipe.yaml")
     except RecipeError as error:
-        raise OutputError(f"{str(folder)!r} holds no run ({error}); give the output folder of recipes/prism.py") from error
+        raise OutputError(f"{str(folder)!r} does not contain a run ({error}); give the output folder of a run") from error
     work = folder / "work"
     processes = [_read(path) for path in sorted(work.glob("progress-*.json"))]
     running = holder_of(folder) if is_held(folder) else None
@@ -49,7 +49,7 @@ def survey(folder: Path) -> dict[str, Any]:
 
 
 def bytes_below(*folders: Path) -> int:
-    """Size of all files, one with two names counted once; those of a run at work come and go."""
+    """Return the total size of all files. Hard links count once. Files of an active run may vanish meanwhile."""
     sizes = {}
     for folder in folders:
         for parent, _, names in os.walk(folder):
@@ -63,7 +63,7 @@ def bytes_below(*folders: Path) -> int:
 def _read(path: Path) -> dict[str, Any]:
     try:
         value = read_json(path)
-    except (OSError, ValueError):  # removed by its process in this moment
+    except (OSError, ValueError):  # its process has just removed it
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -91,10 +91,10 @@ def _stages(recipe: Recipe, folder: Path) -> dict[str, dict[str, object]]:
 
 
 def status_text(state: Mapping[str, Any]) -> str:
-    """The state of a run for a terminal; its last line is the state as JSON."""
+    """Format the state of a run for a terminal. The last line is the state as JSON."""
     holder = state["running"]
     who = f"running: process {holder['pid']} on {holder['host']} since {holder['since']}" if holder else "not running"
-    lines = [f"{state['recipe']} (fingerprint {state['fingerprint']}), {size_text(state['bytes'])} on the disk; {who}"]
+    lines = [f"{state['recipe']} (fingerprint {state['fingerprint']}), {size_text(state['bytes'])} on disk; {who}"]
     for name, stage in state["stages"].items():
         spent = f"  {duration_text(stage['seconds'])}" if stage["seconds"] else ""
         if "of" in stage:
@@ -102,12 +102,12 @@ def status_text(state: Mapping[str, Any]) -> str:
             tail = f", {left} left" if left else ""
             lines.append(f"{name:<11} {stage['done']} of {stage['of']} {stage['unit']} done{tail}{spent}")
         else:
-            begun = "begun" if stage["seconds"] else "not yet run"
-            lines.append(f"{name:<11} {'done' if stage['finished'] else begun}{spent}")
+            unfinished = "started" if stage["seconds"] else "not yet run"
+            lines.append(f"{name:<11} {'done' if stage['finished'] else unfinished}{spent}")
     for number, process in enumerate(state["processes"]):
         if process:
             silent = time.time() - process["updated"]
-            note = f", silent for {duration_text(silent)}" if silent > _QUIET_S else ""
+            note = f", no update for {duration_text(silent)}" if silent > _QUIET_S else ""
             steps = f"{process['done']} of {process['of']} {process['unit']}s"
             lines.append(f"process {number:<3} {process['stage']}: {process['now']}, {steps}{note}")
     if state["checkpoints"]:

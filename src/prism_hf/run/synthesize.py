@@ -1,4 +1,4 @@
-"""The stage synthesize: optimize each job that is not finished, from its checkpoint if it has one, or mark it as failed."""
+"""The stage synthesize: optimize each unfinished job, from its checkpoint if it has one, or mark it as failed."""
 
 import logging
 import re
@@ -34,20 +34,20 @@ from .optimize import CHECK_EVERY, optimize
 
 log = logging.getLogger(__name__)
 SEED = 0
-"""Of the order in which statistics are gathered from the real images."""
+"""Seed of the order in which statistics are gathered from the real images."""
 Statistics = Mapping[str, Mapping[str, Tensor]]
 
 
 def synthesize(run: Run) -> None:
-    """Optimize every job that is not finished; those whose numbers go bad are an error unless `run.allow_partial`."""
+    """Optimize every unfinished job. Jobs that fail raise a `SynthesisError` unless `run.allow_partial`."""
     rows: np.ndarray | None = None
     statistics: Statistics = {}
 
     def prepare(missing: list[SynthesisJob]) -> None:
         nonlocal rows, statistics
-        begun = sum(run.artifacts.checkpoint(job, run.precision).path.is_file() for job in missing)
+        resumed = sum(run.artifacts.checkpoint(job, run.precision).path.is_file() for job in missing)
         run.say(
-            f"synthesize: {begun} jobs go on from a checkpoint, {len(missing) - begun} start; {run.precision}, "
+            f"synthesize: {resumed} jobs resume from a checkpoint, {len(missing) - resumed} start; {run.precision}, "
             f"a checkpoint every {run.checkpoint_s:g} s"
         )
         rows, statistics = _prepare(run)
@@ -69,15 +69,15 @@ def synthesize(run: Run) -> None:
 def _is_finished(run: Run, job: SynthesisJob) -> bool:
     if not run.artifacts.job(job).is_whole():
         return False
-    run.artifacts.forget_unfinished(job)  # a process was killed right after it had finished the job
+    run.artifacts.forget_unfinished(job)  # left over if a process was killed right after it finished the job
     return True
 
 
 def _prepare(run: Run) -> tuple[np.ndarray | None, Statistics]:
-    """Make what needs a pass over the real images; the first process makes it, the others find it.
+    """Compute the results that need a pass over the real images, in the first process; the others read them.
 
     Returns the row in the training split of each start image, (K * ipc,), class-major, or `None` for other inits; and the
-    statistics of the convolutions of every BN teacher, where the recipe matches them.
+    statistics of the convolutions of every BN teacher, if the recipe matches them.
     """
     synthesis, files = run.recipe.synthesis, run.artifacts
     rows, statistics = None, {}
@@ -96,10 +96,10 @@ def _prepare(run: Run) -> tuple[np.ndarray | None, Statistics]:
 
 
 def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: int) -> dict[str, Tensor]:
-    """What `gather_statistics` gives for all images of a split, kept below `root / "statistics"` for the next run.
+    """Return the result of `gather_statistics` for all images of a split, cached in `root / "statistics"`.
 
-    Another process that gathers the same is waited for, so all get the same bits. A file that is damaged, or was made from
-    something else, is set aside with a log line and made again.
+    If another process is computing the same result, wait for it, so that all get the same bits. A file that is damaged or
+    was made from other inputs is set aside, logged and made again.
     """
     facts = {
         "architecture": teacher.architecture,
@@ -116,14 +116,14 @@ def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: i
     slug = re.sub(r"[^a-z0-9.]+", "-", teacher.architecture.lower()).strip("-.")[:80] or "unknown"
     folder = root / "statistics" / f"{slug}-{key[:12]}"
     file = Artifact(folder / "conv.safetensors", key)
-    with waited_for(folder, f"{file.path} is being gathered"):
+    with waited_for(folder, f"{file.path} is being computed"):
         if not file.is_whole():
-            log.info("teacher %s: statistics of convolutions over %d real images", teacher.name, len(split))
+            log.info("teacher %s: gathering statistics of convolutions over %d real images", teacher.name, len(split))
             batch = f"a batch of {min(BATCH_SIZE, len(split))} real images for statistics of convolutions"
             with told_in_one_line(f"teacher {teacher.name!r}: {batch}", "Use a device with more memory"):
                 averages = gather_statistics(teacher, shuffled_batches(split.images, len(split), seed=SEED), patch=patch)
             write_tensors(file, averages, facts)
-        # Copies: what was read is mapped from the file, and would change with it.
+        # Copies, because the tensors are memory-mapped and would change with the file.
         return {name: value.clone() for name, value in read_tensors(file.path).items()}
 
 
@@ -133,25 +133,25 @@ def _tell_failed(run: Run) -> None:
         run.say(f"failed: {note['reason']}")
     numbers = ", ".join(str(note["job"]) for note in failed)
     if failed and run.allow_partial:
-        run.say(f"going on without the images of jobs {numbers} (--allow-partial)")
+        run.say(f"continuing without the images of jobs {numbers} (--allow-partial)")
     elif failed:
         raise SynthesisError(
             f"{len(failed)} job(s) failed: {numbers}; the others are finished and kept. {failed[0]['reason']}. "
-            "The same command tries them again; --allow-partial packages the others"
+            "Run the same command again to retry them, or add --allow-partial to package the others"
         )
 
 
 def _one_job(run: Run, job: SynthesisJob, rows: np.ndarray | None, statistics: Statistics, progress: Progress) -> None:
-    """Optimize one job and keep its images; once more in float32 if its numbers went bad in less."""
+    """Optimize one job and save its images. If it fails in a lower precision, retry it in float32."""
     initial = _initial_images(run, job, rows).to(run.accelerator.device)
     teachers = run.teachers(run.recipe.teachers.synthesis_names)
-    before = progress.count  # trackers want steps that rise from job to job
+    before = progress.count  # trackers need steps that increase from job to job
     done = 0
 
     def on_check(entry: dict[str, float]) -> None:
         nonlocal done
         new, done = int(entry["step"]) - done, int(entry["step"])
-        # More than one look's steps at once were made by an earlier launch.
+        # Steps beyond one check interval were done by an earlier launch.
         progress.skip(max(0, new - CHECK_EVERY))
         progress.advance(min(new, CHECK_EVERY))
         values = {f"synthesis/{key}": value for key, value in entry.items() if key != "step"}
@@ -179,9 +179,9 @@ def _one_job(run: Run, job: SynthesisJob, rows: np.ndarray | None, statistics: S
 
 
 def _give_up(run: Run, job: SynthesisJob, checkpoint: Checkpoint, precision: str, reason: str) -> None:
-    """End an attempt whose numbers went bad; if it was made in float32, the job is marked as failed."""
+    """End an attempt whose values became NaN or infinite. If it ran in float32, mark the job as failed."""
     is_last = precision == "float32"
-    run.warn(f"{precision}: {reason}; {'the job is marked as failed' if is_last else 'once more in float32'}")
+    run.warn(f"{precision}: {reason}; {'the job is marked as failed' if is_last else 'retrying in float32'}")
     state = checkpoint.load()
     assert state is not None
     if is_last:
@@ -191,12 +191,12 @@ def _give_up(run: Run, job: SynthesisJob, checkpoint: Checkpoint, precision: str
 
 
 def _initial_images(run: Run, job: SynthesisJob, rows: np.ndarray | None) -> Tensor:
-    """What a job starts from, (B, C, S, S) in the reference normalization; `rows` are those of the start images."""
+    """Return the start images of a job, (B, C, S, S), in the reference normalization. `rows` are those of `_prepare`."""
     data, synthesis = run.recipe.data, run.recipe.synthesis
     if synthesis.init == "noise":
         generator = torch.Generator().manual_seed(job.seed + 1)
         return noise((len(job.classes), data.channels, data.size, data.size), generator)
-    places = [label * synthesis.ipc + slot for label, slot in zip(job.classes, job.slots, strict=True)]
+    indices = [label * synthesis.ipc + slot for label, slot in zip(job.classes, job.slots, strict=True)]
     if rows is None:
-        return to_reference(open_rows(run.artifacts.start.path)[places])
-    return to_reference(run.data.train.images(rows[places]))
+        return to_reference(open_rows(run.artifacts.start.path)[indices])
+    return to_reference(run.data.train.images(rows[indices]))

@@ -1,6 +1,6 @@
-"""CPU threads per process: by default all cores of the machine, and the same number in every launch on one folder.
+"""CPU threads per process: by default all cores of the machine, and the same number in every launch in one folder.
 
-The number decides in which order sums are added up, so the bytes of a CPU result depend on it.
+The number of threads determines the order of floating-point sums, so the exact bytes of a CPU result depend on it.
 """
 
 import os
@@ -17,17 +17,17 @@ THREADS = "threads.json"
 
 
 def check_threads(work: Path, threads: int | None) -> None:
-    """Raise an `OutputError` if `threads` is another number than earlier launches used on this folder; writes nothing."""
+    """Raise an `OutputError` if `threads` differs from the number of earlier launches in this folder. Writes nothing."""
     recorded = recorded_threads(work)
     if threads is not None and recorded is not None and threads != recorded:
         raise OutputError(
             f"--threads is {threads}, but the run in {str(work.parent)!r} was started with {recorded} threads per process, "
-            "and its bytes depend on that; leave --threads out, or use another folder (--output DIR)"
+            "and its exact bytes depend on that; omit --threads, or use another folder (--output DIR)"
         )
 
 
 def recorded_threads(work: Path) -> int | None:
-    """Return the threads per process of the earlier launches on a folder, `None` if there were none."""
+    """Return the threads per process of earlier launches in a folder, or `None` if there were none."""
     return int(read_json(work / THREADS)["threads"]) if (work / THREADS).is_file() else None
 
 
@@ -47,6 +47,6 @@ def use_threads(accelerator: Accelerator, work: Path, threads: int | None) -> in
 
 
 def default_threads() -> int:
-    """Return the cores that this process may use, divided by the processes of the launch on this machine."""
+    """Return the number of cores available to this process, divided by the launch's processes on this machine."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun, and so by accelerate launch
     return max(1, joblib.cpu_count() // processes)
