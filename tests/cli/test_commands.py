@@ -33,7 +33,7 @@ def raising(error):
 
 
 @pytest.mark.parametrize("kind", [RecipeError, DataError, SynthesisError])
-def test_an_error_of_ours_is_one_line_and_two(capsys, kind):
+def test_a_prism_error_is_one_line_and_exit_code_two(capsys, kind):
     assert run_command(raising(kind("what to do")), argparse.Namespace(debug=False)) == 2
     assert capsys.readouterr().err == f"{kind.__name__}: what to do\n"
 
@@ -43,17 +43,17 @@ def test_debug_keeps_the_traceback(capsys):
         run_command(raising(RecipeError("x")), argparse.Namespace(debug=True))
 
 
-def test_our_own_mistakes_keep_their_traceback():
+def test_internal_errors_keep_their_traceback():
     with pytest.raises(AssertionError):
         run_command(raising(AssertionError("broken invariant")), argparse.Namespace(debug=False))
 
 
-def test_an_interrupt_says_how_to_go_on(capsys):
+def test_an_interrupt_says_how_to_resume(capsys):
     assert run_command(raising(KeyboardInterrupt()), argparse.Namespace(debug=False)) == 130
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_paths_and_overrides_are_told_apart():
+def test_paths_and_overrides_are_distinguished():
     words = ["a.yaml", "x.y=1", "b=c=d", "c.yaml"]
     assert split_overrides(words) == (["a.yaml", "c.yaml"], ["x.y=1", "b=c=d"])
 
@@ -63,7 +63,7 @@ def test_paths_and_overrides_are_told_apart():
     [["R.yaml", "a=1", "--threads", "2"], ["--threads", "2", "R.yaml", "a=1"], ["R.yaml", "--threads", "2", "a=1"]],
 )
 @pytest.mark.parametrize("name", ["distill", "squeeze", "evaluate", "compare"])
-def test_options_may_stand_anywhere(name, words):
+def test_options_may_appear_anywhere(name, words):
     args = parse([name, *words])
     assert (args.words, args.threads) == (["R.yaml", "a=1"], 2)
 
@@ -82,20 +82,20 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(tmp_path, capsys, monkeyp
 
 
 def typed(folder, *words):
-    """A command in a process of its own."""
+    """Run a command in a separate process."""
     return subprocess.run(
         [PYTHON, *map(str, words)], cwd=folder, capture_output=True, text=True, env=quiet_env(), check=False
     )
 
 
-def test_the_default_recipe_of_the_script_is_the_embedded_one(tmp_path):
+def test_the_script_defaults_to_the_embedded_recipe(tmp_path):
     done = typed(tmp_path, ROOT / "recipes" / "prism.py", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "digits-prism-ipc10" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_package_is_the_same_command_line_and_has_no_default_recipe(tmp_path):
+def test_the_package_has_the_same_command_line_but_no_default_recipe(tmp_path):
     done = typed(tmp_path, "-m", "prism_hf", "distill", RECIPE, "--dry-run")
     assert done.stdout == typed(tmp_path, ROOT / "recipes" / "prism.py", "--dry-run").stdout
     done = typed(tmp_path, "-m", "prism_hf", "distill", "--dry-run")
@@ -105,14 +105,14 @@ def test_the_package_is_the_same_command_line_and_has_no_default_recipe(tmp_path
 
 
 @pytest.mark.parametrize("name", ["prism", "squeeze", "evaluate", "compare"])
-def test_each_script_says_how_it_is_called(name, tmp_path):
+def test_each_script_shows_its_usage(name, tmp_path):
     done = typed(tmp_path, ROOT / "recipes" / f"{name}.py", "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: accelerate launch recipes/{name}.py [-h]")
     assert f"\n    accelerate launch recipes/{name}.py " in done.stdout, "an example"
 
 
-def test_help_lists_the_commands_with_a_line_each(capsys, monkeypatch):
+def test_help_lists_each_command_on_one_line(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
         main(["--help"])
@@ -127,7 +127,7 @@ def test_help_lists_the_commands_with_a_line_each(capsys, monkeypatch):
         assert f"\n    prism-hf {name} " in capsys.readouterr().out, "an example"
 
 
-def test_the_version_is_that_of_the_package(capsys):
+def test_the_version_is_the_package_version(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"prism-hf {prism_hf.__version__}\n"
@@ -157,7 +157,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", list(BAD))
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, kind):
+def test_bad_input_gives_a_one_line_error_and_writes_nothing(tmp_path, capsys, monkeypatch, kind):
     words, expected = BAD[kind]
     monkeypatch.chdir(tmp_path)
     assert go(tmp_path / "out", *words) == 2
@@ -165,11 +165,11 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch,
     assert out == ""
     (line,) = err.splitlines()
     assert all(word in line for word in expected), line
-    assert mtimes(tmp_path) == {}, "a corrected command would find a folder of another recipe"
+    assert mtimes(tmp_path) == {}, "the corrected command would find a folder with another recipe"
 
 
 @pytest.mark.parametrize("name", ["distill", "squeeze"])
-def test_a_missing_recipe_is_one_line(tmp_path, capsys, monkeypatch, name):
+def test_a_missing_recipe_gives_a_one_line_error(tmp_path, capsys, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert launch(name=name, recipe="nowhere.yaml") == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -177,7 +177,7 @@ def test_a_missing_recipe_is_one_line(tmp_path, capsys, monkeypatch, name):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_teacher_of_other_classes_is_one_line_and_writes_nothing(tmp_path, capsys):
+def test_a_teacher_with_other_classes_gives_a_one_line_error_and_writes_nothing(tmp_path, capsys):
     folder = save_timm(tmp_path / "teacher", classes=7)
     assert go(tmp_path / "out", f"teachers.logit=local-dir:{folder}", f"relabel.teachers=['local-dir:{folder}']") == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -185,7 +185,7 @@ def test_a_teacher_of_other_classes_is_one_line_and_writes_nothing(tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
-def test_another_recipes_folder_and_a_foreign_folder_are_one_line(tmp_path, capsys):
+def test_a_folder_of_another_recipe_or_program_gives_a_one_line_error(tmp_path, capsys):
     assert go(tmp_path / "out", "--stage", "squeeze") == 0
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").write_text("precious")
@@ -200,7 +200,7 @@ def test_another_recipes_folder_and_a_foreign_folder_are_one_line(tmp_path, caps
     assert mtimes(tmp_path) == before
 
 
-def test_a_real_launch_says_one_line_on_stderr_and_nothing_else(tmp_path):
+def test_a_real_launch_prints_only_one_line_to_stderr(tmp_path):
     words = [str(RECIPE), *TINY, "data.source=/no/such/folder", "--output", str(tmp_path / "out")]
     done = subprocess.run(
         [PYTHON, str(ROOT / "recipes" / "prism.py"), *words], capture_output=True, text=True, env=quiet_env(), check=False
@@ -216,7 +216,7 @@ def test_a_real_launch_says_one_line_on_stderr_and_nothing_else(tmp_path):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A run without its evaluation."""
+    """A run that has not been evaluated."""
     folder = tmp_path_factory.mktemp("made") / "out"
     for stage in ("squeeze", "synthesize", "relabel", "package"):
         assert go(folder, "evaluation.full_data_epochs=0", "evaluation.seeds=[0]", "--stage", stage) == 0
@@ -227,7 +227,7 @@ def evaluate(*words):
     return launch(*words, "--threads", "1", name="evaluate", recipe=None)
 
 
-def test_evaluate_scores_a_folder_and_leaves_it_alone(made, tmp_path, capsys):
+def test_evaluate_scores_a_folder_without_changing_it(made, tmp_path, capsys):
     before = mtimes(made)
     assert evaluate(made / "dataset", "--teachers", made / "teachers", "--seeds", "2", "--output", tmp_path / "e") == 0
     assert mtimes(made) == before
@@ -241,7 +241,7 @@ def test_evaluate_scores_a_folder_and_leaves_it_alone(made, tmp_path, capsys):
     assert sha_tree(next((tmp_path / "e").glob("*/control/data"))) == sha_tree(made / "control" / "data")
 
 
-def test_evaluate_without_teachers_leaves_the_control_out_and_says_why(made, tmp_path, capsys):
+def test_evaluate_without_teachers_omits_the_control_and_says_why(made, tmp_path, capsys):
     words = [made / "dataset", "--teachers", tmp_path / "none", "--student", "test_resnet", "--output", tmp_path / "e"]
     assert evaluate(*words) == 0
     report = json.loads((tmp_path / "e" / "report.json").read_text())["evaluation"]
@@ -265,7 +265,7 @@ def test_evaluate_without_teachers_leaves_the_control_out_and_says_why(made, tmp
     ],
     ids=lambda value: value[-1].strip("/") if isinstance(value, list) else None,
 )
-def test_evaluate_with_bad_input_is_one_line(made, tmp_path, capsys, words, expected):
+def test_evaluate_with_bad_input_gives_a_one_line_error(made, tmp_path, capsys, words, expected):
     words = [str(made / "dataset") if word == "DATA" else word for word in words]
     assert evaluate(*words, "--output", tmp_path / "e", "--teachers", made / "teachers") == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -290,14 +290,14 @@ def test_squeeze_trains_the_teachers_and_prism_finds_them(tmp_path, capsys):
     assert not (tmp_path / "out" / "teachers").exists()
 
 
-def test_squeeze_without_a_squeezed_teacher_is_one_line(tmp_path, capsys):
+def test_squeeze_without_a_squeezed_teacher_gives_a_one_line_error(tmp_path, capsys):
     words = ["teachers.logit=resnet18.tv_in1k", "teachers.bn_pool=[]", "relabel.teachers=[resnet18.tv_in1k]"]
     assert launch(*TINY, *words, "--output", tmp_path / "t", name="squeeze") == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "t").exists()
 
 
-def test_tensorboard_sees_losses_and_pictures(tmp_path):
+def test_tensorboard_receives_losses_and_pictures(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -314,7 +314,7 @@ def test_tensorboard_sees_losses_and_pictures(tmp_path):
     assert "synthesis/images" in pictures
 
 
-def test_a_data_set_that_changed_gets_its_own_control_and_scores(made, tmp_path):
+def test_a_changed_dataset_gets_its_own_control_and_scores(made, tmp_path):
     folder = Path(shutil.copytree(made / "dataset", tmp_path / "copy"))
     words = ["--teachers", made / "teachers", "--seeds", "1", "--output", tmp_path / "e"]
     assert evaluate(folder, *words) == 0
@@ -332,7 +332,7 @@ def test_paths_with_an_equals_sign_are_paths(tmp_path):
     assert split_overrides([str(odd), "a.b=1"]) == ([str(odd)], ["a.b=1"])
 
 
-def test_the_control_is_labeled_by_the_very_same_teachers_or_left_out(made, tmp_path):
+def test_the_control_is_omitted_unless_the_same_teachers_can_label_it(made, tmp_path):
     folder = Path(shutil.copytree(made / "dataset", tmp_path / "copy"))
     provenance = json.loads((folder / "provenance.json").read_text())
     for teacher in provenance["teachers"]:
@@ -379,7 +379,7 @@ def test_a_second_launch_in_the_same_folder_is_refused(made, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change", [[], ["synthesis.lr=0.5"]], ids=["same recipe", "another recipe"])
-def test_fresh_moves_the_old_run_aside_with_every_byte(made, tmp_path, capsys, change):
+def test_fresh_moves_the_old_run_aside_unchanged(made, tmp_path, capsys, change):
     folder = Path(shutil.copytree(made, tmp_path / "run"))
     (folder / ".lock").unlink(missing_ok=True)
     before = sha_tree(folder)
@@ -404,7 +404,7 @@ def test_fresh_in_an_empty_or_new_folder_is_a_plain_start(made, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
 
 
-def test_fresh_moves_nothing_that_is_no_run(tmp_path, capsys):
+def test_fresh_moves_only_runs(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     before = mtimes(tmp_path)
@@ -415,7 +415,7 @@ def test_fresh_moves_nothing_that_is_no_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("folder", ["new", "old"])
-def test_too_little_space_is_found_before_anything_is_written(made, tmp_path, capsys, folder):
+def test_too_little_space_is_reported_before_anything_is_written(made, tmp_path, capsys, folder):
     if folder == "old":
         shutil.copytree(made, tmp_path / "old")
     before = mtimes(tmp_path)
@@ -428,7 +428,7 @@ def test_too_little_space_is_found_before_anything_is_written(made, tmp_path, ca
 
 
 @pytest.mark.parametrize("text", ["-1", "soon", "nan", "100000"])
-def test_seconds_between_checkpoints_are_checked(capsys, text):
+def test_seconds_between_checkpoints_are_validated(capsys, text):
     with pytest.raises(SystemExit) as end:
         parse(["distill", "--checkpoint-every", text])
     assert end.value.code == 2
@@ -461,7 +461,7 @@ def test_python_does_what_the_command_does(made, tmp_path):
     assert mtimes(again.dataset / "data") == before
 
 
-def test_python_takes_one_stage_and_says_what_there_is(made, tmp_path):
+def test_python_runs_one_stage_and_returns_no_dataset_or_report_yet(made, tmp_path):
     AcceleratorState._reset_state(True)
     result = prism_hf.distill(
         tiny(), tmp_path / "run", ["synthesis.lr=0.5"], teachers=made / "teachers", stage="synthesize", threads=1

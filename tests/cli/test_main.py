@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_installed_command_is_this_one():
+def test_the_installed_command_calls_this_module():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module, _, name = project["scripts"]["prism-hf"].partition(":")
     assert getattr(importlib.import_module(module), name) is main
@@ -36,7 +36,7 @@ def test_private_is_the_default():
 @pytest.mark.parametrize(
     "words", [[], ["push"], ["push", "x"], ["verify"], ["export", "x", "y"], ["export", "x", "y", "--format", "z"]]
 )
-def test_a_command_that_lacks_something_is_explained(words, capsys):
+def test_an_incomplete_command_prints_the_usage(words, capsys):
     with pytest.raises(SystemExit) as end:
         parse(words)
     assert end.value.code == 2
@@ -44,7 +44,7 @@ def test_a_command_that_lacks_something_is_explained(words, capsys):
 
 
 @lfs_only
-def test_the_address_is_the_last_line_and_the_second_push_says_the_same(connected, folder, capsys):
+def test_the_url_is_the_last_line_also_of_the_second_push(connected, folder, capsys):
     assert main(["push", str(folder), SET]) == 0
     first = capsys.readouterr().out.splitlines()[-1]
     assert first == f"{connected.url}/datasets/{SET}/commit/{connected.history('datasets', SET)[0]}"
@@ -61,14 +61,14 @@ def test_an_error_is_one_line_and_exit_code_two(connected, folder, tmp_path, cap
     assert not connected.requests
 
 
-def test_verify_tells_a_good_folder_from_a_damaged_one(folder, tmp_path, capsys):
+def test_verify_distinguishes_a_good_folder_from_a_damaged_one(folder, tmp_path, capsys):
     assert main(["verify", str(folder)]) == 0
     assert "no differences" in capsys.readouterr().out
     assert main(["verify", str(tmp_path)]) == 1
     assert "provenance.json" in capsys.readouterr().out
 
 
-def test_export_writes_what_peers_read(folder, tmp_path, capsys):
+def test_export_writes_files_that_other_libraries_read(folder, tmp_path, capsys):
     assert main(["export", str(folder), str(tmp_path / "images"), "--format", "imagefolder"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "images")
     read = datasets.load_dataset(

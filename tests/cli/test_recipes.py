@@ -12,7 +12,7 @@ def test_recipes_lists_names_and_titles(capsys):
     assert all(len(line.split(maxsplit=1)[1]) > 10 for line in lines)
 
 
-def test_recipes_prints_one_as_it_is(capsys):
+def test_recipes_prints_one_verbatim(capsys):
     assert main(["recipes", "digits/prism_ipc10"]) == 0
     assert capsys.readouterr().out == (ROOT / "recipes/digits/prism_ipc10.yaml").read_text()
     assert main(["recipes", "digits/nothing"]) == 2
@@ -21,7 +21,7 @@ def test_recipes_prints_one_as_it_is(capsys):
     )
 
 
-def test_a_recipe_in_place_of_a_command_is_distilled(capsys, tmp_path, monkeypatch):
+def test_a_recipe_in_place_of_a_command_runs_distillation(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["digits/prism_ipc10", "--dry-run"]) == 0
     by_name = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`prism-hf compare`, and recipes/compare.py, which calls it."""
+"""`prism-hf compare` and recipes/compare.py, which calls it."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from prism_hf.cli.compare import public_word
 from prism_hf.recipe.yaml_file import dump_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-# Three classes: batches of the recipes would be too large for them.
+# There are only three classes, so the batch sizes in the recipes would be too large.
 THREE = ("synthesis.batch_size=3", "relabel.batch_size=6", "squeeze.batch_size=16", "evaluation.batch_size=6",
          "evaluation.full_data_epochs=1", "data.channels=3")  # fmt: skip
 
@@ -41,7 +41,7 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def test_a_dry_run_tells_what_would_be_run_and_creates_nothing(tmp_path, capsys, monkeypatch, recipes):
+def test_a_dry_run_lists_the_runs_and_creates_nothing(tmp_path, capsys, monkeypatch, recipes):
     monkeypatch.chdir(tmp_path)
     assert go("--dry-run", *recipes, "--seeds", "0,1,5", "--students", "resnet18,test_resnet") == 0
     out, err = capsys.readouterr()
@@ -53,7 +53,7 @@ def test_a_dry_run_tells_what_would_be_run_and_creates_nothing(tmp_path, capsys,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_on_other_data_counts_their_classes(tmp_path, capsys, monkeypatch, pictures, recipes):
+def test_a_dry_run_on_other_data_counts_the_classes_of_that_data(tmp_path, capsys, monkeypatch, pictures, recipes):
     monkeypatch.chdir(tmp_path)
     assert go("--dry-run", *recipes, *THREE, "--data", pictures) == 0
     assert "prism: 6 images, 8 steps" in capsys.readouterr().out
@@ -75,7 +75,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, pictures, recipes, kind):
+def test_bad_input_gives_a_one_line_error_and_writes_nothing(tmp_path, capsys, monkeypatch, pictures, recipes, kind):
     letters, words, expected = BAD[kind]
     chosen = [recipes["ab".index(letter)] for letter in letters]
     words = [str(pictures) if word == "PICTURES" else word for word in words]
@@ -89,7 +89,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch,
 
 
 @pytest.mark.parametrize("seeds", ["", "a", "0,0", "-1", "1.5", "0,", str(2**63)])
-def test_seeds_that_are_none_are_refused(tmp_path, capsys, monkeypatch, recipes, seeds):
+def test_invalid_seeds_are_refused(tmp_path, capsys, monkeypatch, recipes, seeds):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         go(f"--seeds={seeds}", *recipes)
@@ -98,7 +98,7 @@ def test_seeds_that_are_none_are_refused(tmp_path, capsys, monkeypatch, recipes,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_compares_on_pictures_in_a_folder(tmp_path, capsys, monkeypatch, pictures, recipes):
+def test_compare_reads_pictures_from_a_folder(tmp_path, capsys, monkeypatch, pictures, recipes):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_" + "q" * 34)
     words = (*recipes, *THREE, "--data", pictures, "--seeds", "0,1", "--output", tmp_path / "out", "--threads", "1")
@@ -135,7 +135,7 @@ def test_it_compares_on_pictures_in_a_folder(tmp_path, capsys, monkeypatch, pict
     assert again["scores"] == found["scores"]
 
 
-def test_a_folder_of_other_things_is_no_place_for_a_comparison(tmp_path, capsys, recipes):
+def test_a_folder_with_other_files_is_refused_as_output(tmp_path, capsys, recipes):
     (tmp_path / "thesis.txt").write_text("mine")
     before = mtimes(tmp_path)
     assert go(recipes[0], "--output", tmp_path) == 2
@@ -150,14 +150,14 @@ def test_a_comparison_is_not_written_into_its_data(capsys, recipes, pictures):
     assert mtimes(pictures) == before
 
 
-def test_only_the_first_recipe_is_asked_for_splits(tmp_path, capsys, pictures, recipes):
+def test_splits_come_from_the_first_recipe_only(tmp_path, capsys, pictures, recipes):
     other = tmp_path / "other.yaml"
     other.write_text(dump_recipe(tiny("name=other", "data.train_split=practice", "data.image_column=photo")))
     assert go(recipes[0], other, *THREE, "--data", pictures, "--dry-run") == 0
     assert "other: 6 images" in capsys.readouterr().out
 
 
-def test_a_verifier_that_teaches_elsewhere_is_said_to_be_the_protocols(tmp_path, capsys, recipes):
+def test_an_error_names_the_protocol_when_its_verifier_is_a_teacher_elsewhere(tmp_path, capsys, recipes):
     judged = tmp_path / "judged.yaml"
     judged.write_text(
         dump_recipe(tiny("name=judged", "teachers.bn_pool=[]", "teachers.verifier=squeeze:test_efficientnet"))
@@ -179,5 +179,5 @@ def test_a_verifier_that_teaches_elsewhere_is_said_to_be_the_protocols(tmp_path,
         ("a.yaml; rm -r x", "'a.yaml; rm -r x'"),
     ],
 )
-def test_the_command_is_shown_for_a_shell_and_without_places_of_this_machine(word, shown):
+def test_the_command_is_quoted_for_a_shell_and_has_no_local_paths(word, shown):
     assert public_word(word) == shown

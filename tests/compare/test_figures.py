@@ -63,7 +63,7 @@ def test_a_long_name_does_not_run_into_the_next_panel(tmp_path, made):
     assert not ink[:, start - 6 : start].any()
 
 
-def test_each_picture_shows_its_own_facts(tmp_path, made):
+def test_each_picture_depends_on_its_facts(tmp_path, made):
     comparison, grids = copy.deepcopy(made)
     before = draw_comparison(tmp_path / "before", comparison, grids)
     draw = {"accuracy": draw_accuracy, "similarity": draw_similarity, "map": draw_map}
@@ -92,7 +92,7 @@ def test_one_image_per_class_and_one_seed(tmp_path):
     )
 
 
-def test_many_classes_are_cut_to_twenty(tmp_path):
+def test_many_classes_are_limited_to_twenty(tmp_path):
     comparison, grids = make_comparison(methods=2, classes=30, ipc=(2, 3))
     draw_grids(tmp_path / "whole.png", comparison, grids)
     for label in grids:
@@ -102,7 +102,7 @@ def test_many_classes_are_cut_to_twenty(tmp_path):
     assert (tmp_path / "whole.png").read_bytes() == (tmp_path / "cut.png").read_bytes()
 
 
-def test_what_is_not_known_is_not_picture_names(tmp_path, made):
+def test_unknown_facts_are_not_drawn(tmp_path, made):
     sparse = make_sparse(made[0])
     assert tuple(draw_comparison(tmp_path, sparse, made[1])) == ("accuracy", "grids", "map")
     assert draw_comparison(tmp_path, sparse | {"methods": [], "scores": []}, {}) == {}
@@ -130,7 +130,7 @@ def test_images_that_do_not_fit_the_methods_are_refused(tmp_path, made, change, 
 NAMES = ["$x$", "$", "<script>", "line\nbreak", "a\u202eb", "x" * 400, "\\frac{ $\\frac{}$", "", "日本"]
 
 
-def test_any_name_can_be_picture_names(tmp_path, recwarn):
+def test_any_name_can_be_drawn(tmp_path, recwarn):
     comparison, grids = make_comparison(methods=9, classes=9, ipc=2)
     comparison["data"]["classes"] = NAMES
     named = dict(zip(grids, NAMES, strict=True))
@@ -143,14 +143,14 @@ def test_any_name_can_be_picture_names(tmp_path, recwarn):
     assert not [w for w in recwarn if "Glyph" in str(w.message)]
 
 
-def test_methods_stand_by_images_per_class_with_the_control_first():
+def test_methods_are_ordered_by_images_per_class_with_the_control_first():
     comparison, _ = make_comparison(methods=2, ipc=(5, 2))
     comparison["methods"].reverse()
     order = [(method["ipc"], method["control"]) for method in in_order(comparison)]
     assert order == [(2, True), (2, False), (5, True), (5, False)]
 
 
-def test_pictures_leave_matplotlibs_settings_alone(tmp_path, made):
+def test_pictures_do_not_change_matplotlib_settings(tmp_path, made):
     import matplotlib
 
     before = dict(matplotlib.rcParams)

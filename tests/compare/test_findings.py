@@ -29,7 +29,7 @@ def recorded(folder, label, seed, place):
     return json.loads((folder / "cells" / f"{slug}-ipc2-seed{seed}.json").read_text())["scores"][place]["top1"]
 
 
-def test_every_score_is_told_with_its_seeds(compared, found):
+def test_every_score_is_reported_with_its_seeds(compared, found):
     rows = {(row["method"], row["student"], row["labels"]): row for row in found["scores"]}
     assert set(rows) == {(label, *key) for label in LABELS for key in KEYS}
     for (label, *key), row in rows.items():
@@ -39,7 +39,7 @@ def test_every_score_is_told_with_its_seeds(compared, found):
         assert row["std"] == pytest.approx(abs(top1[0] - top1[1]) / math.sqrt(2))
 
 
-def test_differences_are_those_of_the_means_with_their_standard_errors(compared, found):
+def test_differences_are_between_means_and_have_standard_errors(compared, found):
     rows = {(row["a"], row["b"], row["student"], row["labels"]): row for row in found["differences"]}
     pairs = [("prism", "random real"), ("sre2l", "random real"), ("sre2l", "prism")]
     assert set(rows) == {(*pair, *key) for pair in pairs for key in KEYS}
@@ -58,7 +58,7 @@ def test_one_seed_has_no_standard_error(compared):
     json.dumps(found, allow_nan=False)
 
 
-def test_the_protocol_has_the_seeds_and_students_that_were_asked_for(found):
+def test_the_protocol_has_the_requested_seeds_and_students(found):
     evaluation = found["protocol"]["evaluation"]
     assert (evaluation["seeds"], evaluation["student"]) == ([0, 1], list(STUDENTS))
 
@@ -88,13 +88,13 @@ def test_pictures_are_the_images_of_the_first_run(compared, made):
         assert torch.equal(images_uint8, load_distilled(folder).images_uint8)
 
 
-def test_nothing_of_this_machine_is_told(compared, found):
+def test_facts_contain_no_local_paths(compared, found):
     text = json.dumps(found, allow_nan=False)
     assert str(compared[0].parent) not in text
     assert str(compared[1].parent) not in text
 
 
-def test_what_is_not_there_is_listed(compared):
+def test_missing_runs_are_listed(compared):
     found = facts_of(comparison(*compared, [*named("prism"), ("other", named("sre2l")[0][1])]))
     assert [method["label"] for method in found["methods"]] == LABELS[:2]
     assert found["left_out"]["other, ipc 2"] == "not yet run"

@@ -13,7 +13,7 @@ OTHERS = ("seed=3", "relabel.epochs=1", "squeeze.lr=0.1", "packaging.image_forma
           "teachers.verifier=squeeze:test_resnet")  # fmt: skip
 
 
-def test_the_first_recipe_says_the_protocol_and_the_control_is_first():
+def test_the_first_recipe_sets_the_protocol_and_the_control_is_first():
     first, other = tiny("name=a"), tiny("name=b", "synthesis.lr=0.3", *OTHERS)
     methods, notes = under_one_protocol([("A", first), ("B", other)])
     assert [(method.label, method.control) for method in methods] == [(RANDOM, True), ("A", False), ("B", False)]
@@ -27,7 +27,7 @@ def test_the_first_recipe_says_the_protocol_and_the_control_is_first():
     assert sorted(notes) == [f"B: {key} is taken from A" for key in given_way]
 
 
-def test_a_section_of_its_own_stays():
+def test_a_method_keeps_its_own_sections():
     first, other = tiny("name=a"), tiny("name=b", "relabel.epochs=1", "packaging.image_format=jpeg")
     methods, notes = under_one_protocol([("A", first), ("B", other)], own=("relabel",))
     assert methods[2].recipe.relabel == other.relabel
@@ -35,7 +35,7 @@ def test_a_section_of_its_own_stays():
     assert notes == ["B: packaging.image_format is taken from A"]
 
 
-def test_a_protocol_that_a_method_cannot_be_had_under_is_one_line():
+def test_a_protocol_that_does_not_fit_a_method_gives_a_one_line_error():
     other = tiny("name=b", "synthesis.ipc=1", "relabel.batch_size=5")
     with pytest.raises(RecipeError) as error:
         under_one_protocol([("A", tiny("relabel.batch_size=20")), ("B", other)])
@@ -49,7 +49,7 @@ def test_every_size_has_its_control():
     assert len({method.slug for method in methods}) == 4
 
 
-def test_a_random_recipe_of_ones_own_is_the_control():
+def test_a_random_recipe_given_by_the_user_is_the_control():
     own = random_recipe(tiny(), 2)
     methods, _ = under_one_protocol([("prism", tiny()), ("chance", own)])
     assert [(method.label, method.control) for method in methods] == [("chance", True), ("prism", False)]
@@ -57,7 +57,7 @@ def test_a_random_recipe_of_ones_own_is_the_control():
     assert job_of_control.recipe.method == "random"
 
 
-def test_the_control_shares_all_but_what_it_does_not_read():
+def test_the_control_shares_everything_that_it_reads():
     made = random_recipe(tiny("teachers.verifier=squeeze:test_resnet"), 5)
     assert (made.method, made.synthesis.ipc, made.num_images) == ("random", 5, 50)
     assert (made.teachers.logit, made.teachers.bn_pool) == ("squeeze:test_byobnet", ())
@@ -74,14 +74,14 @@ def test_the_control_shares_all_but_what_it_does_not_read():
         (["random real"], "random"),
     ],
 )
-def test_methods_that_cannot_be_told_apart_are_one_line(labels, word):
+def test_indistinguishable_methods_give_a_one_line_error(labels, word):
     with pytest.raises(RecipeError) as error:
         under_one_protocol([(label, tiny()) for label in labels])
     assert word in one_line(error)
 
 
 @pytest.mark.parametrize(("own", "expected"), [((), 0), (("squeeze.seed=7",), 7)])
-def test_a_run_has_its_seed_and_the_teachers_of_all(own, expected):
+def test_a_run_has_its_own_seed_and_shared_teachers(own, expected):
     (_, method), _ = under_one_protocol([("PRISM!", tiny(*own))])
     for seed in (0, 5):
         made = method.seeded(seed)
@@ -92,7 +92,7 @@ def test_a_run_has_its_seed_and_the_teachers_of_all(own, expected):
         assert to_dict(made)["synthesis"] == to_dict(method.recipe)["synthesis"]
 
 
-def test_names_of_folders_and_labels_are_plain():
+def test_folder_names_and_labels_are_plain():
     assert Method("Ünïcode / ../x", tiny()).slug == "n-code-x-ipc2"
     assert len(Method("x" * 300, tiny()).slug) == 80
     assert [StudentSetup("s", "soft").key, StudentSetup("s", "hard").key, StudentSetup("s", "soft", 10).key] == [

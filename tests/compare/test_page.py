@@ -31,7 +31,7 @@ class Page(HTMLParser):
         self.open, self.tags, self.words, self.rows = [], [], [], []
         self.feed(text)
         self.close()
-        assert not self.open, f"left open: {self.open}"
+        assert not self.open, f"unclosed tags: {self.open}"
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -43,7 +43,7 @@ class Page(HTMLParser):
             self.rows[-1].append("")
 
     def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> closes nothing"
+        assert self.open, f"</{tag}> has no opening tag"
         assert self.open.pop() == tag
 
     def handle_data(self, data):
@@ -81,7 +81,7 @@ def scores_of(markdown):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_both_pages_say_the_same_and_are_well_formed(case):
+def test_both_pages_have_the_same_content_and_are_well_formed(case):
     comparison = make_comparison(**CASES[case])[0]
     markdown, page = render_markdown(comparison), Page(render_html(comparison, PICTURES))
     header, rows = scores_of(markdown)
@@ -98,7 +98,7 @@ def test_both_pages_say_the_same_and_are_well_formed(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_html_is_one_file_that_loads_nothing(case):
+def test_html_is_one_file_without_external_resources(case):
     text = render_html(make_comparison(**CASES[case])[0], PICTURES)
     page = Page(text)
     assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.structure)
@@ -116,7 +116,7 @@ def test_html_is_one_file_that_loads_nothing(case):
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in [a for _, a in page.tags]
 
 
-def test_long_parts_are_folded_and_the_keyboard_scrolls_the_table(comparison):
+def test_long_sections_are_folded_and_the_table_scrolls_by_keyboard(comparison):
     page = Page(render_html(comparison, PICTURES))
     assert page.structure.count("details") == page.structure.count("summary") == 2
     assert [attributes for tag, attributes in page.tags if tag == "table"] == [{"tabindex": "0"}]
@@ -139,7 +139,7 @@ def test_the_same_comparison_gives_the_same_bytes(comparison):
     assert comparison == before
 
 
-def test_the_numbers_are_those_of_the_comparison(comparison):
+def test_the_numbers_match_the_comparison(comparison):
     rows = scores_of(render_markdown(comparison))[1]
     for row, score in zip(rows, comparison["scores"], strict=False):
         method = next(m for m in comparison["methods"] if m["label"] == score["method"])
@@ -170,7 +170,7 @@ def verdicts(comparison):
     return re.findall(r"- \*\*(.+?)\*\* against (.+?): (.*)", render_markdown(comparison))
 
 
-def test_each_method_meets_the_control_and_the_others_in_words(comparison):
+def test_each_method_is_compared_in_words_to_the_control_and_the_other_methods(comparison):
     found = verdicts(comparison)
     assert [(a, b) for a, b, _ in found[:3]] == [(name, "random real") for name in ("SRe2L", "CDA", "G-VBSM")]
     assert len(found) == 6
@@ -188,7 +188,7 @@ def test_each_method_meets_the_control_and_the_others_in_words(comparison):
         (0.02, None, "it **has too few seeds for a verdict**, +2.0 points."),
     ],
 )
-def test_the_difference_that_is_given_is_put_into_words(comparison, gap, error, words):
+def test_a_given_difference_is_put_into_words(comparison, gap, error, words):
     entry = {"a": "CDA", "b": "random real", "student": "test_resnet", "labels": "soft", "difference": gap, "error": error}
     comparison["differences"] = [entry]
     said = {a: text for a, _, text in verdicts(comparison)}
@@ -205,7 +205,7 @@ def test_a_method_without_a_control_is_named(comparison):
     ]  # fmt: skip
 
 
-def test_the_caption_names_the_lines_that_are_drawn(comparison):
+def test_the_caption_names_only_the_lines_that_are_drawn(comparison):
     assert "Dotted line: random real images. Dashed line: all real data." in render_markdown(comparison)
     comparison["methods"][1]["control"] = True
     comparison["full_data"] = []
@@ -215,14 +215,14 @@ def test_the_caption_names_the_lines_that_are_drawn(comparison):
         assert "Dashed" not in page
 
 
-def test_several_students_are_told_apart():
+def test_several_students_are_labeled():
     comparison = make_comparison(methods=2, students=("test_resnet", "other"))[0]
     markdown, page = render_markdown(comparison), Page(render_html(comparison, PICTURES))
     assert markdown.count("- **SRe2L** against random real, student test\\_resnet: with soft labels it") == 1
     assert "against random real, student other: with soft labels it" in page.text
 
 
-def test_what_is_not_known_is_not_shown(comparison):
+def test_unknown_facts_are_not_shown(comparison):
     sparse = make_sparse(comparison)
     sparse["scores"] = [score for score in sparse["scores"] if score["labels"] == "soft"]
     markdown, page = render_markdown(sparse), Page(render_html(sparse, {}))
@@ -239,12 +239,12 @@ def test_what_is_not_known_is_not_shown(comparison):
     assert "Only the control was run." in Page(render_html(empty, {})).text
 
 
-def test_low_similarity_alone_is_said_to_prove_nothing(comparison):
+def test_the_page_says_that_low_similarity_alone_proves_nothing(comparison):
     for text in (render_markdown(comparison), render_html(comparison, PICTURES)):
         assert "Low similarity alone proves nothing: noise is diverse too." in text
 
 
-def test_many_classes_are_cut_and_counted(comparison):
+def test_long_class_lists_are_truncated_with_a_count(comparison):
     comparison["data"]["classes"] = [f"name{k}" for k in range(1000)]
     for text in (render_markdown(comparison), render_html(comparison, PICTURES)):
         assert "name19" in text
@@ -252,7 +252,7 @@ def test_many_classes_are_cut_and_counted(comparison):
         assert "1000 in all" in text
 
 
-def test_pictures_stand_beside_the_page(comparison):
+def test_pictures_are_stored_next_to_the_page(comparison):
     markdown = render_markdown(comparison)
     assert "](assets/accuracy.png)" in markdown
     assert markdown.count("](assets/") == 4
@@ -310,7 +310,7 @@ def put(comparison, place, text):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_hostile_text_shows_as_itself_on_both_pages(place):
+def test_hostile_text_is_escaped_on_both_pages(place):
     comparison = make_comparison(methods=2, classes=3, ipc=1)[0]
     plain = put(copy.deepcopy(comparison), place, "word")
     tags, blocks = Page(render_html(plain, PICTURES)).structure, shape(render_markdown(plain))
@@ -329,7 +329,7 @@ def test_hostile_text_shows_as_itself_on_both_pages(place):
 
 
 @pytest.mark.parametrize("path", ["versions", "protocol.notes", "data.source", "methods.0.similarity", "scores.0.mean"])
-def test_a_missing_fact_is_an_error_and_not_a_gap(comparison, path):
+def test_a_missing_fact_raises_an_error(comparison, path):
     *parents, last = path.split(".")
     place = comparison
     for key in parents:
@@ -344,11 +344,11 @@ def test_a_missing_fact_is_an_error_and_not_a_gap(comparison, path):
     ("value", "text"),
     [(None, "none"), (True, "yes"), (0.001, "0.001"), (60, "60"), ([1, "a"], "1, a"), ({"a": [1, None]}, "a: 1, none")],
 )
-def test_settings_as_people_write_them(value, text):
+def test_settings_are_formatted_for_people(value, text):
     assert value_text(value) == text
 
 
-def test_each_row_states_the_bytes_of_the_labels_that_it_used():
+def test_each_row_states_the_size_of_the_labels_it_used():
     comparison, _ = make_comparison(kinds=("soft", "image", "hard"))
     sizes = {line[2]: line[7] for line in table_of(comparison)[1:] if line[2] != "-"}
     assert sizes == {"soft": "338 kB", "image": "2 kB", "hard": "-"}

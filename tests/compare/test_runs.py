@@ -26,27 +26,27 @@ def copied(compared, tmp_path):
 
 
 def again(folder, compared, names=("prism", "sre2l"), **more):
-    """Make it, as the command does after its checks; with the runs that failed."""
+    """Make the comparison as the command does after its checks, and return it with the failed runs."""
     made = comparison(folder, compared[1], named(*names), **more)
     check_comparison(made)
     return made, make(made)
 
 
 def made_of(folder):
-    """What was computed, without notes of launches."""
+    """Return the computed files, without the notes of launches."""
     parts = ("runs/*/*/work/jobs", "runs/*/*/work/students", "runs/*/*/dataset", "cells")
     return {path: time for part in parts for place in folder.glob(part) for path, time in mtimes(place).items()}
 
 
 def scores(folder):
-    """What was found of each run; every file is what was written."""
+    """Return the scores of each run, after checking that every file is as it was written."""
     found = {}
     for path in sorted((folder / "cells").glob("*.json")):
         found[path.name] = Artifact(path, read_proof(path).key).read_json() | {"wall_time_s": 0}
     return found
 
 
-def test_it_leaves_a_run_and_a_record_for_each_method_and_seed(compared):
+def test_there_is_a_run_and_a_record_for_each_method_and_seed(compared):
     folder, teachers = compared
     assert sorted(p.relative_to(folder / "runs").as_posix() for p in (folder / "runs").glob("*/*")) == sorted(
         f"{name}/seed-{seed}" for name in NAMES for seed in (0, 1)
@@ -61,17 +61,17 @@ def test_it_leaves_a_run_and_a_record_for_each_method_and_seed(compared):
         assert record["images"] == 20
     assert {records[f"{name}-seed0.json"]["steps"] for name in NAMES} == {0, 8}
     assert not list(folder.glob("runs/*/*/control"))
-    assert len([p for p in teachers.iterdir() if p.name.startswith("test_")]) == 2, "seeds share the teachers"
+    assert len([p for p in teachers.iterdir() if p.name.startswith("test_")]) == 2, "all seeds share the teachers"
 
 
-def test_seeds_and_methods_differ_in_their_images(compared):
+def test_seeds_and_methods_produce_different_images(compared):
     tables = {
         sha for place in compared[0].glob("runs/*/*/dataset") for n, sha in sha_tree(place).items() if n.startswith("data/")
     }
     assert len(tables) == 6
 
 
-def test_a_second_launch_finds_everything(compared, copied, caplog):
+def test_a_second_launch_reuses_everything(compared, copied, caplog):
     before = made_of(copied)
     assert len(before) > 60
     with caplog.at_level(logging.INFO, "prism_hf"):
@@ -81,7 +81,7 @@ def test_a_second_launch_finds_everything(compared, copied, caplog):
 
 
 @pytest.mark.parametrize("kind", ["record gone", "record damaged", "run gone", "table damaged"])
-def test_what_was_lost_is_made_again_and_nothing_else(compared, copied, kind):
+def test_only_lost_files_are_recreated(compared, copied, kind):
     name, whole = "prism-ipc2-seed1", scores(copied)
     record, run = copied / "cells" / f"{name}.json", copied / "runs" / "prism-ipc2" / "seed-1"
     before = {path: time for path, time in made_of(copied).items() if name not in path and str(run) not in path}
@@ -107,7 +107,7 @@ def test_what_was_lost_is_made_again_and_nothing_else(compared, copied, kind):
     assert len(facts_of(made)["methods"]) == 3
 
 
-def test_another_method_and_another_seed_go_on_from_what_is_there(compared, copied):
+def test_another_method_or_seed_reuses_the_existing_runs(compared, copied):
     before = made_of(copied)
     recipes = [*named("prism", "sre2l"), ("longer", named("prism")[0][1])]
     students = {"students": STUDENTS[:1]}
@@ -115,7 +115,7 @@ def test_another_method_and_another_seed_go_on_from_what_is_there(compared, copi
     written = ("/cells/", "/dataset/README.md", "/assets/diversity.png", "/report.json")
     kept = {path: time for path, time in before.items() if not any(part in path for part in written)}
     after = made_of(copied)
-    assert {path: after[path] for path in kept} == kept, "fewer students: the same images and scores, another record"
+    assert {path: after[path] for path in kept} == kept, "fewer students change only the record"
     assert (copied / "runs" / "longer-ipc2" / "seed-0" / "dataset").is_dir()
     before = made_of(copied)
     make(comparison(copied, compared[1], named("prism"), seeds=(0, 2), **students))
@@ -125,7 +125,7 @@ def test_another_method_and_another_seed_go_on_from_what_is_there(compared, copi
     assert new == {("random-real-ipc2", "seed-2"), ("prism-ipc2", "seed-2")}
 
 
-def test_a_run_is_the_one_that_the_other_command_makes(compared, tmp_path):
+def test_a_run_equals_one_made_by_the_distill_command(compared, tmp_path):
     folder, teachers = compared
     made = comparison(folder, teachers, named("prism", "sre2l"))
     run = next(run for run in made.runs if name_of(run) == "prism-ipc2-seed1")
@@ -134,7 +134,7 @@ def test_a_run_is_the_one_that_the_other_command_makes(compared, tmp_path):
         words = ("--output", tmp_path / "run", "--teachers", teachers, "--threads", "1", "--stage", stage)
         assert launch(*words, recipe=tmp_path / "recipe.yaml") == 0
     theirs, ours = sha_tree(tmp_path / "run" / "dataset"), sha_tree(folder / "runs" / "prism-ipc2" / "seed-1" / "dataset")
-    # The comparison has scored it, and says so.
+    # The comparison has already scored the run, and says so.
     card = (folder / "runs" / "prism-ipc2" / "seed-1" / "dataset" / "README.md").read_text()
     assert "| distilled | 20 | soft |" in card
     assert "Left out: random real (a separate run of the same comparison" in card
@@ -143,8 +143,8 @@ def test_a_run_is_the_one_that_the_other_command_makes(compared, tmp_path):
     assert theirs == ours
 
 
-def test_the_disk_must_hold_all_of_its_runs(tmp_path):
-    """Each of the eight would fit, even with a control of its own; half of them do, where the others are finished."""
+def test_the_disk_must_have_room_for_all_runs(tmp_path):
+    """Each of the eight runs would fit alone, even with a control; so do the last four once the others are finished."""
     folder = tmp_path / "run"
     free, one = shutil.disk_usage(tmp_path).free, missing_space(run_in(folder, folder, "relabel.epochs=1000000000"))
     words = *LIGHT, f"relabel.epochs={int(0.4 * free / one * 1e9)}"
@@ -161,7 +161,7 @@ def test_the_disk_must_hold_all_of_its_runs(tmp_path):
     check_comparison(made)
 
 
-def test_the_first_student_must_read_all_views():
+def test_the_first_student_must_use_all_views():
     methods, _ = under_one_protocol(named("prism"))
     with pytest.raises(ValueError, match="expected a setup of 'test_byobnet' with all views"):
         Comparison(
@@ -169,7 +169,7 @@ def test_the_first_student_must_read_all_views():
         )
 
 
-def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):
+def test_a_method_with_a_non_finite_loss_is_left_out(compared, tmp_path, caplog):
     AcceleratorState._reset_state(True)
     with caplog.at_level(logging.INFO, "prism_hf"):
         made, failed = again(tmp_path / "bad", compared, ("prism", "bad"), seeds=(0,), students=STUDENTS[:1])
@@ -179,7 +179,7 @@ def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):
     assert [line.partition(", about")[0] for line in told] == [
         f"{label}, seed 0: {number} of 3 runs done" for number, label in enumerate(("random real", "prism", "bad"), 1)
     ]
-    assert [line.endswith(" left") for line in told] == [True, True, False], "an estimate of this launch"
+    assert [line.endswith(" left") for line in told] == [True, True, False], "the estimate counts this launch only"
     found = facts_of(made, failed)
     assert [method["label"] for method in found["methods"]] == ["random real", "prism"]
     assert {row["method"] for row in found["scores"]} == {"random real", "prism"}
@@ -188,7 +188,7 @@ def test_a_method_whose_numbers_go_bad_is_left_out(compared, tmp_path, caplog):
     assert json.dumps(found, allow_nan=False)
 
 
-def test_the_first_method_says_who_measures_similarity_whatever_comes_after(compared, tmp_path):
+def test_the_first_method_alone_decides_which_network_measures_similarity(compared, tmp_path):
     other = [("other", tiny(*LIGHT, "teachers.logit=squeeze:test_efficientnet", "teachers.bn_pool=[]", "name=other"))]
     found = {}
     for recipes in (named("prism") + other, other + named("prism")):

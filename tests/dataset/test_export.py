@@ -51,7 +51,7 @@ def make(folder, **options):
 
 @pytest.fixture(scope="module")
 def nasty(tmp_path_factory):
-    """A dataset whose class names are bad names for folders, more slots than a wrong sort would bear."""
+    """A dataset with class names that are bad folder names, and enough slots to expose a lexical sort."""
     folder = tmp_path_factory.mktemp("export") / "set"
     return folder, *make(folder, channels=3, size=8, names=NASTY, ipc=11, epochs=1)
 
@@ -71,7 +71,7 @@ def cached(tmp_path, *args, **options):
 
 
 @pytest.mark.parametrize(("channels", "image_format"), SETS)
-def test_a_class_folder_holds_the_very_files_in_order_of_slots(tmp_path, channels, image_format):
+def test_a_class_folder_holds_the_stored_files_in_slot_order(tmp_path, channels, image_format):
     names, table = make(tmp_path / "set", channels=channels, image_format=image_format, epochs=1)
     target = export(tmp_path / "set", tmp_path / "folders", format="imagefolder")
     assert target == tmp_path / "folders"
@@ -99,7 +99,7 @@ def test_no_class_name_escapes_or_breaks_a_folder(tmp_path, nasty):
         assert set(home) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
         assert not home.endswith((".", "_"))
     assert homes[0] == "00000_x"
-    assert homes[1:3] == ["00001_a_b", "00002_a_b"], "numbers keep equal names apart"
+    assert homes[1:3] == ["00001_a_b", "00002_a_b"], "numbers distinguish equal names"
     assert homes[4:6] == ["00004", "00005_u_b"]
     assert json.loads((target / "classes.json").read_text(encoding="utf-8")) == {str(i): n for i, n in enumerate(names)}
     assert {len(list((target / "train" / home).iterdir())) for home in homes} == {11}
@@ -118,14 +118,14 @@ def test_torchvision_gives_each_class_its_index(tmp_path, nasty):
 
 
 @pytest.mark.parametrize("how", ["folder", "imagefolder", "train folder"])
-def test_datasets_gives_each_class_its_index(tmp_path, nasty, how):
+def test_datasets_library_gives_each_class_its_index(tmp_path, nasty, how):
     folder, names, table = nasty
     target = export(folder, tmp_path / "folders", format="imagefolder")
     if how == "folder":
         read = cached(tmp_path, str(target))
     else:
         read = cached(tmp_path, "imagefolder", data_dir=str(target if how == "imagefolder" else target / "train"))
-    assert list(read) == ["train"], "no class name is taken for a split"
+    assert list(read) == ["train"], "no class name is mistaken for a split"
     read = read["train"].cast_column("image", datasets.Image(decode=False))
     assert len(read) == len(table.encoded)
     assert [int(name[:5]) for name in read.features["label"].names] == list(range(len(names)))
@@ -142,7 +142,7 @@ def test_a_folder_is_never_named_like_a_split(word, name):
     assert module._folder_name(3, f"x{word}x", 10) == f"00003_x{word}x"
 
 
-def test_numbers_grow_with_the_number_of_classes():
+def test_numbers_have_more_digits_with_more_classes():
     names = [module._folder_name(index, "x", 100_001) for index in (99_999, 100_000)]
     assert names == sorted(names) == ["099999_x", "100000_x"]
 
@@ -151,7 +151,7 @@ def test_numbers_grow_with_the_number_of_classes():
 
 
 @pytest.mark.parametrize(("channels", "image_format"), SETS)
-def test_rethinkdc_reads_its_columns(tmp_path, channels, image_format):
+def test_rethinkdc_finds_the_columns_it_expects(tmp_path, channels, image_format):
     _, table = make(tmp_path / "set", channels=channels, image_format=image_format, epochs=1)
     target = export(tmp_path / "set", tmp_path / "table", format="rethinkdc")
     assert sorted(sha_tree(target)) == ["README.md", "classes.json", "data/train-00000-of-00001.parquet"]
@@ -180,7 +180,7 @@ def test_rethinkdc_reads_its_columns(tmp_path, channels, image_format):
 
 
 @pytest.mark.parametrize(("size", "groups"), [(1, 22), (7, 4), (22, 1)])
-def test_a_row_group_at_once_is_in_memory(tmp_path, size, groups):
+def test_one_row_group_is_in_memory_at_a_time(tmp_path, size, groups):
     _, table = make(tmp_path / "set", channels=3, classes=2, ipc=11, epochs=1)
     (path,) = (tmp_path / "set" / "data").iterdir()
     pq.write_table(pq.read_table(path), path, row_group_size=size)
@@ -197,7 +197,7 @@ def test_an_export_names_nothing_local(plain, tmp_path):
         assert not any(str(tmp_path).encode() in path.read_bytes() for path in target.rglob("*") if path.is_file())
 
 
-# -- where it may be written ------------------------------------------------------------------------------------------
+# -- the target of an export ------------------------------------------------------------------------------------------
 
 
 @every_format
@@ -229,7 +229,7 @@ def test_an_empty_folder_is_filled(plain, tmp_path, layout):
         export(plain, tmp_path / "target", format=layout)
 
 
-def test_the_folder_where_one_stands_can_be_filled(plain, tmp_path, monkeypatch):
+def test_the_current_directory_can_be_the_target(plain, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     export(plain, ".", format="imagefolder")
@@ -240,7 +240,7 @@ def test_the_folder_where_one_stands_can_be_filled(plain, tmp_path, monkeypatch)
 @every_format
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt(), DataError("a reason")])
 @pytest.mark.parametrize("target_exists", [False, True])
-def test_a_failure_half_way_leaves_nothing(plain, tmp_path, monkeypatch, layout, failure, target_exists):
+def test_a_failure_halfway_leaves_nothing_behind(plain, tmp_path, monkeypatch, layout, failure, target_exists):
     path = plain / "data" / "train-00000-of-00001.parquet"
     pq.write_table(pq.read_table(path), path, row_group_size=1)
     target, seen = tmp_path / "new" / "target", []
@@ -250,7 +250,7 @@ def test_a_failure_half_way_leaves_nothing(plain, tmp_path, monkeypatch, layout,
 
     def half(*args):
         for number, pictures in enumerate(read(*args)):
-            # Were the process killed here, the target would be as it was, and a hidden folder would stay beside it.
+            # A process killed here would leave the target unchanged, and a hidden folder beside it.
             seen.append(target.exists() and any(target.iterdir()))
             assert any(path.name.startswith(f"{DRAFT}target-") for path in target.parent.iterdir())
             if number == 5:
@@ -267,17 +267,17 @@ def test_a_failure_half_way_leaves_nothing(plain, tmp_path, monkeypatch, layout,
     assert [path.name for path in target.parent.iterdir()] == (["target"] if target_exists else [])
 
 
-def test_a_file_in_the_way_is_one_line(plain, tmp_path):
+def test_a_file_in_the_way_gives_a_one_line_error(plain, tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(OutputError) as error:
         export(plain, tmp_path / "file" / "target", format="imagefolder")
     assert "Not a directory" in one_line(error) or "File exists" in one_line(error)
 
 
-# -- what cannot be exported ------------------------------------------------------------------------------------------
+# -- datasets that cannot be exported ---------------------------------------------------------------------------------
 
 
-def test_an_unknown_layout_is_one_line(plain, tmp_path):
+def test_an_unknown_layout_gives_a_one_line_error(plain, tmp_path):
     with pytest.raises(DataError) as error:
         export(plain, tmp_path / "target", format="zip")
     assert all(word in one_line(error) for word in ("'zip'", "imagefolder", "rethinkdc"))
@@ -285,7 +285,7 @@ def test_an_unknown_layout_is_one_line(plain, tmp_path):
 
 
 @pytest.mark.parametrize("transport", ["lfs"], indirect=True)
-def test_a_hub_set_is_read_at_its_revision(connected, tmp_path, monkeypatch):
+def test_a_hub_dataset_is_read_at_its_revision(connected, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     trees = []
     for seed in (0, 1):
@@ -305,7 +305,7 @@ def test_a_hub_set_is_read_at_its_revision(connected, tmp_path, monkeypatch):
 
 
 @every_format
-def test_a_foreign_data_set_is_one_line(tmp_path, layout):
+def test_a_foreign_dataset_gives_a_one_line_error(tmp_path, layout):
     (tmp_path / "foreign" / "data").mkdir(parents=True)
     path = tmp_path / "foreign" / "data" / "train-00000-of-00001.parquet"
     datasets.Dataset.from_dict({"x": [1, 2]}).to_parquet(path)
@@ -317,7 +317,7 @@ def test_a_foreign_data_set_is_one_line(tmp_path, layout):
 
 
 def change(folder, *, rows=None, **columns):
-    """The dataset with some rows only, or other cells in a column."""
+    """Reduce the dataset to some rows, or replace the cells of a column."""
     path = folder / "data" / "train-00000-of-00001.parquet"
     table = pq.read_table(path)
     for name, values in columns.items():
@@ -352,7 +352,7 @@ def bmp():
         ("bmp", ["row 0", "BMP", "expected PNG"]),
     ],
 )
-def test_a_damaged_data_set_is_one_line(plain, tmp_path, layout, damage, words):
+def test_a_damaged_dataset_gives_a_one_line_error(plain, tmp_path, layout, damage, words):
     if not isinstance(damage, dict):
         damage = {"image": cells(plain, bmp() if damage == "bmp" else damage)}
     change(plain, **damage)
@@ -363,7 +363,7 @@ def test_a_damaged_data_set_is_one_line(plain, tmp_path, layout, damage, words):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
 
 
-def test_rows_in_any_order_come_out_the_same(plain, tmp_path):
+def test_the_order_of_rows_does_not_change_the_export(plain, tmp_path):
     expected = sha_tree(export(plain, tmp_path / "before", format="imagefolder"))
     change(plain, rows=[7, 0, 3, 2, 6, 5, 4, 1])
     assert sha_tree(export(plain, tmp_path / "after", format="imagefolder")) == expected

@@ -1,4 +1,4 @@
-"""How the tables are cut into shards: planned from the recipe, before anything is there."""
+"""Shards of the tables, planned from the recipe before any file exists."""
 
 import itertools
 
@@ -32,7 +32,7 @@ KINDS = [
 @pytest.mark.parametrize("missing", [0, 1])
 def test_every_row_and_every_epoch_is_in_exactly_one_shard(kind, missing):
     made = recipe(**kind)
-    count = made.num_images - missing  # a partial set
+    count = made.num_images - missing  # a partial dataset
     for shards, total in ((image_shards(made, count), count), (view_shards(made, count), made.relabel.epochs)):
         assert list(itertools.chain(*(shard.rows for shard in shards))) == list(range(total))
         assert all(len(shard.rows) for shard in shards)
@@ -42,15 +42,15 @@ def test_every_row_and_every_epoch_is_in_exactly_one_shard(kind, missing):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_images_are_cut_between_two_batches_of_labels(kind):
-    """The labels of an image depend on the others of its batch."""
+def test_image_shards_end_between_labeling_batches(kind):
+    """The labels of an image depend on the other images in its batch."""
     made = recipe(**kind)
     starts = {batch.start for batch in batch_ranges(made.num_images, made.relabel.batch_size)}
     assert {shard.rows.start for shard in image_shards(made, made.num_images)} <= starts
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_shard_of_views_is_what_a_killed_run_may_lose(kind):
+def test_a_shard_of_views_limits_what_a_killed_run_loses(kind):
     made = recipe(**kind)
     bound = made.packaging.shard_megabytes * 10**6
     for shard in view_shards(made, made.num_images):
@@ -59,22 +59,22 @@ def test_a_shard_of_views_is_what_a_killed_run_may_lose(kind):
         assert len(shard.rows) == 1 or views * (2 * made.data.num_classes + VIEW_ROW_BYTES) <= bound
 
 
-def test_small_sets_have_one_shard_and_large_ones_as_few_as_fit():
+def test_small_datasets_have_one_shard_and_large_ones_the_fewest_that_fit():
     small = recipe(epochs=81)
     assert len(image_shards(small, 100)) == len(view_shards(small, 100)) == 1
     assert len(view_shards(recipe(epochs=82), 100)) == 2, "8200 views"
     large = recipe(classes=1000, ipc=10, size=224, epochs=3)
-    assert [len(shard.rows) for shard in view_shards(large, 10_000)] == [1, 1, 1], "an epoch is not cut"
+    assert [len(shard.rows) for shard in view_shards(large, 10_000)] == [1, 1, 1], "an epoch is not split"
     raw = 10_000 * (3 * 224**2 + 2 * 1000)
     assert len(image_shards(large, 10_000)) == -(-raw // 500_000_000)
 
 
-def test_there_are_no_more_shards_of_images_than_batches():
+def test_there_are_at_most_as_many_image_shards_as_batches():
     made = recipe(classes=100, ipc=3, size=224, batch=100, mb=1)
     assert [shard.rows for shard in image_shards(made, 300)] == [range(0, 100), range(100, 200), range(200, 300)]
 
 
-def test_a_row_group_holds_about_four_megabytes_and_at_least_a_row():
+def test_a_row_group_holds_about_four_megabytes_and_at_least_one_row():
     assert image_group_rows(recipe(classes=10, size=32, channels=3)) == 4 * 2**20 // (3 * 32 * 32 + 20)
     assert image_group_rows(recipe(size=2048)) == 1
     assert view_group_rows(1000) == 4 * 2**20 // (2000 + VIEW_ROW_BYTES)

@@ -37,7 +37,7 @@ def described(tmp_path_factory):
     return root, folder, recipe, teacher, json.loads((folder / "provenance.json").read_text())
 
 
-def test_provenance_vouches_for_every_file(described):
+def test_provenance_has_a_hash_for_every_file(described):
     _, folder, *_, provenance = described
     listed = {name: entry["sha256"] for name, entry in provenance["files"].items()}
     assert listed == {name: sha for name, sha in sha_tree(folder).items() if name != "provenance.json"}
@@ -45,7 +45,7 @@ def test_provenance_vouches_for_every_file(described):
     assert set(listed) == {"recipe.yaml", "data/train-00000-of-00001.parquet", "views/train-00000-of-00001.parquet"}
 
 
-def test_provenance_says_who_made_it_from_what(described):
+def test_provenance_names_the_producer_and_the_inputs(described):
     *_, recipe, teacher, provenance = described
     assert provenance["recipe_fingerprint"] == recipe.fingerprint()
     assert provenance["source"] == {
@@ -63,7 +63,7 @@ def test_provenance_says_who_made_it_from_what(described):
     assert {"python", "torch", "timm", "datasets", "prism-hf"} <= set(provenance["versions"])
 
 
-def test_provenance_holds_no_path_token_or_time(described, monkeypatch):
+def test_provenance_contains_no_path_token_or_time(described, monkeypatch):
     root, folder, recipe, teacher, _ = described
     monkeypatch.setenv("HF_TOKEN", "hf_secret_token")
     before = (folder / "provenance.json").read_bytes()
@@ -78,7 +78,7 @@ def test_provenance_holds_no_path_token_or_time(described, monkeypatch):
     assert "/home/" not in text
 
 
-def test_pictures_card_and_hidden_files_are_not_vouched_for(tmp_path):
+def test_pictures_card_and_hidden_files_have_no_hash(tmp_path):
     for name in ("README.md", "provenance.json", "assets/grid.png", ".cache/x", "data/.draft", "data/a.parquet", "x.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -153,7 +153,7 @@ TEXT = """\
 
 
 @pytest.mark.parametrize("partial", [None, {"images": 10, "of": 12, "failed_jobs": [0]}])
-def test_the_bytes_are_these(described, tmp_path, partial):
+def test_the_bytes_are_pinned(described, tmp_path, partial):
     _, folder, recipe, teacher, _ = described
     folder, name = Path(shutil.copytree(folder, tmp_path / "set")), recipe.teachers.logit
     write_provenance(
@@ -177,14 +177,14 @@ def test_the_bytes_are_these(described, tmp_path, partial):
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_read_and_written_again_has_the_same_bytes(described, tmp_path):
+def test_reading_and_writing_again_gives_the_same_bytes(described, tmp_path):
     path = described[1] / "provenance.json"
     Provenance.read(path).write(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
 
 
 def test_a_file_of_an_older_version_is_read(described, tmp_path):
-    """The first did not say where the source is, which images these are, and how many rows a table has."""
+    """The first version did not record the location of the source, the images, or the number of rows per table."""
     *_, older = described
     older = {key: value for key, value in older.items() if key not in ("images", "partial")}
     older["source"] = {key: value for key, value in older["source"].items() if key != "on_hub"}
@@ -197,14 +197,14 @@ def test_a_file_of_an_older_version_is_read(described, tmp_path):
     assert provenance.plain() == older
 
 
-def test_a_file_of_a_later_version_keeps_what_it_says(described, tmp_path):
+def test_a_file_of_a_later_version_keeps_its_unknown_fields(described, tmp_path):
     *_, later = described
     later = later | {"format_version": 2, "moon": {"phase": [1, "full"]}}
     (tmp_path / "provenance.json").write_text(json.dumps(later))
     assert read_provenance(tmp_path / "provenance.json").plain() == later
 
 
-def test_only_what_programs_go_by_must_be_there(tmp_path):
+def test_only_fields_that_programs_use_are_required(tmp_path):
     least = {"format_version": 1, "recipe": "x", "teachers": [{"name": "a", "weights_sha256": "0"}], "files": {}}
     path = tmp_path / "provenance.json"
     path.write_text(json.dumps(least))
@@ -225,7 +225,7 @@ def test_only_what_programs_go_by_must_be_there(tmp_path):
         ('{"format_version": 1, "recipe": "x", "teachers": [], "files": {"\\u001b": {}}}', "has no 'files.\\x1b.sha256'"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line(tmp_path, text, words):
+def test_invalid_content_gives_a_one_line_error(tmp_path, text, words):
     if text is not None:
         (tmp_path / "provenance.json").write_text(text)
     with pytest.raises(DataError) as error:

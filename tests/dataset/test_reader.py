@@ -26,7 +26,7 @@ NAMES = ["ant", "bee", "cat", "dog"]
     ("channels", "image_format"),
     [(1, "png"), (3, "png"), (3, "webp"), (1, "jpeg"), (3, "jpeg")],
 )
-def test_we_read_what_we_wrote(tmp_path, channels, image_format):
+def test_a_written_dataset_is_read_back(tmp_path, channels, image_format):
     recipe, names, table, views, shown = small_set(tmp_path, channels=channels, image_format=image_format)
     add_card(tmp_path, recipe, names)
     data = load_distilled(tmp_path)
@@ -48,7 +48,7 @@ def test_we_read_what_we_wrote(tmp_path, channels, image_format):
 
 
 def sizes(folder, table, column=""):
-    """Compressed bytes of each row group, as its metadata say."""
+    """Return the compressed size of each row group in bytes, from its metadata."""
     for path in sorted((folder / table).iterdir()):
         metadata = pq.read_metadata(path).to_dict()
         for group in metadata["row_groups"]:
@@ -57,7 +57,7 @@ def sizes(folder, table, column=""):
 
 
 @pytest.mark.parametrize("shard_mb", [500, 1], ids=["one file", "some files"])
-def test_bytes_of_labels_are_those_of_the_epochs_that_are_read(tmp_path, shard_mb):
+def test_label_bytes_count_only_the_epochs_that_are_read(tmp_path, shard_mb):
     recipe, names, *_ = small_set(tmp_path, classes=300, ipc=2, epochs=4, size=8, shard_mb=shard_mb)
     add_card(tmp_path, recipe, names)
     assert len(list((tmp_path / "views").iterdir())) == (1 if shard_mb == 500 else 2)
@@ -69,7 +69,7 @@ def test_bytes_of_labels_are_those_of_the_epochs_that_are_read(tmp_path, shard_m
     assert 0 < data.image_label_bytes == logits < 600 * 300 * 2 * 1.1
 
 
-def test_a_row_group_of_several_epochs_is_read_whole(tmp_path):
+def test_a_row_group_with_several_epochs_counts_in_full(tmp_path):
     recipe, names, *_ = small_set(tmp_path, epochs=4)
     (path,) = (tmp_path / "views").iterdir()
     pq.write_table(pq.read_table(path), path, row_group_size=30)  # 12 images: epochs 0, 1 and half of 2, and the rest
@@ -95,7 +95,7 @@ def foreign(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["missing", "hub id", "empty", "text", "parquet", "other columns"])
-def test_a_foreign_folder_is_one_line(tmp_path, kind):
+def test_a_foreign_folder_gives_a_one_line_error(tmp_path, kind):
     source = foreign(tmp_path, kind)
     with pytest.raises(HubError if kind == "hub id" else DataError) as error:
         load_distilled(source)
@@ -108,7 +108,7 @@ def test_a_foreign_folder_is_one_line(tmp_path, kind):
     assert words.get(kind, "no file data/train-*.parquet; give a folder with data/ and views/") in str(error.value)
 
 
-def test_missing_views_are_one_line(tmp_path):
+def test_missing_views_give_a_one_line_error(tmp_path):
     recipe, names, *_ = small_set(tmp_path)
     add_card(tmp_path, recipe, names)
     next((tmp_path / "views").iterdir()).unlink()
@@ -118,7 +118,7 @@ def test_missing_views_are_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [0, 11, 30])
-def test_half_an_epoch_is_one_line(tmp_path, rows):
+def test_half_an_epoch_gives_a_one_line_error(tmp_path, rows):
     small_set(tmp_path)
     path = tmp_path / "views" / "train-00000-of-00001.parquet"
     pq.write_table(pq.read_table(path).slice(0, rows), path)
@@ -131,7 +131,7 @@ def test_half_an_epoch_is_one_line(tmp_path, rows):
 
 
 def reshard(folder, name, files, group=4):
-    """Write a table anew as some files of row groups of some rows."""
+    """Rewrite a table with the given number of files and rows per row group."""
     paths = sorted((folder / name).glob("*.parquet"))
     table = pa.concat_tables([pq.read_table(path) for path in paths])
     for path in paths:
@@ -144,14 +144,14 @@ def reshard(folder, name, files, group=4):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Twelve images in two files and three epochs in four: no epoch ends with a file or a row group."""
+    """Twelve images in two files and three epochs in four files; no epoch ends where a file or a row group ends."""
     small_set(tmp_path)
     reshard(tmp_path, "data", 2, group=5)
     reshard(tmp_path, "views", 4, group=5)
     return tmp_path
 
 
-def test_a_set_is_the_same_in_one_file_and_in_some(tmp_path):
+def test_a_dataset_is_the_same_in_one_file_and_in_several(tmp_path):
     small_set(tmp_path / "one")
     one = load_distilled(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "some")
@@ -196,7 +196,7 @@ def test_a_set_is_the_same_in_one_file_and_in_some(tmp_path):
         ),
     ],
 )
-def test_files_that_are_missing_strange_or_damaged_are_named_in_one_line(shards, change, words):
+def test_a_one_line_error_names_missing_foreign_or_damaged_files(shards, change, words):
     change(shards)
     with pytest.raises(DataError) as error:
         load_distilled(shards)
@@ -205,7 +205,7 @@ def test_files_that_are_missing_strange_or_damaged_are_named_in_one_line(shards,
 
 
 @pytest.mark.parametrize("start", [4, 600])
-def test_damage_inside_a_file_is_one_line(tmp_path, start):
+def test_damage_inside_a_file_gives_a_one_line_error(tmp_path, start):
     small_set(tmp_path)
     (path,) = (tmp_path / "views").iterdir()
     data = bytearray(path.read_bytes())
@@ -217,7 +217,7 @@ def test_damage_inside_a_file_is_one_line(tmp_path, start):
 
 
 @pytest.mark.parametrize("name", ["data", "views"])
-def test_damage_anywhere_is_one_line_or_makes_another_set_of_the_same_size(tmp_path, name):
+def test_damage_anywhere_gives_a_one_line_error_or_other_data_of_the_same_size(tmp_path, name):
     small_set(tmp_path, size=8)
     (path,) = (tmp_path / name).iterdir()
     good, random = path.read_bytes(), np.random.default_rng(3)
@@ -238,7 +238,7 @@ def test_damage_anywhere_is_one_line_or_makes_another_set_of_the_same_size(tmp_p
     assert 40 < refused < 120
 
 
-def test_files_that_are_not_of_the_tables_do_not_matter(shards):
+def test_unrelated_files_are_ignored(shards):
     content = load_distilled(shards).content
     for name in ("data/test-00000-of-00001.parquet", "train-00000-of-00001.parquet", "LICENSE", "data/.train-x"):
         (shards / name).write_text("something else")
@@ -246,7 +246,7 @@ def test_files_that_are_not_of_the_tables_do_not_matter(shards):
 
 
 def without(table, name, row, part=None):
-    """The table with nothing in a cell, or in a part of its list."""
+    """Return the table with a null in place of a cell, or of an element of its list."""
     values = table[name].to_pylist()
     if part is None:
         values[row] = None
@@ -264,7 +264,7 @@ def without(table, name, row, part=None):
         ("views", "flip", None), ("views", "mix_weight", None), ("views", "teacher_logits", 0),
     ],
 )  # fmt: skip
-def test_a_value_that_is_missing_is_one_line(tmp_path, name, column, part):
+def test_a_missing_value_gives_a_one_line_error(tmp_path, name, column, part):
     small_set(tmp_path)
     (path,) = (tmp_path / name).iterdir()
     pq.write_table(without(pq.read_table(path), column, 7, part), path)
@@ -284,7 +284,7 @@ def test_neither_card_nor_recipe_nor_provenance_is_needed(tmp_path):
 
 
 @pytest.mark.parametrize(("image_format", "channels"), [("png", 1), ("jpeg", 1), ("png", 3), ("webp", 3)])
-def test_without_a_recipe_the_first_image_says_how_many_channels(tmp_path, image_format, channels):
+def test_without_a_recipe_the_first_image_sets_the_number_of_channels(tmp_path, image_format, channels):
     *_, shown = small_set(tmp_path, channels=channels, image_format=image_format)
     (tmp_path / "recipe.yaml").unlink()
     assert torch.equal(load_distilled(tmp_path).images_uint8, shown)
@@ -300,13 +300,13 @@ def test_without_a_recipe_the_first_image_says_how_many_channels(tmp_path, image
         "&a [*a]",
     ],
 )
-def test_the_card_is_not_followed(shards, card):
+def test_the_card_does_not_affect_reading(shards, card):
     content = load_distilled(shards).content
     (shards / "README.md").write_text(f"---\n{card}\n---\n")
     assert load_distilled(shards).content == content
 
 
-# -- what is large lies in a file -------------------------------------------------------------------------------------
+# -- large data is kept in a file -------------------------------------------------------------------------------------
 
 
 def same_rows(ours, theirs):
@@ -317,7 +317,7 @@ def same_rows(ours, theirs):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A set of ten images of three classes, three epochs, in several shards and many row groups."""
+    """A dataset of ten images, three classes and three epochs, in several shards and many row groups."""
     recipe, names, *_ = small_set(tmp_path / "set", channels=3, classes=5, ipc=2, size=16)
     for path in (tmp_path / "set").glob("*/*.parquet"):
         pq.write_table(pq.read_table(path), path, row_group_size=4)
@@ -334,7 +334,7 @@ def no_room_in_memory(monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
-def test_a_file_holds_what_memory_would(folder, monkeypatch, no_room_in_memory):
+def test_data_in_a_file_equals_data_in_memory(folder, monkeypatch, no_room_in_memory):
     filed = load_distilled(folder)
     monkeypatch.setattr(reading, "_IN_MEMORY", 2**23)
     whole = load_distilled(folder)
@@ -346,18 +346,18 @@ def test_a_file_holds_what_memory_would(folder, monkeypatch, no_room_in_memory):
     assert torch.equal(filed.images_uint8[picked], whole.images_uint8[picked])
 
 
-def test_the_file_has_no_name_and_lies_in_the_cache(folder, no_room_in_memory):
+def test_the_file_has_no_name_and_is_in_the_cache(folder, no_room_in_memory):
     data = load_distilled(folder)
     maps = Path("/proc/self/maps")
     if maps.is_file():
         lines = maps.read_text().splitlines()
         held = [line for line in lines if str(no_room_in_memory) in line and line.endswith("(deleted)")]
         assert len(held) == 3, "images, labels and logits"
-    assert not list(no_room_in_memory.iterdir()), "neither is there a cache of the tables"
+    assert not list(no_room_in_memory.iterdir()), "the tables are not cached either"
     assert data.images_uint8.sum() > 0
 
 
-def test_a_full_disk_is_one_line(folder, monkeypatch, no_room_in_memory):
+def test_a_full_disk_gives_a_one_line_error(folder, monkeypatch, no_room_in_memory):
     real = reading.tempfile.TemporaryFile
 
     def full(**options):
@@ -381,7 +381,7 @@ def test_a_full_disk_is_one_line(folder, monkeypatch, no_room_in_memory):
     assert all(word in one_line(error) for word in ("No space left", str(no_room_in_memory), "HF_DATASETS_CACHE"))
 
 
-def test_images_of_two_sizes_are_one_line(folder):
+def test_images_of_two_sizes_give_a_one_line_error(folder):
     (path,) = (folder / "data").iterdir()
     table = pq.read_table(path)
     cells = table["image"].to_pylist()
@@ -395,7 +395,7 @@ def test_images_of_two_sizes_are_one_line(folder):
 
 
 def digest_of_whole_tables(folder):
-    """`content` as it was first written, with everything in memory."""
+    """Compute `content` as the first version did, with everything in memory."""
     images, views = (
         pa.concat_tables(pq.read_table(path) for path in sorted((folder / name).iterdir())) for name in ("data", "views")
     )
@@ -412,13 +412,13 @@ def digest_of_whole_tables(folder):
     return digest.hexdigest()[:16], sum(map(len, encoded))
 
 
-def test_the_digest_is_what_it_always_was(folder):
+def test_the_digest_is_unchanged(folder):
     data = load_distilled(folder)
     assert (data.content, data.image_bytes) == digest_of_whole_tables(folder)
 
 
 @pytest.mark.parametrize(("files", "group"), [(1, 333), (3, 333), (5, 4096), (2, 10_000)])
-def test_the_digest_of_more_rows_than_are_read_at_once_is_what_it_always_was(tmp_path, files, group):
+def test_the_digest_of_several_reads_is_unchanged(tmp_path, files, group):
     small_set(tmp_path, classes=7, ipc=100, epochs=12, size=8)
     for name in ("data", "views"):
         reshard(tmp_path, name, files, group)
@@ -431,7 +431,7 @@ def test_the_digest_of_more_rows_than_are_read_at_once_is_what_it_always_was(tmp
 
 
 @pytest.mark.parametrize("rows", [range(10), range(3, 7), range(9, 10)])
-def test_a_range_of_views_is_that_part_of_the_epoch(folder, rows):
+def test_a_range_of_views_equals_that_part_of_the_epoch(folder, rows):
     data = load_distilled(folder)
     for epoch in range(3):
         all_rows, all_logits = data.epoch(epoch)
@@ -443,7 +443,7 @@ def test_a_range_of_views_is_that_part_of_the_epoch(folder, rows):
 
 @pytest.fixture
 def read_groups(monkeypatch):
-    """The row groups that pyarrow reads from now on."""
+    """A list that records the row groups that pyarrow reads."""
     groups, read = [], pq.ParquetFile.read_row_group
     monkeypatch.setattr(
         pq.ParquetFile, "read_row_group", lambda self, number, **more: groups.append(number) or read(self, number, **more)
@@ -459,7 +459,7 @@ def test_only_row_groups_that_hold_the_views_are_read(folder, read_groups):
         assert read_groups == expected
 
 
-def test_views_that_follow_each_other_read_a_row_group_once(folder, read_groups):
+def test_consecutive_views_read_a_row_group_once(folder, read_groups):
     data = load_distilled(folder)
     read_groups.clear()
     for epoch in range(3):

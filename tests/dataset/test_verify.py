@@ -32,7 +32,7 @@ def flip(path):
 
 
 def vouch(folder, name):
-    """Make provenance.json agree with a changed file, so that only what is left can notice."""
+    """Update provenance.json to match a changed file, so that only the other checks can notice the change."""
     path = folder / name
     edit(folder, lambda v: v["files"][name].update(sha256=sha256_of(path), bytes=path.stat().st_size))
 
@@ -50,7 +50,7 @@ def test_a_good_folder_has_no_differences(folder):
     assert verify(folder) == found
 
 
-def test_a_folder_from_before_rows_were_recorded_is_checked_by_its_card(folder):
+def test_a_folder_without_recorded_rows_is_checked_against_its_card(folder):
     edit(folder, lambda v: [facts.pop("rows", None) for facts in v["files"].values()])
     assert check_folder(folder).differences == ()
     fewer_rows(folder, TABLE)
@@ -101,7 +101,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_named(folder, damage):
+def test_damage_is_reported(folder, damage):
     act, words = DAMAGE[damage]
     act(folder)
     differences = check_folder(folder).differences

@@ -26,7 +26,7 @@ def packed(tmp_path_factory):
     return folder, *made
 
 
-# -- an outsider, with plain `datasets` -------------------------------------------------------------------------------
+# -- an independent reader, with plain `datasets` ---------------------------------------------------------------------
 
 OUTSIDER = """
 import hashlib, json, sys
@@ -72,7 +72,7 @@ def outsider(packed):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_plain_datasets_loads_and_streams_both_configs_without_us(outsider, packed):
+def test_datasets_loads_and_streams_both_configs_without_prism(outsider, packed):
     assert outsider["ours"] == []
     assert outsider["configs"] == ["default", "views"]
     assert outsider["columns"] == ["image", "label", "slot", "teacher_logits", "job"]
@@ -109,14 +109,14 @@ def test_image_bytes_are_stored_verbatim(tmp_path, image_format, extension):
     assert all(torch.equal(decode(cell["bytes"], 3), image) for cell, image in zip(cells, shown, strict=True))
 
 
-def test_tables_carry_their_features_even_without_a_card(tmp_path):
+def test_tables_contain_their_features_even_without_a_card(tmp_path):
     _, names, *_ = small_set(tmp_path)
     for sub, features in (("data", image_features(names)), ("views", view_features(4))):
         loaded = datasets.Dataset.from_parquet(str(tmp_path / sub / "train-00000-of-00001.parquet"))
         assert loaded.features == features
 
 
-def test_logits_are_split_by_byte_and_images_left_alone(tmp_path):
+def test_logits_are_byte_split_and_images_are_not(tmp_path):
     small_set(tmp_path)
     group = pq.ParquetFile(tmp_path / "data" / "train-00000-of-00001.parquet").metadata.row_group(0)
     columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
@@ -127,7 +127,7 @@ def test_logits_are_split_by_byte_and_images_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["naïve é", "a, b", "a|b", "'quoted\"", "鹤", "-", "1", "null"])
-def test_class_names_survive(tmp_path, name):
+def test_class_names_are_preserved(tmp_path, name):
     recipe, names, *_ = small_set(tmp_path, names=[name, "other"])
     add_card(tmp_path, recipe, names)
     assert load_distilled(tmp_path).class_names == (name, "other")
@@ -153,7 +153,7 @@ def test_small_shards_hold_the_same_rows(tmp_path):
     assert stream.num_shards == len(list((cut / "views").iterdir()))
 
 
-def test_writing_again_gives_equal_bytes_and_leaves_no_old_shard(tmp_path):
+def test_rewriting_gives_equal_bytes_and_removes_old_shards(tmp_path):
     kinds = {"classes": 300, "ipc": 3, "epochs": 5, "channels": 3, "size": 16}
     small_set(tmp_path, shard_mb=1, **kinds)
     many = sha_tree(tmp_path)
@@ -164,12 +164,12 @@ def test_writing_again_gives_equal_bytes_and_leaves_no_old_shard(tmp_path):
     assert sha_tree(tmp_path) == many
 
 
-# -- replay by an outsider --------------------------------------------------------------------------------------------
+# -- replay by an independent reader ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mix", ["cutmix", "mixup", "none"])
-def test_the_replay_of_the_card_equals_ours(tmp_path, mix, channels):
+def test_the_replay_code_in_the_card_equals_ours(tmp_path, mix, channels):
     recipe, names, *_ = small_set(tmp_path, channels=channels, mix=mix, epochs=4)
     add_card(tmp_path, recipe, names)
     outside = {}
@@ -187,11 +187,11 @@ def test_the_replay_of_the_card_equals_ours(tmp_path, mix, channels):
     assert (min(partners) >= 0) == (mix != "none")
 
 
-def test_the_replay_is_in_the_card(packed):
+def test_the_card_contains_the_replay_code(packed):
     assert REPLAY in (packed[0] / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_lines_of_the_card_load_and_train(tmp_path):
+def test_the_code_in_the_card_loads_and_trains(tmp_path):
     recipe, names, *_ = small_set(tmp_path, channels=1, size=32, names=NAMES, ipc=25)
     add_card(tmp_path, recipe, names)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -199,9 +199,9 @@ def test_the_lines_of_the_card_load_and_train(tmp_path):
     outside = {}
     exec(code, outside)
     assert outside["loss"].isfinite()
-    # To its end: leaving a stream early can abort the interpreter at exit (datasets#7357).
+    # Read to the end: leaving a stream early can abort the interpreter at exit (datasets#7357).
     assert sum(row["image_index"] < 100 for row in outside["views"]) == 300
 
 
-def test_the_outsider_is_short():
+def test_the_replay_code_is_short():
     assert len(textwrap.dedent(REPLAY).splitlines()) <= 20

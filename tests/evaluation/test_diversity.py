@@ -24,7 +24,7 @@ def test_similarity_is_the_mean_over_all_pairs():
 
 
 def similarity_of_kept_features(features, labels, num_classes):
-    """The formula with the unit vectors of a class side by side."""
+    """Compute the formula from the unit vectors of a class, all in memory."""
     units = F.normalize(features.double(), dim=1)
     for label in range(num_classes):
         own = units[labels == label]
@@ -32,7 +32,7 @@ def similarity_of_kept_features(features, labels, num_classes):
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 500])
-def test_features_that_come_in_batches_are_as_alike_as_all_together(batch):
+def test_features_in_batches_give_the_same_similarity_as_all_at_once(batch):
     features, labels = torch.randn(500, 32) + 0.3, torch.randint(10, (500,))
     batches = zip(features.split(batch), labels.split(batch), strict=True)
     kept = list(similarity_of_kept_features(features, labels, 10))
@@ -40,17 +40,17 @@ def test_features_that_come_in_batches_are_as_alike_as_all_together(batch):
     assert intra_class_similarity(features, labels, 10).per_class == pytest.approx(kept, abs=1e-14)
 
 
-def test_no_batch_at_all_is_no_similarity():
+def test_no_batches_give_no_similarity():
     assert similarity_of_batches([], 2).per_class == (None, None)
 
 
-def test_an_image_of_no_class_counts_nowhere():
+def test_an_image_without_a_class_is_ignored():
     features = torch.randn(5, 3)
     with_strays = intra_class_similarity(features, torch.tensor([0, 0, -1, 1, 2]), 2)
     assert with_strays.per_class == intra_class_similarity(features[:2], torch.tensor([0, 0]), 2).per_class
 
 
-def test_copies_are_fully_alike_opposites_and_orthogonals_are_not():
+def test_copies_have_similarity_one_and_opposites_and_orthogonals_do_not():
     features = torch.tensor([[1.0, 2.0], [2.0, 4.0], [1.0, 0.0], [0.0, 3.0], [1.0, 1.0], [-2.0, -2.0]])
     found = intra_class_similarity(features, torch.tensor([0, 0, 1, 1, 2, 2]), 3)
     assert found.per_class == pytest.approx((1.0, 0.0, -1.0), abs=1e-7)
@@ -67,7 +67,7 @@ def test_scale_and_order_do_not_matter():
     assert a.per_class == pytest.approx(b.per_class, abs=1e-6)
 
 
-def test_a_class_without_a_pair_has_no_similarity():
+def test_a_class_without_pairs_has_no_similarity():
     found = intra_class_similarity(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 0, 1]), 3)
     assert found.per_class == (pytest.approx(1.0), None, None)
     assert found.mean == pytest.approx(1.0)
@@ -103,7 +103,7 @@ def features(count=30, dim=8, seed=0):
     return torch.randn((count, dim), generator=torch.Generator().manual_seed(seed)) * torch.arange(1, dim + 1)
 
 
-def test_the_plane_is_that_of_the_two_largest_directions():
+def test_the_plane_has_the_two_directions_of_largest_variance():
     real, other = features(), features(5, seed=1)
     centered = (real - real.mean(0)).double()
     values, vectors = torch.linalg.eigh(centered.T @ centered)
@@ -113,14 +113,14 @@ def test_the_plane_is_that_of_the_two_largest_directions():
     np.testing.assert_allclose(np.abs(ours), np.abs(expected), atol=1e-3)
 
 
-def test_the_same_features_give_the_same_plane_and_real_images_lie_around_its_middle():
+def test_the_plane_is_deterministic_and_centered_on_real_images():
     one, two = FeatureMap(features()), FeatureMap(features())
     points = one.project(features())
     assert points == two.project(features())
     assert np.abs(np.mean(points, axis=0)).max() < 1e-3
 
 
-def test_pairs_are_counted_inside_a_class():
+def test_pairs_are_counted_within_a_class():
     labels = torch.tensor([0, 0, 1, 1, 1, 2])
     x = torch.tensor([[1.0, 0], [0, 2], [1, 0], [3, 0], [-1, 0], [5, 5]])
     found = pair_histogram(x, labels, bins=4)
@@ -129,7 +129,7 @@ def test_pairs_are_counted_inside_a_class():
     assert found["density"] == [2 / 4 / 0.5, 0, 1 / 4 / 0.5, 1 / 4 / 0.5]
 
 
-def test_the_area_is_one_and_lengths_do_not_matter():
+def test_the_area_is_one_and_vector_lengths_do_not_matter():
     x, labels = features(40), torch.arange(40) % 4
     found = pair_histogram(x, labels)
     assert math.isclose(sum(found["density"]) * (found["edges"][1] - found["edges"][0]), 1)

@@ -70,23 +70,23 @@ def test_one_seed_has_no_deviation():
     ],
 )
 @pytest.mark.parametrize("labels", ["soft", "hard"])
-def test_verdict_in_words(ours, control, verdict, points, labels):
+def test_verdict_is_stated_in_words(ours, control, verdict, points, labels):
     text = in_words([score("distilled", labels, *ours), score("random_real", labels, *control)])
     assert text.startswith(f"With {labels} labels {verdict}: distilled minus random real is {points} points")
     assert text.count("With") == 1
 
 
-def test_level_means_within_two_standard_errors():
+def test_methods_are_level_within_two_standard_errors():
     def words(gap):
         return in_words([score("distilled", "soft", 0.5 + gap, 0.52 + gap), score("random_real", "soft", 0.5, 0.52)])
 
-    # Each row has a standard error of 0.01, the difference has 0.0141.
+    # Each row has a standard error of 0.01; the difference has one of 0.0141.
     assert "are level" in words(0.027)
     assert "the distilled images win" in words(0.029)
     assert "(standard error 1.4)" in words(0.029)
 
 
-def test_missing_control_is_said():
+def test_missing_control_is_reported():
     text = in_words([score("distilled", "soft", 0.5, 0.6), score("full", "hard", 0.9)])
     assert text == "With soft labels there is no random-real control to compare with."
     assert in_words([score("random_real", "soft", 0.5)]) == ""
@@ -98,7 +98,7 @@ def test_one_seed_gives_no_verdict():
     assert "inf" not in text
 
 
-def test_words_survive_json():
+def test_verdict_is_the_same_after_json():
     made = [score("distilled", "soft", 0.9, 0.92), score("random_real", "soft", 0.8, 0.8)]
     assert in_words(json.loads(json.dumps(made))) == in_words(made)
 
@@ -117,11 +117,11 @@ def test_words_survive_json():
         pytest.param(1_500_000_000_000, "1.5 TB"),
     ],
 )
-def test_bytes_in_words(count, text):
+def test_bytes_are_formatted_for_people(count, text):
     assert bytes_text(count) == text
 
 
-def test_table_says_what_is_known_and_a_dash_for_the_rest(evaluation):
+def test_table_shows_known_values_and_dashes(evaluation):
     assert table_rows(evaluation)[1:] == [
         ("distilled", "30", "soft", "91.0 ± 1.4", "12.3 kB", "678 B", "0.250", "50.0"),
         ("random real", "30", "soft", "81.0 ± 1.4", "99 B", "1 MB", "-", "-"),

@@ -1,4 +1,4 @@
-"""Students of the table as independent tasks, and what needs no training."""
+"""Students of the table as independent tasks, and measurements without training."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def source():
 
 
 def one(folder, source, row=KEPT, seed=0, **more):
-    """One student."""
+    """Return one student's task."""
     (task,) = [task for task in tasks(folder, *source, **more) if (task.row, task.seed) == (row, seed)]
     return task
 
@@ -38,11 +38,11 @@ def test_all_rows_have_every_seed_and_the_long_ones_come_first(source, tmp_path)
     assert made[0][0].images == "full"
 
 
-def test_rows_with_image_labels_can_be_asked_for(source, tmp_path):
+def test_rows_with_image_labels_can_be_requested(source, tmp_path):
     assert not set(IMAGE_ROWS) & set(ROWS)
     made = tasks(tmp_path, *source, rows=(*ROWS, *IMAGE_ROWS))
     assert {task.row for task in made} == {*ROWS, *IMAGE_ROWS}
-    assert len({task.score.key for task in made}) == 7, "seeds share the key, and have files of their own"
+    assert len({task.score.key for task in made}) == 7, "seeds share the key, but each has its own file"
     assert len({task.score.path for task in made}) == 14
     assert {task.row for task in tasks(tmp_path, *source, rows=IMAGE_ROWS, without=["random_real"])} == {IMAGE_ROWS[0]}
     made = tasks(tmp_path, *source, rows=IMAGE_ROWS)
@@ -53,11 +53,11 @@ def test_rows_with_image_labels_can_be_asked_for(source, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["random_real", "full"])
-def test_a_row_that_cannot_be_had_is_left_out(source, tmp_path, missing):
+def test_an_unavailable_row_is_left_out(source, tmp_path, missing):
     assert missing not in {task.row.images for task in tasks(tmp_path, *source, without=[missing])}
 
 
-def test_no_ceiling_without_epochs_for_it(source, tmp_path):
+def test_no_ceiling_row_without_full_data_epochs(source, tmp_path):
     settings = dataclasses.replace(source[0].evaluation, full_data_epochs=0)
     assert "full" not in {task.row.images for task in tasks(tmp_path, *source, settings=settings)}
 
@@ -65,7 +65,7 @@ def test_no_ceiling_without_epochs_for_it(source, tmp_path):
 # -- scores -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_score_belongs_to_everything_that_it_is_made_from(source, tmp_path):
+def test_the_key_of_a_score_depends_on_all_its_inputs(source, tmp_path):
     recipe, data = source
     plain, full = one(tmp_path, source), one(tmp_path, source, Row("full", "hard"))
     assert plain.score.key == one(tmp_path / "elsewhere", source, seed=1).score.key
@@ -81,11 +81,11 @@ def test_a_score_belongs_to_everything_that_it_is_made_from(source, tmp_path):
     assert dataclasses.replace(plain, settings=dataclasses.replace(settings, seeds=(5, 6))).score.key == plain.score.key
     view = dataclasses.replace(recipe.relabel.view, mix="none")
     assert dataclasses.replace(full, view=view).score.key != full.score.key, "crops of real images"
-    assert dataclasses.replace(plain, view=view).score.key == plain.score.key, "the dataset has its own"
+    assert dataclasses.replace(plain, view=view).score.key == plain.score.key, "the dataset has its own views"
     assert plain.checkpoint.key != one(tmp_path, source, seed=1).checkpoint.key
 
 
-def test_a_score_is_kept_and_its_checkpoint_is_not(source, tmp_path):
+def test_a_score_is_kept_and_its_checkpoint_is_removed(source, tmp_path):
     task = one(tmp_path, source, Row("distilled", "hard"))
     assert not is_scored(task)
     train_and_score(task, device=DEVICE, every_s=0)
@@ -97,7 +97,7 @@ def test_a_score_is_kept_and_its_checkpoint_is_not(source, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["edited", "of another protocol"])
-def test_a_score_that_is_not_what_was_measured_is_set_aside(source, tmp_path, caplog, kind):
+def test_a_modified_score_is_set_aside(source, tmp_path, caplog, kind):
     task = one(tmp_path, source)
     task.score.write_json({"top1": 0.5})
     if kind == "edited":
@@ -127,10 +127,10 @@ def test_every_score_is_read_into_its_own_row(source, tmp_path):
     }
 
 
-# -- what needs no training -------------------------------------------------------------------------------------------
+# -- measurements without training ------------------------------------------------------------------------------------
 
 
-def test_bytes_of_each_set_are_known_without_a_network(source):
+def test_sizes_of_each_dataset_need_no_network(source):
     facts = {
         name: set_facts(each, verifier=None, network=None, num_classes=10, device=DEVICE)
         for name, each in sources(source[1]).items()

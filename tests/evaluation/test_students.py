@@ -85,7 +85,7 @@ def base(student):
 
 
 def batches_of_whole_epochs(source, epochs, batch_size, recorded=None):
-    """What a student sees, the plain way: all images as floats, whole epochs of views."""
+    """Compute the batches of a student directly: all images as floats, whole epochs of views."""
     images = to_reference(source.images_uint8)
     for epoch in range(epochs):
         rows, logits = source.epoch(epoch % recorded if recorded else epoch)
@@ -114,13 +114,13 @@ def packed(request, tmp_path, monkeypatch):
 
 
 def watched(source, read):
-    """The same dataset; the views that are asked for are noted."""
+    """Return the same dataset, with a list that records the requested views."""
     return dataclasses.replace(source, views=lambda epoch, rows: read.append((epoch, rows)) or source.views(epoch, rows))
 
 
 @pytest.fixture(scope="module")
 def packed_once(tmp_path_factory):
-    """As `packed`, for tests that train on it."""
+    """Like `packed`, for tests that train on it."""
     folder = tmp_path_factory.mktemp("packed")
     recipe, names, *_ = small_set(folder, channels=3, size=32, classes=3, ipc=7, epochs=4)
     add_card(folder, recipe, names)
@@ -132,7 +132,7 @@ def view_batches(source, epochs, batch_size, *, start=0, recorded=None, per_imag
 
 
 @pytest.mark.parametrize("batch_size", [4, 5, 21, 100])  # 21 = 4 * 5 + 1: the last image joins the batch before it
-def test_batches_are_parts_of_whole_epochs(packed, monkeypatch, batch_size):
+def test_batches_equal_parts_of_whole_epochs(packed, monkeypatch, batch_size):
     same_batches(view_batches(packed, 3, batch_size), batches_of_whole_epochs(packed, 3, batch_size))
     monkeypatch.setattr(students, "_ON_DEVICE", 0)
     same_batches(view_batches(packed, 3, batch_size), batches_of_whole_epochs(packed, 3, batch_size))
@@ -145,16 +145,16 @@ def test_batches_can_start_anywhere(packed, start):
     same_batches(view_batches(packed, 3, 6, start=start), expected[start:])
 
 
-def test_nothing_is_read_of_batches_that_are_passed_over(packed, monkeypatch):
+def test_skipped_batches_are_not_read(packed, monkeypatch):
     prepared, read = [], []
     monkeypatch.setattr(students, "to_reference", lambda images: prepared.append(len(images)) or to_reference(images))
     next(view_batches(watched(packed, read), 4, 6, start=9))
-    assert prepared == [6, 6], "the images of one batch, and their partners"
+    assert prepared == [6, 6], "the images of one batch and their mix partners"
     assert read == [(2, range(6, 12))]
 
 
 @pytest.mark.parametrize("recorded", [1, 3, 4])
-def test_recorded_epochs_come_in_turn_from_anywhere(packed, recorded):
+def test_recorded_epochs_are_repeated_in_order_from_any_start(packed, recorded):
     expected = list(batches_of_whole_epochs(packed, 4, 6, recorded))
     assert len(expected) == 16
     for start in (0, 3, 4, 7, 8, 11, 15, 16):
@@ -168,7 +168,7 @@ def test_views_of_other_epochs_are_not_read(packed):
     assert max(rows.stop for _, rows in read) == 21
 
 
-def test_image_labels_are_mixed_as_their_view_is(packed):
+def test_image_labels_are_mixed_like_their_view(packed):
     ours = view_batches(packed, 3, 5, recorded=2, per_image=True)
     theirs = list(batches_of_whole_epochs(packed, 3, 5, 2))
     for number, (batch, (shown, _, shares)) in enumerate(zip(ours, theirs, strict=True)):
@@ -201,7 +201,7 @@ def test_image_labels_are_mixed_as_their_view_is(packed):
     ],
     ids=lambda c: next(iter(c)),
 )
-def test_every_switch_changes_the_student(student, base, change):
+def test_every_setting_changes_the_student(student, base, change):
     assert not same(base, student(change))
 
 
@@ -209,16 +209,16 @@ def test_temperature_changes_a_kl_student(student):
     assert not same(student({"loss": "kl"}), student({"loss": "kl", "temperature": 1.0}))
 
 
-def test_another_seed_gives_another_student_and_the_same_seed_the_same(student, base):
+def test_only_another_seed_gives_another_student(student, base):
     assert same(base, student(seed=0))
     assert not same(base, student(seed=1))
 
 
-def test_a_null_number_of_epochs_uses_them_all(student, base):
+def test_a_null_number_of_epochs_uses_all_epochs(student, base):
     assert same(base, student({"epochs": 2}))
 
 
-def test_training_leaves_global_randomness_alone_and_does_not_depend_on_it(student, base):
+def test_training_neither_changes_global_randomness_nor_depends_on_it(student, base):
     torch.manual_seed(99)
     before = torch.get_rng_state()
     assert same(base, student())
@@ -247,7 +247,7 @@ def test_hard_labels_use_the_classes(student, toy):
 
 
 def test_student_learns_the_images(tiny_recipe, toy):
-    # Many passes over the same two epochs of views: the student must come to agree with the stored logits.
+    # After many passes over the same two epochs of views, the student must agree with the stored logits.
     again = dataclasses.replace(toy, num_epochs=30, views=lambda epoch, rows: toy.views(epoch % 2, rows))
     settings = dataclasses.replace(settings_of(tiny_recipe), epochs=None)
     network = train_student(again, settings, labels="soft", seed=0, device=CPU)
@@ -259,14 +259,14 @@ def test_student_learns_the_images(tiny_recipe, toy):
     assert float((answer - logits).square().mean()) < 0.5 * float(logits.float().var(0).mean())
 
 
-def test_more_epochs_than_the_folder_holds_are_an_error(tiny_recipe, toy):
+def test_more_epochs_than_the_folder_contains_raise_an_error(tiny_recipe, toy):
     settings = tiny_recipe({"relabel.epochs": 9, "evaluation.epochs": 3}).evaluation
     with pytest.raises(DataError, match="has 2 epochs of views, evaluation.epochs is 3"):
         train_student(toy, settings, labels="soft", seed=0, device=CPU)
 
 
-def test_fewer_label_epochs_are_used_again(student, base, toy):
-    """Two epochs of training with one recorded epoch are those of a set that holds it twice."""
+def test_fewer_label_epochs_are_repeated(student, base, toy):
+    """Two epochs of training with one recorded epoch equal training on a dataset that contains this epoch twice."""
     twice = dataclasses.replace(toy, views=lambda _, rows: toy.views(0, rows))
     assert same(student({"label_epochs": 1}), student(source=twice))
     assert same(base, student({"label_epochs": 2}))
@@ -274,7 +274,7 @@ def test_fewer_label_epochs_are_used_again(student, base, toy):
     assert same(student({"label_epochs": 1, "epochs": 2}), student({"label_epochs": 1, "epochs": 2}, source=once))
 
 
-def test_more_label_epochs_than_the_folder_holds_are_an_error(tiny_recipe, toy):
+def test_more_label_epochs_than_the_folder_contains_raise_an_error(tiny_recipe, toy):
     settings = tiny_recipe({"relabel.epochs": 9, "evaluation.label_epochs": 3, "evaluation.epochs": 50}).evaluation
     with pytest.raises(DataError, match="has 2 epochs of views, evaluation.label_epochs is 3"):
         train_student(toy, settings, labels="soft", seed=0, device=CPU)
@@ -282,7 +282,7 @@ def test_more_label_epochs_than_the_folder_holds_are_an_error(tiny_recipe, toy):
 
 @pytest.mark.parametrize("labels", ["soft", "image"])
 @pytest.mark.parametrize("stopped", [5, 6, 7])
-def test_a_training_goes_on_across_the_turn_of_the_epochs(tiny_recipe, packed_once, tmp_path, monkeypatch, labels, stopped):
+def test_training_resumes_across_the_boundary_of_epochs(tiny_recipe, packed_once, tmp_path, monkeypatch, labels, stopped):
     settings = settings_of(tiny_recipe, {"epochs": 4, "label_epochs": 2, "batch_size": 8})
     whole = train_student(packed_once, settings, labels=labels, seed=0, device=CPU).state_dict()
     file, steps = Artifact(tmp_path / "state.safetensors", "key"), []
@@ -301,14 +301,14 @@ def test_a_training_goes_on_across_the_turn_of_the_epochs(tiny_recipe, packed_on
     assert same(whole, found.state_dict())
 
 
-def test_image_labels_are_the_only_ones_that_such_a_student_knows(student, base, toy):
+def test_a_student_with_image_labels_uses_only_those(student, base, toy):
     image = student(labels="image")
     assert same(image, student(labels="image", source=other_logits(toy)))
     assert not same(image, base)
     assert not same(image, student(labels="hard"))
     changed = dataclasses.replace(toy, teacher_logits=toy.teacher_logits.flip(1))
     assert not same(image, student(labels="image", source=changed))
-    assert not same(image, student({"loss": "kl"}, labels="image")), "the loss is that of the settings"
+    assert not same(image, student({"loss": "kl"}, labels="image")), "the settings determine the loss"
 
 
 def test_a_student_reads_the_bytes_of_its_labels(tiny_recipe, packed_once, toy):
@@ -345,7 +345,7 @@ def ceiling(tiny_recipe, split):
     ],
     ids=lambda c: next(iter(c)),
 )
-def test_every_switch_changes_the_full_data_student(ceiling, change):
+def test_every_setting_changes_the_full_data_student(ceiling, change):
     assert not same(ceiling(), ceiling(change))
 
 
@@ -362,13 +362,13 @@ def test_full_data_student_is_reproducible_and_never_mixes(ceiling):
         (1, False, {"full-hard", "distilled-hard", "distilled-soft"}),
     ],
 )
-def test_full_data_epochs_and_seeds_decide_the_tasks(tiny_recipe, toy, split, tmp_path, epochs, control, keys):
+def test_full_data_epochs_and_seeds_determine_the_tasks(tiny_recipe, toy, split, tmp_path, epochs, control, keys):
     settings = settings_of(tiny_recipe, {"full_data_epochs": epochs, "seeds": [3, 5]})
     view = tiny_recipe().relabel.view
     sources = {"distilled": toy, "full": split} | ({"random_real": toy} if control else {})
     tasks = student_tasks(sources, split, settings, view, tmp_path, num_classes=3)
     assert sorted((task.row.key, task.seed) for task in tasks) == sorted((key, seed) for key in keys for seed in (3, 5))
-    assert [task.row.images for task in tasks[:2]] == (["full"] * 2 if epochs else ["random_real"] * 2), "the long ones"
+    assert [task.row.images for task in tasks[:2]] == (["full"] * 2 if epochs else ["random_real"] * 2), "longest first"
     assert len({row.key for row in ROWS}) == 5
 
 
@@ -411,7 +411,7 @@ def test_without_a_recipe_its_name_and_fingerprint_are_null(tiny_recipe, toy, tm
     assert (facts["dataset"]["name"], facts["recipe_fingerprint"], facts["epochs"]) == (None, None, 1)
 
 
-def test_a_transformers_student_is_left_with_one_log_line(tiny_recipe, toy, tmp_path, caplog):
+def test_a_transformers_student_is_not_stored_but_logged(tiny_recipe, toy, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="prism_hf"):
         keep(tiny_recipe, toy, tmp_path, {"student": "transformers:resnet"})
     (line,) = (record.message for record in caplog.records)

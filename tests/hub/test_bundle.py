@@ -38,7 +38,7 @@ def test_the_card_carries_the_address(folder):
 @pytest.mark.parametrize(
     "kind", ["nothing", "a run", "a damaged set", "a model without weights", "a bare model", "no folder"]
 )
-def test_a_folder_that_cannot_be_pushed_is_one_line(folder, tmp_path, kind):
+def test_a_folder_that_cannot_be_pushed_gives_a_one_line_error(folder, tmp_path, kind):
     place = tmp_path / "other"
     if kind == "nothing":
         place.mkdir()
@@ -98,11 +98,11 @@ STUDENT = {
         ("student.json", b"nonsense", None),
     ],
 )
-def test_what_a_repo_holds(label, content, name):
+def test_the_occupant_of_a_repo_is_named_from_its_files(label, content, name):
     assert name_in(label, content if isinstance(content, bytes) else json.dumps(content).encode()) == name
 
 
-def test_tables_that_would_be_mixed_in_are_stale_and_others_are_not(folder):
+def test_only_files_that_would_mix_with_the_tables_are_stale(folder):
     there = [
         *bundle_of(folder).files, "data/train-00001-of-00009.parquet", "views/train-x.parquet", "assets/diversity.png",
         "data/test-0.parquet", "data/train-notes.csv", "data/train-dir/x.parquet", "data/sub/train-0.parquet", "LICENSE",
@@ -114,7 +114,7 @@ def test_tables_that_would_be_mixed_in_are_stale_and_others_are_not(folder):
     ]  # fmt: skip
 
 
-def test_a_listed_file_that_provenance_invents_is_refused(folder):
+def test_a_listed_file_outside_the_folder_is_refused(folder):
     path = folder / "provenance.json"
     value = json.loads(path.read_text())
     value["files"]["../../etc/passwd"] = {"sha256": "0" * 64, "bytes": 1}

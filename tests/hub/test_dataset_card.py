@@ -10,7 +10,7 @@ from huggingface_hub import DatasetCard
 from jinja2 import UndefinedError
 from pipeline import add_card, small_set, tiny
 
-# markdown-it-py is there wherever huggingface-hub is (through typer and rich).
+# markdown-it-py is always installed with huggingface-hub (through typer and rich).
 from cards import HOSTILE, NAMES, evaluation, packed_card, render, shape, shown, tokens
 from prism_hf.compare.methods import random_recipe
 from prism_hf.dataset.writer import image_features, view_features
@@ -52,7 +52,7 @@ def test_the_header_is_yaml_from_the_allow_list(packed, facts):
     assert header["size_categories"] == ["n<1K"]
 
 
-def test_a_key_outside_the_allow_list_is_an_error_and_an_unknown_value_is_left_out():
+def test_a_key_outside_the_allow_list_is_an_error_and_an_unknown_value_is_omitted():
     assert list(checked_header({"b": ("x",), "a": None, "c": 1}, ("a", "b", "c"))) == ["b", "c"]
     with pytest.raises(ValueError, match="'d'"):
         checked_header({"d": 1}, ("a",))
@@ -75,7 +75,7 @@ def test_configs_and_dataset_info_describe_the_tables(packed, facts):
     ("license", "expected"),
     [("CC BY 4.0", ("cc-by-4.0", None)), ("MIT", ("mit", None)), ("my own terms", ("other", "my-own-terms"))],
 )
-def test_licenses_of_the_hub_are_known_and_others_named(packed, facts, license, expected):
+def test_hub_licenses_are_recognized_and_others_are_named(packed, facts, license, expected):
     recipe = load_recipe(packed[0] / "recipe.yaml", [f"data.license={license}"])
     header = metadata(facts, recipe)
     assert (header["license"], header.get("license_name")) == expected
@@ -85,7 +85,7 @@ def test_licenses_of_the_hub_are_known_and_others_named(packed, facts, license, 
     ("source", "on_hub", "expected"),
     [("org/name", True, "org/name"), ("org/name", False, "extended|other"), ("digits", False, "extended|other")],
 )
-def test_only_hub_sources_are_named_as_source_datasets(packed, facts, source, on_hub, expected):
+def test_only_hub_sources_are_listed_as_source_datasets(packed, facts, source, on_hub, expected):
     recipe = load_recipe(packed[0] / "recipe.yaml", [f"data.source={source}"])
     facts = copy.deepcopy(facts)
     facts["provenance"]["source"]["on_hub"] = on_hub
@@ -128,14 +128,14 @@ def test_one_image_per_class_has_no_similarity(tmp_path):
     assert [cell.strip() for cell in row.strip("|").split("|")][-2] == "-"
 
 
-def test_without_verifier_and_similarity_network_they_are_not_mentioned(packed, facts):
+def test_missing_verifier_and_similarity_network_are_not_mentioned(packed, facts):
     facts["evaluation"] |= {"verifier": None, "similarity_network": None}
     body = render(facts, packed[1])[2]
     assert "*Verifier*" not in body
     assert "*Intra-class cos*" not in body
 
 
-def test_many_classes_are_cut_and_counted(packed, facts):
+def test_long_class_lists_are_truncated_with_a_count(packed, facts):
     facts["class_names"] = [f"name{i}" for i in range(1000)]
     text = shown(render(facts, packed[1])[2])
     assert "name19" in text
@@ -143,7 +143,7 @@ def test_many_classes_are_cut_and_counted(packed, facts):
     assert "1000 in all" in text
 
 
-def test_the_same_facts_give_the_same_card_and_times_are_not_among_them(packed, facts):
+def test_the_same_facts_give_the_same_card_whatever_the_times(packed, facts):
     folder, recipe, _ = packed
     one = card_facts(folder, recipe, NAMES, {"evaluation": evaluation(), "wall_time_s": {"squeeze": 1.0}})
     two = card_facts(folder, recipe, NAMES, {"evaluation": evaluation(), "wall_time_s": {"squeeze": 2.0}})
@@ -151,7 +151,7 @@ def test_the_same_facts_give_the_same_card_and_times_are_not_among_them(packed, 
     assert render_card(one, recipe) == render_card(two, recipe)
 
 
-def test_the_control_card_loads_and_is_named_as_control(packed, facts):
+def test_the_control_card_loads_and_says_that_it_is_a_control(packed, facts):
     card = render_control_card(facts, packed[1])
     assert DatasetCard(card).data.to_dict() == metadata(facts, packed[1])
     assert "random real" in card
@@ -169,7 +169,7 @@ def test_the_control_card_loads_and_is_named_as_control(packed, facts):
         "evaluation.test_count", "evaluation.in_words", "evaluation.left_out", "evaluation.student",
     ],
 )  # fmt: skip
-def test_a_missing_fact_is_an_error_and_not_a_gap(packed, facts, path):
+def test_a_missing_fact_raises_an_error(packed, facts, path):
     render_card(facts, packed[1])
     *parents, last = path.split(".")
     place = facts
@@ -181,7 +181,7 @@ def test_a_missing_fact_is_an_error_and_not_a_gap(packed, facts, path):
 
 
 @pytest.mark.parametrize(("text", "fence"), [("", "```"), ("a ``` b", "````"), ("`````", "``````"), ("` ``", "```")])
-def test_a_fence_is_longer_than_what_it_holds(text, fence):
+def test_a_fence_is_longer_than_any_fence_inside_it(text, fence):
     assert fence_for(text) == fence
 
 
@@ -189,7 +189,7 @@ def test_a_fence_is_longer_than_what_it_holds(text, fence):
 
 
 @each("place, text", product(["Classes: {}.", "({}) apply.", "| a | {} | b |", "words\n{}, more", "{}"], HOSTILE))
-def test_escaped_text_shows_as_itself_wherever_it_stands(place, text):
+def test_escaped_text_renders_literally_everywhere(place, text):
     rule = "| h | h | h |\n| - | - | - |\n" if "|" in place else ""
     body = rule + place.format(escape(text))
     assert shape(body) == shape(rule + place.format("word"))
@@ -202,7 +202,7 @@ PLACES = ["class", "source", "license", "teacher", "teacher license", "student",
 @each("place, text", product(PLACES, HOSTILE), some=diagonal(PLACES, HOSTILE))
 def test_hostile_text_breaks_neither_header_nor_table_nor_html(packed, facts, place, text):
     folder, recipe, _ = packed
-    facts = copy.deepcopy(facts)  # of this case alone
+    facts = copy.deepcopy(facts)  # for this case only
     plain = shape(render(facts, recipe)[2])
     if place == "class":
         facts["class_names"][1] = text
@@ -235,14 +235,14 @@ def test_a_hostile_license_in_the_recipe_stays_inside_its_yaml(packed, facts, te
     facts["recipe"]["data"]["license"] = text
     card, header, body = render(facts, recipe)
     assert header["license"] == "other"
-    assert re.fullmatch(r"[a-z0-9.-]+", header["license_name"]), "an id; the text below has it as it is"
+    assert re.fullmatch(r"[a-z0-9.-]+", header["license_name"]), "an id; the text is verbatim below"
     assert DatasetCard(card).data.to_dict() == header
     fenced = [t for t in tokens(body) if t.type == "fence"]
     assert yaml.safe_load(fenced[3].content)["data"]["license"] == text
     assert shape(body) == shape(render(facts, packed[1])[2])
 
 
-# -- in words ---------------------------------------------------------------------------------------------------------
+# -- the method in words ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_hostile_license_in_the_recipe_stays_inside_its_yaml(packed, facts, te
         (("teachers.selection=cycle", "teachers.bn_pool=[]"), ["SRe2L"]),
     ],
 )
-def test_the_method_is_said_in_words(overrides, words):
+def test_the_method_is_described_in_words(overrides, words):
     text = method_in_words(tiny(*overrides))
     assert all(word in text for word in words)
     assert ("logit teacher itself" in text) == (not overrides or "per_iteration" in overrides[0])
@@ -271,7 +271,7 @@ def test_the_method_is_said_in_words(overrides, words):
         (("synthesis.init=mosaic", "synthesis.mosaic={}", "synthesis.iterations=0"), ["mosaics of real images and not"]),
     ],
 )
-def test_what_a_method_has_of_its_own_is_on_the_card(facts, overrides, words):
+def test_method_specific_settings_are_on_the_card(facts, overrides, words):
     recipe = tiny(*overrides)
     text = render_card(facts | {"recipe": to_dict(recipe)}, recipe)
     assert all(word in text for word in words), text
@@ -283,11 +283,11 @@ CITED = {
     "PRISM": [(), ("teachers.selection=per_iteration",), ("teachers.include_logit=false",)],
     "SRe2L": [("teachers.bn_pool=[]",), ("teachers.selection=cycle", "teachers.bn_pool=[]")],
     "G-VBSM": [("teachers.selection=cycle",), ("teachers.selection=cycle", "synthesis.conv={patch: 4}")],
-    None: [("synthesis.iterations=0",)],  # and random real images
+    None: [("synthesis.iterations=0",)],  # plus random real images
 }
 
 
-def test_a_card_cites_and_links_the_paper_of_its_method_and_no_other(facts):
+def test_a_card_cites_and_links_only_the_paper_of_its_method(facts):
     for method, recipes in CITED.items():
         for recipe in [*(tiny(*words) for words in recipes), *([] if method else [random_recipe(tiny(), 2)])]:
             card, header, body = render(facts | {"recipe": to_dict(recipe)}, recipe)
@@ -299,7 +299,7 @@ def test_a_card_cites_and_links_the_paper_of_its_method_and_no_other(facts):
             assert ("there is no paper to cite" in body) == (method is None)
             assert [name for name, paper in CITATIONS.items() if paper["arxiv"] in card] == list(cited)
             assert {"image", "datasets", "dataset-distillation"} <= set(header["tags"])
-            assert not any(tag.startswith("arxiv:") for tag in header["tags"]), "the Hub makes this tag from the link"
+            assert not any(tag.startswith("arxiv:") for tag in header["tags"]), "the Hub creates this tag from the link"
 
 
 def test_every_citation_is_one_bibtex_entry():
@@ -320,11 +320,11 @@ def test_the_citation_file_names_the_paper_that_the_cards_of_prism_cite():
 
 
 @pytest.mark.parametrize("text", ["https://evil.example", "http://x", "www.evil.example", "@somebody", "a@b.example"])
-def test_addresses_and_names_in_text_from_outside_do_not_become_links(text):
+def test_addresses_and_names_in_untrusted_text_do_not_become_links(text):
     line = escape(text)
     assert not re.search(r"://|www\.|@", line)
     assert shown(line).strip() == text
 
 
-def test_text_cannot_turn_the_direction_of_what_follows():
+def test_text_cannot_reverse_the_direction_of_the_text_after_it():
     assert "\u202e" not in escape("a\u202eb")

@@ -16,7 +16,7 @@ def images(classes, ipc, channels=3, size=6):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("classes", "ipc", "shown"), [(3, 2, (3, 2)), (2, 1, (2, 1)), (25, 12, (20, 10))])
-def test_the_grid_shows_each_image_at_its_place(classes, ipc, shown, channels):
+def test_the_grid_shows_each_image_in_its_cell(classes, ipc, shown, channels):
     pixels = images(classes, ipc, channels)
     picture = grid(pixels, ipc)
     assert picture.shape == (channels, shown[0] * 7 - 1, shown[1] * 7 - 1)
@@ -44,7 +44,7 @@ def test_the_same_images_give_the_same_bytes(tmp_path, channels):
     assert read(tmp_path / "one.png").std() > 10
 
 
-def test_more_classes_are_taller_and_more_slots_wider(tmp_path):
+def test_more_classes_make_the_grid_taller_and_more_slots_wider(tmp_path):
     sizes = {}
     for classes, ipc in ((2, 2), (6, 2), (2, 8), (40, 40)):
         draw_grid(tmp_path / "p.png", images(classes, ipc, 1), [f"c{i}" for i in range(classes)], ipc)
@@ -66,7 +66,7 @@ def test_any_class_name_can_be_drawn(tmp_path, name):
         assert max(read(tmp_path / f"{file}.png").shape) < 3000
 
 
-def test_the_diversity_plot_is_deterministic_and_knows_sets_without_pairs(tmp_path):
+def test_the_diversity_plot_is_deterministic_and_handles_datasets_without_pairs(tmp_path):
     sets = {
         "distilled": Diversity((None, None), None),
         "random real": Diversity((0.5, None), 0.5),
@@ -79,7 +79,7 @@ def test_the_diversity_plot_is_deterministic_and_knows_sets_without_pairs(tmp_pa
     assert read(tmp_path / "fewer.png").shape[0] < read(tmp_path / "one.png").shape[0]
 
 
-def test_pictures_leave_matplotlibs_settings_alone(tmp_path):
+def test_pictures_do_not_change_matplotlib_settings(tmp_path):
     import matplotlib
 
     before = dict(matplotlib.rcParams)
@@ -87,6 +87,6 @@ def test_pictures_leave_matplotlibs_settings_alone(tmp_path):
     assert dict(matplotlib.rcParams) == before
 
 
-def test_a_name_that_the_font_cannot_draw_becomes_a_number(tmp_path, recwarn):
+def test_a_name_that_the_font_cannot_draw_is_replaced_by_a_number(tmp_path, recwarn):
     draw_grid(tmp_path / "grid.png", images(2, 2), ["日本", "plain"], 2)
     assert not [w for w in recwarn if "Glyph" in str(w.message)]

@@ -1,5 +1,5 @@
 # ruff: noqa: F811
-"""Every kind of request times every kind of fault: the branch is the old version or the new one, by one commit at most."""
+"""Every kind of request with every kind of fault: the branch stays old, or becomes new in a single commit."""
 
 import random
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from prism_hf.runtime.hub_client import HUB_ERRORS
 
 REPO, KIND = "org/small", "datasets"
 NOTE = "a note of somebody else"
-# Requests of one publication, by transport; those in LATER come more than once, and the later ones fail too.
+# Requests of one publication, by transport. Those in LATER are sent more than once, and later ones fail too.
 SHARED = ("repo_info", "tree", "resolve", "validate_yaml", "preupload", "commit")
 OWN = {"lfs": ("lfs_batch", "lfs_put", "lfs_verify"), "xet": ("xet_token", "xet_xorb", "xet_shard")}
 LATER = ("repo_info", "preupload", "lfs_put", "xet_xorb")
@@ -36,7 +36,7 @@ RIVALS = {"rival file": {"notes.md": b"mine"}, "rival readme": None, "rival tabl
 
 @dataclass
 class Case:
-    """One fault at one kind of request."""
+    """One fault in one kind of request."""
 
     kind: str
     name: str
@@ -64,7 +64,7 @@ def cases(way):
             if kind in WITH_BODY:
                 yield Case(kind, "reset in the body", first, 0, ResetMidBody(10))
             for name, action in LASTING.items():
-                # Asked again, storage says that it has the object, and needs no confirmation.
+                # On the second try, storage reports that it has the object, so no confirmation is needed.
                 yield Case(kind, name, first, 0, action, lasts=(kind, name) != ("lfs_verify", "503 for ever"))
             if not first and kind not in ("xet_token", "xet_xorb", "xet_shard", "lfs_put"):
                 yield from (Case(kind, name) for name in RIVALS)
@@ -76,7 +76,7 @@ ALL = {way: list(cases(way)) for way in OWN}
 
 
 def marked(way):
-    """All cases; the default run takes each request, of a new and of an old repository, and each fault at least once."""
+    """Yield all cases, with most marked slow; the others cover each request (new and old repository) and each fault."""
     seen = set()
     for case in random.Random(0).sample(ALL[way], len(ALL[way])):
         facts = {(case.first, case.kind), (case.kind, case.skip), case.name}
@@ -86,7 +86,7 @@ def marked(way):
 
 @dataclass
 class World:
-    """What the branch may look like: its files before and after."""
+    """The allowed states of the branch: its files before and after."""
 
     old: object
     new: object
@@ -113,7 +113,7 @@ def state(hub, revision="main"):
 
 
 def clean(hub, bundle):
-    """The files of a repository right after a publication without any trouble."""
+    """Return the files of a repository after a publication without faults."""
     publish(bundle, Target(REPO, public=True), pauses=())
     files = state(hub)
     HfApi().delete_repo(REPO, repo_type="dataset")
@@ -124,7 +124,7 @@ def clean(hub, bundle):
 def world(sets, connected):
     if not sets.before:
         sets.before = clean(connected, sets.old)
-        # A shard that the new version has no place for, as an older one with more shards leaves it.
+        # A shard that the new version does not have, as left by an older version with more shards.
         sets.before["data/train-00001-of-00002.parquet"] = b"PAR1 old PAR1"
         sets.after = clean(connected, sets.new)
     return sets
@@ -138,7 +138,7 @@ def rival_act(hub, name):
 
 
 def allowed(world, case):
-    """States that the branch may be in: old or new, each with or without what a rival added."""
+    """Return the allowed states of the branch: old or new, each with or without the rival's addition."""
     old = {} if case.first else world.before
     for state, is_new in ((old, False), (world.after, True)):
         yield state
@@ -151,7 +151,7 @@ def allowed(world, case):
 
 
 def check(hub, world, case, run):
-    """Publish under one fault; the broken promises, empty if all is well."""
+    """Publish with one fault and return the broken guarantees (empty on success)."""
     if not case.first:
         hub.create(KIND, REPO, world.before)
     start = len(hub.history(KIND, REPO)) if hub.exists(KIND, REPO) else 1
@@ -199,13 +199,13 @@ def ours(world):
 
 @pytest.mark.parametrize("case", list(marked("lfs")), ids=lambda case: case.id)
 @pytest.mark.parametrize("transport", ["lfs"], indirect=True)
-def test_a_fault_leaves_old_or_new_with_lfs(hub, world, case):
+def test_a_fault_leaves_the_old_or_the_new_version_with_lfs(hub, world, case):
     assert check(hub, world, case, partial(ours, world)) == []
 
 
 @pytest.mark.parametrize("case", list(marked("xet")), ids=lambda case: case.id)
 @pytest.mark.parametrize("transport", ["xet"], indirect=True)
-def test_a_fault_leaves_old_or_new_with_xet(hub, world, case):
+def test_a_fault_leaves_the_old_or_the_new_version_with_xet(hub, world, case):
     assert check(hub, world, case, partial(ours, world)) == []
 
 
@@ -214,7 +214,7 @@ def test_there_are_at_least_180_cases_per_transport():
 
 
 def naive(world):
-    """What a publisher does that has not thought about faults: data, then card, each in a commit of its own."""
+    """Publish without regard to faults: first the data, then the card, in separate commits."""
     api, bundle = HfApi(), world.new
     api.create_repo(REPO, repo_type="dataset", exist_ok=True)
     files = [CommitOperationAdd(path, entry.source) for path, entry in bundle.files.items()]

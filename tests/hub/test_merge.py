@@ -50,13 +50,13 @@ def merge(theirs, ours=OURS):
     return merged
 
 
-def test_a_first_readme_is_ours():
+def test_without_a_readme_ours_is_used():
     merged = merge(None)
     assert header(merged) == header(OURS)
     assert merged.endswith(block_of("# ours\n\nwords"))
 
 
-def test_words_around_our_part_stay_where_they_are():
+def test_text_around_our_part_stays_in_place():
     first = merge(None)
     theirs = first.replace(BEGIN, f"Above.\n\n{BEGIN}") + "\n## Notes\n\nBelow.\n"
     newer = OURS.replace("words", "newer words")
@@ -84,7 +84,7 @@ def test_a_readme_without_our_part_is_kept_below_it(text, kept):
     assert ("language" in header(merged)) == ("language" in text)
 
 
-def test_header_entries_of_others_stay():
+def test_header_entries_by_others_are_kept():
     theirs = """---
 license: gpl
 license_name: old
@@ -101,7 +101,7 @@ dataset_info:
     found = header(merge(theirs))
     assert found["tags"] == ["a", "b"]
     assert found["viewer"] is False
-    assert "license_name" not in found, "ours alone, and not set any more"
+    assert "license_name" not in found, "only we set this key, and no longer do"
     assert found["configs"] == [*header(OURS)["configs"], {"config_name": "extra", "data_files": "extra/*"}]
     assert [info["config_name"] for info in found["dataset_info"]] == ["default", "extra"]
     assert found["dataset_info"][0] == header(OURS)["dataset_info"][0]
@@ -110,7 +110,7 @@ dataset_info:
 @pytest.mark.parametrize(
     "theirs", [{"dataset_info": {"dataset_size": 1}}, {"tags": "one"}, {"configs": "no list"}, {"tags": [1]}]
 )
-def test_strange_headers_do_not_break_ours(theirs):
+def test_unusual_headers_do_not_break_ours(theirs):
     assert header(merge(f"---\n{yaml.safe_dump(theirs)}---\n")) == header(OURS)
 
 
@@ -121,7 +121,7 @@ def test_marker_lines_inside_our_part_cannot_end_it():
     assert merged_once(OURS, merged) == merge(None) + "\nnotes\n"
 
 
-def test_a_real_card_merged_over_a_strange_one_still_loads(tmp_path):
+def test_a_real_card_merged_over_an_unusual_one_still_loads(tmp_path):
     recipe, names, *_ = small_set(tmp_path)
     add_card(tmp_path, recipe, names)
     path = tmp_path / "README.md"
@@ -146,7 +146,7 @@ def test_a_real_card_merged_over_a_strange_one_still_loads(tmp_path):
     ],
     ids=["no begin", "no end", "swapped", "indented begin", "indented end", "two begins", "twice", "two ends"],
 )
-def test_damaged_marker_lines_lose_nobodys_words(damage):
+def test_damaged_marker_lines_lose_no_text(damage):
     theirs = damage(merge(None).replace(BEGIN, f"Mine above.\n\n{BEGIN}") + "\nMine below.\n")
     newer = OURS.replace("words", "newer words")
     merged = merged_once(newer, theirs)
@@ -169,7 +169,7 @@ STRANGE = [
 
 
 @pytest.mark.parametrize("line", STRANGE)
-def test_legal_yaml_that_readers_of_cards_choke_on_is_mended(line):
+def test_valid_yaml_that_card_readers_reject_is_rewritten(line):
     merged = merge(f"---\n{line}\nviewer: false\n---\nhello\n")
     assert header(merged)["viewer"] is False
     assert "hello" in merged
@@ -190,7 +190,7 @@ def test_a_readme_in_another_encoding_is_read(data, kept):
     assert ("viewer" in header(merged)) == (b"viewer" in data)
 
 
-def test_what_says_it_all_stays_as_it_is_written():
+def test_a_complete_readme_is_returned_unchanged():
     theirs = (
         merge(None)
         .replace("license: mit\n", "")
@@ -215,10 +215,10 @@ PIECES = [
 
 
 @each("seed", range(300), some=range(40))
-def test_any_mixture_of_markers_headers_and_words_is_merged_once_and_for_all(seed):
+def test_merging_is_idempotent_for_any_mix_of_markers_headers_and_text(seed):
     draw = random.Random(seed)
     lines = [f"{piece} {n}" if (piece := draw.choice(PIECES)) == "user line" else piece for n in range(draw.randint(0, 9))]
-    if draw.random() < 0.5:  # somebody wrote in the middle of an older version of ours
+    if draw.random() < 0.5:  # someone edited the middle of an older version of our part
         older = merged_once(OURS, None).splitlines()
         place = draw.randint(0, len(older))
         lines = [*older[:place], *lines, *older[place:]]
@@ -227,7 +227,7 @@ def test_any_mixture_of_markers_headers_and_words_is_merged_once_and_for_all(see
     assert merged_once(OURS.replace("words", "new words"), once) == once
     assert DatasetCard(once).data.to_dict()["configs"][0]["config_name"] == "default"
     assert "new words" in once
-    # Only what stood between a beginning and an end may go: that was ours.
+    # Only the text between a begin and an end marker may be removed: that was ours.
     stripped = [line.strip() for line in lines]
     for place, line in enumerate(lines):
         if line.startswith("user line") and line not in once:

@@ -107,7 +107,7 @@ def made(tmp_path_factory):
 
 
 def written(folder, *, student=None, teacher=None, **config):
-    """A folder of facts and config alone: the card reads no weights."""
+    """Write a folder with facts and config only; the card reads no weights."""
     plain = {
         "architecture": "test_resnet",
         "label_names": NAMES,
@@ -141,7 +141,7 @@ def changed(facts, path, value):
     return facts
 
 
-# -- what it says -----------------------------------------------------------------------------------------------------
+# -- content ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_students_card_in_full(made):
@@ -170,7 +170,7 @@ def test_the_students_card_in_full(made):
     assert render(made["student"], dataset_id="me/pets-prism")[0] == card
 
 
-def test_the_card_is_read_back_by_the_library(made):
+def test_the_library_can_read_the_card(made):
     for folder in made.values():
         card, header, body = render(folder)
         data = ModelCard(card).data
@@ -180,7 +180,7 @@ def test_the_card_is_read_back_by_the_library(made):
         assert ModelCard(card).text.strip() == body.strip()
 
 
-def test_the_teachers_card_tells_what_it_was_trained_on(made):
+def test_the_teachers_card_names_its_training_data(made):
     _, header, body = render(made["teacher"])
     text = shown(body)
     assert "trained on 1347 training images of org/pets (revision abc123): a teacher" in text
@@ -190,10 +190,10 @@ def test_the_teachers_card_tells_what_it_was_trained_on(made):
     assert "`squeeze.json`" in body
     assert [t.content.strip() for t in tokens(body) if t.info == "bibtex"] == [CITATIONS["SRe2L"]["bibtex"]]
     assert f"(https://arxiv.org/abs/{CITATIONS['SRe2L']['arxiv']})" in body
-    assert "1.5" not in body, "times are no part of a card"
+    assert "1.5" not in body, "a card does not contain times"
 
 
-def test_a_teacher_of_an_older_version_has_dashes_for_what_it_did_not_write(made):
+def test_a_teacher_of_an_older_version_has_dashes_for_missing_facts(made):
     _, header, body = render(made["older"])
     assert "| 25.0 | - | digits | - | 0 | - |" in body
     assert "trained on real training images of digits: a teacher" in shown(body)
@@ -203,7 +203,7 @@ def test_a_teacher_of_an_older_version_has_dashes_for_what_it_did_not_write(made
 
 
 @pytest.mark.parametrize(("kind", "known"), [("student", True), ("teacher", False)])
-def test_a_network_of_gray_images_says_so(tmp_path, kind, known):
+def test_a_card_says_that_a_network_takes_gray_images(tmp_path, kind, known):
     facts = {"student": STUDENT, "teacher": TEACHER}[kind] | {"channels": 1}
     text = shown(render(written(tmp_path, **{kind: facts}))[2])
     assert "trained on grayscale images only" in text
@@ -223,7 +223,7 @@ def test_a_network_of_gray_images_says_so(tmp_path, kind, known):
         ("no/hub/id", None, False, None, "no/hub/id"),
     ],
 )
-def test_data_sets_on_the_hub_are_linked(tmp_path, hub_id, dataset_id, on_hub, expected, name):
+def test_datasets_on_the_hub_are_linked(tmp_path, hub_id, dataset_id, on_hub, expected, name):
     facts = STUDENT | {"dataset": STUDENT["dataset"] | {"hub_id": hub_id}, "source": SOURCE | {"on_hub": on_hub}}
     _, header, body = render(written(tmp_path, student=facts), dataset_id=dataset_id)
     assert header.get("datasets") == expected
@@ -234,21 +234,21 @@ def test_data_sets_on_the_hub_are_linked(tmp_path, hub_id, dataset_id, on_hub, e
     ("license", "expected"),
     [("CC BY 4.0", ("cc-by-4.0", None)), ("MIT", ("mit", None)), ("my own terms", ("other", "my-own-terms"))],
 )
-def test_licenses_of_the_hub_are_known_and_others_named(tmp_path, license, expected):
+def test_hub_licenses_are_recognized_and_others_are_named(tmp_path, license, expected):
     _, header, body = render(written(tmp_path, student=changed(STUDENT, "source.license", license)))
     assert (header["license"], header.get("license_name")) == expected
     assert f"(license or terms: {license})" in shown(body)
 
 
-def test_many_classes_are_cut_and_counted(tmp_path):
+def test_long_class_lists_are_truncated_with_a_count(tmp_path):
     text = shown(render(written(tmp_path, student=STUDENT, label_names=[f"name{i}" for i in range(1000)]))[2])
     assert "name19" in text
     assert "name20" not in text
     assert "1000 in all" in text
 
 
-def test_the_lines_that_load_run(made, tmp_path, monkeypatch):
-    """With the folder in the place of the repo."""
+def test_the_loading_code_runs(made, tmp_path, monkeypatch):
+    """The local folder stands in for the repository."""
     _, _, body = render(made["student"])
     first, second = (t.content for t in tokens(body) if t.type == "fence")
     monkeypatch.chdir(tmp_path)
@@ -267,7 +267,7 @@ def test_the_lines_that_load_run(made, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("gone", ["student.json", "config.json"])
-def test_a_missing_file_is_one_line_that_names_it(tmp_path, gone):
+def test_a_one_line_error_names_a_missing_file(tmp_path, gone):
     (written(tmp_path, student=STUDENT) / gone).unlink()
     with pytest.raises(HubError) as error:
         render(tmp_path)
@@ -276,7 +276,7 @@ def test_a_missing_file_is_one_line_that_names_it(tmp_path, gone):
 
 
 @each("name, text", product(["student.json", "config.json"], ["", "[]", "{]", "\xff"]))
-def test_a_broken_file_is_one_line_that_names_it(tmp_path, name, text):
+def test_a_one_line_error_names_a_broken_file(tmp_path, name, text):
     (written(tmp_path, student=STUDENT) / name).write_bytes(text.encode("latin-1"))
     with pytest.raises(HubError) as error:
         render(tmp_path)
@@ -291,20 +291,20 @@ def test_a_broken_file_is_one_line_that_names_it(tmp_path, name, text):
         "source.license", "test.id", "test.split",
     ],
 )  # fmt: skip
-def test_a_missing_fact_of_a_student_is_one_line_that_names_it(tmp_path, path):
+def test_a_one_line_error_names_a_missing_fact_of_a_student(tmp_path, path):
     with pytest.raises(HubError) as error:
         render(written(tmp_path, student=changed(STUDENT, path, None)))
     assert "student.json" in one_line(error)
     assert path in one_line(error)
 
 
-def test_a_missing_score_of_a_teacher_is_one_line(tmp_path):
+def test_a_missing_score_of_a_teacher_gives_a_one_line_error(tmp_path):
     with pytest.raises(HubError, match=r"squeeze\.json has no 'test_top1'"):
         render(written(tmp_path, teacher=changed(TEACHER, "test_top1", None)))
 
 
 @pytest.mark.parametrize("value", ["0.9", True, 91.2, -0.1, float("nan"), [0.5]])
-def test_a_score_that_is_no_share_is_one_line(tmp_path, value):
+def test_a_score_outside_zero_to_one_gives_a_one_line_error(tmp_path, value):
     with pytest.raises(HubError, match=r"student\.json has .* as 'test_top1'[^:]*: ") as error:
         render(written(tmp_path, student=STUDENT | {"test_top1": value}))
     one_line(error)
@@ -313,7 +313,7 @@ def test_a_score_that_is_no_share_is_one_line(tmp_path, value):
 @pytest.mark.parametrize(
     ("key", "value"), [("mean", "0.5"), ("mean", [0.5]), ("std", [0.1, 0.2, "x"]), ("input_size", None)]
 )
-def test_a_config_without_numbers_is_one_line(tmp_path, key, value):
+def test_a_config_with_invalid_numbers_gives_a_one_line_error(tmp_path, key, value):
     cfg = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "license": "mit"} | {key: value}
     with pytest.raises(HubError, match=rf"config\.json has .* as 'pretrained_cfg\.{key}.*': ") as error:
         render(written(tmp_path, student=STUDENT, pretrained_cfg=cfg))
@@ -321,7 +321,7 @@ def test_a_config_without_numbers_is_one_line(tmp_path, key, value):
 
 
 @pytest.mark.parametrize("key", ["architecture", "label_names", "pretrained_cfg", "mean", "license"])
-def test_a_config_without_what_the_card_tells_is_one_line(tmp_path, key):
+def test_a_config_without_the_facts_for_the_card_gives_a_one_line_error(tmp_path, key):
     path = written(tmp_path, student=STUDENT) / "config.json"
     config = json.loads(path.read_text())
     del (config if key in config else config["pretrained_cfg"])[key]
@@ -332,13 +332,13 @@ def test_a_config_without_what_the_card_tells_is_one_line(tmp_path, key):
     assert key in one_line(error)
 
 
-def test_label_names_that_are_no_list_are_one_line(tmp_path):
+def test_label_names_that_are_not_a_list_give_a_one_line_error(tmp_path):
     with pytest.raises(HubError, match="as 'label_names': Input should be a valid array"):
         render(written(tmp_path, student=STUDENT, label_names={"0": "ant"}))
 
 
 @pytest.mark.parametrize("path", ["settings.data", "source.id", "test.id", "teacher"])
-def test_a_local_path_in_the_facts_is_not_shared(tmp_path, path):
+def test_a_local_path_in_the_facts_is_not_published(tmp_path, path):
     """Teachers of older versions name a local source by its full path."""
     with pytest.raises(HubError) as error:
         render(written(tmp_path, teacher=changed(TEACHER, path, "/home/someone/pets")))
@@ -348,7 +348,7 @@ def test_a_local_path_in_the_facts_is_not_shared(tmp_path, path):
 
 @each("given", ["a/b/c", "a b/c", "org/na`me", 'org/"x', "org/name\n", "-org/x", "", "org/鹤", "a--b"])
 @pytest.mark.parametrize("which", ["repo_id", "dataset_id"])
-def test_an_id_that_is_none_is_one_line(made, given, which):
+def test_an_invalid_id_gives_a_one_line_error(made, given, which):
     with pytest.raises(HubError) as error:
         render_model_card(made["student"], **({"repo_id": "me/x"} | {which: given}))
     assert "is not a Hub id" in one_line(error)
@@ -381,7 +381,7 @@ def test_hostile_text_breaks_neither_header_nor_table_nor_html(tmp_path, place, 
 
 
 @pytest.mark.parametrize("place", ["seed", "epochs", "test_count", "channels", "dataset.images", "source.on_hub"])
-def test_text_in_the_place_of_a_number_is_one_line(tmp_path, place):
+def test_text_in_place_of_a_number_gives_a_one_line_error(tmp_path, place):
     for text in HOSTILE:
         with pytest.raises(HubError) as error:
             render(written(tmp_path, student=changed(STUDENT, place, text)))
@@ -389,7 +389,7 @@ def test_text_in_the_place_of_a_number_is_one_line(tmp_path, place):
         assert one_line(error).isprintable()
 
 
-def test_on_a_branch_the_lines_that_load_name_it(made):
+def test_the_loading_code_names_the_branch(made):
     main, branch = (render_model_card(made["teacher"], repo_id="me/net", revision=name) for name in (None, "v2"))
     assert 'timm.create_model("hf-hub:me/net"' in main
     assert 'timm.create_model("hf-hub:me/net@v2"' in branch

@@ -60,10 +60,10 @@ def commits(hub, revision="main"):
     return len(hub.history(KIND, REPO, revision))
 
 
-# -- what a push leaves -----------------------------------------------------------------------------------------------
+# -- the result of a push ---------------------------------------------------------------------------------------------
 
 
-def test_the_repo_holds_the_folder_and_a_card_with_its_address(connected, folder):
+def test_the_repo_contains_the_folder_and_a_card_with_its_address(connected, folder):
     done = push(folder)
     there = connected.files(KIND, REPO)
     expected = local(folder)
@@ -76,11 +76,11 @@ def test_the_repo_holds_the_folder_and_a_card_with_its_address(connected, folder
     assert commits(connected) == 2, "the repo's first commit, and ours"
     assert done == Publication(f"{connected.url}/datasets/{REPO}/commit/{connected.history(KIND, REPO)[0]}",
                                connected.history(KIND, REPO)[0], changed=True)  # fmt: skip
-    assert connected.repo(KIND, REPO).private, "private unless asked otherwise"
+    assert connected.repo(KIND, REPO).private, "private by default"
     assert HfApi().repo_info(REPO, repo_type="dataset").card_data["configs"][0]["config_name"] == "default"
 
 
-def test_pushing_the_same_again_commits_and_sends_nothing(connected, folder):
+def test_pushing_the_same_again_commits_and_uploads_nothing(connected, folder):
     first = push(folder)
     connected.requests.clear()
     second = push(folder)
@@ -89,7 +89,7 @@ def test_pushing_the_same_again_commits_and_sends_nothing(connected, folder):
     assert not {"commit", "preupload", "lfs_put", "xet_xorb"} & {request.kind for request in connected.requests}
 
 
-def test_pushing_a_newer_version_takes_the_old_tables_away(connected, folder, newer):
+def test_pushing_a_newer_version_removes_the_old_tables(connected, folder, newer):
     push(folder)
     stale = {
         "data/train-00001-of-00002.parquet": b"PAR1",
@@ -108,12 +108,12 @@ def test_pushing_a_newer_version_takes_the_old_tables_away(connected, folder, ne
     assert info["views"]["splits"][0]["num_examples"] == 24
 
 
-def test_what_others_wrote_in_the_readme_stays_through_every_push(connected, folder, newer):
+def test_text_by_others_in_the_readme_survives_every_push(connected, folder, newer):
     push(folder)
     text = connected.files(KIND, REPO)["README.md"].decode()
     text = text.replace("license:", "viewer: false\nlicense:", 1).replace(BEGIN, f"Above.\n\n{BEGIN}")
     connected.commit(KIND, REPO, {"README.md": f"{text}\n## Notes of a reader\n".encode()})
-    assert not push(folder).changed, "others' words are no reason to commit"
+    assert not push(folder).changed, "text by others does not cause a commit"
     push(newer)
     merged = connected.files(KIND, REPO)["README.md"].decode()
     assert merged.index("Above.") < merged.index(BEGIN)
@@ -122,7 +122,7 @@ def test_what_others_wrote_in_the_readme_stays_through_every_push(connected, fol
     assert {"configs", "dataset_info"} <= set(header(merged.encode()))
 
 
-def test_a_branch_is_made_and_main_stays(connected, folder, newer):
+def test_a_branch_is_created_and_main_is_unchanged(connected, folder, newer):
     push(folder)
     done = push(newer, revision="v2")
     assert commits(connected) == 2
@@ -133,11 +133,11 @@ def test_a_branch_is_made_and_main_stays(connected, folder, newer):
     assert not push(newer, revision="v2").changed
 
 
-def test_a_pull_request_leaves_main_alone_and_is_not_opened_twice(connected, folder, newer):
+def test_a_pull_request_does_not_change_main_and_is_not_opened_twice(connected, folder, newer):
     push(folder)
     before = connected.files(KIND, REPO)
     assert not push(folder, create_pr=True).changed
-    assert not list(HfApi().get_repo_discussions(REPO, repo_type="dataset")), "nothing to say, no pull request"
+    assert not list(HfApi().get_repo_discussions(REPO, repo_type="dataset")), "no change, so no pull request"
     first = push(newer, create_pr=True)
     assert first.url == f"{connected.url}/datasets/{REPO}/discussions/1"
     assert push(newer, create_pr=True).url == first.url
@@ -151,7 +151,7 @@ def test_a_pull_request_leaves_main_alone_and_is_not_opened_twice(connected, fol
 
 @pytest.mark.parametrize("kind", ["discussion", "commit", "preupload"])
 @pytest.mark.parametrize("action", [LostAnswer(), Status(503)], ids=["lost answer", "503"])
-def test_a_pull_request_survives_faults_as_one(connected, folder, newer, kind, action):
+def test_faults_do_not_duplicate_a_pull_request(connected, folder, newer, kind, action):
     push(folder)
     connected.fault(kind, action, match="POST")
     push(newer, create_pr=True)
@@ -161,7 +161,7 @@ def test_a_pull_request_survives_faults_as_one(connected, folder, newer, kind, a
     assert connected.files(KIND, REPO, "refs/pr/1")["provenance.json"] == (newer / "provenance.json").read_bytes()
 
 
-def test_public_is_said_and_a_private_repo_becomes_public_after_its_data_are_there(connected, folder):
+def test_with_public_a_private_repo_becomes_public_after_its_data_is_pushed(connected, folder):
     push(folder)
     seen = []
     connected.fault("settings", Rival(lambda: seen.append(connected.repo(KIND, REPO).private)))
@@ -173,18 +173,18 @@ def test_public_is_said_and_a_private_repo_becomes_public_after_its_data_are_the
     assert "--public" in one_line(error)
 
 
-def test_a_new_public_repo_is_private_until_its_data_are_there(connected, folder):
+def test_a_new_public_repo_is_private_until_its_data_is_pushed(connected, folder):
     ready(public=True)
     assert connected.repo(KIND, REPO).private
     push(folder, public=True)
     assert not connected.repo(KIND, REPO).private
 
 
-def test_a_name_without_namespace_is_the_users(connected, folder):
+def test_a_name_without_a_namespace_belongs_to_the_user(connected, folder):
     assert "/datasets/ann/mine/commit/" in push(folder, "mine").url
 
 
-# -- before the work --------------------------------------------------------------------------------------------------
+# -- checks before the work -------------------------------------------------------------------------------------------
 
 
 def ready(repo=REPO, name="digits-prism-ipc10", **options):
@@ -193,7 +193,7 @@ def ready(repo=REPO, name="digits-prism-ipc10", **options):
     return target
 
 
-def test_a_private_name_is_reserved_once(connected):
+def test_a_private_repo_is_reserved_once(connected):
     assert ready() == Target(REPO)
     assert connected.repo(KIND, REPO).private
     assert ready() == Target(REPO)
@@ -201,7 +201,7 @@ def test_a_private_name_is_reserved_once(connected):
 
 
 @each("repo", ["a/b/c", "org/--", "org/x..y", "", "org/" + "x" * 100, "org/x.git", "ü/x", "org/ x"])
-def test_a_name_that_cannot_be_is_told_before_any_request(connected, repo):
+def test_an_invalid_name_is_reported_before_any_request(connected, repo):
     with pytest.raises(HubError) as error:
         ready(repo)
     assert repr(repo) in one_line(error)
@@ -209,7 +209,7 @@ def test_a_name_that_cannot_be_is_told_before_any_request(connected, repo):
 
 
 @each("branch", ["a..b", "/x", "x/", "-x", "a b", "refs/pr/1", "x.lock", ""])
-def test_a_branch_that_cannot_be_is_told_before_any_request(connected, branch):
+def test_an_invalid_branch_is_reported_before_any_request(connected, branch):
     with pytest.raises(HubError) as error:
         ready(revision=branch)
     assert "--revision" in one_line(error)
@@ -221,7 +221,7 @@ def test_a_pull_request_to_a_branch_is_refused(connected):
         ready(revision="v2", create_pr=True)
 
 
-def test_without_a_token_nothing_is_asked(connected, monkeypatch):
+def test_without_a_token_no_request_is_sent(connected, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError) as error:
         ready()
@@ -230,7 +230,7 @@ def test_without_a_token_nothing_is_asked(connected, monkeypatch):
     assert not connected.requests
 
 
-def test_offline_nothing_is_asked(connected, monkeypatch):
+def test_offline_no_request_is_sent(connected, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
         ready()
@@ -247,7 +247,7 @@ def test_offline_nothing_is_asked(connected, monkeypatch):
     ],
     ids=["unknown token", "read token", "foreign organization", "reader in the organization", "fine-grained without write"],
 )
-def test_who_may_not_write_hears_it_at_once(connected, monkeypatch, account, repo, words):
+def test_missing_write_access_is_reported_at_once(connected, monkeypatch, account, repo, words):
     token = connected.add_user(
         "bob", token="hf_bobs", **{"orgs": ("org",)} | {k: v for k, v in account.items() if k != "token"}
     )
@@ -256,11 +256,11 @@ def test_who_may_not_write_hears_it_at_once(connected, monkeypatch, account, rep
         ready(repo)
     assert words in one_line(error)
     assert "hf_" not in one_line(error)
-    assert len([r for r in connected.requests if r.status in (401, 403)]) <= 1, "401 and 403 are not tried again"
+    assert len([r for r in connected.requests if r.status in (401, 403)]) <= 1, "401 and 403 are not retried"
     assert not connected.exists(KIND, repo)
 
 
-def test_a_repo_that_others_own_is_refused(connected, monkeypatch):
+def test_a_repo_of_another_owner_is_refused(connected, monkeypatch):
     connected.create(KIND, "carl/open", {"data.csv": b"1"})
     connected.create(KIND, "carl/hidden", {"data.csv": b"1"}, private=True)
     with pytest.raises(HubError, match="permission"):
@@ -269,7 +269,7 @@ def test_a_repo_that_others_own_is_refused(connected, monkeypatch):
         ready("carl/hidden")
 
 
-def test_an_occupied_repo_is_not_published_over_by_accident(connected, folder):
+def test_a_repo_with_other_content_is_not_overwritten_by_accident(connected, folder):
     connected.create(KIND, REPO, {"train.csv": b"1,2"}, private=True)
     with pytest.raises(HubError) as error:
         ready()
@@ -278,10 +278,10 @@ def test_an_occupied_repo_is_not_published_over_by_accident(connected, folder):
         publish(bundle_of(folder), Target(REPO), pauses=())
     assert commits(connected) == 2
     push(folder, replace_other=True)
-    assert connected.files(KIND, REPO)["train.csv"] == b"1,2", "others' files stay"
+    assert connected.files(KIND, REPO)["train.csv"] == b"1,2", "files by others are kept"
 
 
-def test_another_data_set_of_ours_is_not_published_over_by_accident(connected, folder, tmp_path):
+def test_another_prism_dataset_is_not_overwritten_by_accident(connected, folder, tmp_path):
     push(folder)
     other = make_set(tmp_path / "other", name="other-ipc1")
     with pytest.raises(HubError) as error:
@@ -292,13 +292,13 @@ def test_another_data_set_of_ours_is_not_published_over_by_accident(connected, f
     assert connected.files(KIND, REPO)["provenance.json"] == (other / "provenance.json").read_bytes()
 
 
-def test_a_readme_and_a_license_do_not_occupy_a_repo(connected, folder):
+def test_a_repo_with_only_a_readme_and_a_license_can_be_used(connected, folder):
     connected.create(KIND, REPO, {"README.md": b"---\nlicense: mit\n---\nSoon.\n", "LICENSE": b"x"}, private=True)
     push(folder)
     assert b"Soon." in connected.files(KIND, REPO)["README.md"]
 
 
-def test_a_pull_request_needs_a_repo_but_no_right_to_write(connected, folder, newer, monkeypatch):
+def test_a_pull_request_needs_a_repo_but_no_write_access(connected, folder, newer, monkeypatch):
     with pytest.raises(HubError, match="--create-pr"):
         ready("org/nothing", create_pr=True)
     push(folder, public=True)
@@ -308,14 +308,14 @@ def test_a_pull_request_needs_a_repo_but_no_right_to_write(connected, folder, ne
     assert push(newer, create_pr=True, public=True).url.endswith("/discussions/1")
 
 
-# -- faults that the matrix does not have -----------------------------------------------------------------------------
+# -- faults that the matrix does not cover ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["whoami", "repo_info", "auth_check", "tree", "create_repo"])
 @pytest.mark.parametrize(
     "action", [Status(503), Status(502, b"<html>", html=True), LostAnswer()], ids=["503", "html", "lost"]
 )
-def test_the_check_waits_for_what_passes(connected, folder, kind, action):
+def test_the_check_retries_temporary_errors(connected, folder, kind, action):
     if kind in ("auth_check", "tree"):
         push(folder)
     connected.fault(kind, action)
@@ -323,7 +323,7 @@ def test_the_check_waits_for_what_passes(connected, folder, kind, action):
     assert connected.fired == 1
 
 
-def test_a_token_that_dies_in_the_middle_is_not_tried_again(connected, folder):
+def test_a_token_that_expires_during_a_push_is_not_retried(connected, folder):
     target = ready()
     connected.fault("preupload", Status(401), times=None)
     with pytest.raises(HubError) as error:
@@ -333,7 +333,7 @@ def test_a_token_that_dies_in_the_middle_is_not_tried_again(connected, folder):
     assert commits(connected) == 1
 
 
-def test_a_wait_that_the_hub_asks_for_is_granted(connected, folder, caplog):
+def test_retry_after_is_respected(connected, folder, caplog):
     target = ready()
     connected.fault("commit", Status(429, headers={"Retry-After": "1"}))
     caplog.set_level(logging.INFO, "prism_hf")
@@ -353,7 +353,7 @@ def test_a_folder_that_changed_since_it_was_packaged_is_not_pushed(connected, tm
     assert not connected.requests
 
 
-def test_files_that_the_repo_ignores_are_not_left_out_without_a_word(connected, folder, newer):
+def test_files_that_the_repo_ignores_are_not_silently_omitted(connected, folder, newer):
     push(folder)
     connected.commit(KIND, REPO, {".gitignore": b"views/*.parquet\n"})
     before = connected.files(KIND, REPO)
@@ -364,7 +364,7 @@ def test_files_that_the_repo_ignores_are_not_left_out_without_a_word(connected, 
     assert connected.files(KIND, REPO) == before
 
 
-def test_a_folder_that_is_packaged_anew_during_the_push_is_noticed(connected, folder, newer, tmp_path):
+def test_a_folder_repackaged_during_the_push_is_detected(connected, folder, newer, tmp_path):
     place = tmp_path / "set"
     shutil.copytree(folder, place)
     ready()
@@ -380,7 +380,7 @@ def test_a_folder_that_is_packaged_anew_during_the_push_is_noticed(connected, fo
     assert commits(connected) == 1
 
 
-def test_a_control_does_not_take_the_place_of_its_data_set(connected, folder, tmp_path):
+def test_a_control_does_not_replace_its_dataset(connected, folder, tmp_path):
     push(folder)
     control = tmp_path / "control"
     recipe, names, *_ = small_set(control, seed=5)
@@ -390,7 +390,7 @@ def test_a_control_does_not_take_the_place_of_its_data_set(connected, folder, tm
     push(control, "org/control")
 
 
-def test_a_repo_made_public_while_files_are_sent_gets_no_commit(connected, folder, newer):
+def test_a_repo_made_public_during_the_upload_gets_no_commit(connected, folder, newer):
     push(folder)
     connected.fault("preupload", Rival(lambda: HfApi().update_repo_settings(REPO, repo_type="dataset", private=False)))
     with pytest.raises(HubError, match="--public"):
@@ -398,7 +398,7 @@ def test_a_repo_made_public_while_files_are_sent_gets_no_commit(connected, folde
     assert commits(connected) == 2
 
 
-def test_a_name_that_is_taken_by_what_we_cannot_see_is_one_line(connected, folder):
+def test_a_name_taken_by_an_invisible_repo_gives_a_one_line_error(connected, folder):
     connected.fault("repo_info", Status(404, headers={"X-Error-Code": "RepoNotFound"}), times=None)
     taken = json.dumps({"url": f"{connected.url}/datasets/{REPO}"}).encode()
     connected.fault("create_repo", Status(409, taken), times=None)
@@ -407,7 +407,7 @@ def test_a_name_that_is_taken_by_what_we_cannot_see_is_one_line(connected, folde
     assert "not for this token" in one_line(error)
 
 
-def test_a_commit_is_no_branch(connected, folder):
+def test_a_commit_is_not_accepted_as_a_branch(connected, folder):
     commit = push(folder).commit
     with pytest.raises(HubError, match="--revision"):
         ready(revision=commit)
@@ -415,7 +415,7 @@ def test_a_commit_is_no_branch(connected, folder):
 
 @pytest.mark.parametrize("answer", [{}, {"name": None}, {"name": "ann", "orgs": None, "auth": None},
                                     {"name": "ann", "orgs": [{"name": "org"}], "auth": {"accessToken": None}}])  # fmt: skip
-def test_a_strange_whoami_is_one_line_or_no_matter(connected, answer):
+def test_an_unusual_whoami_gives_a_one_line_error_or_is_accepted(connected, answer):
     connected.fault("whoami", Status(200, json.dumps(answer).encode()))
     if answer.get("orgs"):
         ready()
@@ -425,7 +425,7 @@ def test_a_strange_whoami_is_one_line_or_no_matter(connected, answer):
     one_line(error)
 
 
-def test_a_silent_hub_is_not_waited_for_without_end(connected, folder, monkeypatch):
+def test_a_silent_hub_causes_a_timeout_and_a_retry(connected, folder, monkeypatch):
     monkeypatch.setattr("prism_hf.runtime.hub_client._TIMEOUT", httpx2.Timeout(0.3))
     connected.fault("repo_info", Delay(1.0))
     assert push(folder).changed
@@ -437,8 +437,8 @@ def killed(folder, url, transport, env):
     publish(bundle_of(folder), Target(REPO), pauses=(0, 0))
 
 
-def test_a_killed_push_sends_only_what_is_missing(connected, transport, tmp_path):
-    """The second of two big files hangs; the process is killed; the next push does not send the first one again."""
+def test_the_push_after_a_killed_one_uploads_only_missing_files(connected, transport, tmp_path):
+    """The second of two big files hangs and the process is killed. The next push does not upload the first one again."""
     folder = make_set(tmp_path / "set", epochs=40)
     ready()
     sent = {"lfs": "lfs_put", "xet": "xet_xorb"}[transport]
@@ -456,7 +456,7 @@ def test_a_killed_push_sends_only_what_is_missing(connected, transport, tmp_path
     assert connected.files(KIND, REPO)["provenance.json"] == (folder / "provenance.json").read_bytes()
 
 
-def test_the_token_stands_nowhere(connected, folder, newer, caplog):
+def test_the_token_appears_nowhere(connected, folder, newer, caplog):
     caplog.set_level(logging.DEBUG)
     push(folder)
     connected.fault("commit", Status(503))

@@ -1,5 +1,5 @@
 # ruff: noqa: F811
-"""`recipes/prism.py --push-to-hub` and what follows: the commands as users type them."""
+"""`recipes/prism.py --push-to-hub` and the commands after it, as users type them."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ xet_only = pytest.mark.parametrize("transport", ["xet"], indirect=True)
 
 
 @xet_only
-def test_distil_push_load_evaluate(connected, tmp_path, capsys):
+def test_distill_push_load_evaluate(connected, tmp_path, capsys):
     run, reader = tmp_path / "run", tmp_path / "reader"
     reader.mkdir()
     assert launch("--output", run, *SMALL, "--push-to-hub", REPO) == 0
@@ -36,7 +36,7 @@ def test_distil_push_load_evaluate(connected, tmp_path, capsys):
     assert {k: v for k, v in there.items() if k not in beside} == {k: v for k, v in local.items() if k not in beside}
     assert not [p for p in run.rglob("*") if p.is_file() and b"hf_secret_token" in p.read_bytes()]
     assert "hf_secret_token" not in told.out + told.err
-    # Somebody else, elsewhere, with the command as it is typed.
+    # Another user on another machine, with the command as typed.
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     done = subprocess.run(
         [accelerate, "launch", str(ROOT / "recipes/evaluate.py"), REPO, "--output", "out"],
@@ -49,8 +49,8 @@ def test_distil_push_load_evaluate(connected, tmp_path, capsys):
     scores = {(row["images"], row["labels"]): row["top1"] for row in report["evaluation"]["rows"]}
     mine = [row for row in own["evaluation"]["rows"] if row["images"] == "distilled"]
     assert len(mine) == 2
-    assert all(scores[row["images"], row["labels"]] == row["top1"] for row in mine), "the same data give the same score"
-    # The student that the run kept, with a link to what it learned from.
+    assert all(scores[row["images"], row["labels"]] == row["top1"] for row in mine), "the same data gives the same score"
+    # The student that the run kept, with a link to its training data.
     assert main(["push", str(run / "student"), "org/tiny-student", "--dataset", REPO]) == 0
     card = ModelCard(connected.files("models", "org/tiny-student")["README.md"].decode())
     assert card.data.datasets == [REPO]
@@ -58,7 +58,7 @@ def test_distil_push_load_evaluate(connected, tmp_path, capsys):
 
 
 @lfs_only
-def test_a_push_that_fails_at_the_end_has_told_the_scores(connected, tmp_path, capsys, caplog):
+def test_a_failed_push_at_the_end_still_reports_the_scores(connected, tmp_path, capsys, caplog):
     caplog.set_level("INFO", logger="prism_hf")
     connected.fault("commit", Status(403), times=None)
     assert launch("--output", tmp_path / "run", *SMALL, "--push-to-hub", REPO) == 2
@@ -67,7 +67,7 @@ def test_a_push_that_fails_at_the_end_has_told_the_scores(connected, tmp_path, c
     assert "top-1 %" in caplog.text
     assert "top-1 %" not in told.out
     assert (tmp_path / "run" / "report.json").is_file()
-    # The same command finds everything, and only publishes.
+    # The same command reuses everything and only publishes.
     connected.clear_faults()
     assert launch("--output", tmp_path / "run", *SMALL, "--push-to-hub", REPO) == 0
     assert "random real" in capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_a_push_that_fails_at_the_end_has_told_the_scores(connected, tmp_path, c
 
 
 def refused(connected, tmp_path, *words):
-    """A launch that ends before any work: nothing is written, nothing is made on the Hub."""
+    """Launch, and check that it is refused before any work: nothing is written locally or created on the Hub."""
     assert launch("--output", tmp_path / "run", *SMALL, *words) == 2
     assert not (tmp_path / "run").exists()
     assert not connected.exists("datasets", REPO)
@@ -92,7 +92,7 @@ def refused(connected, tmp_path, *words):
         ("hf_secret_token", "bad name", "not a valid Hub repo name"),
     ],
 )
-def test_what_would_fail_in_the_morning_fails_now(connected, tmp_path, monkeypatch, capsys, token, repo, words):
+def test_a_push_that_would_fail_is_refused_before_the_run(connected, tmp_path, monkeypatch, capsys, token, repo, words):
     connected.add_user("bob", token="read", role="read", orgs=("org",))
     monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
     refused(connected, tmp_path, "--push-to-hub", repo)
@@ -102,26 +102,26 @@ def test_what_would_fail_in_the_morning_fails_now(connected, tmp_path, monkeypat
 
 
 @lfs_only
-def test_a_dry_run_asks_the_hub_nothing(connected, tmp_path, capsys):
+def test_a_dry_run_sends_no_request_to_the_hub(connected, tmp_path, capsys):
     assert launch("--output", tmp_path / "run", *SMALL, "--dry-run", "--push-to-hub", REPO) == 0
     assert not connected.requests
 
 
 @pytest.mark.parametrize("option", [["--public"], ["--revision", "x"], ["--create-pr"], ["--replace"]])
-def test_options_of_a_push_need_a_push(option, capsys):
+def test_push_options_require_a_push(option, capsys):
     with pytest.raises(SystemExit):
         main(["distill", *option])
     assert "--push-to-hub" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["squeeze", "synthesize", "relabel"])
-def test_a_stage_that_packages_nothing_has_nothing_to_push(stage, capsys):
+def test_a_stage_that_packages_nothing_cannot_be_pushed(stage, capsys):
     assert launch("--push-to-hub", "a/b", "--stage", stage) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"HubError: --stage {stage} does not make a dataset to push")
 
 
-def test_private_and_public_exclude_each_other(capsys):
+def test_private_and_public_are_mutually_exclusive(capsys):
     with pytest.raises(SystemExit):
         main(["distill", "--push-to-hub", "a/b", "--public", "--private"])
     assert "not allowed with" in capsys.readouterr().err

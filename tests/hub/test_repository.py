@@ -16,7 +16,7 @@ def repository(connected):
     return Repository(Target(SET, public=True))
 
 
-def test_what_is_there_is_told(connected, repository):
+def test_existing_content_is_found(connected, repository):
     head = connected.history("datasets", SET)[0]
     assert repository.info().sha == repository.head("main") == repository.must_have("main") == head
     tree = repository.tree(head)
@@ -27,7 +27,7 @@ def test_what_is_there_is_told(connected, repository):
     assert Repository(Target("org/net", "model")).commit_url("x") == f"{connected.url}/org/net/commit/x"
 
 
-def test_what_is_not_there_is_none(connected, repository):
+def test_missing_content_is_none(connected, repository):
     assert Repository(Target("org/nothing")).info() is None
     assert Repository(Target("org/nothing")).head("main") is None
     assert repository.head("nothing") is None
@@ -35,7 +35,7 @@ def test_what_is_not_there_is_none(connected, repository):
         repository.must_have("nothing")
 
 
-def test_a_flipped_bit_does_not_pass_for_what_the_hub_lists(connected, repository):
+def test_a_flipped_bit_is_not_accepted_as_the_file_that_the_hub_lists(connected, repository):
     head = connected.history("datasets", SET)[0]
     connected.corrupt("datasets", SET, "README.md")
     with pytest.raises(ConnectionError, match="other content"):
@@ -45,7 +45,7 @@ def test_a_flipped_bit_does_not_pass_for_what_the_hub_lists(connected, repositor
 @pytest.mark.parametrize(
     ("private", "public", "fine"), [(True, False, True), (True, True, True), (False, True, True), (False, False, False)]
 )
-def test_nothing_goes_into_a_public_repo_unasked(connected, private, public, fine):
+def test_a_public_repo_requires_the_public_option(connected, private, public, fine):
     connected.create("datasets", SET, private=private)
     repository = Repository(Target(SET, public=public))
     if fine:
@@ -54,7 +54,7 @@ def test_nothing_goes_into_a_public_repo_unasked(connected, private, public, fin
         repository.check_visibility()
 
 
-def test_a_refusal_is_not_taken_for_no_repo(connected, repository):
+def test_a_refusal_is_not_mistaken_for_a_missing_repo(connected, repository):
     connected.fault("repo_info", Status(403), times=None)
     with pytest.raises(OSError, match="403"):
         repository.info()

@@ -38,7 +38,7 @@ def test_all_256_values_survive_the_reference_normalization(channels):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_reference_normalisation_is_the_documented_one(channels):
+def test_reference_normalization_is_the_documented_one(channels):
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in REFERENCE[channels])
     images = every_value(channels)[None]
     torch.testing.assert_close(to_reference(images), (images / 255.0 - mean) / std)
@@ -53,7 +53,7 @@ def test_to_uint8_rounds_and_clamps_where_the_published_code_truncates():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_clamp_keeps_what_a_picture_can_hold(channels):
+def test_clamp_keeps_the_range_of_valid_pixels(channels):
     images = torch.randn(2, channels, 9, 9) * 5
     before = images.clone()
     result = clamp_(images)
@@ -84,13 +84,13 @@ def test_lossless_formats_keep_every_byte(image_format, channels):
 
 
 @pytest.mark.parametrize(("image_format", "kind"), [("png", "PNG"), ("webp", "WEBP"), ("jpeg", "JPEG")])
-def test_bytes_are_of_the_named_format(image_format, kind):
+def test_bytes_have_the_requested_format(image_format, kind):
     with Image.open(io.BytesIO(encode(every_value(3), image_format))) as opened:
         assert opened.format == kind
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_jpeg_is_close_and_its_quality_counts(channels, tiny_images):
+def test_jpeg_is_close_and_its_quality_matters(channels, tiny_images):
     image = tiny_images[0, :channels]
     high, low = encode(image, "jpeg", jpeg_quality=95), encode(image, "jpeg", jpeg_quality=20)
     error = (decode(high, channels).float() - image.float()).abs()
@@ -98,7 +98,7 @@ def test_jpeg_is_close_and_its_quality_counts(channels, tiny_images):
     assert len(low) < len(high)
 
 
-def test_gray_file_becomes_rgb_and_back():
+def test_gray_files_convert_to_rgb_and_back():
     gray = every_value(1)
     rgb = decode(encode(gray, "png"), 3)
     assert torch.equal(rgb, gray.expand(3, -1, -1))
@@ -124,14 +124,14 @@ HUGE = b"IHDR" + b"\x00\x01\x00\x00" * 2 + PNG[24:29]
     ],
     ids=["empty", "text", "cut", "cut end", "no header", "cut jpeg", "cut webp", "short header", "too large"],
 )
-def test_corrupt_bytes_are_a_data_error(data):
+def test_corrupt_bytes_raise_a_data_error(data):
     with pytest.raises(DataError, match="cannot be decoded"):
         decode(data, 3)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK", "LA"])
-def test_every_mode_becomes_the_working_channels(mode, channels):
+def test_every_mode_is_converted_to_the_working_channels(mode, channels):
     image = from_pil(picture(mode), channels, size=16)
     assert image.shape == (channels, 16, 16)
     assert image.dtype == torch.uint8
@@ -139,7 +139,7 @@ def test_every_mode_becomes_the_working_channels(mode, channels):
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (33, 32), (7, 50), (16, 16), (500, 3)])
-def test_any_shape_becomes_the_center_square(size):
+def test_any_shape_is_cropped_to_the_center_square(size):
     assert from_pil(picture("RGB", size), 3, size=16).shape == (3, 16, 16)
 
 
@@ -156,11 +156,11 @@ def test_without_size_pixels_are_kept():
     assert torch.equal(from_pil(square, 3, size=16), from_pil(square, 3))
 
 
-def test_photos_are_turned_upright(tmp_path):
+def test_photos_are_rotated_upright(tmp_path):
     picture = Image.new("RGB", (8, 4))
     picture.putpixel((0, 0), (255, 0, 0))
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side
+    exif[0x0112] = 6  # stored rotated by 90 degrees
     picture.save(tmp_path / "a.png", exif=exif)
     shown = from_pil(Image.open(tmp_path / "a.png"), 3)
     assert shown.shape == (3, 8, 4)

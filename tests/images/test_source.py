@@ -61,7 +61,7 @@ def digits():
     return load_source(DataRecipe(source="digits", num_classes=10, size=8, channels=1))
 
 
-def test_digits_are_cut_once_and_for_all(digits):
+def test_the_split_of_digits_is_pinned(digits):
     assert (len(digits.train), len(digits.test)) == (1347, 450)
     assert digits.class_names == tuple("0123456789")
     assert digits.revision is None
@@ -104,7 +104,7 @@ def test_local_folders_load(kind, request):
     assert [len(r) for r in data.test.rows_by_class(3)] == [2, 2, 2]
 
 
-def test_parquet_config_is_honored(tmp_path):
+def test_parquet_config_is_used(tmp_path):
     parquet(tmp_path / "x", train=rows(2), test=rows(1))
     (tmp_path / "x" / "data").rename(tmp_path / "small")
     (tmp_path / "README.md").write_text(
@@ -130,7 +130,7 @@ def test_columns_are_found_by_type_or_named(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK"])
-def test_any_mode_and_size_becomes_the_working_image(tmp_path, mode, channels):
+def test_any_mode_and_size_is_converted_to_the_working_image(tmp_path, mode, channels):
     pictures = []
     for i, (width, height) in enumerate([(16, 16), (5, 40), (200, 31), (1, 1), (16, 17), (17, 16)]):
         buffer = io.BytesIO()
@@ -180,7 +180,7 @@ def more(**features):
         "string labels", "train split", "test split", "label -1", "label too large",
     ],
 )  # fmt: skip
-def test_wrong_columns_are_one_line(tmp_path, features, columns, values, words):
+def test_wrong_columns_give_a_one_line_error(tmp_path, features, columns, values, words):
     part = rows(2, features=features, **columns)
     DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path)
     with pytest.raises(DataError) as error:
@@ -198,7 +198,7 @@ def test_wrong_columns_are_one_line(tmp_path, features, columns, values, words):
     ],
     ids=["order", "no label", "no image"],
 )
-def test_splits_that_differ_are_one_line(tmp_path, test_features, words):
+def test_splits_that_differ_give_a_one_line_error(tmp_path, test_features, words):
     DatasetDict({"train": rows(2), "test": rows(2, features=test_features)}).save_to_disk(tmp_path)
     with pytest.raises(DataError) as error:
         load_source(recipe(tmp_path))
@@ -207,7 +207,7 @@ def test_splits_that_differ_are_one_line(tmp_path, test_features, words):
 
 
 @pytest.mark.parametrize("split", ["nope", "train[:0]"])
-def test_unknown_or_empty_parquet_split_is_one_line(parquet_folder, split):
+def test_an_unknown_or_empty_parquet_split_gives_a_one_line_error(parquet_folder, split):
     with pytest.raises(DataError) as error:
         real_rows(load_source(recipe(parquet_folder, train_split=split)), 1, seed=0)
     one_line(error)
@@ -222,13 +222,13 @@ def test_unknown_or_empty_parquet_split_is_one_line(parquet_folder, split):
         ("nobody-there/no-such-set", "nobody-there/no-such-set"),
     ],
 )
-def test_missing_sources_are_one_line(source, word):
+def test_missing_sources_give_a_one_line_error(source, word):
     with pytest.raises(DataError) as error:
         load_source(recipe(source))
     assert word in one_line(error)
 
 
-def test_empty_folder_and_saved_single_dataset_are_one_line(tmp_path):
+def test_an_empty_folder_and_a_saved_single_dataset_give_one_line_errors(tmp_path):
     with pytest.raises(DataError) as error:
         load_source(recipe(tmp_path))
     one_line(error)
@@ -239,7 +239,7 @@ def test_empty_folder_and_saved_single_dataset_are_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["text", "cut", "empty", "none"])
-def test_a_corrupt_image_names_its_row(tmp_path, broken):
+def test_the_error_for_a_corrupt_image_names_its_row(tmp_path, broken):
     cells = [png(i) for i in range(6)]
     whole = cells[4]["bytes"]
     cells[4] = {
@@ -259,7 +259,7 @@ def test_a_corrupt_image_names_its_row(tmp_path, broken):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
-def test_any_damage_is_a_data_error_or_a_picture(tmp_path, monkeypatch, kind):
+def test_any_damage_gives_a_data_error_or_a_picture(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("prism_hf.images.source._CACHE_BYTES", 0)
     buffer = io.BytesIO()
     random_picture(20, 18).save(buffer, kind)
@@ -279,7 +279,7 @@ def test_any_damage_is_a_data_error_or_a_picture(tmp_path, monkeypatch, kind):
 # -- validation_fraction ----------------------------------------------------------------------------------------------
 
 
-def test_validation_part_comes_from_the_training_split_alone(parquet_folder):
+def test_validation_images_come_only_from_the_training_split(parquet_folder):
     def pictures(split):
         return sorted(image.numpy().tobytes() for image in split.images(range(len(split))))
 
@@ -300,7 +300,7 @@ def test_validation_works_without_a_test_split(tmp_path):
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.99])
-def test_a_validation_part_too_small_is_one_line(parquet_folder, fraction):
+def test_a_validation_part_that_is_too_small_gives_a_one_line_error(parquet_folder, fraction):
     with pytest.raises(DataError) as error:
         load_source(recipe(parquet_folder, validation_fraction=fraction))
     assert "validation_fraction" in one_line(error)
@@ -309,7 +309,7 @@ def test_a_validation_part_too_small_is_one_line(parquet_folder, fraction):
 # -- reading images ---------------------------------------------------------------------------------------------------
 
 
-def test_reading_images_leaves_when_the_program_is_asked_to_stop(digits):
+def test_reading_images_stops_on_request(digits):
     interruption._wanted.set()
     try:
         with pytest.raises(StoppedError):
@@ -319,7 +319,7 @@ def test_reading_images_leaves_when_the_program_is_asked_to_stop(digits):
     assert digits.train.images([0]).shape == (1, 1, 8, 8)
 
 
-def test_large_splits_are_decoded_on_demand_with_equal_result(parquet_folder, monkeypatch):
+def test_large_splits_are_decoded_on_demand_with_equal_results(parquet_folder, monkeypatch):
     whole = load_source(recipe(parquet_folder)).train.images([3, 1, 3])
     monkeypatch.setattr("prism_hf.images.source._CACHE_BYTES", 0)
     assert torch.equal(whole, load_source(recipe(parquet_folder)).train.images([3, 1, 3]))
@@ -343,7 +343,7 @@ def test_another_test_set_of_the_same_classes(image_folder, parquet_folder):
         (None, "test", [*NAMES, "dog"], ["'test'"]),
     ],
 )
-def test_another_test_set_that_does_not_fit_is_one_line(parquet_folder, source, split, names, words):
+def test_another_test_set_that_does_not_fit_gives_a_one_line_error(parquet_folder, source, split, names, words):
     with pytest.raises(DataError) as error:
         load_test_split(recipe(parquet_folder), source or str(parquet_folder), split, names)
     text = one_line(error)
@@ -358,5 +358,5 @@ def test_another_test_set_has_labels_in_range(tmp_path):
     assert "label 3" in one_line(error)
 
 
-def test_datasets_is_offline():
+def test_datasets_library_is_offline():
     assert datasets.config.HF_HUB_OFFLINE

@@ -37,7 +37,7 @@ BOXES = [
 
 
 @pytest.mark.parametrize("out_size", [20, 9, 31])
-def test_resample_is_pytorchs_antialiased_interpolation(out_size):
+def test_resample_equals_the_antialiased_interpolation_of_pytorch(out_size):
     boxes = torch.cat([torch.tensor(BOXES), draw_crop(40, 20, (0.05, 1.0), seeded())])
     x = images(len(boxes))
     ours = resample(x, boxes, still(len(boxes)), out_size=out_size)
@@ -54,7 +54,7 @@ def test_resample_works_on_oblong_images():
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
-def test_flip_is_a_flip_of_the_result():
+def test_flip_is_applied_to_the_result():
     x, crop = images(), draw_crop(5, 20, (0.2, 1.0), seeded())
     flip = torch.tensor([True, False, True, True, False])
     plain, flipped = resample(x, crop, still(5)), resample(x, crop, flip)
@@ -69,7 +69,7 @@ def test_roll_wraps_around_after_the_flip(roll):
     torch.testing.assert_close(resample(x, crop, flip, roll=roll), expected)
 
 
-def test_one_row_serves_the_whole_batch():
+def test_one_row_applies_to_the_whole_batch():
     x, crop = images(), torch.tensor([[2, 3, 9, 12]])
     torch.testing.assert_close(resample(x, crop, still(1)), resample(x, crop.expand(5, 4), still(5)))
 
@@ -94,7 +94,7 @@ def test_resample_keeps_the_dtype(dtype):
 
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.001, 0.01), (0.9, 1.0), (1.0, 1.0), (0.3, 0.3)])
 @pytest.mark.parametrize("size", [8, 32, 33])
-def test_boxes_are_inside_the_image_and_of_the_asked_area(scale, size):
+def test_boxes_are_inside_the_image_and_have_the_requested_area(scale, size):
     crop = draw_crop(500, size, scale, seeded())
     top, left, height, width = crop.unbind(1)
     assert int(crop.min()) >= 0
@@ -102,12 +102,12 @@ def test_boxes_are_inside_the_image_and_of_the_asked_area(scale, size):
     assert int((top + height).max()) <= size
     assert int((left + width).max()) <= size
     area = (height * width).double() / size**2
-    # Sides are whole pixels: each may be off by half a pixel.
+    # Sides are rounded to whole pixels, so each may be off by half a pixel.
     slack = (height + width).double() / 2 / size**2 + 1 / size**2
     assert bool(((area >= scale[0] - slack) & (area <= scale[1] + slack)).all())
 
 
-def test_boxes_reach_every_corner_and_both_aspects():
+def test_boxes_reach_every_corner_and_both_extreme_aspect_ratios():
     top, left, height, width = draw_crop(2000, 16, (0.2, 0.6), seeded()).unbind(1)
     for start, length in ((top, height), (left, width)):
         assert int(start.min()) == 0
@@ -126,7 +126,7 @@ def test_flips_are_fair_coins_and_off_means_off():
     assert len(on.flip) == 2000
 
 
-def test_same_generator_same_views():
+def test_equal_generators_give_equal_views():
     def draw(seed):
         return draw_views(6, 20, seeded(seed), crop_scale=(0.2, 1), flip=True, mix="cutmix")
 
@@ -194,7 +194,7 @@ def test_a_table_row_replays_its_view(mix):
         shown = apply_views(table[rows], view)
         torch.testing.assert_close(replayed.replay(table), shown, rtol=0, atol=1e-6)
         assert torch.equal(replayed.image_index, rows)
-        # Any slice alone is enough: no row needs the rest of its batch.
+        # Any slice is enough on its own: no row needs the rest of its batch.
         torch.testing.assert_close(replayed[2:4].replay(table), shown[2:4], rtol=0, atol=1e-6)
         expected = rows[view.mix_with].tolist() if mix != "none" else [-1] * 5
         assert columns["mix_image_index"].tolist() == expected

@@ -29,7 +29,7 @@ every_net = pytest.mark.parametrize("name", NETS)
 
 
 class SlowMismatch:
-    """R with plain loops; the gradient of a norm by hand: that of (unit vector of the difference) . (batch statistic)."""
+    """R with plain loops, and the gradient of a norm by hand, as that of (unit vector of the difference) . (statistic)."""
 
     def __init__(self, model, *, momentum, conv, patch, reduction, first):
         self.model, self.momentum, self.conv, self.patch = model, momentum, conv, patch
@@ -56,7 +56,7 @@ class SlowMismatch:
                 difference = now - target[name]
                 norm = math.sqrt(sum(float(d) ** 2 for d in difference))
                 value += weight * norm
-                if norm:  # the inputs of some layers of byobnet are all zero
+                if norm:  # the inputs of some byobnet layers are all zero
                     linear = linear + weight * (difference / norm * statistic).sum()
         count = norms + convs if self.reduction == "mean" else 1
         (gradient,) = torch.autograd.grad(linear / count, x)
@@ -83,7 +83,7 @@ def slow_mismatch(x, layer):
 
 
 def mismatch(x, layer):
-    """R of a network that is this one layer."""
+    """Return R of a network that consists of this one layer."""
     with Alignment(nn.Sequential(layer), first_bn_multiplier=1.0) as align:
         return align(x).mismatch
 
@@ -132,7 +132,7 @@ def test_mismatch_is_zero_at_its_optimum_and_grows_away_from_it():
 
 
 @pytest.mark.parametrize("exact", ["mean and var", "mean", "var"])
-def test_a_norm_of_exactly_zero_has_gradient_zero(exact):
+def test_a_norm_of_exactly_zero_has_a_zero_gradient(exact):
     layer = norm_layer(channels=2)
     x = torch.tensor([0.5, -2.0], dtype=torch.float64).view(1, 2, 1, 1).repeat(3, 1, 4, 4).requires_grad_()
     if "mean" in exact:
@@ -142,12 +142,12 @@ def test_a_norm_of_exactly_zero_has_gradient_zero(exact):
     value = mismatch(x, layer)
     value.backward()
     assert bool(x.grad.isfinite().all())
-    # The variance of a constant does not move to first order: only a mean that is off leaves a gradient.
+    # The variance of a constant does not change to first order: only a wrong mean gives a gradient.
     assert bool((x.grad != 0).any()) == ("mean" not in exact)
     assert (value.item() == 0) == (exact == "mean and var")
 
 
-def test_mismatch_does_not_depend_on_where_a_value_stands():
+def test_mismatch_does_not_depend_on_positions():
     layer, x = norm_layer(), torch.randn(4, 5, 6, 6, dtype=torch.float64)
     shuffled = x.flip(0).permute(0, 1, 3, 2)
     torch.testing.assert_close(mismatch(x, layer), mismatch(shuffled, layer))
@@ -163,7 +163,7 @@ def test_no_copy_of_an_activation_is_saved(dtype):
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_byobnet"])
-def test_hooks_are_gone_after_the_block(tiny_teachers, name):
+def test_hooks_are_removed_after_the_block(tiny_teachers, name):
     teacher = tiny_teachers[name]
 
     def hooks():
@@ -214,7 +214,7 @@ def test_first_call_without_head_still_counts_all_layers(tiny_teachers):
     assert torch.equal(first.mismatch, second.mismatch)
 
 
-def test_first_layer_is_the_first_that_runs_not_the_first_that_is_registered():
+def test_the_first_layer_is_the_first_to_run_not_the_first_registered():
     class Backwards(nn.Module):
         def __init__(self):
             super().__init__()
@@ -252,7 +252,7 @@ def test_a_network_with_nothing_to_align_is_an_error(model):
     ("name", "momentum", "reduction", "first"),
     [(name, 0.4, "sum", 10.0) for name in NETS] + [("test_byobnet", 0.4, "mean", 1.0), ("test_byobnet", 0.0, "sum", 0.3)],
 )
-def test_it_is_the_equation_over_several_batches(tiny_teachers, tiny_images, name, momentum, reduction, first):
+def test_alignment_equals_the_equation_over_several_batches(tiny_teachers, tiny_images, name, momentum, reduction, first):
     teacher = double(tiny_teachers[name])
     conv = gathered(tiny_teachers[name], tiny_images)
     slow = SlowMismatch(teacher.model, momentum=momentum, conv=conv, patch=8, reduction=reduction, first=first)
@@ -275,7 +275,7 @@ def test_it_is_the_equation_over_several_batches(tiny_teachers, tiny_images, nam
             assert not value.requires_grad
 
 
-def test_an_average_starts_from_the_first_batch(small, tiny_images):
+def test_an_average_starts_at_the_first_batch(small, tiny_images):
     conv, x = gathered(small, tiny_images), batch()
     values = []
     for momentum in (0.0, 0.9):
@@ -284,7 +284,7 @@ def test_an_average_starts_from_the_first_batch(small, tiny_images):
     assert torch.equal(*values)
 
 
-def test_the_mismatch_is_zero_where_it_should_be_and_so_is_its_gradient(small):
+def test_matching_statistics_give_zero_mismatch_and_zero_gradient(small):
     x = batch()
     seen = inputs_of(small.model, x.detach())
     convs = [conv_statistics(value, 8) for layer, value in seen if isinstance(layer, nn.Conv2d)]
@@ -301,7 +301,7 @@ def test_the_mismatch_is_zero_where_it_should_be_and_so_is_its_gradient(small):
     assert float(torch.autograd.grad(aligned.mismatch, x)[0].abs().max()) == 0
 
 
-def test_teachers_that_take_turns_have_their_own_past(tiny_teachers, tiny_images):
+def test_alternating_teachers_have_separate_averages(tiny_teachers, tiny_images):
     names = NETS[:2]
     alone, turns = {}, {}
     convs = {name: gathered(tiny_teachers[name], tiny_images) for name in names}
@@ -324,7 +324,7 @@ def test_teachers_that_take_turns_have_their_own_past(tiny_teachers, tiny_images
     assert all(torch.equal(a, b) for name in names for a, b in zip(alone[name], turns[name], strict=True))
 
 
-def test_a_pass_that_fails_moves_nothing(small, tiny_images):
+def test_a_failed_pass_changes_no_average(small, tiny_images):
     class Broken(nn.Module):
         def __init__(self):
             super().__init__()
@@ -350,7 +350,7 @@ def test_a_pass_that_fails_moves_nothing(small, tiny_images):
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-# -- leaving out --------------------------------------------------------------------------------------------------------
+# -- dropping convolutions ----------------------------------------------------------------------------------------------
 
 
 def dropping(small, conv, drop, seed=0, **settings):
@@ -359,14 +359,14 @@ def dropping(small, conv, drop, seed=0, **settings):
 
 
 def took_part(align, x):
-    """Which convolutions did: those whose averages moved."""
+    """Return the convolutions that took part: those with changed averages."""
     before = align.state()
     align(x)
     keys = [f"conv.{n}.patch_mean" for n in range(3)]
     return torch.tensor([align.state().get(key) is not before.get(key) for key in keys])
 
 
-def test_convolutions_are_left_out_at_random_and_their_averages_stay(small, tiny_images):
+def test_convolutions_are_dropped_at_random_and_keep_their_averages(small, tiny_images):
     align, generator = dropping(small, gathered(small, tiny_images, patch=16), 0.3, momentum=0.4)
     align.patch = 16
     with align:
@@ -379,7 +379,7 @@ def test_convolutions_are_left_out_at_random_and_their_averages_stay(small, tiny
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_what_is_left_out_gives_no_term_but_counts_as_a_layer(small, tiny_images, reduction):
+def test_a_dropped_convolution_has_no_term_but_counts_as_a_layer(small, tiny_images, reduction):
     conv, x = gathered(small, tiny_images), batch()
     kept = torch.rand(3, generator=torch.Generator().manual_seed(16)) >= 0.5
     assert kept.tolist() == [False, True, True]
@@ -393,7 +393,7 @@ def test_what_is_left_out_gives_no_term_but_counts_as_a_layer(small, tiny_images
     torch.testing.assert_close(ours, expected / (4 if reduction == "mean" else 1))
 
 
-def test_one_number_is_drawn_per_convolution_and_pass_whatever_happens(small, tiny_images):
+def test_each_pass_always_draws_one_number_per_convolution(small, tiny_images):
     conv, x = gathered(small, tiny_images), batch()
     states = []
     for drop, head in ((0.0, True), (0.0, False), (0.5, False), (0.9, True)):
@@ -409,11 +409,11 @@ def test_one_number_is_drawn_per_convolution_and_pass_whatever_happens(small, ti
         Alignment(small.model, conv=conv, patch=8, drop=0.1)
 
 
-# -- going on -----------------------------------------------------------------------------------------------------------
+# -- resuming -----------------------------------------------------------------------------------------------------------
 
 
 @every_net
-def test_going_on_from_a_state_gives_the_same_bits(tiny_teachers, tiny_images, tmp_path, name):
+def test_resuming_from_a_state_gives_the_same_bits(tiny_teachers, tiny_images, tmp_path, name):
     teacher, settings = tiny_teachers[name], {"momentum": 0.4, "patch": 8, "drop": 0.3}
     conv = gathered(teacher, tiny_images)
 
@@ -442,7 +442,7 @@ def test_going_on_from_a_state_gives_the_same_bits(tiny_teachers, tiny_images, t
     assert not torch.equal(plain[0][0], plain[2][0])
 
 
-def test_a_state_is_not_changed_by_what_comes_after(small, tiny_images):
+def test_later_passes_do_not_change_a_state(small, tiny_images):
     with Alignment(small.model, momentum=0.4, conv=gathered(small, tiny_images), patch=8) as align:
         align(batch())
         kept = align.state()
@@ -477,7 +477,7 @@ def test_head_is_skipped_with_convolutions_too(tiny_teachers, tiny_images, name)
     assert torch.equal(results[2][0].logits, teacher.model(x))
 
 
-def test_a_convolution_after_the_last_norm_is_still_seen_without_the_head(small, tiny_images):
+def test_a_convolution_after_the_last_norm_counts_even_without_the_head(small, tiny_images):
     conv, x = gathered(small, tiny_images), batch()
     with Alignment(small.model, conv=conv, patch=8, momentum=0.4) as align:
         first, second = align(x, head=False).mismatch, align(x, head=False).mismatch
@@ -485,7 +485,7 @@ def test_a_convolution_after_the_last_norm_is_still_seen_without_the_head(small,
     torch.testing.assert_close(first, second, rtol=1e-5, atol=0)
 
 
-def test_the_network_may_be_asked_for_something_else_inside_the_block(small, tiny_images):
+def test_the_network_may_be_called_otherwise_inside_the_block(small, tiny_images):
     conv, x, other = gathered(small, tiny_images), batch(), batch(seed=1)
     values = []
     for asked in (False, True):
@@ -498,7 +498,7 @@ def test_the_network_may_be_asked_for_something_else_inside_the_block(small, tin
     assert same(values[0][1], values[1][1])
 
 
-def test_hooks_of_convolutions_are_gone_after_the_block(small, tiny_images):
+def test_hooks_of_convolutions_are_removed_after_the_block(small, tiny_images):
     def hooks():
         return sum(len(m._forward_pre_hooks) for m in small.model.modules())
 
@@ -513,7 +513,7 @@ def test_hooks_of_convolutions_are_gone_after_the_block(small, tiny_images):
         align(x)
 
 
-def test_statistics_of_another_size_patch_or_network_are_one_line(small, tiny_images):
+def test_statistics_of_another_size_patch_or_network_give_a_one_line_error(small, tiny_images):
     conv, x = gathered(small, tiny_images), batch()
 
     def error_of(conv, x=x, patch=8):

@@ -14,7 +14,7 @@ def batch(count=6, size=8, channels=3, seed=0, dtype=torch.float64, scale=0.2):
 
 
 def pooled(image, size):
-    """Adaptive average pooling by hand: each output pixel is the mean of the pixels that it covers."""
+    """Adaptive average pooling by hand: each output pixel is the mean of the pixels it covers."""
     channels, height, width = image.shape
     values = []
     for c in range(channels):
@@ -27,7 +27,7 @@ def pooled(image, size):
 
 
 def slow_densification(images, labels, temperature, size):
-    """The equation with plain loops; the eigenvalues as lengths of principal axes."""
+    """Compute the equation with plain loops, and the eigenvalues as lengths of the principal axes."""
     total = 0.0
     for label in sorted(set(labels.tolist())):
         rows = [n for n, other in enumerate(labels.tolist()) if other == label]
@@ -45,7 +45,7 @@ def slow_densification(images, labels, temperature, size):
 
 @pytest.mark.parametrize("labels", [[0, 0, 0, 1, 1, 2], [4, 1, 4, 1, 4, 1], [7] * 6], ids=str)
 @pytest.mark.parametrize(("temperature", "size"), [(4.0, 4), (2.0, 3), (4.0, 8), (4.0, 12), (0.5, 4)])
-def test_it_is_the_equation(labels, temperature, size):
+def test_densification_equals_the_equation(labels, temperature, size):
     labels, ours, literal = torch.tensor(labels), batch(), batch()
     value = densification(ours, labels, temperature=temperature, size=size)
     slow = slow_densification(literal, labels, temperature, size)
@@ -57,7 +57,7 @@ def test_it_is_the_equation(labels, temperature, size):
     torch.testing.assert_close(ours.grad, literal.grad, rtol=1e-8, atol=1e-12)
 
 
-def test_the_defaults_are_the_published_ones():
+def test_the_defaults_are_the_published_values():
     images, labels = batch(size=40), torch.tensor([0, 0, 0, 1, 1, 1])
     expected = densification(images, labels, temperature=4.0, size=32)
     torch.testing.assert_close(densification(images, labels), expected, rtol=0, atol=0)
@@ -65,7 +65,7 @@ def test_the_defaults_are_the_published_ones():
 
 
 def test_the_target_carries_no_gradient():
-    """With the target free to move, the gradient would be another one; at temperature 1 it is zero either way."""
+    """A gradient through the target would change the result, except at temperature 1, where it is zero either way."""
     images, labels = batch(), torch.zeros(6, dtype=torch.int64)
     value = densification(images, labels, temperature=1.0, size=8)
     (gradient,) = torch.autograd.grad(value, images)
@@ -81,7 +81,7 @@ def test_a_step_against_the_gradient_spreads_a_class():
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3, 4, 5], []], ids=["one of each", "no image"])
-def test_without_a_class_of_two_it_is_zero_and_has_a_gradient_of_zero(labels):
+def test_without_a_class_of_two_images_value_and_gradient_are_zero(labels):
     images = batch(count=len(labels))
     value = densification(images, torch.tensor(labels, dtype=torch.int64))
     value.backward()
@@ -97,7 +97,7 @@ def test_a_class_of_one_image_gets_no_gradient():
     assert float(images.grad[[0, 2]].abs().max()) > 0
 
 
-def test_it_does_not_depend_on_the_order_of_the_images():
+def test_densification_does_not_depend_on_the_order_of_the_images():
     images, labels = batch(), torch.tensor([0, 1, 0, 1, 1, 2])
     order = torch.tensor([5, 2, 4, 0, 1, 3])
     torch.testing.assert_close(densification(images[order], labels[order]), densification(images, labels))
@@ -110,7 +110,7 @@ def test_equal_images_have_a_finite_gradient():
 
 
 @pytest.mark.parametrize("scale", [0.2, 30.0])
-def test_half_precision_and_autocast_calculate_in_float32(scale):
+def test_half_precision_and_autocast_compute_in_float32(scale):
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
     half = batch(dtype=torch.bfloat16, scale=scale)
     wide = half.detach().double().requires_grad_()

@@ -46,11 +46,11 @@ def close(a, b, tolerance):
     return float((a - b).detach().norm() / b.detach().norm()) < tolerance
 
 
-# -- the slow, literal versions -----------------------------------------------------------------------------------------
+# -- slow, literal reference versions -----------------------------------------------------------------------------------
 
 
 def inputs_of(model, x):
-    """Logits, and every BN layer and convolution that runs, in order, with its input."""
+    """Return the logits, and all BN layers and convolutions with their inputs, in the order in which they run."""
     seen = []
     layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.Conv2d)]
     handles = [layer.register_forward_pre_hook(lambda m, i: seen.append((m, i[0]))) for layer in layers]
@@ -69,7 +69,7 @@ def of_channels(x):
 
 
 def of_patches(x, patch):
-    """Sides here are multiples of the patch, or below twice of it."""
+    """Patch statistics, for sides that are multiples of the patch or less than twice the patch."""
     high, wide = (max(1, side // patch) for side in x.shape[2:])
     cells = [cell for row in x.chunk(high, 2) for cell in row.chunk(wide, 3)]
     return dict(zip(("mean", "var"), map(torch.stack, zip(*map(mean_var, cells), strict=True)), strict=True))
@@ -90,7 +90,7 @@ def slow_alignment(model, x, reduction, first_bn_multiplier):
 
 
 def slow_objective(teachers, view, labels, logit, chosen, *, bn_weight, reduction, first):
-    """Method section 1, word for word: one forward pass for CE, and another for each BN teacher."""
+    """Method section 1, taken literally: one forward pass for CE, and another for each BN teacher."""
     ce = F.cross_entropy(teachers[logit].model(teachers[logit].prepare(view)), labels)
     bn = sum(slow_alignment(teachers[n].model, teachers[n].prepare(view), reduction, first) for n in chosen)
     bn = bn / len(chosen) if chosen else torch.zeros(())
@@ -98,14 +98,14 @@ def slow_objective(teachers, view, labels, logit, chosen, *, bn_weight, reductio
 
 
 class SlowGVBSM:
-    """Method section 3, word for word: one teacher an iteration, which gives CE and statistics."""
+    """Method section 3, taken literally: one teacher per iteration, which gives CE and statistics."""
 
     def __init__(self, names, teachers, settings, statistics, drawn):
         self.names, self.teachers, self.settings, self.statistics, self.drawn = names, teachers, settings, statistics, drawn
         self.past = {name: {} for name in names}
 
     def smooth(self, past, key, batch_):
-        """The average's value, the batch's gradient."""
+        """Return the value of the average with the gradient of the batch."""
         now = batch_.detach()
         if key in past:
             now = self.settings.momentum * past[key] + (1 - self.settings.momentum) * now
@@ -188,7 +188,7 @@ def test_objective_is_the_equation(tiny_recipe, tiny_teachers, dtype, chosen, re
     assert terms.densification is None
 
 
-def test_a_hooked_logit_teacher_left_out_of_s_gives_no_bn_term(tiny_recipe, tiny_teachers):
+def test_a_hooked_logit_teacher_outside_s_gives_no_bn_term(tiny_recipe, tiny_teachers):
     view, literal = batch(), batch()
     chosen, settings = ("test_efficientnet",), {"bn_weight": 0.1, "reduction": "sum"}
     with made_of(tiny_recipe({"synthesis.bn_weight": 0.1}), tiny_teachers) as objective:
@@ -211,7 +211,7 @@ def test_a_hooked_logit_teacher_left_out_of_s_gives_no_bn_term(tiny_recipe, tiny
     ],
     ids=["SRe2L", "SRe2L, mean", "PRISM", "PRISM, mean", "PRISM, logit teacher apart"],
 )
-def test_a_recipe_gives_its_equation(tiny_recipe, tiny_teachers, dtype, changes):
+def test_a_recipe_yields_its_equation(tiny_recipe, tiny_teachers, dtype, changes):
     recipe, teachers = tiny_recipe({"synthesis.bn_weight": 0.1, **changes}), of_dtype(tiny_teachers, dtype)
     job, settings, view, literal = plan_jobs(recipe)[0], recipe.synthesis, batch(dtype), batch(dtype)
     with made_of(recipe, teachers) as objective:
@@ -226,7 +226,7 @@ def test_a_recipe_gives_its_equation(tiny_recipe, tiny_teachers, dtype, changes)
 
 
 @every_dtype
-def test_balanced_divides_each_teachers_term_by_that_of_the_start_images(tiny_recipe, tiny_teachers, dtype):
+def test_balanced_divides_each_teachers_term_by_its_value_on_the_start_images(tiny_recipe, tiny_teachers, dtype):
     recipe = tiny_recipe({"teachers.extras": 2, "synthesis.bn_reduction": "balanced", "synthesis.bn_weight": 0.5})
     teachers, start, view, literal = of_dtype(tiny_teachers, dtype), batch(dtype, seed=1), batch(dtype), batch(dtype)
     names = tuple(teachers)
@@ -234,7 +234,7 @@ def test_balanced_divides_each_teachers_term_by_that_of_the_start_images(tiny_re
         objective.balance(start.detach())
         at_start = objective.backward(start, LABELS, names, logit="test_resnet")
         terms = objective.backward(view, LABELS, names, logit="test_resnet")
-    assert float(at_start.bn) == pytest.approx(1, rel=1e-6), "every teacher counts the same at the start"
+    assert float(at_start.bn) == pytest.approx(1, rel=1e-6), "every teacher has equal weight at the start"
 
     def term(name, x):
         return slow_alignment(teachers[name].model, teachers[name].prepare(x), "sum", 10.0)
@@ -257,7 +257,7 @@ def test_a_weight_of_zero_leaves_the_classification_loss(tiny_recipe, tiny_teach
         terms = objective.backward(view, LABELS, job.bn_teachers(0), logit=job.logit_teacher(0))
     teacher = tiny_teachers["test_resnet"]
     F.cross_entropy(teacher.model(teacher.prepare(literal)), LABELS).backward()
-    assert float(terms.bn) > 0, "it is still told"
+    assert float(terms.bn) > 0, "the BN term is still reported"
     assert close(view.grad, literal.grad, 1e-6)
 
 
@@ -304,7 +304,7 @@ def test_gvbsm_is_the_equation_over_several_iterations(tiny_recipe, tiny_teacher
     assert smoothed == (set(names) if settings.momentum else set())
 
 
-def test_averages_of_an_earlier_launch_go_on(tiny_recipe, tiny_teachers, statistics):
+def test_averages_of_an_earlier_launch_are_continued(tiny_recipe, tiny_teachers, statistics):
     recipe = tiny_recipe(FULL)
     job, gradients = plan_jobs(recipe)[0], []
     for stop in (6, 4):
@@ -319,7 +319,7 @@ def test_averages_of_an_earlier_launch_go_on(tiny_recipe, tiny_teachers, statist
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-# -- any ----------------------------------------------------------------------------------------------------------------
+# -- every method -------------------------------------------------------------------------------------------------------
 
 
 def calls_of(teachers, objective, steps):

@@ -1,4 +1,4 @@
-"""`method/` reads like the paper: it knows the science alone, and docs/method.md has one section per file."""
+"""`method/` contains only the science of the paper, and docs/method.md has one section per file."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ OURS = {"errors", "images", "method", "models", "recipe", "runtime.derived_seed"
 
 
 def imported(path):
-    """Modules that a file names: those of others by their first part, ours by package, of runtime each name."""
+    """Return the modules that a file imports: others by top-level name, ours by package, and each name of `runtime`."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (name.name.split(".")[0] for name in node.names)
@@ -31,13 +31,13 @@ def imported(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_method_knows_no_files_locks_checkpoints_progress_signals_or_network(path):
+def test_the_method_imports_no_files_locks_checkpoints_progress_signals_or_network(path):
     names = set(imported(path))
     assert not names & MACHINERY
     assert {name.removeprefix("ours:") for name in names if name.startswith("ours:")} <= OURS
 
 
-def test_the_document_has_a_section_per_file_and_the_package_lists_them_in_its_order():
+def test_document_has_a_section_per_file_in_the_order_of_the_package():
     headings = re.findall(r"^## .*: `(\w+)\.py`$", (ROOT / "docs/method.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(headings) == [path.stem for path in FILES]
     assert re.findall(r"^(\w+) {2,}\S", prism_hf.method.__doc__, re.MULTILINE) == headings

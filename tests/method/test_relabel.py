@@ -24,7 +24,7 @@ def literal(logits, rule, weights=None):
 
 @pytest.mark.parametrize("rule", ["mean", "norm_balanced_mean", "weighted"])
 @pytest.mark.parametrize("teachers", [1, 3])
-def test_combining_is_the_formula(rule, teachers):
+def test_combining_equals_the_formula(rule, teachers):
     scale = torch.tensor([1.0, 10.0, 0.3])[:teachers].view(-1, 1, 1)
     logits = torch.randn(teachers, 5, 4, dtype=torch.float64) * scale
     weights = [0.2, 3.0, 1.0][:teachers] if rule == "weighted" else None
@@ -32,14 +32,14 @@ def test_combining_is_the_formula(rule, teachers):
     torch.testing.assert_close(ours, literal(list(logits), rule, weights))
 
 
-def test_balanced_teachers_all_have_the_same_say():
+def test_balanced_teachers_have_equal_influence():
     loud, quiet = torch.randn(5, 4), torch.randn(5, 4)
     a = combine_logits(torch.stack([loud * 100, quiet]), "norm_balanced_mean")
     b = combine_logits(torch.stack([loud, quiet]), "norm_balanced_mean")
     torch.testing.assert_close(a / a.norm(), b / b.norm())
 
 
-def test_unknown_rule_is_an_error():
+def test_an_unknown_rule_raises_an_error():
     with pytest.raises(ValueError, match="unknown ensemble rule 'median'"):
         combine_logits(torch.ones(1, 2, 2), "median")
 
@@ -89,15 +89,15 @@ def changed(a, b):
     ],
     ids=lambda c: next(iter(c)) if isinstance(c, dict) else "",
 )
-def test_every_switch_changes_what_it_should_and_nothing_else(label, change, must, may_not):
+def test_every_setting_changes_only_what_it_should(label, change, must, may_not):
     base, other = label(), label(change)
-    # Later batches may differ in all columns: the stream of random numbers has shifted.
+    # Later batches may differ in all columns, because the stream of random numbers has shifted.
     first = base["batch"] == 0
     assert must <= changed(base, other)
     assert not may_not & changed(*({key: column[first] for key, column in columns.items()} for columns in (base, other)))
 
 
-def test_weights_count_and_are_divided_by_their_sum(label):
+def test_weights_matter_and_are_divided_by_their_sum(label):
     def weighted(*weights):
         return label({"relabel.ensemble": "weighted", "relabel.weights": weights})["teacher_logits"]
 
@@ -146,7 +146,7 @@ def test_labels_are_the_teachers_logits_of_the_replayed_view(label, tiny_teacher
         torch.testing.assert_close(torch.from_numpy(batch["teacher_logits"]), expected, rtol=2e-3, atol=1e-3)
 
 
-def test_a_batch_is_labeled_with_the_combined_logits_in_its_order(tiny_recipe, tiny_teachers, tiny_images):
+def test_a_batch_gets_the_combined_logits_in_its_order(tiny_recipe, tiny_teachers, tiny_images):
     settings = tiny_recipe().relabel
     teachers = [tiny_teachers[n] for n in settings.teachers]
     images = to_reference(tiny_images)

@@ -24,17 +24,17 @@ def some_batch():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
-def test_kl_is_the_formula_and_zero_at_its_optimum(tiny_recipe, temperature):
+def test_kl_equals_the_formula_and_is_zero_at_its_optimum(tiny_recipe, temperature):
     settings = settings_of(tiny_recipe, {"loss": "kl", "temperature": temperature})
     logits, teacher_logits, shares = some_batch()
     ours = soft_label_loss(logits, teacher_logits, shares, settings)
     torch.testing.assert_close(ours, literal_kl(logits, teacher_logits, temperature))
-    # Softmax knows no offset, so any shifted copy of the teacher's logits is an optimum.
+    # Softmax ignores an offset, so any shifted copy of the teacher's logits is an optimum.
     assert abs(float(soft_label_loss(teacher_logits + 3, teacher_logits, shares, settings))) < 1e-10
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.1, 2.0])
-def test_mse_ce_is_the_formula(tiny_recipe, ce_weight):
+def test_mse_ce_equals_the_formula(tiny_recipe, ce_weight):
     settings = settings_of(tiny_recipe, {"loss": "mse_ce", "ce_weight": ce_weight})
     logits, teacher_logits, shares = some_batch()
     mse = ((logits - teacher_logits) ** 2).mean()
@@ -43,7 +43,7 @@ def test_mse_ce_is_the_formula(tiny_recipe, ce_weight):
 
 
 def literal_loss(logits, teacher_logits, shares, loss, ce_weight, temperature):
-    """Number by number."""
+    """Compute the loss element by element."""
     rows, classes = len(logits), len(logits[0])
 
     def softmax(row, t=1.0):
@@ -79,7 +79,7 @@ LOSSES = ("mse_ce", "kl", "dist", "cosine")
 @each("temperature", [1.0, 20.0])
 @each("ce_weight", [0.0, 0.3])
 @each("loss", LOSSES)
-def test_a_loss_is_its_literal_version(tiny_recipe, loss, ce_weight, temperature):
+def test_a_loss_equals_its_literal_version(tiny_recipe, loss, ce_weight, temperature):
     settings = settings_of(tiny_recipe, {"loss": loss, "ce_weight": ce_weight, "temperature": temperature})
     batch = some_batch()
     expected = literal_loss(*(values.tolist() for values in batch), loss, ce_weight, temperature)
@@ -90,7 +90,7 @@ def test_a_loss_is_its_literal_version(tiny_recipe, loss, ce_weight, temperature
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_gradient_of_a_loss_is_that_of_its_values(tiny_recipe, loss):
+def test_the_gradient_of_a_loss_passes_gradcheck(tiny_recipe, loss):
     settings = settings_of(tiny_recipe, {"loss": loss, "temperature": 2.0})
     logits, teacher_logits, shares = some_batch()
     logits.requires_grad_()
@@ -98,7 +98,7 @@ def test_the_gradient_of_a_loss_is_that_of_its_values(tiny_recipe, loss):
 
 
 @pytest.mark.parametrize("loss", ["dist", "cosine"])
-def test_a_correlation_loss_is_least_at_its_optimum_and_knows_no_offset(tiny_recipe, loss):
+def test_a_correlation_loss_is_least_at_its_optimum_and_ignores_an_offset(tiny_recipe, loss):
     settings = settings_of(tiny_recipe, {"loss": loss, "ce_weight": 0.0})
     logits, teacher_logits, shares = some_batch()
     offset = torch.randn(5, 1, dtype=torch.float64)
@@ -134,7 +134,7 @@ KINDS = ("one image", "a flat row", "all flat", "student flat", "equal rows", "f
 @each("temperature", [1.0, 20.0])
 @each("kind", KINDS)
 @each("loss", LOSSES)
-def test_the_gradient_is_finite_whatever_comes(tiny_recipe, loss, kind, temperature):
+def test_the_gradient_is_finite_for_degenerate_input(tiny_recipe, loss, kind, temperature):
     logits, teacher_logits, shares = degenerate(kind)
     logits.requires_grad_()
     value = soft_label_loss(
@@ -143,10 +143,10 @@ def test_the_gradient_is_finite_whatever_comes(tiny_recipe, loss, kind, temperat
     value.backward()
     assert value.isfinite()
     assert logits.grad.isfinite().all()
-    assert logits.grad.abs().max() < 1e4, "rounding noise is no direction"
+    assert logits.grad.abs().max() < 1e4, "rounding noise must not be amplified into a gradient"
 
 
-def test_what_does_not_vary_has_no_correlation_and_no_gradient():
+def test_constant_input_has_no_correlation_and_no_gradient():
     a = torch.tensor([[0.1] * 7, [0.1, 0.2, 0.3, 0.1, 0.5, 0.6, 0.9]], requires_grad=True)
     found = soft_labels.correlation(a, torch.rand(2, 7), dim=1)
     found.sum().backward()
@@ -156,7 +156,7 @@ def test_what_does_not_vary_has_no_correlation_and_no_gradient():
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e20])
-def test_a_correlation_knows_no_scale(scale):
+def test_a_correlation_ignores_the_scale(scale):
     a, b = torch.rand(4, 9), torch.rand(4, 9)
     torch.testing.assert_close(soft_labels.correlation(a * scale, b, dim=0), soft_labels.correlation(a, b, dim=0))
 
@@ -172,7 +172,7 @@ def test_a_correlation_knows_no_scale(scale):
         ({"loss": "cosine"}, {"loss": "cosine", "ce_weight": 0.5}),
     ],
 )
-def test_every_switch_of_the_loss_changes_it(tiny_recipe, start, change):
+def test_every_setting_of_the_loss_changes_it(tiny_recipe, start, change):
     batch = some_batch()
     a, b = (soft_label_loss(*batch, settings_of(tiny_recipe, settings)) for settings in (start, change))
     assert float(a) != pytest.approx(float(b))

@@ -53,7 +53,7 @@ def chosen(split, teacher, ipc, rule, *, seed=0):
 
 
 def loss_of(teacher, image_uint8, label):
-    """Of one image alone."""
+    """Return the loss of a single image."""
     with torch.no_grad():
         logits = teacher.logits(to_reference(image_uint8[None]))[0].double()
     return float(logits.logsumexp(0) - logits[label])
@@ -102,7 +102,7 @@ def test_real_rows_at_random_are_seeded_distinct_and_nested(split):
     assert rows.reshape(3, 5)[:, :2].tolist() == real_rows(data, 2, seed=0).reshape(3, 2).tolist()
 
 
-def test_a_class_with_too_few_images_is_one_line(split):
+def test_a_class_with_too_few_images_gives_a_one_line_error(split):
     data = source_data(split)
     for by_index in (False, True):
         assert len(real_rows(data, 8, seed=0, by_index=by_index)) == 24
@@ -111,28 +111,30 @@ def test_a_class_with_too_few_images_is_one_line(split):
         assert "class 'cat' has 8 training images, but ipc is 9; lower ipc" in one_line(error)
 
 
-# -- whole images that a teacher chooses --------------------------------------------------------------------------------
+# -- whole images chosen by a teacher -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["real_median", "real_kmeans"])
 @pytest.mark.parametrize("ipc", [1, 3, 8])
-def test_rows_are_of_their_class_in_order_and_none_twice(split, teacher, rule, ipc):
+def test_rows_belong_to_their_class_in_order_without_repeats(split, teacher, rule, ipc):
     rows = chosen(split, teacher, ipc, rule)
     assert rows.dtype == np.int64
     assert split.labels[rows].tolist() == [label for label in range(3) for _ in range(ipc)]
     assert len(set(rows.tolist())) == 3 * ipc
     if ipc == 8:
-        assert set(rows[16:]) == set(np.flatnonzero(split.labels == 2)), "a class of ipc images is taken whole"
+        assert set(rows[16:]) == set(np.flatnonzero(split.labels == 2)), (
+            "all images of a class with exactly ipc images are taken"
+        )
     assert np.array_equal(rows, chosen(split, teacher, ipc, rule))
 
 
 @pytest.mark.parametrize("rule", ["real_median", "real_kmeans"])
-def test_a_class_that_is_too_small_is_one_line(split, teacher, rule):
+def test_a_class_that_is_too_small_gives_a_one_line_error(split, teacher, rule):
     with pytest.raises(DataError, match="class 'cat' has 8 training images, but ipc is 9; lower ipc"):
         chosen(split, teacher, 9, rule)
 
 
-def test_median_rows_are_those_whose_loss_is_nearest_to_the_median(split, teacher, monkeypatch):
+def test_median_rows_have_the_losses_nearest_to_the_median(split, teacher, monkeypatch):
     monkeypatch.setattr(selection, "_BATCH", 5)
     rows = chosen(split, teacher, 4, "real_median").reshape(3, 4)
     for label, own in enumerate(split.rows_by_class(3)):
@@ -145,14 +147,14 @@ def test_median_rows_are_those_whose_loss_is_nearest_to_the_median(split, teache
         assert found == pytest.approx(sorted(found), abs=1e-5)
 
 
-def test_ties_of_the_median_go_by_row(split, monkeypatch):
+def test_ties_at_the_median_are_broken_by_row(split, monkeypatch):
     monkeypatch.setattr(selection, "_losses", lambda split, rows, *_: (np.arange(len(rows)) % 3).astype(float))
     rows = chosen(split, None, 5, "real_median")
     own = split.rows_by_class(3)[0]  # 0 1 2 0 1 2 ...: the median is 1
     assert rows[:5].tolist() == own[[1, 4, 7, 10, 0]].tolist()
 
 
-def test_the_two_images_in_the_middle_of_an_even_class_are_a_tie(monkeypatch):
+def test_the_two_middle_images_of_an_even_class_are_tied(monkeypatch):
     even = make_split((8, 8, 8))
     own = even.rows_by_class(3)
     for seed in range(50):
@@ -163,7 +165,7 @@ def test_the_two_images_in_the_middle_of_an_even_class_are_a_tie(monkeypatch):
 
 
 def clusters(sizes, *, spread=0.01, seed=0):
-    """Points around far corners, shuffled, and the corner of each."""
+    """Return shuffled points around distant corners, and the corner of each point."""
     random = np.random.default_rng(seed)
     group = random.permutation(np.repeat(np.arange(len(sizes)), sizes))
     corners = 10 * np.eye(len(sizes))
@@ -171,7 +173,7 @@ def clusters(sizes, *, spread=0.01, seed=0):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_one_image_of_each_cluster_the_largest_first(seed):
+def test_one_image_per_cluster_with_the_largest_cluster_first(seed):
     features, group = clusters([3, 9, 5, 7], seed=seed)
     rows = nearest_to_centers(features, 4, seed=seed)
     assert group[rows].tolist() == [1, 3, 2, 0]
@@ -181,7 +183,7 @@ def test_one_image_of_each_cluster_the_largest_first(seed):
         assert row == own[np.linalg.norm(features[own] - center, axis=1).argmin()]
 
 
-def test_clusters_of_one_size_come_by_row():
+def test_clusters_of_equal_size_are_ordered_by_row():
     features, _ = clusters([4, 4, 4])
     rows = nearest_to_centers(features, 3, seed=0).tolist()
     assert rows == sorted(rows)
@@ -194,17 +196,17 @@ def test_a_single_center_is_the_mean():
 
 
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
-def test_copies_of_an_image_are_taken_once_each():
+def test_identical_images_are_each_taken_once():
     rows = nearest_to_centers(np.ones((6, 2)), 4, seed=0)
     assert rows.tolist() == [0, 1, 2, 3]
 
 
-def test_as_many_centers_as_images_take_them_all():
+def test_with_as_many_centers_as_images_all_are_taken():
     features = np.random.default_rng(0).standard_normal((7, 3))
     assert nearest_to_centers(features, 7, seed=1).tolist() == list(range(7))
 
 
-def test_k_means_has_one_thread_and_leaves_the_others_as_they_were(monkeypatch):
+def test_k_means_uses_one_thread_and_restores_the_number_of_threads(monkeypatch):
     seen = []
 
     class Spied(selection.KMeans):
@@ -221,7 +223,7 @@ def test_k_means_has_one_thread_and_leaves_the_others_as_they_were(monkeypatch):
     assert set(seen) == {1}
 
 
-def test_k_means_looks_at_the_features_of_the_class(split, monkeypatch):
+def test_k_means_uses_the_features_of_the_class(split, monkeypatch):
     seen = []
 
     def spy(features, count, *, seed):
@@ -252,7 +254,7 @@ def made(split, teacher, ipc, settings, *, seed=0):
 
 
 def literal_mosaics(split, teacher, ipc, settings, seed):
-    """Image by image, crop by crop, with PyTorch's own resize."""
+    """Build mosaics image by image and crop by crop, with PyTorch's own resize."""
     mean, std = reference_mean_std(split.channels)
     size, grid, result = split.size, settings.grid, []
     for label, rows in enumerate(split.rows_by_class(3)):
@@ -293,7 +295,7 @@ def literal_mosaics(split, teacher, ipc, settings, seed):
     ],
     ids=["plain", "odd side", "gray", "whole images"],
 )
-def test_mosaics_are_the_literal_ones(monkeypatch, size, channels, ipc, settings):
+def test_mosaics_equal_the_literal_version(monkeypatch, size, channels, ipc, settings):
     split = make_split(size=size, channels=channels)
     teacher = make_teacher("test_resnet", size=size, channels=channels)
     monkeypatch.setattr(selection, "_BATCH", 7)
@@ -317,7 +319,7 @@ def test_three_by_three_patches_fill_the_image():
         made(split, teacher, 1, settings)
 
 
-def test_too_few_candidates_say_what_to_change(split, teacher):
+def test_the_error_for_too_few_candidates_says_what_to_change(split, teacher):
     with pytest.raises(DataError, match=r"needs 8 candidates .*mosaic.candidates is 5; raise it, or lower synthesis.ipc"):
         made(split, teacher, 2, Mosaic(candidates=5))
 
@@ -330,8 +332,8 @@ def test_candidates_are_checked_before_any_work(split):
         check_candidates(data, SynthesisRecipe(ipc=3, init="mosaic", mosaic=Mosaic()))
 
 
-def test_whole_images_of_least_loss_come_first(split):
-    """Without crops and with a teacher that likes a bright channel, the first patch is the brightest image."""
+def test_whole_images_with_the_lowest_loss_come_first(split):
+    """Without crops and with a teacher that prefers a bright channel, the first patch is the brightest image."""
     judge = reader(split, torch.eye(3) * 5)
     found = made(split, judge, 1, Mosaic(candidates=300, crops=1, crop_scale=(1.0, 1.0)))
     for label, own in enumerate(split.rows_by_class(3)):
@@ -344,7 +346,7 @@ def test_whole_images_of_least_loss_come_first(split):
             assert float((shown - small).abs().max()) < 0.51
 
 
-def test_mosaics_follow_their_seed_and_settings(split, teacher):
+def test_mosaics_depend_on_their_seed_and_settings(split, teacher):
     plain = Mosaic(candidates=8, crops=3)
     base = made(split, teacher, 2, plain)
     assert torch.equal(base, made(split, teacher, 2, plain))
@@ -354,7 +356,7 @@ def test_mosaics_follow_their_seed_and_settings(split, teacher):
 
 
 @pytest.mark.parametrize("init", ["real_median", "real_kmeans", "mosaic"])
-def test_start_images_are_what_the_recipe_says(tiny_recipe, split, teacher, init):
+def test_start_images_follow_the_recipe(tiny_recipe, split, teacher, init):
     changes = {"synthesis.init": init} | ({"synthesis.mosaic": {"crops": 2}} if init == "mosaic" else {})
     recipe = tiny_recipe(changes | {"seed": 4})
     images = choose_start_images(source_data(split), teacher, recipe.synthesis, seed=recipe.seed)

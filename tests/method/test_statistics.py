@@ -41,10 +41,10 @@ def small(tiny_teachers):
 
 SHAPES = [
     ((3, 5, 12, 18), 6),  # even cells
-    ((3, 5, 7, 11), 3),  # cells that overlap: 2 x 3 of 7 x 11
+    ((3, 5, 7, 11), 3),  # overlapping cells: 2 x 3 of 7 x 11
     ((2, 4, 5, 9), 16),  # smaller than a patch: one cell
-    ((2, 3, 31, 16), 16),  # one cell of almost two patches
-    ((4, 6, 1, 1), 16),  # squeeze and excite
+    ((2, 3, 31, 16), 16),  # one cell almost two patches wide
+    ((4, 6, 1, 1), 16),  # squeeze-and-excitation
     ((2, 3, 3, 4), 1),  # a cell per pixel
 ]
 
@@ -52,7 +52,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(("shape", "patch"), SHAPES, ids=str)
-def test_statistics_are_their_definition(shape, patch, dtype, layout):
+def test_statistics_equal_their_definition(shape, patch, dtype, layout):
     x = map_of(*shape, dtype=dtype).detach().contiguous(memory_format=layout).requires_grad_()
     y = x.detach().double().requires_grad_()
     ours, slow = conv_statistics(x, patch), slow_conv(y, patch)
@@ -75,13 +75,13 @@ def test_statistics_pass_gradcheck():
 
 
 @each("side", range(1, 40))
-def test_cells_are_cut_as_adaptive_average_pooling_cuts(side):
+def test_cells_have_the_bounds_of_adaptive_average_pooling(side):
     x, cells = torch.rand(2, 3, side, 20, dtype=torch.float64), (max(1, side // 7), 2)
     expected = nn.functional.adaptive_avg_pool2d(x, cells).mean((0, 1)).flatten()
     torch.testing.assert_close(patch_statistics(x, 7)[0], expected)
 
 
-def test_a_mean_far_from_zero_costs_no_digits():
+def test_a_mean_far_from_zero_does_not_reduce_precision():
     """E[x^2] - E[x]^2 in float32 would be off by several percent here."""
     x = (map_of(4, 5, 12, 12).detach() * 0.3 + 1000).float()
     ours, exact = conv_statistics(x, 4), slow_conv(x.double(), 4)
@@ -120,7 +120,7 @@ def test_no_copy_of_an_activation_is_saved(dtype):
         assert [t.untyped_storage().data_ptr() for t in large] == [x.untyped_storage().data_ptr()]
 
 
-def test_channels_do_not_see_places_and_cells_do_not_see_channels():
+def test_channel_statistics_ignore_positions_and_cell_statistics_ignore_channels():
     x = map_of(3, 4, 8, 8).detach()
     by_place, by_channel = x.flip(0).permute(0, 1, 3, 2), x[:, [2, 0, 3, 1]]
     torch.testing.assert_close(channel_statistics(x), channel_statistics(by_place))
@@ -149,7 +149,7 @@ def test_gathered_statistics_are_averages_of_batches(tiny_teachers, tiny_images,
         torch.testing.assert_close(value.double(), sums[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
-def test_every_image_is_asked_for_once_in_an_order_of_the_seed(small, tiny_images):
+def test_every_image_is_read_once_in_an_order_set_by_the_seed(small, tiny_images):
     asked = {seed: [] for seed in (0, 1)}
     for seed, rows in asked.items():
         batches = shuffled_batches(
@@ -178,7 +178,7 @@ def test_the_same_call_gives_the_same_bits_and_leaves_global_random_numbers_alon
     assert same(gathered(small, tiny_images), gathered(small, tiny_images, batch_size=250))
 
 
-def test_layers_are_counted_as_they_run_and_again_when_they_run_again(small, tiny_images):
+def test_layers_are_counted_each_time_they_run(small, tiny_images):
     found = gathered(small, tiny_images, patch=8)
     assert list(found) == [f"{n}.{key}" for n in range(3) for key in STATISTICS]
     assert [len(found[f"{n}.channel_mean"]) for n in range(3)] == [3, 4, 4]
@@ -186,7 +186,7 @@ def test_layers_are_counted_as_they_run_and_again_when_they_run_again(small, tin
     assert not torch.equal(found["1.channel_mean"], found["2.channel_mean"])
 
 
-def test_no_graph_is_kept_and_no_hook_stays(small, tiny_images):
+def test_no_graph_or_hook_is_kept(small, tiny_images):
     assert not any(value.requires_grad for value in gathered(small, tiny_images).values())
 
     def broken():

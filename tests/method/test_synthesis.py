@@ -13,7 +13,7 @@ from prism_hf.recipe.synthesis import SynthesisView
 
 
 def trace_of(steps, initial=None):
-    """Number, learning rate and terms of each step, and the last pixels."""
+    """Return the number, learning rate and terms of each step, and the final pixels."""
     trace, pixels = [], initial
     for step in steps:
         pixels = step.pixels
@@ -27,7 +27,7 @@ def run_one(recipe, teachers, number=0, **more):
 
 
 def run_all(recipe, teachers, **more):
-    """Pixels of all jobs by (class, slot), and their traces."""
+    """Return the pixels of all jobs by (class, slot), and their traces."""
     pixels, traces = start(recipe), []
     for job in plan_jobs(recipe):
         trace, pixels[job.classes, job.slots] = run_one(recipe, teachers, job.id, **more)
@@ -91,7 +91,7 @@ def teachers(tiny_teachers, tiny_verifier):
 
 @pytest.fixture(scope="module")
 def statistics(teachers, tiny_images):
-    """What convolutions see on a handful of images, for two sizes of patch."""
+    """Statistics of convolutions on a handful of images, for two patch sizes."""
 
     return {patch: {name: gathered(teacher, tiny_images, patch) for name, teacher in teachers.items()} for patch in (4, 8)}
 
@@ -112,8 +112,8 @@ def outcome(tiny_recipe, teachers, statistics):
 
 
 @pytest.mark.parametrize(("base", "change"), SWITCHES, ids=lambda c: "-".join(c) or "base")
-def test_every_switch_changes_the_images(outcome, base, change):
-    # No seed depends on these fields (but `seed`), so the images differ only because the field is read.
+def test_every_setting_changes_the_images(outcome, base, change):
+    # Except for `seed`, no seed depends on these fields, so the images differ only because the field is read.
     assert not torch.equal(outcome(base), outcome({**base, **change}))
 
 
@@ -128,7 +128,7 @@ def test_the_curriculum_goes_from_the_largest_crop_to_the_whole_range(ends):
     assert lows == sorted(lows, reverse=True)
 
 
-def test_the_curriculum_reaches_both_ends_in_a_job(tiny_recipe, teachers, monkeypatch):
+def test_a_job_reaches_both_ends_of_the_curriculum(tiny_recipe, teachers, monkeypatch):
     seen = []
     monkeypatch.setattr(module, "crop_range", lambda view, progress: seen.append(progress) or (1.0, 1.0))
     for iterations in (5, 1):
@@ -136,7 +136,7 @@ def test_the_curriculum_reaches_both_ends_in_a_job(tiny_recipe, teachers, monkey
     assert seen == [0, 0.25, 0.5, 0.75, 1, 0]
 
 
-def test_ladder_spares_the_first_slot(outcome):
+def test_ladder_does_not_change_the_first_slot(outcome):
     plain, ladder = outcome({"synthesis.ipc": 3}), outcome(LADDER)
     assert [torch.equal(plain[:, slot], ladder[:, slot]) for slot in range(3)] == [True, False, True]
 
@@ -147,7 +147,7 @@ def test_a_job_gives_the_same_bytes_twice(tiny_recipe, teachers, outcome):
     assert traces == run_all(tiny_recipe(), teachers)[1]
 
 
-def test_a_job_does_not_depend_on_the_jobs_before_it_nor_touch_global_randomness(tiny_recipe, teachers, outcome):
+def test_a_job_does_not_depend_on_earlier_jobs_or_global_randomness(tiny_recipe, teachers, outcome):
     job = plan_jobs(tiny_recipe())[-1]
     torch.manual_seed(123)
     before = torch.get_rng_state()
@@ -161,7 +161,7 @@ def test_a_job_without_iterations_yields_nothing(tiny_recipe, teachers):
     assert list(synthesize(*first_job(recipe), teachers)) == []
 
 
-def test_steps_are_counted_and_say_what_they_did(tiny_recipe, teachers):
+def test_steps_are_numbered_and_report_their_terms(tiny_recipe, teachers):
     job, settings, initial = first_job(tiny_recipe(TWO_SLOTS | DENSE))
     before, seen = initial.clone(), []
     for step in synthesize(job, settings, initial, teachers):
@@ -173,11 +173,11 @@ def test_steps_are_counted_and_say_what_they_did(tiny_recipe, teachers):
         assert step.terms.densification > 0
         seen.append(step.number)
     assert seen == [1, 2, 3, 4]
-    assert torch.equal(initial, before), "the start images are left alone"
+    assert torch.equal(initial, before), "the start images are not modified"
     assert not initial.requires_grad
 
 
-def test_a_step_moves_the_pixels_that_are_handed_out(tiny_recipe, teachers):
+def test_a_step_updates_the_returned_pixels_in_place(tiny_recipe, teachers):
     steps = synthesize(*first_job(tiny_recipe()), teachers)
     first = next(steps).pixels
     before = first.clone()
@@ -186,7 +186,7 @@ def test_a_step_moves_the_pixels_that_are_handed_out(tiny_recipe, teachers):
     assert not torch.equal(before, second)
 
 
-def test_an_iterator_that_is_left_takes_its_hooks_along(tiny_recipe, teachers):
+def test_closing_the_iterator_removes_its_hooks(tiny_recipe, teachers):
     def hooks():
         return sum(len(module._forward_pre_hooks) for t in teachers.values() for module in t.model.modules())
 
@@ -202,7 +202,7 @@ def test_gray_images_work_with_teachers_of_three_channels(tiny_recipe, teachers)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_both_terms_fall(tiny_recipe, teachers, reduction):
+def test_both_terms_decrease(tiny_recipe, teachers, reduction):
     weight = 0.01 if reduction == "sum" else 0.3
     changes = {"synthesis.view": STILL, "synthesis.bn_weight": weight, "synthesis.bn_reduction": reduction}
     trace, _ = run_one(tiny_recipe(changes | {"synthesis.iterations": 40}), teachers)
@@ -279,13 +279,13 @@ def test_step_view_draws_each_roll_and_flip(jitter, flip, count):
     assert len(views) == count
 
 
-def test_one_view_serves_the_whole_batch():
+def test_one_view_applies_to_the_whole_batch():
     images = torch.randn(1, 3, 16, 16).expand(4, 3, 16, 16)
     view = draw_view(images, SynthesisView(), torch.Generator().manual_seed(0))
     torch.testing.assert_close(view, view[:1].expand_as(view))
 
 
-# -- going on -----------------------------------------------------------------------------------------------------------
+# -- resuming -----------------------------------------------------------------------------------------------------------
 
 STEPS = 12
 KINDS = {
@@ -301,7 +301,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_job_goes_on_from_the_state_of_any_step_to_the_same_bytes(tiny_recipe, teachers, statistics, kind):
+def test_a_job_resumes_from_any_step_with_the_same_bytes(tiny_recipe, teachers, statistics, kind):
     recipe = tiny_recipe({"synthesis.iterations": STEPS, "teachers.draw_probability": 0.5, **KINDS[kind]})
     job = first_job(recipe)
     more = {"statistics": statistics[8] if recipe.synthesis.conv else None}
@@ -313,7 +313,7 @@ def test_a_job_goes_on_from_the_state_of_any_step_to_the_same_bytes(tiny_recipe,
         assert torch.equal(end, pixels)
 
 
-def test_a_state_is_a_copy_and_is_not_changed_by_going_on_from_it(tiny_recipe, teachers):
+def test_a_state_is_a_copy_that_resuming_does_not_change(tiny_recipe, teachers):
     job = first_job(tiny_recipe({"synthesis.momentum": 0.4}))
     steps = synthesize(*job, teachers)
     state = next(steps).state()

@@ -56,7 +56,7 @@ def save_transformers(folder, **save):
 
 @pytest.fixture
 def server(hub, online, monkeypatch, tmp_path):
-    """The tests' Hub, as the only one that the clients in this process know, and an empty cache."""
+    """The test Hub, used by all clients in this process, with an empty cache."""
     speak_to(monkeypatch, hub.url)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return hub
@@ -74,7 +74,7 @@ def go_offline(monkeypatch):
 
 
 def close_the_hub(monkeypatch):
-    """Speak to a port where nobody listens."""
+    """Use a port on which nothing listens as the Hub."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -83,7 +83,7 @@ def close_the_hub(monkeypatch):
 
 @pytest.fixture
 def naps(monkeypatch):
-    """Every sleep of this process, none of which takes place."""
+    """Record every sleep of this process and skip it."""
     taken = []
     monkeypatch.setattr("time.sleep", taken.append)
     return taken
@@ -101,7 +101,7 @@ def create(server, folder, repo=REPO, *, without=(), private=False, gated=False,
 
 
 def publish(server, folder, repo=REPO):
-    """Upload with the real client, so that large files lie where the transport puts them."""
+    """Upload with the real client, so that the transport decides where large files are stored."""
     api = HfApi(endpoint=server.url, token=server.add_user(repo.partition("/")[0], token=SECRET))
     api.create_repo(repo)
     api.upload_folder(repo_id=repo, folder_path=folder)
@@ -136,11 +136,11 @@ def bomb(tmp_path):
     return bomb_in(tmp_path)
 
 
-# -- what is loaded ---------------------------------------------------------------------------------------------------
+# -- loaded teachers --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("at", ["hf-hub:{repo}", "hf_hub:{repo}", "hf-hub:{repo}@main", "hf-hub:{repo}@{commit}"])
-def test_a_timm_teacher_of_the_hub_is_what_was_stored(server, transport, timm_folder, at):
+def test_a_timm_teacher_from_the_hub_equals_the_stored_one(server, transport, timm_folder, at):
     commit = publish(server, timm_folder)
     name = at.format(repo=REPO, commit=commit)
     teacher = load_teacher(name, device=CPU)
@@ -154,7 +154,7 @@ def test_a_timm_teacher_of_the_hub_is_what_was_stored(server, transport, timm_fo
     assert ("xet_reconstruction" in kinds(server)) == (transport == "xet")
 
 
-def test_a_transformers_teacher_of_the_hub_is_what_was_stored(server, transport, transformers_folder):
+def test_a_transformers_teacher_from_the_hub_equals_the_stored_one(server, transport, transformers_folder):
     commit = publish(server, transformers_folder)
     teacher = load_teacher(f"transformers:{REPO}", device=CPU)
     assert teacher.weights_sha256 == sha256(f"transformers:{transformers_folder}")
@@ -162,17 +162,17 @@ def test_a_transformers_teacher_of_the_hub_is_what_was_stored(server, transport,
     assert (teacher.mean, teacher.std, teacher.size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 24)
 
 
-def test_weights_in_shards_are_put_together(server, tmp_path, transformers_folder):
+def test_sharded_weights_are_combined(server, tmp_path, transformers_folder):
     folder = save_transformers(tmp_path / "shards", max_shard_size="10KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     create(server, folder)
     assert (
         sha256(f"transformers:{REPO}") == sha256(f"transformers:{transformers_folder}") == sha256(f"transformers:{folder}")
     )
-    refused(f"hf-hub:{REPO}", "model.safetensors")  # timm reads one file
+    refused(f"hf-hub:{REPO}", "model.safetensors")  # timm reads only one file
 
 
-def test_a_plain_timm_name_keeps_the_facts_that_timm_has(server, tmp_path):
+def test_a_plain_timm_name_uses_the_facts_from_timm(server, tmp_path):
     name, repo = "test_byobnet.r160_in1k", "timm/test_byobnet.r160_in1k"
     folder = save_timm(tmp_path / "net", classes=1000, mean=[0.9, 0.9, 0.9], license="another")
     commit = create(server, folder, repo, README__md=b"---\nlicense: a third\n---\n")
@@ -182,11 +182,11 @@ def test_a_plain_timm_name_keeps_the_facts_that_timm_has(server, tmp_path):
         assert teacher.weights_sha256 == sha256(f"local-dir:{folder}")
         assert (teacher.num_classes, teacher.architecture, teacher.revision) == (1000, "test_byobnet", commit)
         assert (teacher.mean, teacher.size, teacher.license) == (known.mean, known.input_size[-1], known.license)
-    # The model's own config is not even fetched.
+    # The config of the repository is not even downloaded.
     assert sorted(path.name for path in snapshot(commit, repo).iterdir()) == ["README.md", "model.safetensors"]
 
 
-def test_a_plain_timm_name_may_name_its_file(server, monkeypatch, timm_folder):
+def test_a_plain_timm_name_may_specify_the_file(server, monkeypatch, timm_folder):
     repo = "timm/test_byobnet.r160_in1k"
     create(server, timm_folder, repo, without=["model.safetensors"], own__safetensors=b"x", own__npz=b"x")
     known = timm.get_pretrained_cfg("test_byobnet")
@@ -196,12 +196,12 @@ def test_a_plain_timm_name_may_name_its_file(server, monkeypatch, timm_folder):
         refused("test_byobnet", *words)
 
 
-def test_a_plain_timm_name_with_another_head_is_one_line(server, timm_folder):
+def test_a_plain_timm_name_with_another_head_gives_a_one_line_error(server, timm_folder):
     create(server, timm_folder, "timm/test_byobnet.r160_in1k")
     assert "size mismatch" in refused("test_byobnet.r160_in1k", "cannot be loaded")
 
 
-def test_a_branch_is_another_commit(server, tmp_path, timm_folder):
+def test_a_branch_loads_its_own_commit(server, tmp_path, timm_folder):
     first = create(server, timm_folder)
     other = save_timm(tmp_path / "other", seed=1, names=NAMES)
     server.repo("models", REPO).refs["refs/pr/1"] = first
@@ -213,7 +213,7 @@ def test_a_branch_is_another_commit(server, tmp_path, timm_folder):
 
 
 @pytest.mark.parametrize("kind", ["hf-hub", "transformers"])
-def test_only_what_is_read_is_fetched(server, timm_folder, transformers_folder, kind):
+def test_only_files_that_are_read_are_downloaded(server, timm_folder, transformers_folder, kind):
     folder = timm_folder if kind == "hf-hub" else transformers_folder
     extra = {"README__md": b"# net\n", "pytorch_model__bin": b"x", "notes__txt": b"x", "model__onnx": b"x"}
     commit = create(server, folder, **extra)
@@ -236,7 +236,7 @@ def test_only_what_is_read_is_fetched(server, timm_folder, transformers_folder, 
         (None, None, "unknown"),
     ],
 )
-def test_the_license_is_that_of_the_config_else_of_the_card(server, monkeypatch, tmp_path, config, card, expected):
+def test_the_license_comes_from_the_config_or_else_from_the_card(server, monkeypatch, tmp_path, config, card, expected):
     folder = save_timm(tmp_path / "net", license=config)
     create(server, folder, **({"README__md": card} if card else {}))
     assert load_teacher(f"hf-hub:{REPO}", device=CPU).license == expected
@@ -244,10 +244,10 @@ def test_the_license_is_that_of_the_config_else_of_the_card(server, monkeypatch,
     assert load_teacher(f"hf-hub:{REPO}", device=CPU).license == expected
 
 
-# -- how the Hub is asked ---------------------------------------------------------------------------------------------
+# -- requests to the Hub ----------------------------------------------------------------------------------------------
 
 
-def test_a_warm_cache_costs_one_question_and_a_cached_commit_none(server, timm_folder):
+def test_a_warm_cache_needs_one_request_and_a_cached_commit_none(server, timm_folder):
     commit = create(server, timm_folder)
     first = sha256(f"hf-hub:{REPO}")
     server.requests.clear()
@@ -258,7 +258,7 @@ def test_a_warm_cache_costs_one_question_and_a_cached_commit_none(server, timm_f
     assert [path.name for path in (snapshot(commit).parents[1] / "refs").iterdir()] == ["main"]
 
 
-def test_a_new_commit_is_loaded_and_a_broken_download_leaves_the_old_one_in_use(server, monkeypatch, tmp_path, timm_folder):
+def test_a_new_commit_is_loaded_and_a_broken_download_keeps_the_old_one(server, monkeypatch, tmp_path, timm_folder):
     first = create(server, timm_folder)
     old = load_teacher(f"hf-hub:{REPO}", device=CPU)
     other = save_timm(tmp_path / "other", seed=1, names=NAMES)
@@ -277,19 +277,19 @@ def test_a_new_commit_is_loaded_and_a_broken_download_leaves_the_old_one_in_use(
 @pytest.mark.parametrize(
     "trouble", [Status(503), Status(429), Status(500, html=True, body=b"<html>"), Reset(), CutBody(20)]
 )
-def test_a_passing_trouble_is_waited_for(server, naps, timm_folder, trouble):
+def test_a_temporary_error_is_retried(server, naps, timm_folder, trouble):
     create(server, timm_folder)
     server.fault("repo_info", trouble, times=2)
     assert load_teacher(f"hf-hub:{REPO}", device=CPU).license == "mit"
     assert [nap for nap in naps if nap in BRIEF] == list(BRIEF[:2])
 
 
-def test_the_pauses_stay_short():
+def test_the_pauses_are_short():
     assert sum(BRIEF) < 5
 
 
 @pytest.mark.parametrize("status", [503, 429])
-def test_a_lasting_trouble_is_one_line(server, naps, timm_folder, status):
+def test_a_permanent_error_gives_a_one_line_error(server, naps, timm_folder, status):
     create(server, timm_folder)
     server.fault("repo_info", Status(status), times=None)
     text = refused(f"hf-hub:{REPO}", f"answers {status}", "no files of org/net", "`hf download org/net`")
@@ -298,7 +298,7 @@ def test_a_lasting_trouble_is_one_line(server, naps, timm_folder, status):
     assert len(server.requests) == len(naps) + 1
 
 
-def test_a_lasting_trouble_with_a_warm_cache_is_a_warning(server, naps, timm_folder, caplog):
+def test_a_permanent_error_with_a_warm_cache_is_a_warning(server, naps, timm_folder, caplog):
     commit = create(server, timm_folder)
     load_teacher(f"hf-hub:{REPO}", device=CPU)
     server.fault("repo_info", Status(503), times=None)
@@ -309,14 +309,14 @@ def test_a_lasting_trouble_with_a_warm_cache_is_a_warning(server, naps, timm_fol
     assert all(word in record.getMessage() for word in ("answers 503", commit, REPO, "from the cache"))
 
 
-def test_a_page_in_place_of_the_hub_is_one_line(server, naps, timm_folder):
+def test_a_web_page_in_place_of_the_hub_gives_a_one_line_error(server, naps, timm_folder):
     create(server, timm_folder)
     server.fault("repo_info", Status(200, b"<html>Please log in to this hotel</html>", html=True), times=None)
     refused(f"hf-hub:{REPO}", "does not answer like a Hub", "HF_ENDPOINT")
     server.clear_faults()
     server.fault("repo_info", Status(200, json.dumps({"id": REPO, "sha": "../../escape"}).encode()), times=None)
     refused(f"hf-hub:{REPO}", "returned no commit", "HF_ENDPOINT")
-    assert naps == list(BRIEF), "the page may be gone after a login; a wrong answer stays"
+    assert naps == list(BRIEF), "a login may remove the page, so it is temporary; a wrong answer is not"
 
 
 # -- without the Hub --------------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ every_kind = pytest.mark.parametrize("kind", ["hf-hub", "transformers", "plain"]
 
 
 def named(kind, tmp_path, timm_folder, transformers_folder):
-    """Teacher, repository and folder of one kind of source."""
+    """Return the teacher, repository and folder of one kind of source."""
     if kind == "plain":
         return "test_byobnet.r160_in1k", "timm/test_byobnet.r160_in1k", save_timm(tmp_path / "plain", classes=1000)
     return f"{kind}:{REPO}", REPO, timm_folder if kind == "hf-hub" else transformers_folder
@@ -338,7 +338,7 @@ def named(kind, tmp_path, timm_folder, transformers_folder):
 
 @without_the_hub
 @every_kind
-def test_a_complete_cache_does_without_the_hub(
+def test_a_complete_cache_works_without_the_hub(
     server, monkeypatch, tmp_path, naps, caplog, timm_folder, transformers_folder, kind, trouble
 ):
     name, repo, folder = named(kind, tmp_path, timm_folder, transformers_folder)
@@ -359,7 +359,7 @@ def test_a_complete_cache_does_without_the_hub(
 
 @without_the_hub
 @every_kind
-def test_an_empty_cache_without_the_hub_is_one_line(
+def test_an_empty_cache_without_the_hub_gives_a_one_line_error(
     server, monkeypatch, tmp_path, naps, timm_folder, transformers_folder, kind, trouble
 ):
     name, repo, folder = named(kind, tmp_path, timm_folder, transformers_folder)
@@ -372,7 +372,7 @@ def test_an_empty_cache_without_the_hub_is_one_line(
 
 @without_the_hub
 @pytest.mark.parametrize("lost", ["model.safetensors", "config.json"])
-def test_an_incomplete_cache_names_what_is_missing(server, monkeypatch, naps, timm_folder, trouble, lost):
+def test_the_error_for_an_incomplete_cache_names_the_missing_file(server, monkeypatch, naps, timm_folder, trouble, lost):
     commit = create(server, timm_folder)
     load_teacher(f"hf-hub:{REPO}", device=CPU)
     (snapshot(commit) / lost).unlink()
@@ -390,7 +390,7 @@ def test_an_incomplete_cache_is_completed_online(server, timm_folder):
     assert [path.name for path in (snapshot(commit).parents[1] / "refs").iterdir()] == ["main"]
 
 
-def test_a_missing_shard_is_named(server, monkeypatch, tmp_path):
+def test_the_error_for_a_missing_shard_names_it(server, monkeypatch, tmp_path):
     folder = save_transformers(tmp_path / "shards", max_shard_size="10KB")
     commit = create(server, folder)
     load_teacher(f"transformers:{REPO}", device=CPU)
@@ -400,7 +400,7 @@ def test_a_missing_shard_is_named(server, monkeypatch, tmp_path):
     refused(f"transformers:{REPO}", f"without {lost.name}")
 
 
-def test_another_revision_than_the_cached_one_is_not_taken_for_it(server, monkeypatch, timm_folder):
+def test_a_cached_revision_is_not_used_for_another_one(server, monkeypatch, timm_folder):
     create(server, timm_folder)
     load_teacher(f"hf-hub:{REPO}", device=CPU)
     go_offline(monkeypatch)
@@ -408,7 +408,7 @@ def test_another_revision_than_the_cached_one_is_not_taken_for_it(server, monkey
     refused(f"hf-hub:{REPO}@{'a' * 40}", "no files of")
 
 
-def test_a_cache_that_other_libraries_filled_is_used(server, monkeypatch, timm_folder):
+def test_a_cache_filled_by_other_libraries_is_used(server, monkeypatch, timm_folder):
     commit = create(server, timm_folder)
     for name in ("config.json", "model.safetensors"):
         huggingface_hub.hf_hub_download(REPO, name)
@@ -429,14 +429,14 @@ def test_a_cache_without_links_is_used(server, timm_folder):
     assert sha256(f"hf-hub:{REPO}") == expected
 
 
-def test_our_cache_is_used_by_other_libraries(server, monkeypatch, timm_folder):
+def test_other_libraries_use_our_cache(server, monkeypatch, timm_folder):
     create(server, timm_folder)
     load_teacher(f"hf-hub:{REPO}", device=CPU)
     go_offline(monkeypatch)
     assert timm.create_model(f"hf-hub:{REPO}", pretrained=True).num_classes == 3
 
 
-# -- what the Hub refuses ---------------------------------------------------------------------------------------------
+# -- refusals by the Hub ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_our_cache_is_used_by_other_libraries(server, monkeypatch, timm_folder):
     ],
 )
 @pytest.mark.parametrize("kind", ["hf-hub", "transformers"])
-def test_a_refusal_is_one_line_at_once(server, monkeypatch, naps, timm_folder, kind, who, repo, words):
+def test_a_refusal_gives_a_one_line_error_at_once(server, monkeypatch, naps, timm_folder, kind, who, repo, words):
     create(server, timm_folder, "org/private", private=True)
     create(server, timm_folder, "org/gated", gated="auto", granted=["bob"])
     create(server, timm_folder, "org/open")
@@ -468,7 +468,7 @@ def test_a_refusal_is_one_line_at_once(server, monkeypatch, naps, timm_folder, k
 
 
 @pytest.mark.parametrize(("who", "repo"), [("org", "org/private"), ("bob", "org/gated"), ("org", "org/gated")])
-def test_who_has_access_gets_the_weights(server, transport, monkeypatch, timm_folder, who, repo):
+def test_a_user_with_access_gets_the_weights(server, transport, monkeypatch, timm_folder, who, repo):
     publish(server, timm_folder, repo)
     server.repo("models", repo).private = repo == "org/private"
     server.repo("models", repo).gated = "manual" if repo == "org/gated" else False
@@ -486,7 +486,7 @@ def test_who_has_access_gets_the_weights(server, transport, monkeypatch, timm_fo
         (Status(451), ["answers 451"]),
     ],
 )
-def test_another_refusal_names_the_status(server, naps, timm_folder, fault, words):
+def test_the_error_for_another_refusal_names_the_status(server, naps, timm_folder, fault, words):
     create(server, timm_folder)
     server.fault("repo_info", fault, times=None)
     refused(f"hf-hub:{REPO}", *words)
@@ -502,7 +502,7 @@ def test_a_password_in_the_address_of_the_hub_is_not_shown(server, monkeypatch, 
 
 
 @pytest.mark.parametrize("character", ["\u20ac", "\x0bx"])
-def test_a_token_that_is_no_header_is_not_shown(server, monkeypatch, naps, timm_folder, character):
+def test_a_token_that_is_not_a_valid_header_is_not_shown(server, monkeypatch, naps, timm_folder, character):
     create(server, timm_folder)
     monkeypatch.setenv("HF_TOKEN", f"{SECRET}{character}")
     refused(f"hf-hub:{REPO}", "token contains invalid characters")
@@ -511,16 +511,16 @@ def test_a_token_that_is_no_header_is_not_shown(server, monkeypatch, naps, timm_
 
 @each("source", ["", "org/net@", "a/b/c", "org/net@../../x", "org/net@/x", "org/net@a b", "org/net@a@b", "../x"])
 @each("kind", ["hf-hub", "hf_hub", "transformers"])
-def test_what_is_no_hub_id_is_one_line(server, kind, source):
+def test_an_invalid_hub_id_gives_a_one_line_error(server, kind, source):
     refused(f"{kind}:{source}" if (kind, source) != ("transformers", "../x") else "transformers:../no-such-folder")
     assert server.requests == []
 
 
-# -- what a repository lacks, and what must not be opened -------------------------------------------------------------
+# -- missing files, and files that must not be opened -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["hf-hub", "transformers", "plain"])
-def test_a_repository_of_pickles_is_refused_and_not_even_fetched(
+def test_a_repository_of_pickles_is_refused_and_not_downloaded(
     server, tmp_path, naps, bomb, timm_folder, transformers_folder, kind
 ):
     data, fired = bomb
@@ -553,7 +553,7 @@ def test_pickles_beside_safetensors_are_never_opened(
 @pytest.mark.parametrize(
     "weight_map", [{"w": "pytorch_model.bin"}, {"w": "../../model.bin"}, {"w": "/etc/hostname"}, {"w": 7}, {}, [1], None]
 )
-def test_an_index_that_leads_elsewhere_than_to_safetensors_is_refused(server, bomb, transformers_folder, weight_map):
+def test_an_index_that_points_to_anything_but_safetensors_is_refused(server, bomb, transformers_folder, weight_map):
     data, fired = bomb
     index = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
     more = {"pytorch_model__bin": data, "model__safetensors__index__json": index}
@@ -587,7 +587,7 @@ def test_an_index_that_leads_elsewhere_than_to_safetensors_is_refused(server, bo
         ("transformers", ["preprocessor_config.json"], {}, ["cannot be loaded"]),
     ],
 )
-def test_a_repository_without_what_is_needed_is_one_line(
+def test_a_repository_without_required_files_gives_a_one_line_error(
     server, naps, timm_folder, transformers_folder, kind, without, more, words
 ):
     create(server, timm_folder if kind == "hf-hub" else transformers_folder, without=without, **more)
@@ -595,12 +595,12 @@ def test_a_repository_without_what_is_needed_is_one_line(
     assert naps == []
 
 
-def test_a_transformers_model_named_as_timm_model_is_told_so(server, transformers_folder):
+def test_the_error_says_when_a_transformers_model_is_named_as_a_timm_model(server, transformers_folder):
     create(server, transformers_folder)
     refused(f"hf-hub:{REPO}", "transformers:ORG/NAME")
 
 
-def test_code_in_a_repository_is_not_run(server, tmp_path, transformers_folder):
+def test_code_in_a_repository_is_not_executed(server, tmp_path, transformers_folder):
     fired = tmp_path / "fired"
     config = json.loads((transformers_folder / "config.json").read_text())
     config |= {
@@ -628,7 +628,7 @@ def test_a_stored_head_of_another_size_is_not_replaced_by_a_random_one(server, t
     refused(f"local-dir:{folder}", "builds 5 classes, but its weights have 3")
 
 
-def test_weights_without_a_head_are_not_completed_at_random(server, tmp_path, transformers_folder):
+def test_a_missing_head_is_not_initialized_at_random(server, tmp_path, transformers_folder):
     folder = Path(shutil.copytree(transformers_folder, tmp_path / "net"))
     kept = {key: value for key, value in load_file(folder / "model.safetensors").items() if "classifier" not in key}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
@@ -636,7 +636,7 @@ def test_weights_without_a_head_are_not_completed_at_random(server, tmp_path, tr
     refused(f"transformers:{REPO}", "lack 2 tensors", "classifier")
 
 
-def test_another_number_of_classes_is_told_by_the_check(server, timm_folder):
+def test_the_check_reports_another_number_of_classes(server, timm_folder):
     create(server, timm_folder)
     with pytest.raises(TeacherError, match="has 3 classes, but the data has 10"):
         check_teacher(load_teacher(f"hf-hub:{REPO}", device=CPU), class_names=[*"abcdefghij"], channels=3)
@@ -646,14 +646,14 @@ def test_another_number_of_classes_is_told_by_the_check(server, timm_folder):
 
 
 @pytest.mark.parametrize("kind", ["hf-hub", "transformers"])
-def test_a_flipped_bit_is_one_line(server, transport, timm_folder, transformers_folder, kind):
+def test_a_flipped_bit_gives_a_one_line_error(server, transport, timm_folder, transformers_folder, kind):
     publish(server, timm_folder if kind == "hf-hub" else transformers_folder)
     server.corrupt("models", REPO, "model.safetensors")
-    for _ in range(2):  # what was fetched is not trusted the second time either
+    for _ in range(2):  # the downloaded file is not trusted on a second try either
         refused(f"{kind}:{REPO}", "model.safetensors does not match the Hub", "delete", "cache/models--org--net and")
 
 
-def test_a_flipped_bit_in_the_cache_is_one_line(server, monkeypatch, timm_folder):
+def test_a_flipped_bit_in_the_cache_gives_a_one_line_error(server, monkeypatch, timm_folder):
     commit = create(server, timm_folder)
     load_teacher(f"hf-hub:{REPO}", device=CPU)
     blob = (snapshot(commit) / "model.safetensors").resolve()
@@ -668,7 +668,7 @@ def test_a_flipped_bit_in_the_cache_is_one_line(server, monkeypatch, timm_folder
 
 @pytest.mark.parametrize("kind", ["hf-hub", "transformers"])
 @pytest.mark.parametrize("damage", ["truncated", "no weights"])
-def test_weights_that_are_none_are_one_line(server, timm_folder, transformers_folder, kind, damage):
+def test_invalid_weights_give_a_one_line_error(server, timm_folder, transformers_folder, kind, damage):
     folder = timm_folder if kind == "hf-hub" else transformers_folder
     data = (folder / "model.safetensors").read_bytes()[:-100] if damage == "truncated" else b"no weights"
     create(server, folder, model__safetensors=data)
@@ -676,7 +676,7 @@ def test_weights_that_are_none_are_one_line(server, timm_folder, transformers_fo
 
 
 @pytest.mark.parametrize("kind", ["hf-hub", "transformers"])
-def test_a_download_that_breaks_off_is_one_line(server, naps, timm_folder, transformers_folder, kind):
+def test_an_interrupted_download_gives_a_one_line_error(server, naps, timm_folder, transformers_folder, kind):
     create(server, timm_folder if kind == "hf-hub" else transformers_folder)
     server.fault("cdn_get", CutBody(2000, rst=True), times=None)
     refused(f"{kind}:{REPO}", "downloading 'org/net'", "closed the connection", "run the same command again")
@@ -684,15 +684,15 @@ def test_a_download_that_breaks_off_is_one_line(server, naps, timm_folder, trans
     load_teacher(f"{kind}:{REPO}", device=CPU)
 
 
-def test_half_a_cache_is_no_download(server, monkeypatch, timm_folder):
+def test_an_incomplete_cache_is_not_accepted_as_a_download(server, monkeypatch, timm_folder):
     fast_retries(monkeypatch)
     create(server, timm_folder)
     huggingface_hub.hf_hub_download(REPO, "config.json")
-    server.fault("tree", Status(500), times=None)  # the client falls back to what it has
+    server.fault("tree", Status(500), times=None)  # the client falls back to its cache
     refused(f"hf-hub:{REPO}", "downloaded without model.safetensors", "run again")
 
 
-def test_a_cache_that_cannot_note_the_revision_still_loads(server, monkeypatch, timm_folder, caplog):
+def test_a_cache_that_cannot_record_the_revision_still_loads(server, monkeypatch, timm_folder, caplog):
     def full(*_):
         raise OSError("No space left on device")
 

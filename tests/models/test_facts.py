@@ -87,13 +87,13 @@ STUDENT_TEXT = f"""\
 @pytest.mark.parametrize(
     ("facts", "text"), [(TEACHER, TEACHER_TEXT), (STUDENT, STUDENT_TEXT)], ids=["squeeze.json", "student.json"]
 )
-def test_the_bytes_are_these_and_are_read_back(tmp_path, facts, text):
+def test_the_bytes_are_pinned_and_read_back(tmp_path, facts, text):
     facts.write(tmp_path / facts.FILE)
     assert (tmp_path / facts.FILE).read_text() == text
     assert read_facts(tmp_path) == facts
 
 
-def test_a_folder_without_facts_and_facts_of_another_kind_are_one_line(tmp_path):
+def test_missing_facts_and_facts_of_another_kind_give_a_one_line_error(tmp_path):
     with pytest.raises(ValueError, match=r"neither squeeze\.json nor student\.json"):
         read_facts(tmp_path)
     STUDENT.write(tmp_path / "squeeze.json")
@@ -101,7 +101,7 @@ def test_a_folder_without_facts_and_facts_of_another_kind_are_one_line(tmp_path)
         read_facts(tmp_path)
 
 
-def test_a_teacher_of_an_older_version_says_less(tmp_path):
+def test_a_teacher_of_an_older_version_has_fewer_facts(tmp_path):
     settings = {"seed": 0, "data": "digits", "steps": 5}
     least = {"teacher": "squeeze:a", "fingerprint": "00", "train_content": "7e", "test_top1": 0.25, "wall_time_s": 0.7}
     (tmp_path / "squeeze.json").write_text(json.dumps(least | {"settings": settings}))
@@ -112,7 +112,7 @@ def test_a_teacher_of_an_older_version_says_less(tmp_path):
     assert (TEACHER.title, STUDENT.title) == ("squeeze:a of pets", "student a of None")
 
 
-def test_a_config_is_read_as_far_as_a_card_tells_it():
+def test_only_config_fields_for_the_card_are_read():
     cfg = {"input_size": [3, 32, 32], "mean": [0.5, 0.5, 0.5], "std": [1, 1, 1], "license": "mit", "pool_size": None}
     config = NetworkConfig.parse(
         json.dumps({"architecture": "a", "label_names": ["x"], "pretrained_cfg": cfg, "model_args": {}}).encode(), "c"
@@ -121,7 +121,7 @@ def test_a_config_is_read_as_far_as_a_card_tells_it():
     assert config.pretrained_cfg.std == [1.0, 1.0, 1.0]
 
 
-def test_facts_of_earlier_versions_spell_the_license_their_way():
+def test_licenses_spelled_by_earlier_versions_are_read():
     earlier = {"id": "digits", "on_hub": False, "revision": None, "licence": "CC BY 4.0"}
     facts = SourceFacts.model_validate(earlier)
     assert facts.plain() == {"id": "digits", "on_hub": False, "revision": None, "license": "CC BY 4.0"}

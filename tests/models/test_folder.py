@@ -26,7 +26,7 @@ FACTS = StudentFacts(
 
 
 def network_of(architecture="test_resnet", channels=3, seed=0):
-    """Random weights whose running statistics and head make it answer differently to different images."""
+    """A random network whose running statistics and head give different outputs for different images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = timm.create_model(architecture, num_classes=len(NAMES), in_chans=channels)
@@ -58,19 +58,17 @@ def stored(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_a_pipeline_on_a_picture_says_what_the_network_itself_says(stored, mode):
+def test_a_pipeline_gives_the_same_answer_as_the_network(stored, mode):
     channels, folder, network = stored
     shown = picture(mode)
     with torch.no_grad():
         if (channels, mode) == (1, "RGB"):
-            # The widened network looks at the mean of the three channels, which is no uint8 image.
+            # The widened network uses the mean of the three channels, which is not a uint8 image.
             gray = from_pil(shown, 3).float().mean(0, keepdim=True)
             expected = network(((gray / 255 - 0.449) / 0.226)[None]).softmax(1)[0]
         else:
             expected = network(to_reference(from_pil(shown, channels)[None])).softmax(1)[0]
-    assert float(expected.max() - expected.min()) > 0.05, (
-        "the network must tell classes apart for this test to see anything"
-    )
+    assert float(expected.max() - expected.min()) > 0.05, "this test needs a network that distinguishes classes"
     by_name = pipeline("image-classification", model=str(folder))
     model, processor = AutoModelForImageClassification.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
     by_parts = pipeline("image-classification", model=model, image_processor=processor)
@@ -93,7 +91,7 @@ def test_timm_and_transformers_give_the_networks_logits(stored):
     assert transformers.config.id2label == dict(enumerate(NAMES))
 
 
-def test_the_config_tells_input_labels_and_license(stored):
+def test_the_config_states_input_labels_and_license(stored):
     channels, folder, _ = stored
     config = json.loads((folder / "config.json").read_text())
     cfg = config["pretrained_cfg"]
@@ -104,7 +102,7 @@ def test_the_config_tells_input_labels_and_license(stored):
     }[channels]
     assert config["label_names"] == cfg["label_names"] == NAMES
     assert cfg["license"] == "my terms"
-    assert "num_classes" not in config["model_args"], "transformers would pass it twice"
+    assert "num_classes" not in config["model_args"], "transformers would pass this argument twice"
     assert timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}"))["crop_pct"] == 1.0
 
 
@@ -112,7 +110,7 @@ def test_the_config_tells_input_labels_and_license(stored):
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_efficientnet", "test_byobnet", "repvgg_a0"])
-def test_a_gray_network_answers_the_same_on_three_copies_and_folded_back(tmp_path, architecture):
+def test_a_gray_network_gives_equal_logits_on_three_copies_and_when_folded_back(tmp_path, architecture):
     """repvgg: two first convolutions."""
     network = store(tmp_path / "n", architecture=architecture, channels=1)
     x = torch.randn(3, 1, SIZE, SIZE)
@@ -128,8 +126,8 @@ def test_a_gray_network_answers_the_same_on_three_copies_and_folded_back(tmp_pat
     ("architecture", "word"),
     [("transformers:resnet", "only timm architectures"), ("test_nfnet", "cannot be widened"), ("nothing", "only timm")],
 )
-def test_what_cannot_be_shared_is_one_line_and_leaves_nothing(tmp_path, architecture, word):
-    """nfnet normalizes the weights of its first convolution, so a third of them is not a third of the answer."""
+def test_a_network_that_cannot_be_shared_gives_a_one_line_error_and_no_folder(tmp_path, architecture, word):
+    """nfnet normalizes the weights of its first convolution, so scaling them by a third does not scale its output."""
     network = network_of("test_nfnet" if architecture == "test_nfnet" else "test_resnet", 1)
     with pytest.raises(RecipeError) as error:
         store(tmp_path / "n", network, architecture=architecture, channels=1)
@@ -142,7 +140,7 @@ def test_what_cannot_be_shared_is_one_line_and_leaves_nothing(tmp_path, architec
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_same_network_gives_the_same_bytes_and_is_left_as_it_is(tmp_path, channels):
+def test_the_same_network_gives_the_same_bytes_and_is_not_modified(tmp_path, channels):
     network = network_of(channels=channels).to(memory_format=torch.channels_last)
     before, random_state = digest_of_tensors(network.state_dict()), torch.get_rng_state()
     for name in ("one", "two"):
@@ -172,7 +170,7 @@ def test_a_failure_leaves_no_draft_and_no_folder(tmp_path, monkeypatch, failing)
     assert not any(tmp_path.iterdir())
 
 
-def test_a_finished_folder_is_left_or_replaced_as_a_whole(tmp_path):
+def test_a_finished_folder_is_kept_or_replaced_as_a_whole(tmp_path):
     folder = tmp_path / "n"
     store(folder)
     (folder / "more.txt").write_text("of the first")
@@ -188,7 +186,7 @@ def test_a_finished_folder_is_left_or_replaced_as_a_whole(tmp_path):
 
 
 @pytest.mark.parametrize("gone", ["config.json", "model.safetensors", "student.json"])
-def test_a_half_written_folder_is_not_finished_and_is_written_again(stored, tmp_path, gone):
+def test_a_half_written_folder_is_rewritten(stored, tmp_path, gone):
     folder = shutil.copytree(stored[1], tmp_path / "n")
     assert is_stored(folder, "student.json")
     assert not is_stored(folder, "squeeze.json")
@@ -201,7 +199,7 @@ def test_a_half_written_folder_is_not_finished_and_is_written_again(stored, tmp_
 # -- facts ------------------------------------------------------------------------------------------------------------
 
 
-def test_facts_of_the_source_name_no_local_path():
+def test_facts_of_the_source_contain_no_local_path():
     recipe = tiny("data.source=/home/someone/pets", "data.license=my terms")
     facts = {"id": "pets", "on_hub": False, "revision": None, "license": "my terms"}
     assert source_facts(recipe, None).plain() == facts
@@ -210,14 +208,14 @@ def test_facts_of_the_source_name_no_local_path():
     assert source_facts(tiny("data.source=org/name"), data).id == "org/name"
 
 
-def test_facts_of_the_test_part_tell_a_held_out_share_from_a_test_split():
+def test_facts_of_the_test_part_distinguish_held_out_images_from_a_test_split():
     tested = scored_on(tiny("data.source=/home/someone/pets", "data.test_split=val"))
     assert tested.plain() == {"id": "pets", "split": "val"}
     held = scored_on(tiny("data.validation_fraction=0.1", "data.test_split=val"))
     assert held.plain() == {"id": "digits", "split": "train, 0.1 of it held out"}
 
 
-def test_the_config_does_not_claim_weights_of_timms(tmp_path):
+def test_the_config_does_not_claim_weights_from_timm(tmp_path):
     store(tmp_path / "net", network_of("resnet18"), architecture="resnet18")
     cfg = json.loads((tmp_path / "net" / "config.json").read_text())["pretrained_cfg"]
     assert not {"hf_hub_id", "tag", "origin_url", "url"} & set(cfg)

@@ -43,10 +43,10 @@ def images(channels, size=16, count=4):
     return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-# -- what a loaded teacher knows --------------------------------------------------------------------------------------
+# -- facts of a loaded teacher ----------------------------------------------------------------------------------------
 
 
-def test_a_local_timm_teacher_knows_itself(teacher, folder):
+def test_a_local_timm_teacher_has_its_facts(teacher, folder):
     assert teacher.name == f"local-dir:{folder}"
     assert (teacher.mean, teacher.std, teacher.size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 40)
     assert (teacher.num_classes, teacher.label_names) == (3, NAMES)
@@ -54,7 +54,7 @@ def test_a_local_timm_teacher_knows_itself(teacher, folder):
     assert re.fullmatch("[0-9a-f]{64}", teacher.weights_sha256)
 
 
-def test_a_transformers_teacher_knows_itself(resnet_folder):
+def test_a_transformers_teacher_has_its_facts(resnet_folder):
     teacher = load_teacher(f"transformers:{resnet_folder}", device=CPU)
     assert (teacher.mean, teacher.std, teacher.size) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 24)
     assert (teacher.num_classes, teacher.label_names) == (3, NAMES)
@@ -66,10 +66,10 @@ def test_a_transformers_teacher_knows_itself(resnet_folder):
 
 
 @pytest.mark.parametrize("size", [{"shortest_edge": 20}, {"height": 20, "width": 20}])
-def test_a_transformers_processor_gives_the_input_size(tmp_path, size):
+def test_a_transformers_processor_sets_the_input_size(tmp_path, size):
     teacher = load_teacher(f"transformers:{resnet(tmp_path, size=size)}", device=CPU)
     assert teacher.size == 20
-    assert teacher.label_names is None, "LABEL_0, LABEL_1, ... are no names"
+    assert teacher.label_names is None, "LABEL_0, LABEL_1, ... are not names"
 
 
 def test_every_teacher_is_frozen_and_in_eval_mode(teacher, resnet_folder):
@@ -83,7 +83,7 @@ def test_every_teacher_is_frozen_and_in_eval_mode(teacher, resnet_folder):
         assert digest_of_tensors(one.model.state_dict()) == before
 
 
-def test_each_name_is_loaded_once(folder):
+def test_a_repeated_name_is_loaded_once(folder):
     name = f"local-dir:{folder}"
     loaded = load_teachers([name, "squeeze:x", name], device=CPU, squeezed={"squeeze:x": folder})
     assert list(loaded) == [name, "squeeze:x"]
@@ -92,7 +92,7 @@ def test_each_name_is_loaded_once(folder):
 
 
 @pytest.mark.parametrize("kind", ["local-dir", "transformers"])
-def test_loading_leaves_the_global_random_state_alone(folder, resnet_folder, kind):
+def test_loading_does_not_change_the_global_random_state(folder, resnet_folder, kind):
     state = torch.get_rng_state()
     load_teacher(f"{kind}:{folder if kind == 'local-dir' else resnet_folder}", device=CPU)
     assert torch.equal(torch.get_rng_state(), state)
@@ -122,7 +122,7 @@ def test_the_gradient_of_a_gray_image_is_the_sum_over_channels(teacher):
     torch.testing.assert_close(gray.grad, torch.full_like(gray, expected))
 
 
-def test_prepare_leaves_its_input_alone(teacher):
+def test_prepare_does_not_modify_its_input(teacher):
     x = to_reference(images(3))
     copy = x.clone()
     teacher.prepare(x)
@@ -139,14 +139,14 @@ def test_prepare_leaves_its_input_alone(teacher):
         (["bee", "ant", "cat"], ["another order", "class 0", "'ant'", "'bee'"]),
     ],
 )
-def test_a_teacher_of_other_classes_is_one_line(teacher, class_names, words):
+def test_a_teacher_with_other_classes_gives_a_one_line_error(teacher, class_names, words):
     with pytest.raises(TeacherError) as error:
         check_teacher(teacher, class_names=class_names, channels=3)
     text = one_line(error)
     assert all(word in text for word in [*words, teacher.name])
 
 
-def test_other_spellings_of_the_labels_are_fine(teacher):
+def test_other_spellings_of_the_labels_are_accepted(teacher):
     check_teacher(teacher, class_names=["Ant", "Bee", "Cat"], channels=1)
 
 
@@ -163,7 +163,7 @@ def test_a_gray_teacher_cannot_take_rgb(tmp_path):
     assert "1 channel" in one_line(error)
 
 
-# -- what cannot be loaded --------------------------------------------------------------------------------------------
+# -- teachers that cannot be loaded -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_gray_teacher_cannot_take_rgb(tmp_path):
         ("test_byobnet_", ["no such architecture", "test_byobnet"]),
     ],
 )
-def test_what_cannot_be_loaded_is_one_line_that_names_it(name, words):
+def test_a_one_line_error_names_a_teacher_that_cannot_be_loaded(name, words):
     with pytest.raises(TeacherError) as error:
         load_teacher(name, device=CPU)
     text = one_line(error)
@@ -217,7 +217,7 @@ def test_pickled_weights_are_refused_and_never_opened(tmp_path, folder, resnet_f
 
 
 @pytest.mark.parametrize("damage", ["config", "no architecture", "list", "weights", "missing weight"])
-def test_a_damaged_folder_is_one_line(tmp_path, folder, damage):
+def test_a_damaged_folder_gives_a_one_line_error(tmp_path, folder, damage):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     if damage == "missing weight":
@@ -237,7 +237,7 @@ def test_a_damaged_folder_is_one_line(tmp_path, folder, damage):
     assert str(tmp_path) in one_line(error)
 
 
-def test_a_transformers_folder_without_processor_is_one_line(tmp_path):
+def test_a_transformers_folder_without_processor_gives_a_one_line_error(tmp_path):
     resnet(tmp_path)
     for path in tmp_path.glob("*processor*.json"):
         path.unlink()
@@ -246,7 +246,7 @@ def test_a_transformers_folder_without_processor_is_one_line(tmp_path):
     one_line(error)
 
 
-# -- fingerprint of weights -------------------------------------------------------------------------------------------
+# -- hash of the weights ----------------------------------------------------------------------------------------------
 
 
 def test_the_hash_of_weights_is_stable_and_sensitive(folder, teacher):
@@ -263,7 +263,7 @@ def test_the_hash_of_weights_is_stable_and_sensitive(folder, teacher):
     assert len(seen) == 5
 
 
-def test_the_hash_of_weights_knows_names_and_shapes():
+def test_the_hash_of_weights_depends_on_names_and_shapes():
     flat, square = torch.nn.Module(), torch.nn.Module()
     flat.register_buffer("w", torch.zeros(4))
     square.register_buffer("w", torch.zeros(2, 2))
@@ -288,7 +288,7 @@ def test_image_processor_and_prepare_agree_on_a_picture_of_the_right_size(resnet
         ({"rescale_factor": 1 / 127.5}, None),
     ],
 )
-def test_what_an_image_processor_does_is_honored_or_refused(resnet_folder, tmp_path, changes, expected):
+def test_each_step_of_an_image_processor_is_applied_or_refused(resnet_folder, tmp_path, changes, expected):
     folder = Path(shutil.copytree(resnet_folder, tmp_path / "net"))
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -300,10 +300,10 @@ def test_what_an_image_processor_does_is_honored_or_refused(resnet_folder, tmp_p
         assert (teacher.size, teacher.mean, teacher.std) == expected
 
 
-# -- what configs state -----------------------------------------------------------------------------------------------
+# -- contents of configs ----------------------------------------------------------------------------------------------
 
 
-def test_a_timm_folder_is_the_same_teacher_through_transformers(folder, tmp_path, teacher):
+def test_a_timm_folder_loads_as_the_same_teacher_with_transformers(folder, tmp_path, teacher):
     wrapped = load_teacher(f"transformers:{with_config(folder, tmp_path)}", device=CPU)
     for key in ("mean", "std", "size", "num_classes", "license", "architecture"):
         assert getattr(wrapped, key) == getattr(teacher, key), key
@@ -315,7 +315,7 @@ def with_config(folder, tmp_path, **facts):
     copy = Path(shutil.copytree(folder, tmp_path / "net"))
     content = json.loads((copy / "config.json").read_text())
     content["pretrained_cfg"] |= facts
-    content.get("model_args", {}).pop("num_classes", None)  # which transformers would pass twice
+    content.get("model_args", {}).pop("num_classes", None)  # transformers would pass these twice
     (copy / "config.json").write_text(json.dumps(content))
     return copy
 
@@ -331,7 +331,7 @@ def with_config(folder, tmp_path, **facts):
         ({"input_size": [3, 0, 0]}, "input_size"),
     ],
 )
-def test_an_input_that_cannot_be_meant_is_one_line_that_names_the_key(folder, tmp_path, kind, changes, key):
+def test_a_one_line_error_names_the_key_of_an_invalid_input(folder, tmp_path, kind, changes, key):
     copy = with_config(folder, tmp_path, **changes)
     with pytest.raises(TeacherError) as error:
         load_teacher(f"{kind}:{copy}", device=CPU)
@@ -340,7 +340,7 @@ def test_an_input_that_cannot_be_meant_is_one_line_that_names_the_key(folder, tm
 
 
 @pytest.mark.parametrize(("key", "value"), [("model_args", 3), ("model_args", ["x"]), ("pretrained_cfg", 3)])
-def test_a_transformers_config_of_other_types_is_one_line_that_names_the_key(resnet_folder, tmp_path, key, value):
+def test_a_one_line_error_names_the_key_of_wrong_type_in_a_transformers_config(resnet_folder, tmp_path, key, value):
     copy = Path(shutil.copytree(resnet_folder, tmp_path / "net"))
     content = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(content | {key: value}))
@@ -352,7 +352,7 @@ def test_a_transformers_config_of_other_types_is_one_line_that_names_the_key(res
 
 
 @pytest.mark.parametrize("kept", ["architecture", "flat"])
-def test_facts_of_timm_may_lie_flat_in_older_files(folder, tmp_path, teacher, kept):
+def test_older_timm_configs_may_be_flat(folder, tmp_path, teacher, kept):
     copy = Path(shutil.copytree(folder, tmp_path / "net"))
     content = json.loads((copy / "config.json").read_text())
     if kept == "flat":

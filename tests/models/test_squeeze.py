@@ -40,7 +40,7 @@ def squeezed(tmp_path_factory):
     return train(tmp_path_factory.mktemp("squeezed"))
 
 
-def test_the_folder_says_what_it_was_trained_on(squeezed):
+def test_the_folder_names_its_training_data(squeezed):
     recipe, folder, report = squeezed
     assert is_squeezed(folder)
     assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name], "no draft is left"
@@ -63,7 +63,7 @@ def test_the_folder_says_what_it_was_trained_on(squeezed):
     assert str(folder.parent) not in (folder / "squeeze.json").read_text() + (folder / "config.json").read_text()
 
 
-def test_a_local_source_is_named_without_its_path(tmp_path):
+def test_a_local_source_is_recorded_without_its_path(tmp_path):
     """The folder may be shared."""
     recipe = tiny(*FAST)
     data = load_source(recipe.data)
@@ -73,7 +73,7 @@ def test_a_local_source_is_named_without_its_path(tmp_path):
     assert "someone" not in "".join(p.read_text() for p in teacher_folder(NAME, private, tmp_path).glob("*.json"))
 
 
-def test_a_teacher_of_an_older_version_still_teaches(squeezed, tmp_path):
+def test_a_teacher_of_an_older_version_still_loads(squeezed, tmp_path):
     recipe, folder, facts = squeezed
     report = facts.plain()
     old = Path(shutil.copytree(folder, tmp_path / folder.name))
@@ -85,7 +85,7 @@ def test_a_teacher_of_an_older_version_still_teaches(squeezed, tmp_path):
     assert load_squeezed(NAME, recipe, tmp_path, device=CPU).num_classes == 10
 
 
-def test_timm_transformers_and_we_load_it_with_equal_logits(squeezed):
+def test_timm_transformers_and_prism_give_equal_logits(squeezed):
     recipe, folder, _ = squeezed
     teacher = load_squeezed(NAME, recipe, folder.parent, device=CPU)
     check_teacher(teacher, class_names=[str(n) for n in range(10)], channels=1)
@@ -106,7 +106,7 @@ def test_timm_transformers_and_we_load_it_with_equal_logits(squeezed):
     torch.testing.assert_close(shown, x.contiguous(), rtol=1e-3, atol=1e-2)
 
 
-def test_the_stored_teacher_scores_what_its_report_says(squeezed):
+def test_the_stored_teacher_has_the_reported_score(squeezed):
     recipe, folder, report = squeezed
     teacher, test = load_squeezed(NAME, recipe, folder.parent, device=CPU), load_source(recipe.data).test
     with torch.no_grad():
@@ -114,14 +114,14 @@ def test_the_stored_teacher_scores_what_its_report_says(squeezed):
     assert float((guesses == torch.from_numpy(test.labels)).double().mean()) == pytest.approx(report.test_top1)
 
 
-def test_a_finished_teacher_is_left_as_it_is(squeezed):
+def test_a_finished_teacher_is_not_changed(squeezed):
     _, folder, report = squeezed
     before = mtimes(folder)
     assert train(folder.parent)[2] == report
     assert mtimes(folder) == before
 
 
-def test_a_half_written_folder_is_not_finished(squeezed, tmp_path):
+def test_a_half_written_folder_does_not_count_as_finished(squeezed, tmp_path):
     _, folder, _ = squeezed
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -137,7 +137,7 @@ def test_a_half_written_folder_is_trained_again(tmp_path):
     assert is_squeezed(train(tmp_path)[1])
 
 
-def test_equal_seeds_give_equal_weights_and_leave_the_global_state_alone(squeezed, tmp_path):
+def test_equal_seeds_give_equal_weights_without_changing_global_state(squeezed, tmp_path):
     recipe, folder, _ = squeezed
     state = torch.get_rng_state()
     train(tmp_path)
@@ -161,17 +161,17 @@ def test_each_setting_changes_folder_and_weights(squeezed, tmp_path, override):
 
 
 @pytest.mark.parametrize("override", ["synthesis.lr=0.5", "relabel.epochs=3", "name=other", "evaluation.seeds=[9]"])
-def test_recipes_share_teachers_whose_training_is_the_same(squeezed, override):
+def test_recipes_with_the_same_training_share_teachers(squeezed, override):
     _, folder, _ = squeezed
     assert teacher_folder(NAME, tiny(*FAST, override), folder.parent) == folder
 
 
-def test_a_seed_of_their_own_is_shared_by_recipes_of_other_seeds(squeezed, tmp_path):
+def test_recipes_with_the_same_squeeze_seed_share_teachers(squeezed, tmp_path):
     _, folder, report = squeezed
     before = mtimes(folder)
     for seed in (0, 1, 2):
         _, found, again = train(folder.parent, f"seed={seed}", "squeeze.seed=0")
-        assert found == folder, "also that of the recipe of seed 0 without it"
+        assert found == folder, "also the folder of the recipe with seed 0 and no squeeze seed"
         assert again == report
     assert mtimes(folder) == before
     others = {
@@ -182,13 +182,13 @@ def test_a_seed_of_their_own_is_shared_by_recipes_of_other_seeds(squeezed, tmp_p
     assert teacher_folder(NAME, tiny(*FAST, "seed=1"), tmp_path).name in others
 
 
-def test_a_seed_of_their_own_is_the_one_that_is_used(tmp_path):
+def test_the_squeeze_seed_is_used(tmp_path):
     _, _, report = train(tmp_path / "own", "seed=0", "squeeze.seed=1")
     assert report.settings.seed == 1
     assert weights(tmp_path / "own", "seed=0", "squeeze.seed=1") == weights(tmp_path / "recipe", "seed=1")
 
 
-def test_unknown_architectures_and_large_batches_are_one_line(tmp_path):
+def test_unknown_architectures_and_large_batches_give_a_one_line_error(tmp_path):
     with pytest.raises(TeacherError) as error:
         check_architectures(tiny("teachers.logit=squeeze:nonsense_net"))
     assert "nonsense_net" in one_line(error)

@@ -37,7 +37,7 @@ def no_gradient(logits, labels):
     return logits.sum() * 0
 
 
-def test_seeded_rules_inside_and_is_not_seen_outside():
+def test_seeded_has_an_effect_only_inside_the_block():
     before = torch.get_rng_state()
     with seeded(5, CPU):
         a = torch.rand(3)
@@ -57,7 +57,7 @@ def test_seeded_restores_after_an_error():
 
 
 @pytest.mark.parametrize(("name", "channels"), [("test_resnet", 3), ("test_efficientnet", 1), ("test_vit", 3)])
-def test_build_network_has_the_asked_classes_and_channels(name, channels):
+def test_build_network_has_the_requested_classes_and_channels(name, channels):
     size = 160 if name == "test_vit" else 32
     built = build_network(name, num_classes=5, channels=channels).eval()
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_build_network_from_a_transformers_family():
         pytest.param("hf-hub:a/b"),
     ],
 )
-def test_an_unknown_network_is_one_line(name):
+def test_an_unknown_network_gives_a_one_line_error(name):
     with pytest.raises(RecipeError, match="cannot be built") as error:
         build_network(name, num_classes=2, channels=3)
     assert name in str(error.value)
@@ -170,7 +170,7 @@ def split():
 
 
 @pytest.mark.parametrize("batch_size", [4, 21, 256])
-def test_score_is_the_share_of_hits(split, batch_size):
+def test_score_is_the_fraction_of_correct_predictions(split, batch_size):
     def logits(images):
         mean = images.mean((1, 2, 3))
         return torch.stack([-mean, mean], dim=1)

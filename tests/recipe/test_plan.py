@@ -53,7 +53,7 @@ def test_within_class_batch_holds_consecutive_slots(tiny_recipe):
     "count, size, lengths",
     [(6, 3, [3, 3]), (7, 3, [3, 4]), (8, 3, [3, 3, 2]), (3, 2, [3]), (2, 5, [2]), (1, 5, [1]), (4, 4, [4])],
 )
-def test_an_image_left_alone_joins_the_batch_before(count, size, lengths):
+def test_a_single_remaining_image_joins_the_previous_batch(count, size, lengths):
     ranges = batch_ranges(count, size)
     assert [len(r) for r in ranges] == lengths
     assert [i for r in ranges for i in r] == list(range(count))
@@ -66,7 +66,7 @@ def test_seeds_differ_per_job_and_recipe_seed(tiny_recipe):
 
 
 def test_derived_seed_is_pinned():
-    # The promise is "the same on every machine and Python", so the number itself is the test.
+    # The guarantee is "the same on every machine and Python version", so the test pins the number.
     assert derived_seed(0, "job", 0) == 2902376216969448531
     assert derived_seed("a", "b") != derived_seed("b", "a")
 
@@ -78,7 +78,7 @@ def test_plan_is_the_same_twice(tiny_recipe):
 POOL = {"teachers.bn_pool": ["a", "b", "c"], "teachers.extras": 3, "teachers.draw_probability": 0.5}
 
 
-def test_per_slot_draw_is_one_for_all_jobs_and_iterations_of_a_slot(tiny_recipe):
+def test_per_slot_draw_is_shared_by_all_jobs_and_iterations_of_a_slot(tiny_recipe):
     jobs = plan_jobs(tiny_recipe(POOL | {"data.num_classes": 6, "synthesis.ipc": 8, "synthesis.batch_size": 2}))
     draws = {}
     for job in jobs:
@@ -103,7 +103,7 @@ def test_draws_change_with_the_recipe_seed(tiny_recipe):
     assert [a.bn_teachers(i) for i in range(20)] != [b.bn_teachers(i) for i in range(20)]
 
 
-def test_each_draw_is_made_half_the_time_and_uniformly(tiny_recipe):
+def test_half_of_the_draws_succeed_and_are_uniform(tiny_recipe):
     job = plan_jobs(tiny_recipe(POOL | {"teachers.selection": "per_iteration"}))[0]
     drawn = [job.bn_teachers(i)[1:] for i in range(3000)]
     counts = Counter(name for draw in drawn for name in draw)
@@ -125,7 +125,7 @@ def test_each_draw_is_made_half_the_time_and_uniformly(tiny_recipe):
         ({"teachers.draw_probability": 1.0, "teachers.logit": "d"}, {"d", "a", "b", "c"}),
     ],
 )
-def test_draw_follows_each_teachers_field(tiny_recipe, changes, expected):
+def test_draw_uses_the_teachers_in_each_pool(tiny_recipe, changes, expected):
     names = plan_jobs(tiny_recipe(POOL | changes))[0].bn_teachers(0)
     assert set(names) == expected
     assert len(names) == len(expected)
@@ -145,24 +145,24 @@ def test_with_cycle_teachers_take_turns_in_every_job(tiny_recipe):
 
 
 @pytest.mark.parametrize("selection", ["per_slot", "per_iteration"])
-def test_without_cycle_the_logit_teacher_stays(tiny_recipe, selection):
+def test_without_cycle_the_logit_teacher_is_fixed(tiny_recipe, selection):
     job = plan_jobs(tiny_recipe(POOL | {"teachers.selection": selection}))[0]
     assert {job.logit_teacher(i) for i in range(20)} == {"test_resnet"}
 
 
-def test_method_random_is_one_job_without_a_step(tiny_recipe):
+def test_method_random_is_one_job_without_steps(tiny_recipe):
     (job,) = plan_jobs(tiny_recipe(RANDOM))
     assert (job.id, job.iterations) == (0, 0)
     assert list(zip(job.classes, job.slots, strict=True)) == [(c, s) for c in range(3) for s in range(4)]
 
 
 @pytest.mark.parametrize("extras", [1, 2])
-def test_extras_limits_the_draws(tiny_recipe, extras):
+def test_extras_limits_the_number_of_drawn_teachers(tiny_recipe, extras):
     job = plan_jobs(tiny_recipe(POOL | {"teachers.extras": extras, "teachers.draw_probability": 1.0}))[0]
     assert len(job.bn_teachers(0)) == 1 + extras
 
 
-def test_a_short_outcome_does_not_shift_the_next_draw(tiny_recipe):
+def test_a_draw_of_few_teachers_does_not_shift_the_next_draw(tiny_recipe):
     changes = POOL | {"teachers.selection": "per_iteration"}
     one, three = (plan_jobs(tiny_recipe(changes | {"teachers.extras": extras}))[0] for extras in (1, 3))
     assert all(three.bn_teachers(i)[: len(one.bn_teachers(i))] == one.bn_teachers(i) for i in range(50))
@@ -213,7 +213,7 @@ def lines_of(text: str) -> dict[str, str]:
         (RANDOM, "steps"),
     ],
 )
-def test_description_tells_each_change(tiny_recipe, changes, line):
+def test_description_reflects_each_change(tiny_recipe, changes, line):
     base, changed = lines_of(describe_plan(tiny_recipe())), lines_of(describe_plan(tiny_recipe(changes)))
     assert base[line] != changed[line]
 
@@ -239,7 +239,7 @@ def test_description_of_a_cycle_counts_the_turns(tiny_recipe):
 @pytest.mark.parametrize(
     "changes", [RANDOM, {"synthesis.iterations": 0, "synthesis.init": "real_random"}], ids=["random", "no iterations"]
 )
-def test_description_of_what_is_not_optimized(tiny_recipe, changes):
+def test_description_of_recipes_that_do_not_optimize(tiny_recipe, changes):
     text = describe_plan(tiny_recipe(changes))
     assert "steps     0 in total (0 image-iterations)" in text
     assert "\nBN " not in text

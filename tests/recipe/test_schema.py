@@ -51,7 +51,7 @@ FULL = {
 
 def full(tiny_recipe):
     made = tiny_recipe(FULL)
-    # A ladder wants batches of one slot, densification wants several: no recipe has both.
+    # A ladder needs batches of one slot and densification needs several, so no recipe has both.
     object.__setattr__(made.synthesis, "densification", Densification())
     return made
 
@@ -119,7 +119,7 @@ def test_shipped_recipe_loads_and_plans(path):
     assert sum(len(job.classes) for job in plan.plan_jobs(loaded)) == loaded.num_images
 
 
-def test_every_shipped_recipe_keeps_its_fingerprint():
+def test_every_shipped_recipe_has_its_pinned_fingerprint():
     folder = ROOT / "recipes"
     assert {path.relative_to(folder).as_posix(): load_recipe(path).fingerprint() for path in SHIPPED} == FINGERPRINTS
 
@@ -132,13 +132,13 @@ def test_changing_any_leaf_changes_the_fingerprint(tiny_recipe, key):
     section = changed
     for parent in parents:
         section = getattr(section, parent)
-    # Past validation on purpose: the fingerprint must see every leaf, whatever values are allowed today.
+    # This bypasses validation on purpose: the fingerprint must depend on every leaf, whatever values are allowed today.
     object.__setattr__(section, last, other(getattr(section, last)))
     assert (changed.fingerprint() == base.fingerprint()) == (key == "name")
     assert differing_keys(base, changed) == ([] if key == "name" else [key])
 
 
-def test_the_walk_meets_every_leaf_of_the_resolved_recipe(tiny_recipe):
+def test_the_walk_visits_every_leaf_of_the_resolved_recipe(tiny_recipe):
     def flat(values: dict[str, object], prefix: str = "") -> set[str]:
         found = set()
         for key, value in values.items():
@@ -149,7 +149,7 @@ def test_the_walk_meets_every_leaf_of_the_resolved_recipe(tiny_recipe):
 
 
 @each("path", PUBLISHED)
-def test_what_was_published_keeps_its_fingerprint(path):
+def test_published_recipes_keep_their_fingerprint(path):
     report = json.loads(path.read_text())["report"]
     assert parse_recipe({"name": "x", **report["settings"]}).fingerprint() == report["recipe_fingerprint"]
     shipped = ROOT / "recipes" / "digits" / f"{path.stem.removeprefix('digits-').replace('-', '_')}.yaml"
@@ -157,17 +157,17 @@ def test_what_was_published_keeps_its_fingerprint(path):
         assert load_recipe(shipped).fingerprint() == report["recipe_fingerprint"]
 
 
-def test_every_shipped_digits_recipe_was_published():
+def test_every_shipped_digits_recipe_has_a_published_report():
     names = {f"digits-{path.stem.replace('_', '-')}" for path in SHIPPED if path.parent.name == "digits"}
     assert len(names) == 4
     assert names <= {path.stem for path in PUBLISHED}
 
 
 @each("key", recipe._ADDED)
-def test_a_key_of_a_later_version_counts_where_it_is_used(tiny_recipe, key):
+def test_a_key_added_later_changes_the_fingerprint_where_it_is_used(tiny_recipe, key):
     assert set(recipe._ADDED) == set(ADDED)
     changed = tiny_recipe(BESIDE.get(key, {}) | ADDED[key])
-    if key == "method":  # past validation: one that optimizes has more keys
+    if key == "method":  # bypasses validation: a recipe that optimizes has more keys
         base = copy.deepcopy(changed)
         object.__setattr__(base, "method", "synthesize")
     else:
@@ -175,14 +175,14 @@ def test_a_key_of_a_later_version_counts_where_it_is_used(tiny_recipe, key):
     assert changed.fingerprint() != base.fingerprint()
 
 
-def test_section_fingerprint_sees_its_section_and_the_seed_only(tiny_recipe):
+def test_section_fingerprint_depends_only_on_its_section_and_the_seed(tiny_recipe):
     base = tiny_recipe()
     assert base.fingerprint("squeeze") == tiny_recipe({"synthesis.lr": 1.0}).fingerprint("squeeze")
     assert base.fingerprint("squeeze") != tiny_recipe({"squeeze.epochs": 1}).fingerprint("squeeze")
     assert base.fingerprint("squeeze") != tiny_recipe({"seed": 1}).fingerprint("squeeze")
 
 
-def test_fingerprint_does_not_depend_on_how_the_recipe_is_written(tiny_recipe):
+def test_fingerprint_does_not_depend_on_formatting(tiny_recipe):
     base, values = tiny_recipe(), tiny_recipe(values=True)
     spelled_out = parse_recipe(to_dict(base))
     reordered = parse_recipe(dict(reversed(values.items())))
@@ -239,7 +239,7 @@ def test_fingerprint_does_not_depend_on_how_the_recipe_is_written(tiny_recipe):
         ("synthesis", None),
     ],
 )
-def test_wrong_value_is_an_error_that_names_the_key(tiny_recipe, key, value):
+def test_the_error_for_a_wrong_value_names_the_key(tiny_recipe, key, value):
     with pytest.raises(RecipeError) as error:
         parse_recipe(tiny_recipe({key: value}, values=True), origin="x.yaml")
     assert str(error.value).startswith("x.yaml: ")
@@ -304,27 +304,27 @@ def test_wrong_value_is_an_error_that_names_the_key(tiny_recipe, key, value):
         ({"synthesis.bn_reduction": "balanced", "synthesis.momentum": 0.4}, "balanced is for plain BN statistics"),
     ],
 )
-def test_impossible_mix_says_what_to_do(tiny_recipe, changes, message):
+def test_the_error_for_an_impossible_combination_says_what_to_do(tiny_recipe, changes, message):
     with pytest.raises(RecipeError) as error:
         tiny_recipe(changes)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_all_problems_are_named_at_once(tiny_recipe):
+def test_all_problems_are_reported_at_once(tiny_recipe):
     with pytest.raises(RecipeError) as error:
         parse_recipe(tiny_recipe({"synthesis.lr": "fast", "data.size": "big", "relabel.epoch": 1}, values=True))
     assert all(part in str(error.value) for part in ("synthesis.lr", "data.size", "relabel.epoch"))
 
 
-def test_missing_key_is_named(tiny_recipe):
+def test_a_missing_key_is_named(tiny_recipe):
     values = tiny_recipe(values=True)
     del values["teachers"], values["synthesis"]["ipc"]
     with pytest.raises(RecipeError, match="'teachers' is missing.*'synthesis.ipc' is missing"):
         parse_recipe(values)
 
 
-def test_squeezed_teachers_come_from_every_role(tiny_recipe):
+def test_squeezed_teachers_of_every_role_are_listed(tiny_recipe):
     made = tiny_recipe(
         {
             "teachers.logit": "squeeze:a",

@@ -21,7 +21,7 @@ def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
         assert not title_of(path).startswith("#")
 
 
-def test_a_file_comes_before_a_shipped_recipe_of_the_same_name(tmp_path, monkeypatch):
+def test_a_file_takes_precedence_over_a_shipped_recipe_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("digits").mkdir()
     text = shipped_recipes()["digits/prism_ipc10"].read_text().replace("name: digits-prism-ipc10", "name: mine")

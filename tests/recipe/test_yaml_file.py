@@ -31,7 +31,7 @@ def test_unknown_key_gets_a_suggestion(tiny_recipe, key, value, message):
 
 
 def sections(kind, path=()):
-    """(path, dataclass) of a recipe and of every section below it."""
+    """Return (path, dataclass) of a recipe and of every section below it."""
     yield path, kind
     for field in dataclasses.fields(kind):
         hint = get_type_hints(kind)[field.name]
@@ -40,7 +40,7 @@ def sections(kind, path=()):
                 yield from sections(part, (*path, field.name))
 
 
-def test_an_unknown_key_of_any_section_gets_the_keys_of_that_section(tiny_recipe):
+def test_the_error_for_an_unknown_key_lists_the_keys_of_its_section(tiny_recipe):
     every = dict(sections(Recipe))
     assert len(every) == 14
     for path, kind in every.items():
@@ -122,7 +122,7 @@ def test_override(tiny_yaml, override, key, value):
     assert found == value
 
 
-def test_a_later_override_wins(tiny_yaml):
+def test_a_later_override_takes_precedence(tiny_yaml):
     assert load_recipe(tiny_yaml, ["seed=1", "seed=2"]).seed == 2
 
 
@@ -140,7 +140,7 @@ def test_a_later_override_wins(tiny_yaml):
         ("synthesis.lr='1e-3'", "valid number"),
     ],
 )
-def test_bad_override_is_one_line(tiny_yaml, override, message):
+def test_bad_override_gives_a_one_line_error(tiny_yaml, override, message):
     with pytest.raises(RecipeError) as error:
         load_recipe(tiny_yaml, [override])
     assert message in str(error.value)
@@ -157,7 +157,7 @@ def test_bad_override_is_one_line(tiny_yaml, override, message):
         (b"\xff\xfe\x00a", "cannot be read|not valid YAML"),
     ],
 )
-def test_bad_file_is_one_line(tmp_path, text, message):
+def test_bad_file_gives_a_one_line_error(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     if text is not None:
         path.write_bytes(text)
@@ -166,7 +166,7 @@ def test_bad_file_is_one_line(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_what_ships_holds_no_absolute_path_and_is_otherwise_equal(tiny_recipe, tmp_path):
+def test_a_public_recipe_differs_only_in_absolute_paths(tiny_recipe, tmp_path):
     private = tiny_recipe({"data.source": str(tmp_path / "cats"), "teachers.logit": f"local-dir:{tmp_path / 'net'}"})
     public = public_recipe(private)
     assert (public.data.source, public.teachers.logit) == ("cats", "local-dir:net")
@@ -175,7 +175,7 @@ def test_what_ships_holds_no_absolute_path_and_is_otherwise_equal(tiny_recipe, t
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
-def test_a_seed_that_torch_would_refuse_is_refused_here(tiny_recipe, seed):
+def test_a_seed_that_torch_would_reject_is_an_error(tiny_recipe, seed):
     with pytest.raises(RecipeError, match="evaluation.seeds"):
         tiny_recipe({"evaluation.seeds": [seed]})
 
@@ -186,7 +186,7 @@ def test_gray_webp_is_refused(tiny_recipe):
 
 
 @pytest.mark.parametrize("license", ["https://creativecommons.org/licenses/by/4.0/", "CC BY 4.0", "custom: see /TERMS"])
-def test_a_license_ships_as_it_is(tiny_recipe, license):
+def test_a_license_is_published_verbatim(tiny_recipe, license):
     recipe = tiny_recipe({"data.license": license})
     assert public_recipe(recipe).data.license == license
 

@@ -1,4 +1,4 @@
-"""What the stages leave for each other in DIR/work: what is damaged or foreign is made again, and nothing else is."""
+"""Files that the stages exchange in DIR/work: damaged or foreign files are recreated, and nothing else is."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ def flip(path):
 
 
 def kept(folder):
-    """SHA-256 of what the stages leave for each other, without what was set aside, and the notes of times."""
+    """Return the SHA-256 of the files that stages exchange, without the notes of times and files set aside."""
     return {name: sha for name, sha in sha_tree(folder / "work").items() if ".aside-" not in name and name != "times.json"}
 
 
@@ -57,7 +57,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", list(DAMAGE))
-def test_a_damaged_file_of_any_kind_is_named_set_aside_and_made_again(finished_run, copied, caplog, kind):
+def test_a_damaged_file_of_any_kind_is_named_set_aside_and_recreated(finished_run, copied, caplog, kind):
     for file in FILES:
         DAMAGE[kind](copied / "work" / file)
     lines = again(copied, finished_run, caplog)
@@ -73,7 +73,7 @@ def test_a_damaged_file_of_any_kind_is_named_set_aside_and_made_again(finished_r
 
 
 @pytest.mark.parametrize("file", ["jobs/job-00001.safetensors", f"distilled/data/{TABLE}", f"random_real/views/{TABLE}"])
-def test_a_file_without_its_seal_is_made_again_without_a_word(finished_run, copied, caplog, file):
+def test_a_file_without_its_seal_is_silently_recreated(finished_run, copied, caplog, file):
     seal_of(copied / "work" / file).unlink()
     assert again(copied, finished_run, caplog) == []
     assert kept(copied) == kept(finished_run)
@@ -90,13 +90,13 @@ SWAPS = {
 
 
 @pytest.mark.parametrize("kind", list(SWAPS))
-def test_files_in_the_place_of_each_other_are_noticed_with_their_seals(finished_run, copied, caplog, kind):
+def test_swapped_files_are_detected_even_with_their_seals(finished_run, copied, caplog, kind):
     one, two = (copied / "work" / file for file in SWAPS[kind])
     for path, from_ in ((one, SWAPS[kind][1]), (two, SWAPS[kind][0])):
         path.unlink()
         shutil.copyfile(finished_run / "work" / from_, path)
         shutil.copyfile(seal_of(finished_run / "work" / from_), seal_of(path))
-        if kind == "pixels of the sets":  # only who labels views needs them
+        if kind == "pixels of the sets":  # only the labeling of views needs them
             seal_of(path.with_name(VIEWS) / TABLE).unlink()
     lines = again(copied, finished_run, caplog)
     for path in (one, two):
@@ -105,22 +105,22 @@ def test_files_in_the_place_of_each_other_are_noticed_with_their_seals(finished_
     assert sha_tree(copied / "dataset") == sha_tree(finished_run / "dataset")
 
 
-def test_files_of_another_run_are_noticed(finished_run, copied, tmp_path, caplog):
+def test_files_of_another_run_are_detected(finished_run, copied, tmp_path, caplog):
     make(tmp_path / "other", finished_run / "teachers", "synthesis.lr=0.5")
     shutil.rmtree(copied / "work")
     shutil.copytree(tmp_path / "other" / "work", copied / "work")
     lines = again(copied, finished_run, caplog)
     named = {file for file in FILES if any(line.startswith(str(copied / "work" / file)) for line in lines)}
-    assert named == {file for file in FILES if not file.startswith(RANDOM_REAL)}, "the control of both is the same"
+    assert named == {file for file in FILES if not file.startswith(RANDOM_REAL)}, "both runs have the same control"
     assert kept(copied) == kept(finished_run)
     assert sha_tree(copied / "dataset") == sha_tree(finished_run / "dataset")
 
 
-# -- what depends on what -------------------------------------------------------------------------------------------------
+# -- dependencies ---------------------------------------------------------------------------------------------------------
 
 
 def remade(folder, finished_run, *overrides, teachers=None):
-    """Files of DIR/work that a run with other settings writes again."""
+    """Return the files of DIR/work that a run with other settings rewrites."""
     before = mtimes(folder / "work")
     make(folder, teachers or finished_run / "teachers", *overrides)
     after = mtimes(folder / "work")
@@ -131,27 +131,27 @@ def of(*kinds, sets=SETS):
     return {file for file in FILES if file.startswith(sets) and any(kind in file for kind in kinds)}
 
 
-def test_nothing_is_made_again_without_a_change(finished_run, copied):
+def test_nothing_is_recreated_without_a_change(finished_run, copied):
     before = mtimes(copied / "dataset") | mtimes(copied / "control")
     assert remade(copied, finished_run) == set()
     assert mtimes(copied / "dataset") | mtimes(copied / "control") == before
 
 
-def test_tables_that_are_cut_in_the_same_places_stay(finished_run, copied):
+def test_tables_with_the_same_shard_bounds_are_kept(finished_run, copied):
     assert remade(copied, finished_run, "packaging.shard_megabytes=1") == set()
 
 
-def test_lossy_image_files_make_the_labels_again(finished_run, copied):
+def test_lossy_image_files_recreate_the_labels(finished_run, copied):
     assert remade(copied, finished_run, "packaging.image_format=jpeg") == of("")
 
 
 @pytest.mark.parametrize("override", ["relabel.batch_size=5", "relabel.ensemble=mean", "relabel.view.mix=none"])
-def test_other_labels_make_both_tables_again_and_no_image(finished_run, copied, override):
+def test_other_label_settings_recreate_both_tables_and_no_image(finished_run, copied, override):
     assert remade(copied, finished_run, override) == of(IMAGES, VIEWS)
 
 
 def other_weights(finished_run, folder, name):
-    """The teachers of a run, one of them with other weights, as if it had been trained elsewhere."""
+    """Copy the teachers of a run, one of them with other weights, as if it had been trained elsewhere."""
     root = Path(shutil.copytree(finished_run / "teachers", folder))
     teacher = teacher_folder(name, tiny(), root)
     weights = load_file(teacher / "model.safetensors")
@@ -164,8 +164,8 @@ def other_weights(finished_run, folder, name):
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_byobnet"])
-def test_other_weights_make_exactly_what_they_taught_again(finished_run, copied, tmp_path, name):
-    """The first only aligns; the second labels too."""
+def test_other_weights_recreate_exactly_what_depends_on_them(finished_run, copied, tmp_path, name):
+    """The first teacher is only used for alignment; the second also labels."""
     root = other_weights(finished_run, tmp_path / "teachers", f"squeeze:{name}")
     taught = {file for file in FILES if file.startswith(("jobs", DISTILLED))}
     if name == "test_byobnet":
@@ -183,7 +183,7 @@ def artifacts(folder=Path("work"), *overrides, **changes):
 
 
 def keys(files):
-    """The key of each kind of file."""
+    """Return the key of each kind of file."""
     job, images = plan_jobs(tiny())[0], ImageSet(DISTILLED, ((0, 0, 0, 0),), "key of the images")
     shard = Shard("train-0.parquet", range(1))
     return {
@@ -206,14 +206,14 @@ def keys(files):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_key_changes_with_what_the_file_is_made_from_and_with_nothing_else(change, kinds):
+def test_a_key_depends_exactly_on_the_inputs_of_its_file(change, kinds):
     plain = keys(artifacts())
     other = keys(artifacts(Path("work"), change) if isinstance(change, str) else artifacts(**change))
     assert {kind for kind in plain if plain[kind] != other[kind]} == set(kinds)
 
 
-def test_the_key_of_a_shard_says_what_it_holds():
-    """Other epochs, or rows, in a file of the same name: another version of this package may cut elsewhere."""
+def test_the_key_of_a_shard_depends_on_its_rows():
+    """Another version of this package may choose other shard bounds and so store other rows under the same name."""
     files, images = artifacts(), ImageSet(DISTILLED, ((0, 0, 0, 0),), "key")
     for table in (IMAGES, VIEWS):
         one, two = (files.shard(images, table, Shard("train-0.parquet", range(end))) for end in (3, 4))
@@ -229,11 +229,11 @@ def test_each_job_and_precision_has_its_own_files(tmp_path):
     made = [files.job(job) for job in jobs] + [files.failed(job) for job in jobs]
     made += [files.checkpoint(job, precision) for job in jobs for precision in ("float32", "bf16")]
     assert len({file.path for file in made}) == 8
-    assert len({file.key for file in made}) == 6, "a failed job is made from what a finished one is"
+    assert len({file.key for file in made}) == 6, "a failed job has the same inputs as a finished one"
 
 
 def test_jobs_that_an_earlier_version_finished_are_kept(finished_run, copied):
-    """Written out here as that version did: the key stood among the notes."""
+    """The test writes the file as that version did, with the key among the notes."""
     run = run_in(copied, finished_run / "teachers")
     recipe, weights = run.recipe, run.artifacts.weights
     facts = recipe.fingerprint("method", "data", "teachers", "squeeze", "synthesis")
@@ -260,12 +260,12 @@ def test_jobs_that_an_earlier_version_finished_are_kept(finished_run, copied):
 # -- jobs that failed -----------------------------------------------------------------------------------------------------
 
 
-def test_no_job_has_failed_where_there_is_none(tmp_path):
+def test_without_jobs_none_has_failed(tmp_path):
     assert read_failed(tmp_path) == []
 
 
-def test_a_job_that_was_finished_after_all_has_not_failed(finished_run, copied):
-    """Killed between writing the images and removing the mark."""
+def test_a_job_that_finished_later_does_not_count_as_failed(finished_run, copied):
+    """The process was killed between writing the images and removing the mark."""
     failed = copied / "work/jobs/job-00001.failed.safetensors"
     write_tensors(Artifact(failed, "k"), {}, {"job": 1, "reason": "bad"})
     assert read_failed(copied / "work") == []
@@ -275,4 +275,4 @@ def test_a_job_that_was_finished_after_all_has_not_failed(finished_run, copied):
     assert read_failed(copied / "work") == [{"job": 1, "reason": "bad"}]
     seal.write_bytes(data)
     make(copied, finished_run / "teachers")
-    assert not failed.exists(), "it would be listed for ever"
+    assert not failed.exists(), "otherwise the job would always be listed as failed"

@@ -57,7 +57,7 @@ def test_unknown_or_missing_trackers_are_one_line(tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-def test_precision_is_what_the_launch_asks_for_and_never_float16(tmp_path, monkeypatch):
+def test_precision_is_set_by_the_launch_and_never_float16(tmp_path, monkeypatch):
     for asked, precision in (("no", "float32"), ("bf16", "bf16")):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
         AcceleratorState._reset_state(True)
@@ -99,7 +99,7 @@ def test_the_judge_is_the_verifier_or_else_the_logit_teacher(finished_run, tmp_p
     assert with_verifier.judge.name == NAME
 
 
-def test_a_run_of_random_images_wants_no_control(tmp_path, accelerator):
+def test_a_run_of_random_images_has_no_control(tmp_path, accelerator):
     assert Run(tiny(), tmp_path, tmp_path, accelerator).wants_control
     assert not Run(tiny(), tmp_path, tmp_path, accelerator, with_control=False).wants_control
     assert not Run(random_recipe(tiny(), 2), tmp_path, tmp_path, accelerator).wants_control

@@ -30,7 +30,7 @@ def source():
 
 
 def train(folder, finished_run, source, *, rows=(KEPT,), keep=True, settings=None):
-    """Train the students of some rows, as the stage does; the tasks."""
+    """Train the students of some rows, as the stage does, and return the tasks."""
     recipe, data = source
     settings = settings or recipe.evaluation
     made = tasks(folder / "students", recipe, data, rows=rows, settings=settings)
@@ -46,7 +46,7 @@ def train(folder, finished_run, source, *, rows=(KEPT,), keep=True, settings=Non
 
 
 def left(folder):
-    """What the students leave."""
+    """Return the files that the students leave."""
     return {name: sha for name, sha in sha_tree(folder).items() if name.startswith("student")}
 
 
@@ -56,7 +56,7 @@ def kept(finished_run, source, tmp_path_factory):
     return folder, train(folder, finished_run, source)
 
 
-def test_the_kept_student_scores_what_its_facts_and_its_score_say(kept, source):
+def test_the_kept_student_has_the_score_in_its_facts_and_its_score_file(kept, source):
     folder, made = kept
     data = source[1]
     facts = json.loads((folder / "student" / "student.json").read_text())
@@ -86,12 +86,12 @@ def test_the_first_seed_is_that_of_the_settings(source, finished_run, tmp_path):
     assert json.loads((tmp_path / "student" / "student.json").read_text())["seed"] == 7
 
 
-def test_no_student_is_kept_unless_asked(source, finished_run, tmp_path):
+def test_no_student_is_kept_unless_requested(source, finished_run, tmp_path):
     made = train(tmp_path, finished_run, source, keep=False)
     assert {name.removesuffix(".seal") for name in left(tmp_path)} == {f"students/{task.score.path.name}" for task in made}
 
 
-def test_scores_are_not_computed_again(source, finished_run, kept, tmp_path):
+def test_scores_are_not_recomputed(source, finished_run, kept, tmp_path):
     shutil.copytree(kept[0], tmp_path, dirs_exist_ok=True)
     made = tasks(tmp_path / "students", *source, rows=(KEPT,))
     made[0].score.write_json({"top1": 0.125})
@@ -99,13 +99,13 @@ def test_scores_are_not_computed_again(source, finished_run, kept, tmp_path):
     assert made[0].score.read_json() == {"top1": 0.125}
 
 
-def test_a_run_killed_between_student_and_score_makes_both_again(source, finished_run, kept, tmp_path):
+def test_a_run_killed_between_student_and_score_recreates_both(source, finished_run, kept, tmp_path):
     task = tasks(tmp_path / "students", *source, rows=(KEPT,))[0]
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):  # the student is stored first
+    with pytest.raises(KeyboardInterrupt):  # the student is stored before the score
         train_and_score(task, device=DEVICE, keep=killed)
     assert not task.score.path.exists()
     (tmp_path / "student").mkdir()
@@ -114,14 +114,14 @@ def test_a_run_killed_between_student_and_score_makes_both_again(source, finishe
     assert left(tmp_path) == left(kept[0])
 
 
-def test_a_score_without_its_student_is_left_as_it_is(source, finished_run, kept, tmp_path):
+def test_a_score_without_its_student_is_not_changed(source, finished_run, kept, tmp_path):
     shutil.copytree(kept[0], tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "student")
     train(tmp_path, finished_run, source)
     assert not (tmp_path / "student").exists()
 
 
-def test_what_is_measured_comes_together_in_the_table(source, finished_run, tmp_path):
+def test_all_measurements_are_collected_in_the_table(source, finished_run, tmp_path):
     recipe, data = source
     run = run_in(tmp_path / "run", finished_run / "teachers")
     made = tasks(tmp_path, recipe, data, without=["full"])

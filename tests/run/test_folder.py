@@ -1,4 +1,4 @@
-"""The output folder of a run: whose it is, and what an earlier launch left in it."""
+"""The output folder of a run: its owner, and leftovers of an earlier launch."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ def claim(folder, recipe, **more):
 
 
 def kept(folder):
-    """Times of all files but the lock, which is touched by whoever takes it."""
+    """Return the times of all files except the lock, which every process that takes it touches."""
     return {path: time for path, time in mtimes(folder).items() if not path.endswith(LOCK)}
 
 
@@ -54,7 +54,7 @@ def test_another_recipe_is_refused_and_the_keys_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["other files", "a file", "below a file", "broken recipe"])
-def test_foreign_places_are_refused_and_left_alone(tmp_path, kind):
+def test_foreign_folders_are_refused_and_not_changed(tmp_path, kind):
     folder = tmp_path / "out"
     if kind == "other files":
         folder.mkdir()
@@ -71,11 +71,11 @@ def test_foreign_places_are_refused_and_left_alone(tmp_path, kind):
     assert mtimes(tmp_path) == before
 
 
-# -- what an earlier launch left --------------------------------------------------------------------------------------
+# -- leftovers of an earlier launch -----------------------------------------------------------------------------------
 
 
 def killed_in(folder):
-    """A folder as a process leaves it that was killed in the middle of swapping its dataset folder."""
+    """Make a folder as left by a process that was killed while it swapped its dataset folder."""
     claim(folder, tiny())
     write_bytes(folder / ".draft-dataset-x-old" / "README.md", b"whole")
     write_bytes(folder / ".draft-dataset-x" / "README.md", b"half")
@@ -84,16 +84,16 @@ def killed_in(folder):
     (folder / HOLDER).write_text(json.dumps({"host": "gone", "pid": 7, "since": "yesterday"}))
 
 
-def test_what_a_killed_launch_left_is_put_right_and_told(tmp_path):
+def test_leftovers_of_a_killed_launch_are_repaired_and_reported(tmp_path):
     killed_in(tmp_path / "run")
     line = claim(tmp_path / "run", tiny())
     assert line == "process 7 on gone, since yesterday, ended without cleaning up; resuming (2 drafts removed)"
     assert (tmp_path / "run" / "dataset" / "README.md").read_bytes() == b"whole"
-    assert [path.name for path in (tmp_path / "run").rglob(".draft-*")] == [".draft-of-another-run"], "it may be at work"
+    assert [path.name for path in (tmp_path / "run").rglob(".draft-*")] == [".draft-of-another-run"], "it may be active"
     assert claim(tmp_path / "run", tiny()) is None
 
 
-def test_a_launch_that_was_killed_before_it_wrote_its_recipe_left_nothing_foreign(tmp_path):
+def test_a_folder_of_a_launch_killed_before_its_recipe_is_not_foreign(tmp_path):
     for name in (LOCK, HOLDER, ".draft-recipe.yaml-x"):
         write_bytes(tmp_path / "run" / name, b"{}")
     check_folder(tmp_path / "run", tiny())
@@ -102,7 +102,7 @@ def test_a_launch_that_was_killed_before_it_wrote_its_recipe_left_nothing_foreig
 
 
 @pytest.mark.parametrize("text", [None, "synthesis: ["])
-def test_a_fresh_run_moves_the_old_one_aside_whatever_it_is(tmp_path, text):
+def test_a_fresh_run_moves_any_old_run_aside(tmp_path, text):
     folder = tmp_path / "run"
     claim(folder, tiny("seed=3"))
     write_bytes(folder / "work" / "job", b"x")
@@ -118,7 +118,7 @@ def test_a_fresh_run_moves_the_old_one_aside_whatever_it_is(tmp_path, text):
     assert not (folder / "work").exists()
 
 
-def test_a_run_holds_its_folder_for_all_of_its_processes(tmp_path, finished_run):
+def test_a_run_locks_its_folder_for_all_its_processes(tmp_path, finished_run):
     run = run_in(tmp_path / "run", finished_run / "teachers")
     other = tmp_path / "other.yaml"
     other.write_text(dump_recipe(run.recipe))
@@ -139,7 +139,7 @@ with claimed(Path(sys.argv[1]), load_recipe(Path(sys.argv[2]))):
     assert subprocess.run(words, capture_output=True, env=quiet_env(), check=False).returncode == 0
 
 
-def test_a_folder_without_a_recipe_of_its_own_is_held_and_cleared(tmp_path, finished_run):
+def test_a_folder_without_a_recipe_is_locked_and_cleared(tmp_path, finished_run):
     run = run_in(tmp_path / "run", finished_run / "teachers")
     write_bytes(run.folder / "work" / ".draft-x", b"half")
     with held_together(run):

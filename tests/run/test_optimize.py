@@ -28,7 +28,7 @@ def teachers(tiny_teachers, tiny_verifier):
     return {**tiny_teachers, "verifier": tiny_verifier}
 
 
-def test_no_iterations_ship_the_start_images_as_they_are(tiny_recipe, teachers, tiny_verifier):
+def test_with_no_iterations_the_start_images_are_the_result(tiny_recipe, teachers, tiny_verifier):
     made = tiny_recipe({"synthesis.iterations": 0, "synthesis.init": "real_random", "teachers.bn_pool": []})
     initial = start(made)[:, 0].clone()
     result = run_one(made, teachers, initial, verifier=tiny_verifier)
@@ -38,7 +38,7 @@ def test_no_iterations_ship_the_start_images_as_they_are(tiny_recipe, teachers, 
     assert 0 <= result.verifier_top1 <= 1
 
 
-def test_densification_stands_in_the_history(tiny_recipe, teachers):
+def test_the_history_contains_densification(tiny_recipe, teachers):
     (entry,) = run_one(tiny_recipe(TWO_SLOTS | DENSE), teachers).history
     assert list(entry) == ["step", "ce", "bn", "grad", "densification", "lr"]
     assert entry["densification"] > 0
@@ -65,7 +65,7 @@ def test_history_names_its_terms(tiny_recipe, teachers):
                 "synthesis.clamp": False,
                 "synthesis.iterations": 3,
             },
-            1,  # the loss is finite there, its gradient is not
+            1,  # the loss is finite, but its gradient is not
         ),
     ],
 )
@@ -74,7 +74,7 @@ def test_a_loss_that_is_not_finite_names_job_and_iteration(tiny_recipe, teachers
         run_one(tiny_recipe(changes), teachers)
 
 
-def test_a_broken_initial_image_is_found_at_once(tiny_recipe, teachers):
+def test_a_broken_initial_image_is_detected_at_once(tiny_recipe, teachers):
     made = tiny_recipe({"synthesis.iterations": 12})
     job, settings, initial = first_job(made, 1)
     initial[1, 0, 3, 3] = float("nan")
@@ -94,10 +94,10 @@ def test_a_loss_that_breaks_late_names_the_exact_iteration(tiny_recipe, teachers
     made = tiny_recipe({"synthesis.iterations": 30, "teachers.bn_pool": []})
     with pytest.raises(SynthesisError, match="job 0, iteration 14"):
         run_one(made, {"test_resnet": broken})
-    assert len(calls) == 20  # found at the next look, not at the end
+    assert len(calls) == 20  # found at the next check, not at the end
 
 
-def test_out_of_memory_says_that_the_batch_is_not_shrunk(tiny_recipe, teachers):
+def test_the_out_of_memory_error_says_to_lower_the_batch_size(tiny_recipe, teachers):
     full = dataclasses.replace(teachers["test_resnet"], model=copy.deepcopy(teachers["test_resnet"].model))
 
     def fail(*_):
@@ -122,14 +122,14 @@ def test_verifier_is_logged_and_changes_no_byte(tiny_recipe, teachers, tiny_veri
 
 
 @pytest.mark.parametrize(("every", "steps"), [(10, [10, 20, 30]), (15, [20, 30]), (25, [30]), (30, [30]), (1000, [30])])
-def test_verify_every_says_when_the_verifier_is_asked(tiny_recipe, teachers, tiny_verifier, every, steps):
+def test_verify_every_sets_when_the_verifier_runs(tiny_recipe, teachers, tiny_verifier, every, steps):
     made = tiny_recipe({"synthesis.iterations": 30, "synthesis.verify_every": every, "teachers.bn_pool": []})
     history = run_one(made, teachers, verifier=tiny_verifier).history
-    # 15 and 25 fall between looks at the losses: asked at the first look after; and always at the end.
+    # Steps 15 and 25 fall between two checks of the losses: the verifier runs at the next check, and always at the end.
     assert [e["step"] for e in history if "verifier_top1" in e] == steps
 
 
-def test_a_short_run_keeps_to_verify_every(tiny_recipe, teachers, tiny_verifier):
+def test_verify_every_applies_to_a_short_run(tiny_recipe, teachers, tiny_verifier):
     changes = {"synthesis.verify_every": 100, "teachers.bn_pool": []}
     asked = []
     for iterations in (5, 15):
@@ -138,8 +138,8 @@ def test_a_short_run_keeps_to_verify_every(tiny_recipe, teachers, tiny_verifier)
     assert asked[0] == asked[1]
 
 
-def test_shipped_pixels_are_the_optimized_ones(tiny_recipe, teachers):
-    # With a learning rate of almost nothing the image stays, so what ships is the rounded start.
+def test_the_result_has_the_optimized_pixels(tiny_recipe, teachers):
+    # With a learning rate near zero the image does not change, so the result is the rounded start image.
     made = tiny_recipe({"synthesis.lr": 1e-9})
     initial = start(made)[:, 0].clamp(-1.5, 1.5)
     mean, std = reference_mean_std(3)
@@ -149,7 +149,7 @@ def test_shipped_pixels_are_the_optimized_ones(tiny_recipe, teachers):
     assert int((difference != 0).sum()) <= 2
 
 
-def test_result_is_shaped_like_the_input_which_is_left_alone(tiny_recipe, teachers):
+def test_the_result_has_the_shape_of_the_input_which_is_not_modified(tiny_recipe, teachers):
     initial = start(tiny_recipe())[:, 0].contiguous()
     before = initial.clone()
     result = run_one(tiny_recipe(), teachers, initial)
@@ -162,13 +162,13 @@ def test_result_is_shaped_like_the_input_which_is_left_alone(tiny_recipe, teache
     assert result.verifier_top1 is None
 
 
-def test_a_pixel_that_is_not_finite_is_found_though_the_losses_are(tiny_recipe, teachers):
+def test_a_non_finite_pixel_is_detected_despite_finite_losses(tiny_recipe, teachers):
     changes = {"synthesis.lr": 1e38, "synthesis.bn_weight": 1e4, "synthesis.clamp": False, "synthesis.iterations": 1}
     with pytest.raises(NotFiniteError, match="job 0, iteration 1: a pixel is not finite. Lower synthesis.lr"):
         run_one(tiny_recipe(changes), teachers)
 
 
-def test_the_logit_teacher_scores_the_shipped_images(tiny_recipe, teachers):
+def test_the_logit_teacher_scores_the_resulting_images(tiny_recipe, teachers):
     recipe, order = tiny_recipe({"teachers.bn_pool": []}), []
     handle = teachers["test_resnet"].model.register_forward_hook(lambda _m, _i, output: order.append(output))
     try:
@@ -179,7 +179,7 @@ def test_the_logit_teacher_scores_the_shipped_images(tiny_recipe, teachers):
     assert result.logit_top1 == float((order[-1].argmax(1) == torch.arange(3)).float().mean())
 
 
-# -- going on from a checkpoint ----------------------------------------------------------------------------------------
+# -- resuming from a checkpoint ----------------------------------------------------------------------------------------
 
 STEPS = 12
 KINDS = {
@@ -192,7 +192,7 @@ KINDS = {
 
 
 class Killed(BaseException):
-    """The process ends here."""
+    """Stands for the end of the process."""
 
 
 def job_of(tiny_recipe, changes):
@@ -201,14 +201,14 @@ def job_of(tiny_recipe, changes):
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_job_killed_at_any_step_goes_on_to_the_same_bytes(
+def test_a_job_killed_at_any_step_resumes_with_the_same_bytes(
     tiny_recipe, tiny_teachers, tiny_verifier, tiny_images, tmp_path, monkeypatch, kind
 ):
     work, more = job_of(tiny_recipe, KINDS[kind]), {"verifier": tiny_verifier}
     if work[1].conv:
         more["statistics"] = {name: gathered(teacher, tiny_images) for name, teacher in tiny_teachers.items()}
     plain = optimize(*work, tiny_teachers, **more)
-    # With drawn teachers at every step; else around a look at the losses, and where each teacher has had its turn.
+    # All steps with drawn teachers; else around a check of the losses and after each teacher has had its turn.
     for step in range(STEPS) if kind == "drawn teachers" else (1, 4, 9, 10):
         kept, left = Checkpoint(Artifact(tmp_path / str(step), "key"), 0), [step]
 
@@ -231,7 +231,7 @@ def test_a_job_killed_at_any_step_goes_on_to_the_same_bytes(
         assert (again.logit_top1, again.verifier_top1) == (plain.logit_top1, plain.verifier_top1)
 
 
-def test_a_job_that_is_asked_to_stop_goes_on_to_the_same_bytes(tiny_recipe, tiny_teachers, tmp_path):
+def test_a_job_that_was_asked_to_stop_resumes_with_the_same_bytes(tiny_recipe, tiny_teachers, tmp_path):
     work = job_of(tiny_recipe, {})
     plain = optimize(*work, tiny_teachers)
     kept = Checkpoint(Artifact(tmp_path / "c", "key"))
@@ -246,19 +246,19 @@ def test_a_job_that_is_asked_to_stop_goes_on_to_the_same_bytes(tiny_recipe, tiny
     assert torch.equal(optimize(*work, tiny_teachers, checkpoint=kept).images_uint8, plain.images_uint8)
 
 
-def test_a_finished_job_computes_no_step_again(tiny_recipe, tiny_teachers, tmp_path):
+def test_a_finished_job_recomputes_no_step(tiny_recipe, tiny_teachers, tmp_path):
     work, kept, calls = job_of(tiny_recipe, {}), Checkpoint(Artifact(tmp_path / "c", "key"), 0), []
     plain = optimize(*work, tiny_teachers, checkpoint=kept)
     before = mtimes(tmp_path)
     handle = tiny_teachers["test_resnet"].model.register_forward_pre_hook(lambda *_: calls.append(1))
     again = optimize(*work, tiny_teachers, checkpoint=kept)
     handle.remove()
-    assert calls == [1], "only the final score"
+    assert calls == [1], "only the final score is computed"
     assert torch.equal(again.images_uint8, plain.images_uint8)
     assert mtimes(tmp_path) == before
 
 
-def test_a_job_that_goes_bad_leaves_its_state(tiny_recipe, tmp_path):
+def test_a_job_with_a_non_finite_loss_keeps_its_state(tiny_recipe, tmp_path):
     teacher = make_teacher("test_resnet")
     calls = []
 

@@ -1,4 +1,4 @@
-"""The stage package: folders that are whole, tables that are written once."""
+"""The stage package: complete folders, and tables that are written once."""
 
 import errno
 import os
@@ -32,13 +32,13 @@ def again(folder, finished_run, *overrides, wanted=("package",)):
     return make(folder, finished_run / "teachers", *overrides, wanted=wanted)
 
 
-def test_both_folders_vouch_for_their_files(finished_run):
+def test_both_folders_have_hashes_of_their_files(finished_run):
     for name in PARTS.values():
         assert check_folder(finished_run / name).differences == ()
     assert not list(finished_run.rglob(".draft-*"))
 
 
-def test_a_folder_that_is_as_it_should_be_is_left_alone(finished_run, copied):
+def test_a_correct_folder_is_not_changed(finished_run, copied):
     before = mtimes(copied / "dataset") | mtimes(copied / "control")
     again(copied, finished_run)
     assert mtimes(copied / "dataset") | mtimes(copied / "control") == before
@@ -49,21 +49,21 @@ def test_a_folder_that_is_as_it_should_be_is_left_alone(finished_run, copied):
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("name", PARTS)
-def test_a_table_that_ships_is_the_file_that_the_teachers_labeled(finished_run, name, table):
+def test_a_packaged_table_is_the_file_that_the_stage_relabel_wrote(finished_run, name, table):
     ours, shipped = finished_run / "work" / name / table, finished_run / PARTS[name] / table
     assert ours.samefile(shipped)
     assert shipped.stat().st_nlink == 2
 
 
 def edit(path):
-    """As an editor does that writes into the file it has opened: another value of the same length."""
+    """Write another value of the same length into the open file, as some editors do."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_a_table_that_was_edited_in_place_is_noticed_and_made_again(finished_run, copied, table, caplog):
+def test_a_table_edited_in_place_is_detected_and_recreated(finished_run, copied, table, caplog):
     path, shard = copied / "dataset" / table, copied / "work" / "distilled" / table
     edit(path)
     assert shard.samefile(path)
@@ -80,7 +80,7 @@ def test_a_table_that_was_edited_in_place_is_noticed_and_made_again(finished_run
         again(copied.with_name("other"), finished_run)
 
 
-def test_tables_are_copied_where_the_file_system_has_no_second_names(finished_run, copied, monkeypatch):
+def test_tables_are_copied_where_the_file_system_has_no_hard_links(finished_run, copied, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -92,21 +92,21 @@ def test_tables_are_copied_where_the_file_system_has_no_second_names(finished_ru
     assert not path.samefile(shard)
     edit(path)
     again(copied, finished_run)
-    assert sha_tree(copied / "dataset") == sha_tree(finished_run / "dataset"), "copied once more: the shard is whole"
+    assert sha_tree(copied / "dataset") == sha_tree(finished_run / "dataset"), "copied again: the shard is complete"
     shutil.rmtree(copied / "dataset")
     before = mtimes(copied)
-    with file_limit(4000), pytest.raises(OutputError) as error:  # less than a table
+    with file_limit(4000), pytest.raises(OutputError) as error:  # less than the size of a table
         again(copied, finished_run)
     assert "free some disk space" in one_line(error)
     changed = {path for path in before.items() ^ mtimes(copied).items() if "times.json" not in path[0]}
     assert {path for path, _ in changed} <= {str(copied / "recipe.yaml")}, "no draft is left"
 
 
-# -- what is not as it should be --------------------------------------------------------------------------------------
+# -- incorrect folders ------------------------------------------------------------------------------------------------
 
 
 def emptied(path):
-    """Another file in the place of a table, as `mv` and `git` leave it."""
+    """Put another file in place of a table, as `mv` and `git` do."""
     path.unlink()
     path.write_bytes(b"x")
 
@@ -128,7 +128,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", list(DAMAGE))
-def test_what_is_not_as_it_should_be_is_packaged_again_with_the_same_bytes(finished_run, copied, kind):
+def test_an_incorrect_folder_is_packaged_again_with_the_same_bytes(finished_run, copied, kind):
     DAMAGE[kind](copied / "dataset")
     before = mtimes(copied / "control") | mtimes(copied / "work" / "distilled" / "views")
     again(copied, finished_run)
@@ -137,7 +137,7 @@ def test_what_is_not_as_it_should_be_is_packaged_again_with_the_same_bytes(finis
 
 
 @pytest.mark.parametrize("override", ["name=renamed", "evaluation.lr=0.5"])
-def test_other_words_of_the_recipe_reach_the_folder(finished_run, copied, override):
+def test_other_text_in_the_recipe_reaches_the_folder(finished_run, copied, override):
     before = sha_tree(copied / "work" / "distilled" / "views")
     again(copied, finished_run, override)
     for name in PARTS.values():
@@ -147,7 +147,7 @@ def test_other_words_of_the_recipe_reach_the_folder(finished_run, copied, overri
     assert sha_tree(copied / "work" / "distilled" / "views") == before
 
 
-def test_what_somebody_else_has_put_into_the_folder_stays(finished_run, copied):
+def test_files_that_others_put_into_the_folder_are_kept(finished_run, copied):
     for name in ("notes.txt", "extra/more.txt", "data/README.txt"):
         (copied / "dataset" / name).parent.mkdir(exist_ok=True)
         (copied / "dataset" / name).write_text("precious")
@@ -158,7 +158,7 @@ def test_what_somebody_else_has_put_into_the_folder_stays(finished_run, copied):
 
 @pytest.mark.parametrize("gone", ["file", "seal"])
 def test_lost_pixels_are_decoded_again_for_the_grid(finished_run, copied, gone):
-    """They are no part of what ships."""
+    """The pixels are not part of the package."""
     pixels = copied / "work" / "distilled" / "pixels.npy"
     (pixels if gone == "file" else seal_of(pixels)).unlink()
     shutil.rmtree(copied / "dataset")
@@ -167,10 +167,10 @@ def test_lost_pixels_are_decoded_again_for_the_grid(finished_run, copied, gone):
 
 
 @pytest.mark.parametrize("limit", [0, 600, 2000, 6000])
-def test_a_full_disk_leaves_the_old_folder_whole_and_no_draft(finished_run, copied, limit):
+def test_a_full_disk_leaves_the_old_folder_complete_and_no_draft(finished_run, copied, limit):
     """The tables need no space; recipe, provenance, pictures and card do."""
     run = run_in(copied, finished_run / "teachers", "name=renamed")
-    assert len(image_sets(run)) == 2  # the data are loaded
+    assert len(image_sets(run)) == 2  # the data is loaded
     run.teachers(run.recipe.all_teachers)
     before = mtimes(copied)
     with file_limit(limit), pytest.raises(OutputError) as error:
@@ -190,20 +190,20 @@ def test_unlabeled_images_are_not_packaged(finished_run, copied, name, table):
     assert mtimes(copied / "dataset") == before
 
 
-def test_a_run_without_a_control_leaves_no_folder_for_it(finished_run, tmp_path):
+def test_a_run_without_a_control_has_no_control_folder(finished_run, tmp_path):
     make(tmp_path / "run", finished_run / "teachers", with_control=False)
     assert not (tmp_path / "run" / "control").exists()
     assert not (tmp_path / "run" / "work" / "random_real").exists()
     assert sha_tree(tmp_path / "run" / "dataset") == sha_tree(finished_run / "dataset")
 
 
-def test_what_is_missing_is_counted(finished_run, copied):
+def test_missing_images_are_counted(finished_run, copied):
     run = run_in(copied, finished_run / "teachers")
     assert partial_facts(run, tiny().num_images) is None
     assert partial_facts(run, 10) == {"images": 10, "of": 20, "failed_jobs": []}
 
 
-def test_the_record_is_the_provenance_and_names_what_the_folder_was_made_from(finished_run):
+def test_the_record_of_a_folder_is_its_provenance_and_names_its_inputs(finished_run):
     for name, part in PARTS.items():
         record = finished_run / "work" / name / "provenance.json"
         assert record.read_bytes() == (finished_run / part / "provenance.json").read_bytes()
@@ -211,7 +211,7 @@ def test_the_record_is_the_provenance_and_names_what_the_folder_was_made_from(fi
 
 
 def test_renamed_classes_reach_table_and_card(finished_run, tmp_path):
-    """The same images and labels under other names: the table of images says them, the views need not be made again."""
+    """With the same images and labels, only the table of images contains the names, so the views are not recreated."""
     folder, recipe = tmp_path / "run", tiny()
     shutil.copytree(finished_run, folder)
     names = tuple(f"digit {label}" for label in range(10))

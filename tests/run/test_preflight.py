@@ -29,7 +29,7 @@ def test_a_verifier_of_another_architecture_passes():
 
 
 @pytest.mark.parametrize("role", ["logit", "bn_pool"])
-def test_an_architecture_in_the_loss_is_no_verifier(role):
+def test_a_verifier_must_not_share_an_architecture_in_the_loss(role):
     architecture = {"logit": "test_byobnet", "bn_pool": "test_efficientnet"}[role]
     recipe = tiny("teachers.verifier=local-dir:somewhere")
     with pytest.raises(RecipeError, match=f"has the architecture of teacher 'squeeze:{architecture}'"):
@@ -55,12 +55,12 @@ def test_the_check_writes_nothing_and_loads_no_squeezed_teacher(tmp_path):
     assert run.loaded.teachers == {}
 
 
-def test_a_batch_of_more_images_than_there_are_is_found_before_any_work(tmp_path):
+def test_a_batch_larger_than_the_dataset_is_reported_before_any_work(tmp_path):
     with pytest.raises(TeacherError, match="1347"):
         check(run_in(tmp_path / "run", tmp_path / "teachers", "squeeze.batch_size=2000"))
 
 
-def test_teachers_that_cannot_be_a_folder_are_found_before_any_work(tmp_path):
+def test_an_invalid_teachers_folder_is_reported_before_any_work(tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(OutputError) as error:
         check(run_in(tmp_path / "run", tmp_path / "file"))
@@ -68,7 +68,7 @@ def test_teachers_that_cannot_be_a_folder_are_found_before_any_work(tmp_path):
 
 
 def test_an_output_inside_the_data_is_refused(tmp_path):
-    """What is written there would be read as data by the next launch."""
+    """The next launch would read the output as data."""
     (tmp_path / "data").mkdir()
     for folder in (tmp_path / "data", tmp_path / "data" / "deep" / "run"):
         with pytest.raises(OutputError) as error:
@@ -85,7 +85,7 @@ def test_an_output_inside_the_data_is_refused(tmp_path):
         ("package", False, "--stage relabel"), ("evaluate", False, "--stage package"), ("relabel", True, "--stage squeeze"),
     ],
 )  # fmt: skip
-def test_a_stage_needs_what_comes_before_it(tmp_path, stage, folder, word):
+def test_a_stage_requires_the_stages_before_it(tmp_path, stage, folder, word):
     run = run_in(tmp_path / "run", tmp_path / "teachers")
     if not folder:
         (run.folder / "recipe.yaml").unlink()
@@ -105,10 +105,10 @@ def test_a_stage_after_a_fresh_start_has_nothing_before_it(tmp_path, finished_ru
         check_stage(run, "relabel", fresh=True)
 
 
-# -- what the names stand for -----------------------------------------------------------------------------------------
+# -- inputs behind the names ------------------------------------------------------------------------------------------
 
 
-def test_inputs_that_changed_are_noticed_unless_the_run_is_moved_aside(finished_run, tmp_path):
+def test_changed_inputs_are_detected_unless_the_run_is_moved_aside(finished_run, tmp_path):
     teacher = save_timm(tmp_path / "teacher", classes=10, names="0123456789")
     words = [f"teachers.logit=local-dir:{teacher}", f"relabel.teachers=['local-dir:{teacher}']"]
     run = run_in(tmp_path / "run", finished_run / "teachers", *words)
@@ -120,7 +120,7 @@ def test_inputs_that_changed_are_noticed_unless_the_run_is_moved_aside(finished_
     assert recorded == {
         "train": run.data.train.content, "test": run.data.test.content,
         "teachers": {f"local-dir:{teacher}": run.teachers([f"local-dir:{teacher}"])[f"local-dir:{teacher}"].weights_sha256},
-    }, "a squeezed teacher is looked after by its stage"  # fmt: skip
+    }, "the stage squeeze checks a squeezed teacher"  # fmt: skip
     for change in ({"train": "0"}, {"test": "0"}, {"teachers": {f"local-dir:{teacher}": "0"}}):
         path.write_text(json.dumps(recorded | change))
         with pytest.raises(OutputError, match="have changed") as error:
@@ -133,12 +133,12 @@ def test_inputs_that_changed_are_noticed_unless_the_run_is_moved_aside(finished_
 
 
 def needed(folder, *overrides, **more):
-    """Bytes that a run still needs."""
+    """Return the number of bytes that a run still needs."""
     AcceleratorState._reset_state(True)
     return missing_space(Run(tiny(*overrides), folder, folder / "teachers", make_accelerator(), **more))
 
 
-def test_too_little_space_is_one_line_with_both_numbers(tmp_path):
+def test_too_little_space_gives_a_one_line_error_with_both_numbers(tmp_path):
     folder = tmp_path / "not" / "there"
     check_space(needed(folder), folder)
     with pytest.raises(OutputError) as error:
@@ -153,7 +153,7 @@ def test_too_little_space_is_one_line_with_both_numbers(tmp_path):
     check(run, space=False)
 
 
-def test_what_is_there_already_needs_no_space(tmp_path):
+def test_existing_files_need_no_space(tmp_path):
     """A sparse file stands for the labels of an earlier launch."""
     (tmp_path / "work").mkdir()
     with open(tmp_path / "work" / "labels", "wb") as file:

@@ -1,4 +1,4 @@
-"""The stage relabel: both tables of every set, shard by shard; here with an epoch a shard."""
+"""The stage relabel: both tables of every dataset, shard by shard; here with one epoch per shard."""
 
 import shutil
 
@@ -38,7 +38,7 @@ def _an_epoch_a_shard():
 
 
 def begun(finished_run, folder, *overrides, **more):
-    """A run whose jobs are finished."""
+    """Return a run whose jobs are finished."""
     run = run_in(folder, finished_run / "teachers", *overrides, **more)
     shutil.copytree(finished_run / "work" / "jobs", folder / "work" / "jobs", dirs_exist_ok=True)
     return run
@@ -46,14 +46,14 @@ def begun(finished_run, folder, *overrides, **more):
 
 @pytest.fixture(scope="module")
 def labeled(finished_run, tmp_path_factory):
-    """A run up to its dataset that nobody disturbed."""
+    """An undisturbed run up to its dataset."""
     folder = tmp_path_factory.mktemp("labeled") / "run"
     run_stages(begun(finished_run, folder, FOUR), ("synthesize", "relabel", "package"))
     return folder
 
 
 def counted(run, at=None, act=None):
-    """Counts the questions to the teacher of a run; acts at one of them."""
+    """Count the forward passes of the teacher of a run, and call `act` at one of them."""
     calls = []
 
     def hook(*_):
@@ -66,7 +66,7 @@ def counted(run, at=None, act=None):
 
 
 def tables(folder):
-    """The shards of DIR/work that are finished, with their times."""
+    """Return the finished shards of DIR/work with their times."""
     files = mtimes(folder / "work")
     return {path: time for path, time in files.items() if path.endswith(".parquet") and f"{path}.seal" in files}
 
@@ -85,7 +85,7 @@ def test_shards_are_written_in_both_folders_of_a_set(labeled):
             assert rows["batch"].to_pylist() == [0] * 10 + [1] * 10
 
 
-def test_epochs_are_the_same_however_they_are_cut(finished_run, labeled, tmp_path, monkeypatch):
+def test_epochs_do_not_depend_on_the_sharding(finished_run, labeled, tmp_path, monkeypatch):
     monkeypatch.setattr(cutting, "_SHARD_VIEWS", 8192)
     folder = tmp_path / "run"
     run_stages(begun(finished_run, folder, FOUR), ("relabel", "package"))
@@ -105,7 +105,7 @@ ENDS = product([1, 4, 5, 6, 12, CALLS], ["killed", "asked to stop"])
     ("at", "how"),
     rest_slow(ENDS, [(1, "killed"), (5, "asked to stop"), (6, "killed"), (CALLS, "asked to stop")]),
 )
-def test_a_run_that_ends_early_loses_at_most_a_shard(finished_run, labeled, tmp_path, at, how):
+def test_a_run_that_ends_early_loses_at_most_one_shard(finished_run, labeled, tmp_path, at, how):
     folder = tmp_path / "run"
     run = begun(finished_run, folder, FOUR)
     asked = counted(run, at, kill if how == "killed" else stop._wanted.set)
@@ -117,18 +117,18 @@ def test_a_run_that_ends_early_loses_at_most_a_shard(finished_run, labeled, tmp_
     assert not list(folder.rglob(".draft-*"))
     assert not list(folder.rglob("progress-*"))
     kept = tables(folder)
-    assert (at - 1) // 2 <= len(kept) <= at // 2, "two questions a shard"
+    assert (at - 1) // 2 <= len(kept) <= at // 2, "two forward passes per shard"
     again = begun(finished_run, folder, FOUR)
     more = counted(again)
     run_stages(again, ("relabel", "package"))
-    assert len(more) == CALLS - 2 * len(kept), "finished shards are not made again"
+    assert len(more) == CALLS - 2 * len(kept), "finished shards are not recreated"
     assert len(asked) + len(more) <= CALLS + 2
     assert tables(folder).items() >= kept.items()
     for part in ("dataset", "control"):
         assert sha_tree(folder / part) == sha_tree(labeled / part)
 
 
-def test_one_shard_that_is_damaged_is_made_again_alone(finished_run, labeled, tmp_path, caplog):
+def test_only_a_damaged_shard_is_recreated(finished_run, labeled, tmp_path, caplog):
     folder = tmp_path / "run"
     run = begun(finished_run, folder, FOUR)
     run_stages(run, ("relabel", "package"))
@@ -148,7 +148,7 @@ def test_one_shard_that_is_damaged_is_made_again_alone(finished_run, labeled, tm
     assert sha_tree(folder / "control") == sha_tree(labeled / "control")
 
 
-def test_a_second_launch_asks_nobody(finished_run, tmp_path):
+def test_a_second_launch_runs_no_teacher(finished_run, tmp_path):
     run_stages(begun(finished_run, tmp_path / "run"), ("relabel",))
     before = mtimes(tmp_path / "run" / "work")
     again = begun(finished_run, tmp_path / "run")
@@ -161,12 +161,12 @@ def test_a_second_launch_asks_nobody(finished_run, tmp_path):
     }
 
 
-# -- what is labeled -------------------------------------------------------------------------------------------------
+# -- the labeled images ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg"])
-def test_the_teachers_are_asked_about_the_bytes_that_ship(finished_run, tmp_path, image_format):
-    """A lossy format: what is decoded is not what was optimized."""
+def test_the_teachers_label_the_packaged_bytes(finished_run, tmp_path, image_format):
+    """In a lossy format, the decoded pixels differ from the optimized ones."""
     folder = tmp_path / "run"
     run = begun(finished_run, folder, f"packaging.image_format={image_format}", "packaging.jpeg_quality=30")
     run_stages(run, ("relabel", "package"))
@@ -182,7 +182,7 @@ def test_the_teachers_are_asked_about_the_bytes_that_ship(finished_run, tmp_path
     assert np.array_equal(stored, torch.cat(labels).numpy())
 
 
-def test_sets_name_where_each_of_their_images_is(finished_run, tmp_path):
+def test_datasets_record_the_origin_of_each_image(finished_run, tmp_path):
     run = begun(finished_run, tmp_path / "run")
     distilled, control = image_sets(run)
     jobs = plan_jobs(run.recipe)
@@ -194,8 +194,8 @@ def test_sets_name_where_each_of_their_images_is(finished_run, tmp_path):
     assert (len(distilled), len(control)) == (20, 20)
 
 
-def test_images_in_several_shards_are_those_of_one(finished_run, tmp_path):
-    """Large images from two batches: the cut is between them, and changes no label."""
+def test_images_in_several_shards_equal_those_in_one(finished_run, tmp_path):
+    """Large images from two batches: the shards are split between the batches, and no label changes."""
     teacher = save_timm(tmp_path / "teacher", classes=10, names="0123456789")
     words = (
         "data.size=256", "synthesis.iterations=0", f"teachers.logit=local-dir:{teacher}", "teachers.bn_pool=[]",
@@ -210,11 +210,11 @@ def test_images_in_several_shards_are_those_of_one(finished_run, tmp_path):
     assert sha_tree(whole.dataset / "views") == sha_tree(cut.dataset / "views")
 
 
-# -- what it needs ----------------------------------------------------------------------------------------------------
+# -- requirements -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("left_out", [[0], [0, 1]])
-def test_unfinished_jobs_are_named_with_the_stage_that_makes_them(finished_run, tmp_path, left_out):
+def test_the_error_names_unfinished_jobs_and_the_stage_that_makes_them(finished_run, tmp_path, left_out):
     run = begun(finished_run, tmp_path / "run")
     for job in left_out:
         seal_of(job_file(run.work, job)).unlink()
@@ -224,7 +224,7 @@ def test_unfinished_jobs_are_named_with_the_stage_that_makes_them(finished_run, 
     assert "--stage synthesize" in one_line(error)
 
 
-def test_too_little_memory_names_batch_and_teachers(finished_run, tmp_path):
+def test_the_out_of_memory_error_names_batch_and_teachers(finished_run, tmp_path):
     run = begun(finished_run, tmp_path / "run")
 
     def full():

@@ -1,4 +1,4 @@
-"""The stage squeeze, and the teachers that it leaves for the others."""
+"""The stage squeeze and the teachers that it provides to the other stages."""
 
 import json
 import shutil
@@ -21,14 +21,14 @@ def teachers(finished_run, tmp_path):
     return Path(shutil.copytree(finished_run / "teachers", tmp_path / "teachers"))
 
 
-def test_a_teacher_that_is_missing_says_which_stage_makes_it(tmp_path):
+def test_the_error_for_a_missing_teacher_names_the_stage_that_makes_it(tmp_path):
     with pytest.raises(StageError) as error:
         run_in(tmp_path / "run", tmp_path / "teachers").teachers([NAME])
     assert "--stage squeeze" in one_line(error)
     assert NAME in one_line(error)
 
 
-def test_changed_weights_of_a_teacher_are_noticed_before_it_teaches(teachers, tmp_path):
+def test_changed_weights_of_a_teacher_are_detected_before_use(teachers, tmp_path):
     path = teacher_folder(NAME, tiny(), teachers) / "model.safetensors"
     weights = load_file(path)
     weights["conv_stem.weight"][0, 0, 0, 0] += 1
@@ -38,7 +38,7 @@ def test_changed_weights_of_a_teacher_are_noticed_before_it_teaches(teachers, tm
     assert "changed after" in one_line(error)
 
 
-def test_changed_weights_are_trained_again_by_their_stage(finished_run, teachers, tmp_path, caplog):
+def test_the_stage_squeeze_retrains_changed_weights(finished_run, teachers, tmp_path, caplog):
     folder, other = (teacher_folder(name, tiny(), teachers) for name in (NAME, "squeeze:test_byobnet"))
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
     before = mtimes(other)
@@ -52,7 +52,7 @@ def test_changed_weights_are_trained_again_by_their_stage(finished_run, teachers
     assert mtimes(other) == before
 
 
-def test_the_score_of_each_squeezed_teacher_is_known(finished_run):
+def test_the_score_of_each_squeezed_teacher_is_returned(finished_run):
     run = run_in(finished_run, finished_run / "teachers")
     scores = run.squeezed_top1
     assert set(scores) == {NAME, "squeeze:test_byobnet"}

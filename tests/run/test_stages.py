@@ -35,7 +35,7 @@ def done(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def light(done, tmp_path_factory):
-    """A finished run without the costly ceiling row, to copy and damage."""
+    """A finished run without the expensive ceiling row, for tests that copy and damage it."""
     folder = tmp_path_factory.mktemp("runs") / "light"
     assert go(folder, *LIGHT, teachers=done / "teachers") == 0
     return folder
@@ -46,7 +46,7 @@ def copied(light, tmp_path):
     return copy_run(light, tmp_path / "copy")
 
 
-# -- what a run leaves ------------------------------------------------------------------------------------------------
+# -- the results of a run ---------------------------------------------------------------------------------------------
 
 
 def test_the_folder_is_complete(done):
@@ -93,7 +93,7 @@ def test_the_report_is_complete(done):
     assert "distilled minus random real" in report["evaluation"]["in_words"]
 
 
-def test_the_student_is_the_first_one_of_the_table(done):
+def test_the_kept_student_is_the_first_one_in_the_table(done):
     facts, report = (json.loads((done / name).read_text()) for name in ("student/student.json", "report.json"))
     row = report["evaluation"]["rows"][0]
     assert (row["images"], row["labels"]) == ("distilled", "soft")
@@ -107,7 +107,7 @@ def test_the_student_is_the_first_one_of_the_table(done):
     assert timm.create_model(f"local-dir:{done / 'student'}", pretrained=True).num_classes == 10
 
 
-def test_data_set_and_control_hold_what_they_say(done):
+def test_dataset_and_control_contain_the_expected_images(done):
     source = load_source(tiny().data)
     distilled, control = load_distilled(done / "dataset"), load_distilled(done / "control")
     rows = real_rows(source, 2, seed=0)
@@ -137,7 +137,7 @@ def test_the_card_is_the_evaluated_one_without_times(done):
         assert str(done.parent) not in text
 
 
-# -- going on ---------------------------------------------------------------------------------------------------------
+# -- resuming ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_launch_changes_no_byte_and_trains_nothing(done):
@@ -170,7 +170,7 @@ def test_stage_by_stage_gives_the_same_bytes_as_all_at_once(light, tmp_path):
         "work/students/distilled-soft-seed0.json", "dataset", "work",
     ],
 )  # fmt: skip
-def test_what_is_missing_is_made_again_with_the_same_bytes(light, copied, done, gone):
+def test_missing_files_are_recreated_with_the_same_bytes(light, copied, done, gone):
     path = copied / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     left = {p: t for p, t in mtimes(copied / "work" / "jobs").items() if not p.startswith(str(path))}
@@ -180,13 +180,13 @@ def test_what_is_missing_is_made_again_with_the_same_bytes(light, copied, done, 
     assert sha_tree(copied / "student") == sha_tree(light / "student")
     jobs = {name: sha for name, sha in sha_tree(copied / "work" / "jobs").items() if ".aside-" not in name}
     assert jobs == sha_tree(light / "work" / "jobs")
-    assert {p: mtimes(copied)[p] for p in left} == left, "a finished job is not touched"
+    assert {p: mtimes(copied)[p] for p in left} == left, "a finished job is not changed"
     ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (copied, light))
     assert ours["evaluation"] == theirs["evaluation"]
 
 
-def test_jobs_of_another_recipe_are_not_taken(light, done, tmp_path):
-    """A work folder moved under another recipe: its jobs carry another fingerprint."""
+def test_jobs_of_another_recipe_are_not_used(light, done, tmp_path):
+    """In a work folder moved under another recipe, the jobs have another fingerprint."""
     shutil.copytree(light / "work" / "jobs", tmp_path / "out" / "work" / "jobs")
     overrides = ("synthesis.lr=0.5",)
     make(tmp_path / "out", done / "teachers", *overrides, wanted=("synthesize",))
@@ -205,7 +205,7 @@ def test_jobs_of_another_recipe_are_not_taken(light, done, tmp_path):
         ("evaluate", "work/jobs", "--stage package"),
     ],
 )  # fmt: skip
-def test_a_stage_out_of_order_is_one_line(light, done, tmp_path, capsys, stage, there, word):
+def test_a_stage_out_of_order_gives_a_one_line_error(light, done, tmp_path, capsys, stage, there, word):
     if there == "work/jobs":
         shutil.copytree(light / there, tmp_path / "out" / there)
         shutil.copy(light / "recipe.yaml", tmp_path / "out")
@@ -234,7 +234,7 @@ def test_each_init_starts_from_its_own_images(done, tmp_path):
     assert len({image.numpy().tobytes() for image in images["noise"]}) == 20
 
 
-def test_a_small_class_leaves_the_control_out_and_held_out_images_are_named_so(tmp_path):
+def test_a_small_class_omits_the_control_and_held_out_images_are_named(tmp_path):
     pictures = [random_picture(16, 16, "L", seed=i) for i in range(24)]
     labels = [0] * 2 + [1] * 11 + [2] * 11
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
@@ -260,7 +260,7 @@ def test_a_small_class_leaves_the_control_out_and_held_out_images_are_named_so(t
 
 
 def test_two_processes_give_the_same_bytes_as_one(done, tmp_path):
-    """Noise init and one teacher left to train: the processes have unequal work, and no reason to meet by chance."""
+    """With noise init and one teacher left to train, the processes have unequal work and meet only at barriers."""
     overrides = [*LIGHT, "synthesis.init=noise"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert go(one, *overrides, teachers=done / "teachers") == 0
@@ -283,11 +283,11 @@ def test_two_processes_give_the_same_bytes_as_one(done, tmp_path):
     assert weights[0] == weights[1]
 
 
-# -- what stands behind a name ----------------------------------------------------------------------------------------
+# -- inputs behind a name ---------------------------------------------------------------------------------------------
 
 
 def gray_folder(folder, *, shift):
-    """A Parquet folder of four classes; `shift` rotates the labels."""
+    """Write a Parquet folder of four classes; `shift` rotates the labels."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("abcd"))})
     for split, per_class in (("train", 40), ("test", 4)):
         count = 4 * per_class
@@ -302,7 +302,7 @@ def gray_folder(folder, *, shift):
 
 
 @pytest.mark.parametrize("where", ["same output", "new output"])
-def test_data_that_changed_behind_their_name_are_noticed(tmp_path, capsys, where):
+def test_changed_data_under_the_same_name_is_detected(tmp_path, capsys, where):
     source = gray_folder(tmp_path / "source", shift=0)
     words = [f"data.source={source}", "data.num_classes=4", "relabel.batch_size=8", "synthesis.batch_size=4", *LIGHT]
     teachers = tmp_path / "teachers"
@@ -323,19 +323,19 @@ def test_data_that_changed_behind_their_name_are_noticed(tmp_path, capsys, where
         ("teachers.verifier=squeeze:dpn48b", "no linear classifier"),
     ],
 )
-def test_a_network_that_cannot_do_its_part_fails_before_any_work(tmp_path, capsys, override, words):
+def test_an_unsuitable_network_fails_before_any_work(tmp_path, capsys, override, words):
     assert go(tmp_path / "run", override) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_verifier_under_another_name_is_found_out(done, tmp_path, capsys):
+def test_a_verifier_under_another_name_is_detected(done, tmp_path, capsys):
     twin = next((done / "teachers").glob("test_byobnet-*"))
     assert go(tmp_path / "run", f"teachers.verifier=local-dir:{twin}") == 2
     assert "has the architecture of teacher 'squeeze:test_byobnet'" in capsys.readouterr().err
 
 
-def test_packaging_the_same_again_keeps_the_figures_in_the_card(copied, done):
+def test_packaging_the_same_again_keeps_the_scores_in_the_card(copied, done):
     """`--stage package --push-to-hub` on an evaluated run must not publish a card that says *not yet run*."""
     card = (copied / "dataset" / "README.md").read_text()
     assert "Not yet run" not in card
@@ -343,13 +343,13 @@ def test_packaging_the_same_again_keeps_the_figures_in_the_card(copied, done):
     assert (copied / "dataset" / "README.md").read_text() == card
 
 
-def test_figures_go_with_what_vouched_for_the_tables(copied, done):
+def test_scores_are_dropped_without_the_hashes_of_the_tables(copied, done):
     (copied / "dataset" / "provenance.json").unlink()
     assert go(copied, *LIGHT, "--stage", "package", teachers=done / "teachers") == 0
     assert "Not yet run" in (copied / "dataset" / "README.md").read_text()
 
 
-def test_packaging_other_tables_drops_the_figures(copied, done):
+def test_packaging_other_tables_drops_the_scores(copied, done):
     provenance = copied / "dataset" / "provenance.json"
     value = json.loads(provenance.read_text())
     value["files"]["data/train-00000-of-00001.parquet"]["sha256"] = "0" * 64

@@ -1,4 +1,4 @@
-"""Statistics of convolutions over the real data, kept on the disk."""
+"""Statistics of convolutions over the real data, kept on disk."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def split_of(images):
 
 @pytest.fixture
 def keep(small, split, tmp_path):
-    """Ask for the statistics; gives them, and in how many passes over the data they were made."""
+    """Request the statistics; return them and the number of passes over the data."""
 
     def ask(teacher=small, split=split, patch=8):
         passes = []
@@ -49,7 +49,7 @@ def files(folder):
     return sorted(folder.glob("statistics/*/conv.safetensors"))
 
 
-def test_they_are_made_once(keep, small, tiny_images, tmp_path):
+def test_statistics_are_computed_once(keep, small, tiny_images, tmp_path):
     first, passes = keep()
     assert passes == 1
     again, passes = keep()
@@ -62,7 +62,7 @@ def test_they_are_made_once(keep, small, tiny_images, tmp_path):
     assert json.loads(seal_of(path).read_text())["notes"]["weights_sha256"] == small.weights_sha256
 
 
-def test_everything_they_depend_on_makes_another_file(keep, small, tiny_images, tmp_path):
+def test_a_change_of_any_input_makes_another_file(keep, small, tiny_images, tmp_path):
     keep()
     changes = [
         {"split": split_of(255 - tiny_images)},
@@ -99,12 +99,12 @@ def spoil(path, how):
 
 
 @pytest.mark.parametrize("how", ["bytes", "cut", "gone", "seal", "foreign"])
-def test_a_damaged_or_foreign_file_is_set_aside_and_made_again(keep, tmp_path, caplog, how):
+def test_a_damaged_or_foreign_file_is_set_aside_and_recreated(keep, tmp_path, caplog, how):
     first, _ = keep()
     (path,) = files(tmp_path)
     before = {key: value.clone() for key, value in first.items()}
     spoil(path, how)
-    assert same(first, before)  # what is in use does not change with the file
+    assert same(first, before)  # statistics in use do not change with the file
     caplog.clear()
     again, passes = keep()
     assert passes == 1
@@ -115,7 +115,7 @@ def test_a_damaged_or_foreign_file_is_set_aside_and_made_again(keep, tmp_path, c
     assert keep()[1] == 0
 
 
-def test_an_unfinished_file_counts_as_not_there(keep, tmp_path):
+def test_an_unfinished_file_counts_as_missing(keep, tmp_path):
     first, _ = keep()
     (path,) = files(tmp_path)
     seal_of(path).unlink()
@@ -126,7 +126,7 @@ def test_an_unfinished_file_counts_as_not_there(keep, tmp_path):
     assert not list(path.parent.glob(".draft-*"))
 
 
-def test_two_that_want_it_at_once_get_one_and_the_same(keep, monkeypatch, tmp_path):
+def test_concurrent_requests_compute_the_statistics_once(keep, monkeypatch, tmp_path):
     made, results, inside = [], [], threading.Event()
 
     def slow(*args, **kwargs):
@@ -149,7 +149,7 @@ def test_two_that_want_it_at_once_get_one_and_the_same(keep, monkeypatch, tmp_pa
     assert same(keep()[0], results[0])
 
 
-def test_gathering_stops_when_it_is_asked_to_and_keeps_nothing(small, tiny_images, tmp_path):
+def test_gathering_stops_on_request_and_keeps_nothing(small, tiny_images, tmp_path):
     split, seen = split_of(tiny_images), []
     assert split.content, "read before"
     handle = small.model.register_forward_pre_hook(lambda *_: seen.append(interruption._wanted.set()))
@@ -161,7 +161,7 @@ def test_gathering_stops_when_it_is_asked_to_and_keeps_nothing(small, tiny_image
     finally:
         handle.remove()
         interruption._wanted.clear()
-    assert len(seen) == 1, "left before the second batch"
+    assert len(seen) == 1, "stopped before the second batch"
     assert files(tmp_path) == []
 
 
@@ -171,7 +171,7 @@ def small_batches(*args, **kwargs):
     return shuffled_batches(*args, **kwargs, batch_size=3)
 
 
-def test_out_of_memory_is_one_line(small, split, tmp_path):
+def test_out_of_memory_gives_a_one_line_error(small, split, tmp_path):
     def fail(*_):
         raise torch.OutOfMemoryError("no room")
 

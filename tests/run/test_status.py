@@ -30,7 +30,7 @@ def copied(finished_run, tmp_path):
 
 
 def shown(folder):
-    """The state of a run, which changes nothing, and whose last line is the same state."""
+    """Return the state of a run, after checking that this changes nothing and that the last line has the same state."""
     before = mtimes(folder)
     state = survey(folder)
     *lines, last = status_text(state).split("\n")
@@ -53,7 +53,7 @@ def test_a_run_that_has_not_begun(tmp_path):
     assert "synthesize  0 of 2 jobs done, 2 left" in lines
 
 
-def test_a_run_with_its_data_set(finished_run):
+def test_a_run_with_its_dataset(finished_run):
     state, lines = shown(finished_run)
     assert counts(state) == {"synthesize": (2, 2), "relabel": (2, 2), "package": (2, 2), "evaluate": (0, 15)}
     assert state["fingerprint"] == tiny().fingerprint()
@@ -63,12 +63,12 @@ def test_a_run_with_its_data_set(finished_run):
     assert any(line.startswith("evaluate    0 of 15 students done, 15 left") for line in lines)
 
 
-def test_a_run_that_was_killed_in_the_middle(copied):
+def test_a_run_that_was_killed(copied):
     (copied / "work/jobs/job-00001.safetensors.seal").unlink()
     write_tensors(Artifact(copied / "work/jobs/job-00001.checkpoint.safetensors", "k"), {})
     (copied / "work/distilled/views/train-00000-of-00001.parquet.seal").unlink()
     Artifact(copied / "work/students/distilled-soft-seed0.json", "k").write_json({"top1": 0.5})
-    (copied / "work/students/distilled-soft-seed1.json").write_text("{}")  # its seal is not there yet
+    (copied / "work/students/distilled-soft-seed1.json").write_text("{}")  # its seal does not exist yet
     write_json(copied / "work/progress-0.json", PROGRESS)
     write_json(copied / ".holder.json", {"host": "h", "pid": 1, "since": "then"})
     state, lines = shown(copied)
@@ -79,7 +79,7 @@ def test_a_run_that_was_killed_in_the_middle(copied):
     assert "unfinished  1 with a checkpoint: job-00001.checkpoint.safetensors" in lines
 
 
-def test_a_run_that_is_at_work(copied):
+def test_a_run_in_progress(copied):
     write_json(copied / "work/progress-0.json", PROGRESS)
     write_json(copied / "work/progress-1.json", PROGRESS | {"seconds_left": None})
     (copied / "work/progress-2.json").write_text("{")
@@ -111,7 +111,7 @@ def test_failed_jobs_and_damaged_files(copied):
     assert "set aside   work/distilled/pixels.npy.aside-1" in lines
 
 
-def test_a_seal_that_cannot_be_read_is_no_reason_to_say_nothing(copied):
+def test_an_unreadable_seal_does_not_prevent_the_status(copied):
     path = copied / "work/jobs/job-00001.failed.safetensors"
     write_tensors(Artifact(path, "k"), {}, {"job": 1, "reason": "bad"})
     path.with_name(path.name + ".seal").write_text("garbage")
@@ -123,7 +123,7 @@ def test_a_seal_that_cannot_be_read_is_no_reason_to_say_nothing(copied):
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "other files", "broken recipe"])
-def test_a_folder_without_a_run_is_one_line(tmp_path, kind):
+def test_a_folder_without_a_run_gives_a_one_line_error(tmp_path, kind):
     folder = tmp_path / "run"
     if kind != "missing":
         folder.mkdir()
@@ -138,7 +138,7 @@ def test_a_folder_without_a_run_is_one_line(tmp_path, kind):
     assert mtimes(tmp_path) == before
 
 
-def test_the_command_prints_it(finished_run, tmp_path, capsys):
+def test_the_command_prints_the_status(finished_run, tmp_path, capsys):
     before = mtimes(finished_run)
     assert launch(finished_run, name="status", recipe=None) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == survey(finished_run)
@@ -152,7 +152,7 @@ def test_the_command_prints_it(finished_run, tmp_path, capsys):
     assert mtimes(finished_run) == before
 
 
-def test_teachers_are_done_when_all_are(copied):
+def test_teachers_are_done_when_all_are_trained(copied):
     assert "squeeze     done" in shown(copied)[1][1]
     (copied / "work" / "squeezed.json").unlink()
     assert "squeeze     started" in shown(copied)[1][1]

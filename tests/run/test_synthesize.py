@@ -1,4 +1,4 @@
-"""The stage synthesize: jobs that go on, go bad, and are tried again."""
+"""The stage synthesize: jobs that resume, diverge, and are retried."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from prism_hf.runtime.store import read_proof, sha256_of
 from prism_hf.runtime.tensors import read_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-# Two steps throw the pixels of slot 0 out of float32; slot 1 makes only the first of them.
+# After two steps, the pixels of slot 0 overflow float32; slot 1 takes only the first of these steps.
 BAD = ("synthesis.iterations=2", "synthesis.ladder={step: 1, period: 2}", "synthesis.lr=1.0e+38", "synthesis.clamp=false")
 LIGHT = ("evaluation.full_data_epochs=0", "evaluation.seeds=[0]")
 
@@ -32,13 +32,13 @@ def go(folder, finished_run, *words):
 
 @pytest.fixture(scope="module")
 def failed(finished_run, tmp_path_factory):
-    """A run whose job 0 goes bad."""
+    """A run whose job 0 diverges."""
     folder = tmp_path_factory.mktemp("failed") / "run"
     assert go(folder, finished_run, *BAD) == 2
     return folder
 
 
-def test_a_job_that_goes_bad_is_marked_and_the_others_are_finished(failed):
+def test_a_diverging_job_is_marked_and_the_others_finish(failed):
     files = {path.name for path in (failed / "work" / "jobs").glob("*.safetensors")}
     assert files == {"job-00000.failed.safetensors", "job-00001.safetensors"}
     (note,) = read_failed(failed / "work")
@@ -61,10 +61,10 @@ def test_the_error_names_the_job_and_what_to_do(failed, finished_run, tmp_path, 
     assert "1 job(s) failed: 0" in line
     assert "--allow-partial" in line
     log = (tmp_path / "run" / "logs" / "run.log").read_text()
-    assert log.count("the job is marked as failed") == 2, "it was tried again"
+    assert log.count("the job is marked as failed") == 2, "the job was retried"
 
 
-def test_the_rest_is_packaged_when_that_is_asked_for(failed, finished_run, tmp_path):
+def test_the_other_jobs_are_packaged_on_request(failed, finished_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(failed, folder)
     assert go(folder, finished_run, *BAD, "--allow-partial") == 0
@@ -94,20 +94,20 @@ def test_a_partial_set_needs_at_least_one_job(finished_run, tmp_path):
     assert len(read_failed(tmp_path / "run" / "work")) == 2
 
 
-def test_a_complete_set_has_no_word_about_missing_images(finished_run):
+def test_a_complete_dataset_does_not_mention_missing_images(finished_run):
     assert "partial" not in json.loads((finished_run / "dataset" / "provenance.json").read_text())
 
 
-# -- once more ---------------------------------------------------------------------------------------------------------
+# -- retries -----------------------------------------------------------------------------------------------------------
 
 
 def broken(run, spoil):
-    """The logit teacher of a run with a hook on its answers."""
+    """Put a hook on the outputs of the logit teacher of a run."""
     teacher = run.teachers(run.recipe.teachers.synthesis_names)[run.recipe.teachers.logit]
     return teacher.model.register_forward_hook(lambda _module, _inputs, output: spoil(output))
 
 
-def test_a_failed_job_is_tried_again_at_the_next_launch(finished_run, tmp_path):
+def test_the_next_launch_retries_a_failed_job(finished_run, tmp_path):
     run, calls = run_in(tmp_path / "run", finished_run / "teachers"), []
 
     def once(output):
@@ -124,8 +124,8 @@ def test_a_failed_job_is_tried_again_at_the_next_launch(finished_run, tmp_path):
     assert sha_tree(tmp_path / "run" / "dataset") == sha_tree(finished_run / "dataset")
 
 
-def test_a_job_that_goes_bad_in_bf16_is_made_in_float32(finished_run, tmp_path, monkeypatch, caplog):
-    """The teacher answers beyond every range under autocast only."""
+def test_a_job_that_diverges_in_bf16_is_repeated_in_float32(finished_run, tmp_path, monkeypatch, caplog):
+    """The outputs of the teacher overflow only under autocast."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     run = run_in(tmp_path / "run", finished_run / "teachers")
     assert run.precision == "bf16"
@@ -141,7 +141,7 @@ def test_a_job_that_goes_bad_in_bf16_is_made_in_float32(finished_run, tmp_path, 
     assert caplog.text.count("retrying in float32") == 2
 
 
-def test_bf16_is_used_where_it_is_asked_for(finished_run, tmp_path, monkeypatch):
+def test_bf16_is_used_where_requested(finished_run, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     run = run_in(tmp_path / "run", finished_run / "teachers")
     seen = set()
@@ -152,14 +152,14 @@ def test_bf16_is_used_where_it_is_asked_for(finished_run, tmp_path, monkeypatch)
 
     broken(run, look)
     run_stages(run, ("synthesize", "relabel", "package"))
-    assert seen == {True, False}, "the final score is not under autocast"
+    assert seen == {True, False}, "the final score is computed without autocast"
     assert {read_proof(job_file(run.work, job)).notes["precision"] for job in range(2)} == {"bf16"}
     for name, precision in (("dataset", "bf16"), ("control", "float32")):
         provenance = json.loads((tmp_path / "run" / name / "provenance.json").read_text())
         assert provenance["hardware"]["precision"] == precision
 
 
-# -- going on ----------------------------------------------------------------------------------------------------------
+# -- resuming ----------------------------------------------------------------------------------------------------------
 
 KINDS = {
     "drawn teachers": ("teachers.selection=per_iteration", "teachers.draw_probability=0.5", "synthesis.init=noise"),
@@ -175,7 +175,7 @@ STOPS = {"killed": KeyboardInterrupt, "asked to stop": StoppedError}
 
 @pytest.fixture(scope="module")
 def undisturbed(finished_run, tmp_path_factory):
-    """The jobs of a run of each kind, and what it has loaded; each is made once."""
+    """Return the jobs of a run of each kind, and the objects it has loaded; each run is made once."""
     made = {}
 
     def get(kind):
@@ -188,14 +188,14 @@ def undisturbed(finished_run, tmp_path_factory):
     return get
 
 
-# Of the default run: either kind of run, either kind of end, the first step, one between, the last.
+# The default test run covers both kinds of run, both kinds of end, and the first, a middle and the last step.
 ENDS = [
     (kind, at, how) for kind, ats in zip(KINDS, [(1, 6), (2, 6)], strict=True) for at, how in zip(ats, STOPS, strict=True)
 ]
 
 
 def stopped(run, at, how):
-    """A run that ends when its logit teacher is asked for the n-th time, in a step."""
+    """Run until the n-th forward pass of the logit teacher, which is inside a step."""
     calls = []
 
     def act(output):
@@ -216,12 +216,12 @@ def stopped(run, at, how):
 
 
 @pytest.mark.parametrize(("kind", "at", "how"), rest_slow(product(KINDS, [1, 2, 6], STOPS), ENDS))
-def test_a_run_that_ends_in_a_job_goes_on_to_the_same_bytes(finished_run, undisturbed, tmp_path, caplog, kind, at, how):
-    """Killed at a step, it has the steps before; asked to stop, it finishes the step."""
+def test_a_run_that_ends_in_a_job_resumes_to_the_same_bytes(finished_run, undisturbed, tmp_path, caplog, kind, at, how):
+    """A run killed in a step keeps the steps before it; a run that is asked to stop finishes the step."""
     expected, loaded = undisturbed(kind)
     words, more = (tmp_path / "run", finished_run / "teachers", STEPS, *KINDS[kind]), {"loaded": loaded}
     stopped(run_in(*words, **more, checkpoint_s=0.0 if how == "killed" else 100.0), at, how)
-    asked_in = 2 * at - 1 if kind == "G-VBSM" else at  # two teachers take turns there
+    asked_in = 2 * at - 1 if kind == "G-VBSM" else at  # two teachers alternate in this run
     jobs, done = tmp_path / "run" / "work" / "jobs", asked_in - (how == "killed")
     checkpoints = list(jobs.glob("*.checkpoint.safetensors"))
     assert len(checkpoints) == (done > 0)
@@ -233,7 +233,7 @@ def test_a_run_that_ends_in_a_job_goes_on_to_the_same_bytes(finished_run, undist
     assert sha_tree(jobs) == expected
 
 
-def test_a_finished_job_computes_no_step_again(finished_run, tmp_path, caplog):
+def test_a_finished_job_recomputes_no_step(finished_run, tmp_path, caplog):
     folder = tmp_path / "run"
     shutil.copytree(finished_run, folder)
     before, run, calls = mtimes(folder / "work" / "jobs"), run_in(folder, finished_run / "teachers"), []
@@ -243,10 +243,10 @@ def test_a_finished_job_computes_no_step_again(finished_run, tmp_path, caplog):
     assert calls == []
     assert mtimes(folder / "work" / "jobs") == before
     assert "synthesize: 2 of 2 jobs done, 0 to do" in caplog.messages
-    assert "checkpoint" not in caplog.text, "nothing is said of what is not to be done"
+    assert "checkpoint" not in caplog.text, "finished work is not mentioned"
 
 
-def test_a_job_that_was_killed_between_its_images_and_its_checkpoint_leaves_none(finished_run, tmp_path):
+def test_a_job_killed_between_writing_images_and_removing_its_checkpoint_leaves_none(finished_run, tmp_path):
     words = (tmp_path / "run", finished_run / "teachers")
     stopped(run_in(*words, checkpoint_s=0.0), 3, "killed")
     for path in (finished_run / "work" / "jobs").iterdir():
@@ -255,7 +255,7 @@ def test_a_job_that_was_killed_between_its_images_and_its_checkpoint_leaves_none
     assert sha_tree(tmp_path / "run" / "work" / "jobs") == sha_tree(finished_run / "work" / "jobs")
 
 
-def test_a_checkpoint_of_another_precision_is_no_start(finished_run, tmp_path, monkeypatch, caplog):
+def test_a_checkpoint_of_another_precision_is_not_used(finished_run, tmp_path, monkeypatch, caplog):
     words = (tmp_path / "run", finished_run / "teachers")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     stopped(run_in(*words, checkpoint_s=0.0), 3, "killed")

@@ -50,7 +50,7 @@ def test_another_number_is_refused(tmp_path):
     assert "was started with 2 threads per process" in one_line(error)
 
 
-def test_a_run_keeps_its_threads_and_says_so(tmp_path, capsys):
+def test_a_run_keeps_its_number_of_threads_and_reports_it(tmp_path, capsys):
     words = (*TINY, "--output", tmp_path / "run", "--stage", "squeeze")
     assert launch(*words, "--threads", "2") == 0
     torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def test_a_run_keeps_its_threads_and_says_so(tmp_path, capsys):
     assert log.count("1 process(es) with 2 thread(s) each") == 2
     assert launch(*words, "--threads", "1") == 2
     assert "was started with 2 threads" in capsys.readouterr().err
-    # A fresh start is another run.
+    # A fresh start is a new run.
     assert launch(*words, "--threads", "1", "--fresh") == 0
     assert read_json(tmp_path / "run" / "work" / "threads.json") == {"threads": 1}
 

@@ -1,4 +1,4 @@
-"""What trackers are sent."""
+"""Data sent to trackers."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from prism_hf.run.context import log_picture, make_accelerator
 from prism_hf.run.distill import start_trackers
 
 
-def test_tensorboard_takes_the_recipe_scalars_and_pictures(tmp_path):
+def test_tensorboard_receives_the_recipe_scalars_and_pictures(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

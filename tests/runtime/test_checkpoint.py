@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class Killed(BaseException):
-    """The process ends here."""
+    """Stands for the end of the process."""
 
 
 def checkpoint(path, key="key", every_s=module.EVERY_S):
@@ -47,7 +47,7 @@ def asked_to_stop():
 # -- the file -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_state_comes_back_as_it_was(tmp_path):
+def test_a_state_is_restored_unchanged(tmp_path):
     kept = checkpoint(tmp_path / "c")
     assert kept.load() is None
     for number in (1, 2):
@@ -82,14 +82,14 @@ def test_a_foreign_or_damaged_state_is_set_aside_with_a_log_line(tmp_path, caplo
     assert checkpoint(path).load() is None
 
 
-def test_a_state_without_its_seal_is_none(tmp_path):
+def test_a_state_without_its_seal_is_not_loaded(tmp_path):
     checkpoint(tmp_path / "c").save(state())
     seal_of(tmp_path / "c").unlink()
     assert checkpoint(tmp_path / "c").load() is None
 
 
 @pytest.mark.parametrize("limit", [0, 50, 150, 200])
-def test_a_full_disk_leaves_the_last_state(tmp_path, limit):
+def test_a_full_disk_keeps_the_last_state(tmp_path, limit):
     kept = checkpoint(tmp_path / "c")
     kept.save(state(1))
     with file_limit(limit), pytest.raises(OutputError) as error:
@@ -98,10 +98,10 @@ def test_a_full_disk_leaves_the_last_state(tmp_path, limit):
     assert kept.load().notes["step"] == 1
 
 
-# -- when it is written ---------------------------------------------------------------------------------------------------
+# -- when a state is written ----------------------------------------------------------------------------------------------
 
 
-def test_every_0_writes_at_each_tick_and_the_default_not_at_once(tmp_path):
+def test_every_0_writes_at_each_tick_and_the_default_does_not(tmp_path):
     for name, every, expected in (("a", 0, 3), ("b", module.EVERY_S, 0)):
         kept, asked = checkpoint(tmp_path / name, every_s=every), []
         for number in (1, 2, 3):
@@ -111,7 +111,7 @@ def test_every_0_writes_at_each_tick_and_the_default_not_at_once(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_a_request_to_stop_keeps_the_state_and_leaves(tmp_path, asked_to_stop):
+def test_a_request_to_stop_saves_the_state_and_ends(tmp_path, asked_to_stop):
     with pytest.raises(StoppedError) as error:
         checkpoint(tmp_path / "c").tick(lambda: state(7))
     assert "run the same command again" in one_line(error)
@@ -119,7 +119,7 @@ def test_a_request_to_stop_keeps_the_state_and_leaves(tmp_path, asked_to_stop):
 
 
 @pytest.mark.parametrize(("seconds", "pause"), [(0.1, 120), (1.2, 120), (3, 300), (6, 600), (60, 600)])
-def test_a_slow_disk_makes_checkpoints_rarer_up_to_five_times(tmp_path, monkeypatch, seconds, pause):
+def test_a_slow_disk_makes_checkpoints_up_to_five_times_less_frequent(tmp_path, monkeypatch, seconds, pause):
     now = [1000.0]
     monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
 
@@ -138,16 +138,16 @@ def test_a_slow_disk_makes_checkpoints_rarer_up_to_five_times(tmp_path, monkeypa
         assert kept.load().notes["step"] == expected
 
 
-# -- what is in it --------------------------------------------------------------------------------------------------------
+# -- contents of a state --------------------------------------------------------------------------------------------------
 
 
-def test_states_of_several_things_share_a_file():
+def test_states_of_several_objects_share_a_file():
     both = prefixed("one", {"a": torch.zeros(1)}) | prefixed("two", {"a": torch.ones(1), "b/c": torch.ones(2)})
     assert set(part("one", both)) == {"a"}
     assert set(part("two", both)) == {"a", "b/c"}
 
 
-def test_global_random_numbers_go_on_where_they_were():
+def test_global_random_numbers_continue_from_the_saved_state():
     kept = random_state(CPU)
     first = torch.rand(3)
     restore_random_state(kept, CPU)
@@ -155,7 +155,7 @@ def test_global_random_numbers_go_on_where_they_were():
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
-def test_an_optimiser_goes_on_with_its_moments_in_the_layout_of_the_pixels(tmp_path, kind):
+def test_an_optimizer_resumes_with_its_moments_in_the_memory_layout_of_the_pixels(tmp_path, kind):
     def make():
         pixels = torch.zeros(2, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
         return pixels, kind([pixels], lr=0.1, betas=(0.5, 0.9))
@@ -187,7 +187,7 @@ COUNT, PARTS, EPOCHS = 10, [range(0, 4), range(4, 8), range(8, 10)], 3
 
 
 def trained(schedule, ema, kept=None, kill_at=None):
-    """A small network with dropout on noisy batches, the last of them short; killed in one of its steps."""
+    """Train a small network with dropout on noisy batches, the last of them short; optionally killed in a step."""
     data = torch.randn(COUNT, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(COUNT) % 3
     calls = []
@@ -224,7 +224,7 @@ def trained(schedule, ema, kept=None, kill_at=None):
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
-def test_a_training_killed_at_any_step_goes_on_to_the_same_weights(tmp_path, schedule, ema):
+def test_training_killed_at_any_step_resumes_to_the_same_weights(tmp_path, schedule, ema):
     plain, steps = trained(schedule, ema)
     assert steps == EPOCHS * len(PARTS) == 9
     for step in range(steps):
@@ -232,12 +232,12 @@ def test_a_training_killed_at_any_step_goes_on_to_the_same_weights(tmp_path, sch
         with pytest.raises(Killed):
             trained(schedule, ema, checkpoint(path, every_s=0), kill_at=step)
         again, calls = trained(schedule, ema, checkpoint(path, every_s=0))
-        assert calls == steps - step, "finished steps are not computed again"
+        assert calls == steps - step, "finished steps are not recomputed"
         assert all(torch.equal(again[name], value) for name, value in plain.items())
         assert set(again) == set(plain)
 
 
-def test_a_training_with_checkpoints_gives_the_weights_of_one_without(tmp_path):
+def test_training_gives_the_same_weights_with_and_without_checkpoints(tmp_path):
     plain, _ = trained("cosine", 0.9)
     with_, _ = trained("cosine", 0.9, checkpoint(tmp_path / "c", every_s=0))
     assert all(torch.equal(with_[name], value) for name, value in plain.items())

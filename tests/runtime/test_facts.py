@@ -30,7 +30,7 @@ def read(text):
         '{"share": 0.5, "parts": [{"name": "a", "later": [1, {"x": "y"}]}], "more": "words"}',
     ],
 )
-def test_what_a_file_says_is_written_again_and_nothing_else(tmp_path, text):
+def test_exactly_the_content_of_a_file_is_written_again(tmp_path, text):
     facts = read(text)
     assert facts.plain() == json.loads(text)
     facts.write(tmp_path / "whole.json")
@@ -38,7 +38,7 @@ def test_what_a_file_says_is_written_again_and_nothing_else(tmp_path, text):
     assert Whole.read(tmp_path / "whole.json") == facts
 
 
-def test_what_was_not_said_is_not_written(tmp_path):
+def test_missing_fields_are_not_written(tmp_path):
     Whole(share=0.25, parts=[Part(name="a")]).write(tmp_path / "whole.json")
     assert (tmp_path / "whole.json").read_text() == (
         '{\n  "share": 0.25,\n  "parts": [\n    {\n      "name": "a"\n    }\n  ]\n}\n'
@@ -63,7 +63,7 @@ WRONG = {
 }
 
 
-def test_what_is_wrong_is_one_short_line():
+def test_invalid_content_gives_a_short_one_line_error():
     for text, words in WRONG.items():
         with pytest.raises(ValueError, match=r"^whole\.json ") as error:
             read(text)
@@ -73,7 +73,7 @@ def test_what_is_wrong_is_one_short_line():
         assert len(line) < 400
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_the_error_for_a_missing_file_names_it(tmp_path):
     with pytest.raises(ValueError, match="gone.json cannot be read"):
         Whole.read(tmp_path / "gone.json")
     with pytest.raises(ValueError, match="^its facts cannot be read"):

@@ -74,7 +74,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("error", "status", "temporary"), CASES, ids=lambda value: str(value)[:40])
-def test_what_passes_is_told_from_what_does_not(error, status, temporary):
+def test_temporary_errors_are_distinguished_from_permanent_ones(error, status, temporary):
     assert status_of(error) == status
     assert passes(error) is temporary
 
@@ -91,13 +91,13 @@ def attempts(*outcomes):
     return attempt, left
 
 
-def test_it_goes_on_until_it_works():
+def test_attempts_are_repeated_until_one_succeeds():
     attempt, left = attempts(http(503), httpx2.ReadError("x"), broken_json(), "done", "never")
     assert again(attempt, "doing", (0, 0, 0)) == "done"
     assert left == ["never"]
 
 
-def test_it_gives_up_after_the_last_pause():
+def test_no_attempt_follows_the_last_pause_and_failure():
     attempt, left = attempts(*[http(503)] * 5)
     with pytest.raises(HubError, match=r"doing failed 3 times: .*run the same command again") as error:
         again(attempt, "doing", (0, 0))
@@ -106,21 +106,21 @@ def test_it_gives_up_after_the_last_pause():
 
 
 @pytest.mark.parametrize("error", [http(401), http(403), ValueError("bad"), HubError("ours")], ids=str)
-def test_it_does_not_try_again_what_cannot_work(error):
+def test_permanent_errors_are_not_retried(error):
     attempt, left = attempts(error, "never")
     with pytest.raises(HubError):
         again(attempt, "doing", (0, 0))
     assert left == ["never"]
 
 
-def test_what_is_not_the_hubs_is_not_hidden():
+def test_errors_unrelated_to_the_hub_are_not_hidden():
     attempt, _ = attempts(KeyError("a defect of ours"))
     with pytest.raises(KeyError):
         again(attempt, "doing", (0,))
 
 
 @pytest.mark.parametrize(("asked", "waited"), [("0", 0), ("7", 7), ("9999", 300), ("soon", 0), ("Wed, 21 Oct 2026", 0)])
-def test_the_hubs_wish_is_obeyed_up_to_five_minutes(monkeypatch, asked, waited):
+def test_retry_after_is_respected_up_to_five_minutes(monkeypatch, asked, waited):
     seen = []
     monkeypatch.setattr("time.sleep", seen.append)
     attempt, _ = attempts(http(429, **{"Retry-After": asked}), "done")
@@ -128,7 +128,7 @@ def test_the_hubs_wish_is_obeyed_up_to_five_minutes(monkeypatch, asked, waited):
     assert seen == [waited]
 
 
-def test_an_explanation_is_one_line_without_the_token(monkeypatch):
+def test_an_error_message_is_one_line_without_the_token(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_token")
     line = explain(http(401, text="a\nb hf_secret_token " + "long " * 200))
     assert "\n" not in line
@@ -137,16 +137,16 @@ def test_an_explanation_is_one_line_without_the_token(monkeypatch):
     assert len(line) < 400
 
 
-def test_every_try_has_a_time_limit_and_so_has_the_session_after_a_broken_one():
+def test_every_session_has_a_time_limit_even_after_a_failed_connection():
     def attempt():
         before = get_session().timeout.read
-        close_session()  # as the library does after a connection that failed
+        close_session()  # as the library does after a failed connection
         return before, get_session().timeout.read
 
     assert again(attempt, "doing") == (300, 300)
 
 
-def test_a_client_that_somebody_has_set_up_stays():
+def test_a_client_configured_by_the_user_is_kept():
     mine = httpx2.Client(timeout=7)
     set_client_factory(lambda: mine)
     try:
@@ -179,14 +179,14 @@ SENTENCES = [
 
 
 @pytest.mark.parametrize(("error", "words"), SENTENCES, ids=lambda value: str(value)[:40])
-def test_each_trouble_has_a_sentence_of_its_own(error, words):
+def test_each_kind_of_error_has_its_own_message(error, words):
     line = explain(error)
     assert all(word in line for word in words), line
     assert "{" not in line
     assert "\n" not in line
 
 
-def test_a_sentence_names_repo_kind_and_page(monkeypatch):
+def test_a_message_names_the_repo_its_kind_and_its_page(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://me:password@hub.example")
     error = http(403, GatedRepoError)
     error.repo_id, error.repo_type = "org/set", "dataset"
@@ -196,7 +196,7 @@ def test_a_sentence_names_repo_kind_and_page(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [httpx2.LocalProtocolError("Illegal header b'Bearer hf_x\\x0b'"), odd_token()])
-def test_a_token_that_is_not_a_header_is_neither_shown_nor_tried_again(error):
+def test_a_token_that_is_not_a_valid_header_is_neither_shown_nor_retried(error):
     attempt, rest = attempts(error, "never")
     with pytest.raises(HubError, match="token contains invalid characters") as caught:
         again(attempt, "doing", (0, 0))
@@ -204,7 +204,7 @@ def test_a_token_that_is_not_a_header_is_neither_shown_nor_tried_again(error):
     assert "hf_x" not in str(caught.value)
 
 
-def test_who_can_do_without_the_hub_does_not_wait_for_it():
+def test_a_caller_that_does_not_need_the_hub_does_not_wait_for_it():
     attempt, rest = attempts(httpx2.ConnectError("refused"), "never")
     with pytest.raises(HubError, match=r"doing failed: .*not reachable") as caught:
         again(attempt, "doing", (9, 9), at_once=UNREACHABLE)
@@ -213,7 +213,7 @@ def test_who_can_do_without_the_hub_does_not_wait_for_it():
 
 
 @pytest.mark.parametrize(("error", "away"), [(http(503), True), (http(403), False), (ValueError("bad"), False)], ids=str)
-def test_an_error_tells_whether_the_hub_is_only_away(error, away):
+def test_an_error_tells_whether_the_hub_is_temporarily_unavailable(error, away):
     attempt, _ = attempts(*[error] * 2)
     with pytest.raises(HubError) as caught:
         again(attempt, "doing", (0,))

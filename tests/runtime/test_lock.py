@@ -22,7 +22,7 @@ with locked(Path(sys.argv[1])):
 
 @pytest.fixture
 def other(tmp_path):
-    """Another process that holds a folder until it reads a line."""
+    """Another process that locks a folder until it reads a line."""
     process = subprocess.Popen(
         [PYTHON, "-c", HOLD, str(tmp_path / "run")],
         stdin=subprocess.PIPE,
@@ -36,10 +36,10 @@ def other(tmp_path):
     process.communicate()
 
 
-def test_a_second_process_is_refused_with_host_and_process_of_the_first(other, tmp_path):
+def test_the_error_for_a_second_process_names_host_and_process_of_the_first(other, tmp_path):
     before = mtimes(tmp_path)
     with pytest.raises(OutputError) as error, locked(tmp_path / "run", patience_s=0.1):
-        pytest.fail("both hold it")
+        pytest.fail("both processes hold the lock")
     text = one_line(error)
     assert f"process {other.pid} on {socket.gethostname()}, since " in text
     assert "--output DIR" in text
@@ -55,7 +55,7 @@ def test_a_process_that_ends_soon_is_waited_for(other, tmp_path):
         assert holder_of(tmp_path / "run")["pid"] == os.getpid()
 
 
-def test_the_lock_of_a_killed_process_is_taken_over_and_its_holder_is_told(other, tmp_path):
+def test_the_lock_of_a_killed_process_is_taken_over_and_its_holder_is_reported(other, tmp_path):
     other.send_signal(signal.SIGKILL)
     other.wait()
     assert not is_held(tmp_path / "run")
@@ -66,14 +66,14 @@ def test_the_lock_of_a_killed_process_is_taken_over_and_its_holder_is_told(other
         assert killed is None
 
 
-def test_an_error_gives_the_folder_back(tmp_path):
+def test_an_error_releases_the_folder(tmp_path):
     with pytest.raises(OutputError), locked(tmp_path):
         write_bytes(tmp_path / HOLDER / "below", b"x")
     assert not is_held(tmp_path)
     assert not (tmp_path / HOLDER).exists()
 
 
-def test_asking_changes_nothing(other, tmp_path):
+def test_a_query_changes_nothing(other, tmp_path):
     assert not is_held(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
     before = mtimes(tmp_path)
@@ -86,21 +86,21 @@ def test_asking_changes_nothing(other, tmp_path):
     assert {p.rpartition("/")[2] for p in left} <= {LOCK}
 
 
-def test_a_place_that_cannot_be_held_is_one_line(tmp_path):
+def test_a_folder_that_cannot_be_locked_gives_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError) as error, locked(tmp_path / "file" / "below"):
         pass
     assert str(tmp_path / "file" / "below") in one_line(error)
 
 
-def test_a_holder_that_cannot_be_read_is_another_process(tmp_path):
+def test_an_unreadable_holder_is_reported_as_another_process(tmp_path):
     for text in ("", "[]", "{"):
         (tmp_path / HOLDER).write_text(text)
         assert holder_of(tmp_path) is None
     assert holder_text(None) == "another process"
 
 
-def test_an_early_look_refuses_too_and_writes_nothing(tmp_path):
+def test_an_early_check_also_refuses_and_writes_nothing(tmp_path):
     folder = tmp_path / "run"
     check_free(folder, patience_s=0)
     assert not folder.exists()

@@ -42,7 +42,7 @@ def test_secrets_never_reach_the_log(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"])
-def test_values_of_secret_variables_are_blotted_whatever_they_look_like(tmp_path, monkeypatch, name):
+def test_values_of_secret_variables_are_always_redacted(tmp_path, monkeypatch, name):
     monkeypatch.setenv(name, "quite+ordinary/words")
     with log_file(tmp_path, 0):
         log.info("with quite+ordinary/words in it")
@@ -62,19 +62,19 @@ def test_tracebacks_of_unexpected_errors_are_in_the_log_without_secrets(tmp_path
     assert not any(word in text for word in HIDDEN), text
 
 
-def test_an_error_of_ours_is_one_line_in_the_log(tmp_path):
+def test_a_prism_error_is_one_line_in_the_log(tmp_path):
     with pytest.raises(DataError), log_file(tmp_path, 0):
         raise DataError("no images")
     (line,) = says(tmp_path).splitlines()
     assert line.endswith("ERROR DataError: no images")
 
 
-def test_ordinary_text_stays(tmp_path):
+def test_ordinary_text_is_unchanged(tmp_path):
     text = "https://host/path?page=2 hf_hub hf-internal 3:4 a@b.c user:name Bearer of news"
     assert blotted(text) == text
 
 
-def test_launches_append_and_processes_have_their_own(tmp_path):
+def test_launches_append_and_each_process_has_its_own_log(tmp_path):
     for word in ("one", "two"):
         with log_file(tmp_path, 0):
             log.info(word)
@@ -96,7 +96,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, capsys):
     assert capsys.readouterr().err.count("cannot be written") == 1
 
 
-def test_a_log_that_has_no_place_does_not_end_the_run(tmp_path, capsys):
+def test_a_log_that_cannot_be_created_does_not_end_the_run(tmp_path, capsys):
     (tmp_path / "logs").write_text("a file")
     with log_file(tmp_path, 0):
         log.info("line")

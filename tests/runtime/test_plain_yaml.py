@@ -7,7 +7,7 @@ from huggingface_hub import DatasetCard
 
 from prism_hf.runtime.plain_yaml import YamlError, dump_yaml, read_header, read_yaml
 
-# Text that YAML 1.1, YAML 1.2, or the syntax of either would take for something else.
+# Text that YAML 1.1, YAML 1.2, or the syntax of either would interpret as something else.
 ODD_TEXT = [
     "1e-3", "1e3", "1E+3", ".5", "1.", "0o7", "017", "0x1F", "0b1", "1_000", "+1", "12:30", "190:20:30", "12:30.5",
     "yes", "No", "ON", "off", "y", "N", "true", "null", "~", "", " ", "=", "<<", ".inf", "-.INF", ".nan", ".NaN",
@@ -19,7 +19,7 @@ ODD_TEXT = [
 
 
 @each("text", ODD_TEXT)
-def test_text_that_is_written_is_read_by_every_reader_on_one_line(text):
+def test_written_text_is_on_one_line_and_read_by_every_reader(text):
     values = {"text": text, "list": [text, [text]], "key": {text: text}}
     written = dump_yaml(values)
     assert read_yaml(written) == values
@@ -41,7 +41,7 @@ def test_other_values_are_read_by_every_reader(value):
         assert type(again["a"]) is type(value)
 
 
-def test_keys_keep_their_order_and_lists_have_a_line_for_each_item():
+def test_keys_keep_their_order_and_lists_have_one_item_per_line():
     assert dump_yaml({"b": [1, "x"], "a": {"d": [], "c": {}}}) == "b:\n- 1\n- x\na:\n  d: []\n  c: {}\n"
 
 
@@ -54,11 +54,11 @@ def test_keys_keep_their_order_and_lists_have_a_line_for_each_item():
         ("'1'", "1"), ('"true"', "true"), ("!!str 1", "1"), ("!!float 1", 1.0), ("[a, 1]", ["a", 1]),
     ],
 )  # fmt: skip
-def test_values_are_those_of_the_core_schema_of_yaml_1_2(text, value):
+def test_values_follow_the_core_schema_of_yaml_1_2(text, value):
     again = read_yaml(f"a: {text}")["a"]
     assert again == value
     assert type(again) is type(value)
-    # Not even a directive brings back YAML 1.1.
+    # Not even a directive switches to YAML 1.1.
     assert read_yaml(f"%YAML 1.1\n---\na: {text}") == {"a": value}
 
 
@@ -90,7 +90,7 @@ def test_values_are_those_of_the_core_schema_of_yaml_1_2(text, value):
         ("a: \ud800", ["xd800", "position 3"]),
     ],
 )
-def test_what_is_not_plain_yaml_is_one_line_with_its_position(text, words):
+def test_other_yaml_gives_a_one_line_error_with_its_position(text, words):
     with pytest.raises(YamlError) as error:
         read_yaml(text)
     line = str(error.value)
@@ -99,12 +99,12 @@ def test_what_is_not_plain_yaml_is_one_line_with_its_position(text, words):
     assert all(word in line for word in words), line
 
 
-def test_an_alias_may_stand_for_a_value():
+def test_an_alias_may_represent_a_value():
     assert read_yaml("a: &x [1]\nb: [*x, *x]") == {"a": [1], "b": [[1], [1]]}
 
 
 @pytest.mark.filterwarnings("error")
-def test_an_anchor_may_be_used_again():
+def test_an_anchor_may_be_redefined():
     assert read_yaml("a: &x 1\nb: *x\nc: &x 2\nd: *x") == {"a": 1, "b": 1, "c": 2, "d": 2}
 
 
@@ -118,13 +118,13 @@ def test_an_anchor_may_be_used_again():
         ("--- \na: 1\n---\n", None),
         ("---\na: 1\n--- \n", {"a": 1}),
         ("---\na: 1\n---", {"a": 1}),
-        ("---\n---\na: 1\n---\n", {"a": 1}),  # as huggingface_hub reads it
+        ("---\n---\na: 1\n---\n", {"a": 1}),  # the way huggingface_hub reads it
         ("words\n---\na: 1\n---\n", None),
         ("---\na: 1\n----\n", None),
         ("words", None),
         ("", None),
     ],
 )
-def test_the_header_is_found_where_the_hub_finds_it(text, header):
+def test_the_header_is_found_by_the_rules_of_the_hub(text, header):
     assert read_header(text) == header
     assert DatasetCard(text).data.to_dict() == (header or {})

@@ -1,4 +1,4 @@
-"""The one loop over tasks: with one process here, with two in a launch of their own."""
+"""The loop over tasks, with one process here and with two in a separate launch."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from prism_hf.runtime.share_loop import Progress, share, unfinished
 
 @dataclass
 class Alone:
-    """The only process of a launch, as far as the loop looks at one."""
+    """An accelerator stub for one process, with only the parts that the loop uses."""
 
     process_index: int = 0
     num_processes: int = 1
@@ -28,7 +28,7 @@ class Alone:
 
 
 def loop(folder, tasks, *, done=(), do=None, accelerator=None, **more):
-    """Share tasks, as numbers; those that were done, in order."""
+    """Run the loop over tasks, which are numbers, and return those that were done, in order."""
     finished, order = set(done), []
 
     def work(task, progress):
@@ -48,17 +48,17 @@ def read(folder):
 # -- which tasks ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_done_is_skipped_and_the_largest_come_first(tmp_path, caplog):
+def test_finished_tasks_are_skipped_and_the_largest_come_first(tmp_path, caplog):
     accelerator = Alone()
     with caplog.at_level("INFO", "prism_hf"):
         order = loop(tmp_path, [3, 1, 4, 2, 5], done=[4], size=lambda task: task // 2, accelerator=accelerator)
-    assert order == [5, 3, 2, 1], "equal ones in their order"
+    assert order == [5, 3, 2, 1], "tasks of equal size keep their order"
     assert caplog.messages == ["synthesize: 1 of 5 jobs done, 4 to do"]
     assert accelerator.waited == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tasks_are_made_ready_once_and_only_when_some_are_missing(tmp_path, caplog):
+def test_preparation_runs_once_and_only_when_tasks_are_missing(tmp_path, caplog):
     calls = []
     assert loop(tmp_path, [1, 2, 3], done=[2], prepare=calls.append) == [1, 3]
     assert calls == [[1, 3]], "in the order of the tasks"
@@ -69,7 +69,7 @@ def test_tasks_are_made_ready_once_and_only_when_some_are_missing(tmp_path, capl
     assert "synthesize: 3 of 3 jobs done, 0 to do" in caplog.messages
 
 
-def test_a_second_launch_does_what_the_first_one_did_not(tmp_path):
+def test_a_second_launch_does_the_remaining_tasks(tmp_path):
     done = []
 
     def fail(task, _):
@@ -80,15 +80,15 @@ def test_a_second_launch_does_what_the_first_one_did_not(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         loop(tmp_path, [1, 2, 3], do=fail)
     assert done == [1]
-    assert list(tmp_path.iterdir()) == [], "no progress of a share that has ended"
+    assert list(tmp_path.iterdir()) == [], "no progress file after the share has ended"
     assert loop(tmp_path, [1, 2, 3], done=done) == [2, 3]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 50])
 def test_processes_finish_together(tmp_path, monkeypatch, world):
-    """A ladder of sizes: each process has its share of the large tasks, and no task is done twice."""
+    """With many sizes, each process gets its share of the large tasks, and no task is done twice."""
     sizes = [4000 - 500 * (number % 8) for number in range(40)]
-    # What the others have found, of whom only one is here.
+    # The results of the other processes, which do not run here.
     monkeypatch.setattr(module, "gather_object", lambda _: list(range(len(sizes))))
     shares = [
         loop(tmp_path, list(range(len(sizes))), size=sizes.__getitem__, accelerator=Alone(rank, world, rank == 0))
@@ -100,7 +100,7 @@ def test_processes_finish_together(tmp_path, monkeypatch, world):
     assert max(map(sum, work)) - min(map(sum, work)) <= max(sizes)
 
 
-def test_the_unfinished_are_told_in_order():
+def test_unfinished_tasks_are_returned_in_order():
     assert unfinished(Alone(), "abcde", lambda letter: letter in "bd") == ["a", "c", "e"]
 
 
@@ -133,7 +133,7 @@ note("saw", sorted(path.name for path in folder.glob("progress-*")))
 """
 
 
-def test_two_processes_divide_the_looking_and_the_work(tmp_path):
+def test_two_processes_divide_the_checks_and_the_work(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     folder = tmp_path / "notes"
     folder.mkdir()
@@ -147,15 +147,15 @@ def test_two_processes_divide_the_looking_and_the_work(tmp_path):
     notes = {path.name: path.read_text().splitlines() for path in folder.iterdir()}
     assert (notes["looked-0"], notes["looked-1"]) == (list("0246"), list("1357"))
     assert notes["prepared-0"] == notes["prepared-1"] == ["[0, 1, 3, 4, 6, 7]"]
-    assert notes["did-0"] == ["0", "1", "4"], "every second one, the largest first"
+    assert notes["did-0"] == ["0", "1", "4"], "every second task, the largest first"
     assert notes["did-1"] == ["7", "3", "6"]
-    assert notes["saw-0"] == notes["saw-1"] == ["[]"], "nobody goes on before all are done"
+    assert notes["saw-0"] == notes["saw-1"] == ["[]"], "no process continues before all are done"
 
 
 # -- progress ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_being_done_stands_in_a_file_until_the_end(tmp_path):
+def test_the_current_work_is_in_a_file_until_the_end(tmp_path):
     seen = []
     before = time.time()
     loop(
@@ -173,21 +173,21 @@ def test_what_is_being_done_stands_in_a_file_until_the_end(tmp_path):
     assert not (tmp_path / "progress-0.json").exists()
 
 
-def test_a_task_may_tell_its_steps_and_those_of_an_earlier_launch(tmp_path, monkeypatch):
+def test_a_task_may_report_its_steps_and_those_of_an_earlier_launch(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_WRITE_EVERY_S", -1.0)
     seen = []
 
     def work(task, progress):
         progress.skip(30)
-        assert progress.seconds_left is None or task == 2, "found work says nothing about speed"
+        assert progress.seconds_left is None or task == 2, "work of an earlier launch does not count toward the speed"
         progress.advance(20)
         seen.append((progress.count, read(tmp_path)["done"]))
 
     loop(tmp_path, [1, 2], do=work, size=lambda _: 100, steps="step")
-    assert seen == [(50, 50), (150, 150)], "the rest of the first was not told"
+    assert seen == [(50, 50), (150, 150)], "the first task did not report its remaining steps"
 
 
-def test_the_estimate_counts_only_what_this_launch_did(tmp_path, monkeypatch):
+def test_the_estimate_counts_only_work_of_this_launch(tmp_path, monkeypatch):
     progress = Progress(tmp_path / "p.json", "relabel", 100, "epoch")
     progress.skip(50)
     progress.advance(10)
@@ -199,8 +199,8 @@ def test_the_estimate_counts_only_what_this_launch_did(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("accelerator", "title", "lines"), [(Alone(), "", 1), (Alone(is_main_process=False), "", 0), (Alone(), "SRe2L", 0)]
 )
-def test_a_long_stage_says_once_how_long_it_takes(tmp_path, monkeypatch, caplog, accelerator, title, lines):
-    """The first process does; a comparison has an estimate of all its runs."""
+def test_a_long_stage_logs_one_time_estimate(tmp_path, monkeypatch, caplog, accelerator, title, lines):
+    """Only the first process logs it; a comparison has its own estimate for all its runs."""
     monkeypatch.setattr(module, "ESTIMATE_AFTER_S", -1.0)
     with caplog.at_level("INFO", "prism_hf"):
         loop(tmp_path, [1, 2, 3], accelerator=accelerator, title=title)
@@ -208,7 +208,7 @@ def test_a_long_stage_says_once_how_long_it_takes(tmp_path, monkeypatch, caplog,
 
 
 class Bar:
-    """What a terminal would show."""
+    """Records what a terminal would show."""
 
     def __init__(self, **words):
         self.words, self.n, self.open = words, 0, True
@@ -224,8 +224,8 @@ class Bar:
 BARS = []
 
 
-def test_a_full_disk_for_notes_stops_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "tqdm", Bar)  # what pytest captures goes into files
+def test_a_full_disk_for_progress_notes_stops_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "tqdm", Bar)  # pytest captures output into files
     with file_limit(100):
         assert loop(tmp_path, [1, 2]) == [1, 2]
     assert list(tmp_path.iterdir()) == []

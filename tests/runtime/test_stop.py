@@ -1,4 +1,4 @@
-"""Each test is a process of its own: signals end it."""
+"""Each test starts a separate process, which signals end."""
 
 import os
 import signal
@@ -69,14 +69,14 @@ def start(code, *words, prepare=default_signals, env=()):
 
 
 def ready(process):
-    """Wait until the work has begun; the pid of whoever does it."""
+    """Wait until the work has begun, and return the pid of the worker."""
     word, pid = process.stdout.readline().split()
     assert word == "ready"
     return int(pid)
 
 
 @pytest.mark.parametrize(("where", "number"), rest_slow(product(BLOCKED, SIGNALS), diagonal(BLOCKED, SIGNALS)))
-def test_a_process_that_takes_no_notice_is_ended_with_a_line(where, number):
+def test_a_process_that_does_not_check_for_a_stop_ends_with_one_line(where, number):
     process = start(program(BLOCKED[where]))
     ready(process)
     process.send_signal(number)
@@ -88,7 +88,7 @@ def test_a_process_that_takes_no_notice_is_ended_with_a_line(where, number):
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
-def test_a_loop_that_asks_leaves_cleanly(number):
+def test_a_loop_that_checks_for_a_stop_ends_cleanly(number):
     process = start(program(CLEAN))
     ready(process)
     process.send_signal(number)
@@ -99,7 +99,7 @@ def test_a_loop_that_asks_leaves_cleanly(number):
     assert "Traceback" not in err
 
 
-def test_a_signal_that_was_ignored_stays_ignored():
+def test_an_ignored_signal_stays_ignored():
     """`nohup` starts a run so that closing the terminal does not end it."""
     work = "import time\nsys.stdin.readline()\nprint('done' if not stop_wanted() else 'stopped')"
     process = start(program(work), prepare=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
@@ -109,7 +109,7 @@ def test_a_signal_that_was_ignored_stays_ignored():
     assert (process.returncode, out, err) == (0, "done\n", "")
 
 
-def test_only_the_first_process_says_it():
+def test_only_the_first_process_prints_the_message():
     process = start(program(CLEAN), env={"RANK": "1"}.items())
     ready(process)
     process.terminate()
@@ -117,7 +117,7 @@ def test_only_the_first_process_says_it():
     assert (process.returncode, err) == (143, "")
 
 
-def test_handlers_are_given_back_and_nothing_is_wanted_before():
+def test_handlers_are_restored_and_no_stop_is_requested_initially():
     work = """
     import signal
     from prism_hf.runtime.stop import stopping_cleanly
@@ -138,7 +138,7 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("place", ["bin/accelerate", "bin/torchrun", "accelerate/commands/launch.py"])
-def test_the_death_of_the_launcher_ends_its_process(place, tmp_path):
+def test_the_end_of_the_launcher_ends_its_process(place, tmp_path):
     script = tmp_path / place
     script.parent.mkdir(parents=True)
     script.write_text(PARENT)
@@ -148,13 +148,13 @@ def test_the_death_of_the_launcher_ends_its_process(place, tmp_path):
     )  # fmt: skip
     ready(launcher)
     launcher.kill()
-    # Ends when nobody holds the pipes any more.
+    # Returns when no process holds the pipes anymore.
     _, err = launcher.communicate(timeout=TIMEOUT)
     assert "the launcher has ended: finished work is kept" in err
 
 
-def test_the_death_of_another_parent_ends_nothing():
-    """Not even one with the word in its path, or among its words."""
+def test_the_end_of_another_parent_ends_nothing():
+    """Not even the end of a parent with the word in its path or in its arguments."""
     work = """
     import time
     sys.stdin.readline()
@@ -167,6 +167,6 @@ def test_the_death_of_another_parent_ends_nothing():
     child = ready(shell)
     shell.kill()
     shell.wait(timeout=TIMEOUT)
-    assert os.getpgid(child) > 0, "it lives"
+    assert os.getpgid(child) > 0, "the process is alive"
     out, err = shell.communicate("\n", timeout=TIMEOUT)
     assert (out, err) == ("done\n", "")

@@ -43,7 +43,7 @@ def names(folder):
     return sorted(os.listdir(folder))
 
 
-def test_bytes_arrive_whole_in_new_folders_and_leave_no_draft(tmp_path):
+def test_bytes_are_written_completely_in_new_folders_without_a_draft(tmp_path):
     path = tmp_path / "a" / "b" / "file.bin"
     write_bytes(path, b"one")
     write_bytes(path, b"two")
@@ -66,7 +66,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path):
     assert os.listdir(tmp_path) == ["file.bin"]
 
 
-def test_json_keeps_unicode_and_refuses_what_is_not_finite(tmp_path):
+def test_json_keeps_unicode_and_refuses_non_finite_numbers(tmp_path):
     path = tmp_path / "value.json"
     write_json(path, {"name": "鹤", "values": [1, 2.5, None]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"name": "鹤", "values": [1, 2.5, None]}
@@ -85,7 +85,7 @@ def test_sha256_of_known_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [0, 1, 500, 999])
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, limit):
+def test_a_full_disk_gives_a_one_line_error_and_keeps_the_old_file(tmp_path, limit):
     path = tmp_path / "file.bin"
     write_bytes(path, b"old")
     with file_limit(limit), pytest.raises(OutputError) as error:
@@ -97,8 +97,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, limit):
 
 
 @pytest.mark.parametrize("limit", [0, 5, 10, 100, 200])
-def test_a_full_disk_leaves_the_old_file_with_its_seal(tmp_path, limit):
-    """From 10 on the file itself fits, and only its seal does not."""
+def test_a_full_disk_keeps_the_old_file_and_its_seal(tmp_path, limit):
+    """From 10 on, the file itself fits and only its seal does not."""
     path = keep(tmp_path / "file.bin", b"old", number=1)
     with file_limit(limit), pytest.raises(OutputError) as error:
         keep(path, b"n" * 10, number=2)
@@ -108,7 +108,7 @@ def test_a_full_disk_leaves_the_old_file_with_its_seal(tmp_path, limit):
     assert names(tmp_path) == ["file.bin", "file.bin.seal"]
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+def test_an_unwritable_path_gives_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("x")
     for attempt in (lambda p: write_bytes(p, b"x"), lambda p: keep(p, b"x"), draft_folder):
         with pytest.raises(OutputError) as error:
@@ -117,7 +117,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def killed_at(number, act):
-    """`act` in a process that is killed at its n-th look at the disk; whether it was."""
+    """Run `act` in a process that is killed at its n-th disk operation; return whether it was killed."""
     child = os.fork()
     if not child:
         left = [number]
@@ -136,7 +136,7 @@ def killed_at(number, act):
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-def test_a_process_killed_at_any_moment_leaves_a_whole_file_or_none(tmp_path):
+def test_a_process_killed_at_any_moment_leaves_a_complete_file_or_none(tmp_path):
     seen, number = set(), 0
     while True:
         folder = tmp_path / str(number)
@@ -163,12 +163,12 @@ def test_a_file_without_its_seal_counts_as_not_written(tmp_path):
     seal_of(path).unlink()
     assert not is_finished(path)
     assert not Artifact(path, "this").is_whole()
-    assert path.read_bytes() == b"data", "it is left alone until it is written again"
+    assert path.read_bytes() == b"data", "the file is kept until it is written again"
     with pytest.raises(DamagedError):
         check(path)
 
 
-# -- what changed after it was written ------------------------------------------------------------------------------------
+# -- changes after a file was written -------------------------------------------------------------------------------------
 
 
 def flip(path, place=-1):
@@ -202,7 +202,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", list(DAMAGE))
-def test_damage_is_noticed_and_the_file_is_named(tmp_path, kind):
+def test_damage_is_detected_and_the_file_is_named(tmp_path, kind):
     path = keep(tmp_path / "file.bin", b"the data of a file", number=1)
     keep(tmp_path / "other", b"the data of another", number=1)
     assert check(path) == read_proof(path) == Proof("this", sha256_of(path), 18, {"number": 1})
@@ -212,8 +212,8 @@ def test_damage_is_noticed_and_the_file_is_named(tmp_path, kind):
     assert str(path) in one_line(error)
 
 
-def test_a_change_that_keeps_size_and_seal_is_noticed_by_whoever_has_looked_before(tmp_path):
-    """A file is not read again while nobody has touched it."""
+def test_a_later_change_that_keeps_size_and_seal_is_detected(tmp_path):
+    """A file that was checked before is read again only after its time has changed."""
     path = keep(tmp_path / "file.bin", b"data")
     check(path)
     flip(path)
@@ -224,7 +224,7 @@ def test_a_change_that_keeps_size_and_seal_is_noticed_by_whoever_has_looked_befo
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"top1": 0.5}', '{"top1": 0.6}\n'])
-def test_json_comes_back_only_as_it_was_written(tmp_path, text):
+def test_json_is_read_back_only_if_unchanged(tmp_path, text):
     score = Artifact(tmp_path / "score.json", "鹤")
     score.write_json({"top1": 0.5})
     assert score.read_json() == {"top1": 0.5}
@@ -251,7 +251,7 @@ def test_notes_of_a_seal_are_plain_and_finite(tmp_path):
 
 
 def test_the_seal_of_an_earlier_version_is_read(tmp_path):
-    """Its key stood among the notes; written out here as that version wrote it."""
+    """The test writes the seal as that version did, with the key among the notes."""
     path = tmp_path / "job-00003.safetensors"
     path.write_bytes(b"images")
     notes = {"key": "0123456789abcdef/3", "job": 3, "logit_top1": 0.5, "history": [{"step": 1, "ce": 0.25}]}
@@ -263,11 +263,11 @@ def test_the_seal_of_an_earlier_version_is_read(tmp_path):
     assert proof.notes == {"job": 3, "logit_top1": 0.5, "history": [{"step": 1, "ce": 0.25}]}
     before = seal_of(path).read_text()
     keep(path, b"images", "0123456789abcdef/3", **proof.notes)
-    assert json.loads(seal_of(path).read_text()) == json.loads(before), "and this version writes the same"
+    assert json.loads(seal_of(path).read_text()) == json.loads(before), "this version writes the same bytes"
 
 
 @pytest.mark.parametrize("kind", ["absent", "unsealed", "damaged", "foreign", "good"])
-def test_only_what_is_finished_unchanged_and_made_from_the_same_is_whole(tmp_path, caplog, kind):
+def test_a_whole_file_is_finished_unchanged_and_made_from_the_same_inputs(tmp_path, caplog, kind):
     path = tmp_path / "a.bin"
     if kind != "absent":
         keep(path, b"good", key="other" if kind == "foreign" else "this")
@@ -289,7 +289,7 @@ def test_a_file_is_removed_with_its_seal(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_a_folder_is_sound_or_set_aside_by_any_check(tmp_path, caplog):
+def test_a_folder_that_fails_its_check_is_set_aside(tmp_path, caplog):
     folder = tmp_path / "teacher"
     write_bytes(folder / "weights", b"x")
     assert sound_or_aside(folder, lambda: 7) == 7
@@ -303,15 +303,15 @@ def test_a_folder_is_sound_or_set_aside_by_any_check(tmp_path, caplog):
     assert not folder.exists()
 
 
-# -- out of the way, in the place of another ------------------------------------------------------------------------------
+# -- setting aside and replacing ------------------------------------------------------------------------------------------
 
 
-def test_what_is_set_aside_never_overwrites_anything(tmp_path):
+def test_setting_aside_never_overwrites_anything(tmp_path):
     path, contents = tmp_path / "file.bin", []
     for number in range(1, 4):
         keep(path, b"%d" % number, number=number)
         if number == 2:
-            path.unlink()  # only its seal is left
+            path.unlink()  # only the seal remains
         aside = set_aside(path)
         assert aside.name == f"file.bin.aside-{number}"
         assert not path.exists()
@@ -329,7 +329,7 @@ def test_folders_are_set_aside_too(tmp_path):
     assert not folder.exists()
 
 
-def test_a_folder_takes_the_place_of_another(tmp_path):
+def test_a_folder_replaces_another(tmp_path):
     folder = tmp_path / "data"
     for text in (b"old", b"new"):
         draft = draft_folder(folder)
@@ -340,7 +340,7 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o755
 
 
-def test_a_draft_that_cannot_be_moved_leaves_the_old_folder_whole(tmp_path):
+def test_a_draft_that_cannot_be_moved_leaves_the_old_folder_unchanged(tmp_path):
     folder = tmp_path / "data"
     write_bytes(folder / "a" / "file", b"old")
     before = mtimes(folder)
@@ -353,7 +353,7 @@ def test_a_draft_that_cannot_be_moved_leaves_the_old_folder_whole(tmp_path):
     assert names(tmp_path) == ["data"]
 
 
-def test_a_folder_that_was_moved_away_when_the_process_was_killed_comes_back(tmp_path):
+def test_a_folder_moved_away_by_a_killed_process_is_restored(tmp_path):
     folder = tmp_path / "data"
     write_bytes(folder / "file", b"old")
     draft = draft_folder(folder)
@@ -362,7 +362,7 @@ def test_a_folder_that_was_moved_away_when_the_process_was_killed_comes_back(tmp
     assert (folder / "file").read_bytes() == b"old"
     write_bytes(draft.with_name(f"{draft.name}-old") / "file", b"older")
     restore_swapped(folder)
-    assert (folder / "file").read_bytes() == b"old", "one that is there is left"
+    assert (folder / "file").read_bytes() == b"old", "an existing folder is kept"
 
 
 def test_only_drafts_are_cleared(tmp_path):
@@ -379,7 +379,7 @@ def test_only_drafts_are_cleared(tmp_path):
     assert sha_tree(tmp_path) == before
 
 
-def test_a_draft_that_is_a_link_is_removed_without_what_it_points_to(tmp_path):
+def test_a_draft_that_is_a_link_is_removed_without_its_target(tmp_path):
     write_bytes(tmp_path / "precious" / "file", b"x")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".draft-link").symlink_to(tmp_path / "precious")

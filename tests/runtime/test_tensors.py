@@ -9,7 +9,7 @@ from prism_hf.runtime.tensors import open_rows, read_row, read_tensors, write_ro
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float16, torch.float32, torch.int64])
-def test_tensors_and_notes_come_back_equal(tmp_path, dtype):
+def test_tensors_and_notes_are_read_back_equal(tmp_path, dtype):
     path = tmp_path / "t.safetensors"
     tensors = {"a": torch.arange(6).reshape(2, 3).to(dtype), "turned": torch.arange(6).reshape(2, 3).T.to(dtype)}
     notes = {"job": 3, "history": [{"step": 1, "ce": 0.25}], "verifier": None}
@@ -31,7 +31,7 @@ def test_equal_tensors_give_equal_bytes_and_notes_refuse_nan(tmp_path):
     assert not (tmp_path / "three").exists()
 
 
-def test_one_tensor_may_have_two_names_and_none_may_be_empty(tmp_path):
+def test_one_tensor_may_have_two_names_and_must_not_be_empty(tmp_path):
     shared, empty = torch.arange(4.0), torch.empty(0, 3)
     tensors = {"a": shared, "b": shared, "c": shared.view(2, 2), "d": empty, "e": empty, "f": torch.tensor(3)}
     write_tensors(Artifact(tmp_path / "t", "k"), tensors)
@@ -39,13 +39,13 @@ def test_one_tensor_may_have_two_names_and_none_may_be_empty(tmp_path):
     assert all(torch.equal(back[key], value) for key, value in tensors.items())
 
 
-def test_what_requires_a_gradient_can_be_kept(tmp_path):
+def test_tensors_that_require_a_gradient_can_be_stored(tmp_path):
     value = torch.ones(2, 3, 4, 4, requires_grad=True).to(memory_format=torch.channels_last)
     write_tensors(Artifact(tmp_path / "t", "k"), {"a": value})
     assert torch.equal(read_tensors(tmp_path / "t")["a"], value)
 
 
-def test_one_row_is_read_alone(tmp_path):
+def test_a_single_row_can_be_read(tmp_path):
     images = torch.arange(24, dtype=torch.uint8).reshape(4, 1, 2, 3)
     write_tensors(Artifact(tmp_path / "t", "k"), {"images": images, "other": torch.zeros(1)})
     for row in range(4):
@@ -54,7 +54,7 @@ def test_one_row_is_read_alone(tmp_path):
 
 @pytest.mark.parametrize("cuts", [[7], [3, 4], [1] * 7, [0, 7, 0]])
 @pytest.mark.parametrize("dtype", ["uint8", "int64", "float16"])
-def test_rows_come_back_however_they_were_cut(tmp_path, cuts, dtype):
+def test_rows_are_read_back_however_they_were_split(tmp_path, cuts, dtype):
     whole = np.arange(42).reshape(7, 2, 3).astype(dtype)
     parts = np.split(whole, np.cumsum(cuts)[:-1])
     path = tmp_path / "rows.npy"
@@ -66,7 +66,7 @@ def test_rows_come_back_however_they_were_cut(tmp_path, cuts, dtype):
     assert Artifact(path, "k").is_whole()
 
 
-def test_what_is_changed_in_memory_does_not_reach_the_file(tmp_path):
+def test_changes_in_memory_do_not_reach_the_file(tmp_path):
     table = Artifact(tmp_path / "rows.npy", "k")
     write_rows(table, [np.zeros((3, 2), np.uint8)], (3, 2), "uint8")
     rows = open_rows(table.path)
@@ -77,7 +77,7 @@ def test_what_is_changed_in_memory_does_not_reach_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("parts", [[np.zeros((2, 2))], [np.zeros((3, 2)), np.zeros((1, 2))], [np.zeros((3, 1))]])
-def test_rows_of_another_number_or_shape_are_a_mistake_of_ours(tmp_path, parts):
+def test_rows_of_another_number_or_shape_are_an_internal_error(tmp_path, parts):
     with pytest.raises(AssertionError):
         write_rows(Artifact(tmp_path / "rows.npy", "k"), parts, (3, 2), "float64")
     assert list(tmp_path.iterdir()) == []
@@ -85,7 +85,7 @@ def test_rows_of_another_number_or_shape_are_a_mistake_of_ours(tmp_path, parts):
 
 @pytest.mark.parametrize("limit", [0, 10, 300, 4000])
 @pytest.mark.parametrize("kind", ["tensors", "rows"])
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, kind, limit):
+def test_a_full_disk_gives_a_one_line_error_and_keeps_the_old_file(tmp_path, kind, limit):
     path = tmp_path / "file"
 
     def write(value, key):

@@ -10,5 +10,5 @@ from prism_hf.runtime.units import duration_text
         (12000, "3 h 20 min"), (190800, "2 d 5 h"), (172800, "2 d"),
     ],
 )  # fmt: skip
-def test_durations_are_for_people(seconds, text):
+def test_durations_are_readable(seconds, text):
     assert duration_text(seconds) == text
