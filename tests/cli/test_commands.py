@@ -397,7 +397,7 @@ def test_fresh_moves_the_old_run_aside_unchanged(made, tmp_path, capsys, change)
     assert (tmp_path / "run.aside-2" / "work").is_dir()
 
 
-def test_fresh_in_an_empty_or_new_folder_is_a_plain_start(made, tmp_path):
+def test_fresh_in_an_empty_or_new_folder_has_no_effect(made, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new"):
         assert go(tmp_path / name, *CHEAP, "--teachers", made / "teachers", "--stage", "squeeze", "--fresh") == 0

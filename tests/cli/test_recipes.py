@@ -31,7 +31,7 @@ def test_a_recipe_in_place_of_a_command_runs_distillation(capsys, tmp_path, monk
     assert "50 (5 per class)" in capsys.readouterr().out
 
 
-def test_a_mistyped_command_is_not_taken_for_a_recipe(capsys):
+def test_a_mistyped_command_is_not_mistaken_for_a_recipe(capsys):
     with pytest.raises(SystemExit):
         parse(["evalute", "x"])
     assert "invalid choice: 'evalute'" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_a_score_is_kept_and_its_checkpoint_is_removed(source, tmp_path):
     train_and_score(task, device=DEVICE, every_s=0)
     assert 0 <= task.score.read_json()["top1"] <= 1
     assert sorted(sha_tree(tmp_path)) == ["distilled-hard-seed0.json", "distilled-hard-seed0.json.seal"]
-    Checkpoint(task.checkpoint).save(State({"a": torch.zeros(1)}, {}))  # killed between the two
+    Checkpoint(task.checkpoint).save(State({"a": torch.zeros(1)}, {}))  # as if killed before removing it
     assert is_scored(task)
     assert not task.checkpoint.path.exists()
 
@@ -141,7 +141,7 @@ def test_sizes_of_each_dataset_need_no_network(source):
     assert facts["full"] == nothing | {"intra_class_similarity": {"mean": None, "per_class": [None] * 10}}
 
 
-def test_the_verifier_judges_and_measures_similarity(source):
+def test_the_verifier_scores_images_and_measures_similarity(source):
     judge = make_teacher("test_byobnet", num_classes=10)
     given = sources(source[1])
     facts = set_facts(given["distilled"], verifier=judge, network=judge, num_classes=10, device=DEVICE)

@@ -131,7 +131,7 @@ def view_batches(source, epochs, batch_size, *, start=0, recorded=None, per_imag
     return students._view_batches(source, epochs, batch_size, CPU, start, recorded or epochs, per_image=per_image)
 
 
-@pytest.mark.parametrize("batch_size", [4, 5, 21, 100])  # 21 = 4 * 5 + 1: the last image joins the batch before it
+@pytest.mark.parametrize("batch_size", [4, 5, 21, 100])  # 21 = 4 * 5 + 1: the last image joins the previous batch
 def test_batches_equal_parts_of_whole_epochs(packed, monkeypatch, batch_size):
     same_batches(view_batches(packed, 3, batch_size), batches_of_whole_epochs(packed, 3, batch_size))
     monkeypatch.setattr(students, "_ON_DEVICE", 0)
@@ -349,7 +349,7 @@ def test_every_setting_changes_the_full_data_student(ceiling, change):
     assert not same(ceiling(), ceiling(change))
 
 
-def test_full_data_student_is_reproducible_and_never_mixes(ceiling):
+def test_full_data_student_is_reproducible_and_never_mixes_images(ceiling):
     assert same(ceiling(), ceiling({"relabel.view.mix": "mixup"}))
     assert not same(ceiling(), ceiling(seed=1))
 

@@ -308,7 +308,7 @@ def test_every_citation_is_one_bibtex_entry():
         assert re.fullmatch(r"\d{4}\.\d{5}", paper["arxiv"])
 
 
-def test_the_citation_file_names_the_paper_that_the_cards_of_prism_cite():
+def test_the_citation_file_names_the_paper_cited_by_prism_cards():
     cff = yaml.safe_load((Path(__file__).parents[2] / "CITATION.cff").read_text(encoding="utf-8"))
     paper, prism = cff["preferred-citation"], CITATIONS["PRISM"]
     assert (cff["cff-version"], cff["title"]) == ("1.2.0", "prism-hf")

@@ -339,7 +339,7 @@ def test_label_names_that_are_not_a_list_give_a_one_line_error(tmp_path):
 
 @pytest.mark.parametrize("path", ["settings.data", "source.id", "test.id", "teacher"])
 def test_a_local_path_in_the_facts_is_not_published(tmp_path, path):
-    """Teachers of older versions name a local source by its full path."""
+    """Teachers of older versions record the full path of a local source."""
     with pytest.raises(HubError) as error:
         render(written(tmp_path, teacher=changed(TEACHER, path, "/home/someone/pets")))
     assert "squeeze.json" in one_line(error)

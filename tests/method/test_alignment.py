@@ -90,7 +90,7 @@ def mismatch(x, layer):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_mismatch_of_a_layer_is_the_formula(dtype, layout):
+def test_mismatch_of_a_layer_equals_the_formula(dtype, layout):
     layer = norm_layer(dtype=dtype)
     x = torch.randn(4, 5, 6, 7, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
     y = x.detach().clone().requires_grad_()

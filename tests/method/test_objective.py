@@ -167,7 +167,7 @@ def made_of(recipe, teachers, statistics=None, generator=None):
     ("reduction", "first", "bn_weight"),
     [("sum", 10.0, 0.01), ("mean", 1.0, 1.0), ("mean", 10.0, 0.1), ("sum", 0.0, 0.5)],
 )
-def test_objective_is_the_equation(tiny_recipe, tiny_teachers, dtype, chosen, reduction, first, bn_weight):
+def test_objective_equals_the_equation(tiny_recipe, tiny_teachers, dtype, chosen, reduction, first, bn_weight):
     teachers, view = of_dtype(tiny_teachers, dtype), batch(dtype)
     settings = {"bn_weight": bn_weight, "reduction": reduction}
     changes = {
@@ -250,7 +250,7 @@ def test_balanced_divides_each_teachers_term_by_its_value_on_the_start_images(ti
 
 
 @pytest.mark.parametrize("changes", [{"teachers.extras": 2}, CYCLE], ids=["PRISM", "G-VBSM"])
-def test_a_weight_of_zero_leaves_the_classification_loss(tiny_recipe, tiny_teachers, changes):
+def test_a_weight_of_zero_leaves_only_the_classification_loss(tiny_recipe, tiny_teachers, changes):
     recipe = tiny_recipe({**changes, "synthesis.bn_weight": 0.0})
     job, view, literal = plan_jobs(recipe)[0], batch(), batch()
     with made_of(recipe, tiny_teachers) as objective:
@@ -280,7 +280,7 @@ GVBSM = {
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("in full", torch.float32), *((kind, torch.float64) for kind in GVBSM)])
-def test_gvbsm_is_the_equation_over_several_iterations(tiny_recipe, tiny_teachers, statistics, dtype, kind):
+def test_gvbsm_equals_the_equation_over_several_iterations(tiny_recipe, tiny_teachers, statistics, dtype, kind):
     recipe = tiny_recipe(GVBSM[kind])
     teachers, settings, job = of_dtype(tiny_teachers, dtype), recipe.synthesis, plan_jobs(recipe)[0]
     names = ("test_resnet", "test_efficientnet", "test_byobnet")

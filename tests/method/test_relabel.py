@@ -160,7 +160,7 @@ def test_a_batch_gets_the_combined_logits_in_its_order(tiny_recipe, tiny_teacher
 
 
 @pytest.mark.parametrize("factor", [1e9, float("nan")])
-def test_logits_beyond_float16_are_an_error_that_names_the_teacher(tiny_recipe, tiny_teachers, tiny_images, factor):
+def test_the_error_for_logits_beyond_float16_names_the_teacher(tiny_recipe, tiny_teachers, tiny_images, factor):
     teacher = tiny_teachers["test_resnet"]
     loud = dataclasses.replace(teacher, name="loud", model=copy.deepcopy(teacher.model))
     loud.model.fc.weight.mul_(factor)

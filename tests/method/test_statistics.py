@@ -43,7 +43,7 @@ SHAPES = [
     ((3, 5, 12, 18), 6),  # even cells
     ((3, 5, 7, 11), 3),  # overlapping cells: 2 x 3 of 7 x 11
     ((2, 4, 5, 9), 16),  # smaller than a patch: one cell
-    ((2, 3, 31, 16), 16),  # one cell almost two patches wide
+    ((2, 3, 31, 16), 16),  # one cell almost two patches high
     ((4, 6, 1, 1), 16),  # squeeze-and-excitation
     ((2, 3, 3, 4), 1),  # a cell per pixel
 ]
@@ -171,7 +171,7 @@ def test_means_do_not_depend_on_the_order_and_the_size_of_batches(small, tiny_im
                 torch.testing.assert_close(part[key], value, rtol=1e-5, atol=1e-6)
 
 
-def test_the_same_call_gives_the_same_bits_and_leaves_global_random_numbers_alone(small, tiny_images):
+def test_the_same_call_gives_the_same_bits_without_changing_global_randomness(small, tiny_images):
     before = torch.get_rng_state()
     assert same(gathered(small, tiny_images, batch_size=2), gathered(small, tiny_images, batch_size=2))
     assert torch.equal(torch.get_rng_state(), before)

@@ -242,7 +242,7 @@ def test_with_an_empty_s_only_the_logit_teacher_counts(tiny_recipe, teachers):
 
 
 @pytest.mark.parametrize("selection", ["per_slot", "per_iteration", "cycle"])
-def test_teachers_run_as_they_are_drawn(tiny_recipe, teachers, selection):
+def test_exactly_the_drawn_teachers_run(tiny_recipe, teachers, selection):
     draws = DRAWS if selection == "cycle" else {}
     made = tiny_recipe({"teachers.selection": selection, "synthesis.iterations": 12, **draws})
     job, order = plan_jobs(made)[0], []

@@ -150,7 +150,7 @@ def test_other_spellings_of_the_labels_are_accepted(teacher):
     check_teacher(teacher, class_names=["Ant", "Bee", "Cat"], channels=1)
 
 
-def test_a_gray_teacher_cannot_take_rgb(tmp_path):
+def test_a_gray_teacher_rejects_rgb_data(tmp_path):
     model = timm.create_model("test_byobnet", num_classes=3, in_chans=1)
     gray = {"input_size": [1, 16, 16], "mean": [0.5], "std": [0.5], "num_classes": 3}
     config = {"num_classes": 3, "model_args": {"in_chans": 1}, "pretrained_cfg": {**model.pretrained_cfg, **gray}}

@@ -64,7 +64,7 @@ def test_the_folder_names_its_training_data(squeezed):
 
 
 def test_a_local_source_is_recorded_without_its_path(tmp_path):
-    """The folder may be shared."""
+    """The path must stay private, because the folder may be shared."""
     recipe = tiny(*FAST)
     data = load_source(recipe.data)
     private = tiny(*FAST, "data.source=/home/someone/pictures")

@@ -136,7 +136,7 @@ CYCLE = {"teachers.bn_pool": ["a", "b", "c"], "teachers.selection": "cycle", "te
 RANDOM = {"method": "random", "synthesis": {"ipc": 4}, "teachers": {"logit": "test_resnet", "verifier": "v"}}
 
 
-def test_with_cycle_teachers_take_turns_in_every_job(tiny_recipe):
+def test_with_cycle_teachers_alternate_in_every_job(tiny_recipe):
     jobs = plan_jobs(tiny_recipe(CYCLE | {"synthesis.iterations": 9}))
     assert len(jobs) == 2
     for job in jobs:

@@ -37,7 +37,7 @@ FINGERPRINTS = {
     "imagenet/sre2l_ipc10.yaml": "2ced85799ecdb389",
 }
 """What is recorded in published datasets; no change of the code may change them."""
-# Every optional section and value set, so that a walk over the fields meets each of them.
+# Every optional section and value is set, so that a walk over the fields visits each of them.
 FULL = {
     "synthesis.ladder": {"step": 1, "period": 2},
     "teachers.verifier": "test_resnet#v",

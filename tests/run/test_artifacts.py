@@ -232,7 +232,7 @@ def test_each_job_and_precision_has_its_own_files(tmp_path):
     assert len({file.key for file in made}) == 6, "a failed job has the same inputs as a finished one"
 
 
-def test_jobs_that_an_earlier_version_finished_are_kept(finished_run, copied):
+def test_jobs_finished_by_an_earlier_version_are_kept(finished_run, copied):
     """The test writes the file as that version did, with the key among the notes."""
     run = run_in(copied, finished_run / "teachers")
     recipe, weights = run.recipe, run.artifacts.weights

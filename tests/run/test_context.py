@@ -48,7 +48,7 @@ def test_times_of_an_interrupted_stage_are_kept(tmp_path, accelerator):
 
 
 @pytest.mark.parametrize("name", ["nonsense", "all", "wandb", "trackio"])
-def test_unknown_or_missing_trackers_are_one_line(tmp_path, name):
+def test_unknown_or_missing_trackers_give_a_one_line_error(tmp_path, name):
     if name in TRACKERS and __import__("importlib.util").util.find_spec(name):
         pytest.skip(f"{name} is installed")
     with pytest.raises(RecipeError) as error:

@@ -80,7 +80,7 @@ def test_only_the_first_student_of_the_soft_distilled_row_is_kept(source, finish
     assert json.loads((kept[0] / "student" / "student.json").read_text())["seed"] == 0
 
 
-def test_the_first_seed_is_that_of_the_settings(source, finished_run, tmp_path):
+def test_the_kept_student_has_the_first_seed_in_the_settings(source, finished_run, tmp_path):
     settings = dataclasses.replace(source[0].evaluation, seeds=(7, 0))
     train(tmp_path, finished_run, source, settings=settings)
     assert json.loads((tmp_path / "student" / "student.json").read_text())["seed"] == 7
@@ -138,6 +138,6 @@ def test_all_measurements_are_collected_in_the_table(source, finished_run, tmp_p
     assert "With soft labels" in evaluation["in_words"]
 
 
-def test_a_run_that_is_not_packaged_says_which_stage_is_next(finished_run, tmp_path):
+def test_the_error_for_a_run_that_is_not_packaged_names_the_next_stage(finished_run, tmp_path):
     with pytest.raises(StageError, match="run --stage package first"):
         run_stages(run_in(tmp_path / "run", finished_run / "teachers"), ("evaluate",))

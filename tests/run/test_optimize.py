@@ -69,7 +69,7 @@ def test_history_names_its_terms(tiny_recipe, teachers):
         ),
     ],
 )
-def test_a_loss_that_is_not_finite_names_job_and_iteration(tiny_recipe, teachers, changes, step):
+def test_the_error_for_a_non_finite_loss_names_job_and_iteration(tiny_recipe, teachers, changes, step):
     with pytest.raises(SynthesisError, match=rf"job 0, iteration {step}: not finite \(ce .*Lower synthesis.lr"):
         run_one(tiny_recipe(changes), teachers)
 
@@ -82,7 +82,7 @@ def test_a_broken_initial_image_is_detected_at_once(tiny_recipe, teachers):
         optimize(job, settings, initial, teachers)
 
 
-def test_a_loss_that_breaks_late_names_the_exact_iteration(tiny_recipe, teachers):
+def test_the_error_for_a_late_non_finite_loss_names_the_exact_iteration(tiny_recipe, teachers):
     broken = dataclasses.replace(teachers["test_resnet"], model=copy.deepcopy(teachers["test_resnet"].model))
     calls = []
 
@@ -111,7 +111,7 @@ def test_the_out_of_memory_error_says_to_lower_the_batch_size(tiny_recipe, teach
         run_one(tiny_recipe({"teachers.bn_pool": []}), {"test_resnet": full})
 
 
-def test_verifier_is_logged_and_changes_no_byte(tiny_recipe, teachers, tiny_verifier):
+def test_the_verifier_is_logged_and_does_not_change_the_result(tiny_recipe, teachers, tiny_verifier):
     made = tiny_recipe({"synthesis.iterations": 20, "synthesis.verify_every": 10})
     with_, without = run_one(made, teachers, verifier=tiny_verifier), run_one(made, teachers)
     assert torch.equal(with_.images_uint8, without.images_uint8)

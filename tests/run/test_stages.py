@@ -129,7 +129,7 @@ def test_dataset_and_control_contain_the_expected_images(done):
         assert torch.equal(kept, distilled.images_uint8[job::2])
 
 
-def test_the_card_is_the_evaluated_one_without_times(done):
+def test_the_card_has_scores_and_no_local_paths(done):
     card = (done / "dataset" / "README.md").read_text()
     assert "Not yet run" not in card
     assert "| all real | 1347 | hard |" in card

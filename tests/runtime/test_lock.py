@@ -47,7 +47,7 @@ def test_the_error_for_a_second_process_names_host_and_process_of_the_first(othe
     assert holder_of(tmp_path / "run")["pid"] == other.pid
 
 
-def test_a_process_that_ends_soon_is_waited_for(other, tmp_path):
+def test_a_lock_that_is_released_soon_is_waited_for(other, tmp_path):
     other.stdin.write("\n")
     other.stdin.flush()
     with locked(tmp_path / "run", patience_s=120) as killed:

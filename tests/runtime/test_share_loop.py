@@ -85,7 +85,7 @@ def test_a_second_launch_does_the_remaining_tasks(tmp_path):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 50])
-def test_processes_finish_together(tmp_path, monkeypatch, world):
+def test_processes_finish_at_about_the_same_time(tmp_path, monkeypatch, world):
     """With many sizes, each process gets its share of the large tasks, and no task is done twice."""
     sizes = [4000 - 500 * (number % 8) for number in range(40)]
     # The results of the other processes, which do not run here.
