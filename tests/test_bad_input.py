@@ -309,7 +309,7 @@ CASES = {
     "recipe: nothing to squeeze": Bad(
         "squeeze.py good.yaml teachers.logit=resnet18 teachers.bn_pool=[] relabel.teachers=[resnet18]",
         RecipeError,
-        ("good.yaml", "no `squeeze:` teacher"),
+        ("good.yaml", "does not name a `squeeze:` teacher"),
     ),
     "recipe: a name of two lines": Bad("prism.py 'bad\nname.yaml'", RecipeError, ("bad\\nname.yaml", "not found")),
     "recipe: a file name of two lines": Bad(
