@@ -596,7 +596,7 @@ CASES |= {
     "teacher: not trained yet": Bad(
         f"prism.py good.yaml {as_teacher('squeeze:test_byobnet')} --stage synthesize --teachers none",
         StageError,
-        ("not trained yet in none", "recipes/squeeze.py", "--teachers DIR"),
+        ("not trained yet in none", "prism-hf squeeze", "--teachers DIR"),
     ),
     "student: no architecture": Bad("prism.py good.yaml evaluation.student=nonsense", RecipeError, ("nonsense",)),
     "student: no model type": Bad(

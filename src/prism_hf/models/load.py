@@ -84,7 +84,7 @@ def _load(name: str, squeezed: Mapping[str, Path]) -> Teacher:
     match scheme + colon:
         case "squeeze:":
             if name not in squeezed:
-                raise TeacherError(f"teacher {name!r} is not trained yet; run recipes/squeeze.py on the recipe first")
+                raise TeacherError(f"teacher {name!r} is not trained yet; run `prism-hf squeeze` on the recipe first")
             return _from_folder(ModelFiles(squeezed[name]), name)
         case "local-dir:":
             return _from_folder(ModelFiles(Path(source)), name)

@@ -122,7 +122,7 @@ class Run:
         folder = teacher_folder(name, self.recipe, self.teachers_root)
         if not is_squeezed(folder):
             raise StageError(
-                f"teacher {name!r} is not trained yet in {folder.parent}; run recipes/squeeze.py (or --stage squeeze) "
+                f"teacher {name!r} is not trained yet in {folder.parent}; run `prism-hf squeeze` (or --stage squeeze) "
                 "first, or specify the folder of teachers with --teachers DIR"
             )
         return folder
