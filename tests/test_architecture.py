@@ -74,12 +74,12 @@ def graph():
     return {name_of(path): {ours for _, ours in imports(path) if ours} for path in MODULES}
 
 
-def test_the_packages_are_those_of_the_house():
+def test_the_list_of_packages_is_complete():
     assert {name_of(path).split(".")[0] for path in MODULES} == set(PACKAGES)
 
 
 @every_module
-def test_imports_point_down_the_packages(path):
+def test_packages_import_only_from_lower_packages(path):
     def floor(module):
         return PACKAGES.index(module.split(".")[0])
 
@@ -96,7 +96,7 @@ def faces():
     return found
 
 
-def test_names_imported_when_first_used_are_those_that_type_checkers_see():
+def test_lazily_imported_names_match_what_type_checkers_see():
     path = SRC / "runtime" / "__init__.py"
     seen, at_once = (
         [node for node in ast.walk(read(path)) if isinstance(node, ast.ImportFrom)] for read in (tree, run_time_tree)
@@ -111,7 +111,7 @@ def test_names_imported_when_first_used_are_those_that_type_checkers_see():
 
 
 @every_module
-def test_a_package_is_used_through_its_face(path):
+def test_names_are_imported_from_the_package_that_exports_them(path):
     """What a face offers is not imported from the module behind it, so that a reader sees what packages share."""
     offered, own = faces(), name_of(path).split(".")[0]
     for node in ast.walk(tree(path)):
@@ -122,12 +122,12 @@ def test_a_package_is_used_through_its_face(path):
                 assert not behind, f"{path.name}:{node.lineno} import {sorted(behind)} from prism_hf.{package}"
 
 
-def test_no_name_of_a_face_hides_a_module():
+def test_no_exported_name_hides_a_module():
     for package, names in faces().items():
         assert not names & {path.stem for path in (SRC / package).glob("*.py")}, package
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_there_are_no_circular_imports():
     found = graph()
     while leaves := [name for name, ours in found.items() if not ours & set(found)]:
         found = {name: ours for name, ours in found.items() if name not in leaves}
@@ -135,7 +135,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 @every_module
-def test_nothing_imports_recipes_tests_or_itself_by_name(path):
+def test_no_module_imports_recipes_tests_or_prism_hf_by_name(path):
     assert not {package for package, module in imports(path) if module is None} & {"recipes", "tests", "prism_hf"}
 
 
@@ -173,7 +173,7 @@ QUICK = {
 
 
 @pytest.mark.parametrize("kind", QUICK)
-def test_plans_help_and_wrong_recipes_load_no_torch(kind):
+def test_dry_runs_help_and_recipe_errors_do_not_load_torch(kind):
     words, expected, told = QUICK[kind]
     code = (
         f"import runpy, sys; sys.argv = {words.split()}\n"
@@ -187,7 +187,7 @@ def test_plans_help_and_wrong_recipes_load_no_torch(kind):
 
 
 @every_module
-def test_no_print_no_cuda_call_no_star_no_path_tricks(path):
+def test_no_print_cuda_calls_star_imports_or_sys_path(path):
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call):
             called = node.func
@@ -211,7 +211,7 @@ def hub_writes(path):
     return {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)} & WRITES
 
 
-def test_only_hub_writes_to_the_network():
+def test_only_the_hub_package_writes_to_the_network():
     assert "create_commit" in hub_writes(SRC / "hub" / "push.py")
     assert not {name_of(p): found for p in MODULES if p.parent.name != "hub" and (found := hub_writes(p))}
 
@@ -226,13 +226,13 @@ def test_no_global_seed_and_no_bare_except(path):
 
 
 @every_module
-def test_each_module_says_what_it_is_for(path):
+def test_each_module_has_a_docstring(path):
     text = ast.get_docstring(tree(path))
     assert text
     assert text.splitlines()[0].rstrip().endswith((".", ";", ":")) or len(text.splitlines()) > 1
 
 
-def test_public_names_are_few_sorted_and_explained():
+def test_public_names_are_few_sorted_and_documented():
     names = prism_hf.__all__
     assert len(names) <= 20
     assert names == sorted(names)
@@ -248,7 +248,7 @@ def test_each_package_has_its_tests():
         assert list((ROOT / "tests" / package).glob("test_*.py")), package
 
 
-def test_no_drawer_modules():
+def test_no_catch_all_modules():
     assert not {"utils", "helpers", "common", "base", "misc"} & {p.stem for p in MODULES}
 
 

@@ -124,7 +124,7 @@ def check(bad, folder, capsys):
     assert state(folder, bad.draft) == before, "something was written"
 
 
-def test_the_good_folder_is_good(here, capsys):
+def test_the_unmodified_folder_is_accepted(here, capsys):
     """What is refused below is refused for what is wrong with it."""
     words = "good.yaml teachers.logit=local-dir:net relabel.teachers=[transformers:resnet] --output out"
     for stage in ("squeeze", "synthesize", "relabel", "package"):
@@ -1005,7 +1005,7 @@ CASES |= {
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_bad_input_is_one_line_and_changes_nothing(here, capsys, kind):
+def test_bad_input_gives_one_error_line_and_changes_nothing(here, capsys, kind):
     check(CASES[kind], here, capsys)
 
 
@@ -1263,7 +1263,7 @@ WRITES = {"create_repo", "commit", "preupload", "create_branch", "upload"}
 
 @pytest.mark.parametrize("transport", ["lfs"], indirect=True)
 @pytest.mark.parametrize("kind", list(HUB))
-def test_what_the_hub_refuses_is_one_line_and_changes_nothing(there, here, capsys, kind):
+def test_a_hub_error_gives_one_error_line_and_changes_nothing(there, here, capsys, kind):
     words, error, says, *make = HUB[kind]
     for step in make:
         step(there)

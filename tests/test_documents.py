@@ -72,7 +72,7 @@ NOT_WRAPPED = re.compile(
 
 
 @pytest.mark.parametrize("path", HAND_WRITTEN, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_lines_written_by_hand_are_short(path):
+def test_hand_written_lines_are_short(path):
     text = NOT_WRAPPED.sub("", path.read_text(encoding="utf-8"))
     assert [line for line in text.splitlines() if len(line) >= 120] == []
 

@@ -13,7 +13,7 @@ def failures(test, **fixtures):
     return [(type(one).__name__, one.__notes__[0]) for one in found]
 
 
-def test_every_case_that_fails_is_named_and_the_others_are_tried():
+def test_every_failing_case_is_named_and_the_others_still_run():
     seen = []
 
     @each("word, number", [("a", 1), ("b", 2), ("c", 3), ("d", 4)])
@@ -32,7 +32,7 @@ def test_every_case_that_fails_is_named_and_the_others_are_tried():
     assert seen == list("abcd")
 
 
-def test_one_failure_is_raised_as_it_is_and_loops_in_loops_name_both():
+def test_a_single_failure_is_raised_unchanged_and_nested_loops_name_both_cases():
     @each("a", [1, 2])
     @each("b", [3, 4])
     def test(a, b):
@@ -43,7 +43,7 @@ def test_one_failure_is_raised_as_it_is_and_loops_in_loops_name_both():
     assert error.value.__notes__ == ["in case 0 of 2: b=3", "in case 1 of 2: a=2"]
 
 
-def test_a_case_has_a_folder_of_its_own_and_leaves_the_environment_as_it_was(tmp_path, monkeypatch):
+def test_each_case_gets_its_own_folder_and_restores_the_environment(tmp_path, monkeypatch):
     @each("name", ["x", "y"])
     def test(name, tmp_path, monkeypatch):
         assert list(tmp_path.iterdir()) == []
@@ -67,7 +67,7 @@ def test_a_loop_is_skipped_only_if_every_case_is():
         test(all_of_them=True)
 
 
-def test_an_empty_loop_and_a_default_that_is_no_case_are_errors():
+def test_an_empty_loop_and_an_unknown_default_are_errors():
     with pytest.raises(AssertionError, match="without cases"):
         each("x", [])
     with pytest.raises(AssertionError, match="some of them"):

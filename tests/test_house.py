@@ -46,7 +46,7 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def test_it_counts_what_it_says(checkout):
+def test_the_counts_are_correct(checkout):
     facts = house.measure(checkout)
     length = MODULE.count("\n")
     assert facts["lines"] == 40 + 3 + length + 3 + 4
@@ -59,11 +59,11 @@ def test_it_counts_what_it_says(checkout):
 
 
 @pytest.mark.parametrize("name", house.LIMITS)
-def test_the_house_keeps_its_limits(name):
+def test_the_package_stays_within_its_limits(name):
     assert house.measure(ROOT)[name] <= house.LIMITS[name]
 
 
-def test_it_prints_every_number(checkout):
+def test_the_script_prints_every_number(checkout):
     words = [sys.executable, str(ROOT / "benchmarks" / "house.py"), "--root", str(checkout)]
     printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     for name in house.LIMITS:

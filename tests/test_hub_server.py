@@ -105,7 +105,7 @@ def test_publishing_and_reading_back(hub: HubServer, api: HfApi, transport: str,
         api.repo_info(ID, repo_type="dataset")
 
 
-def test_a_model_folder(hub: HubServer, api: HfApi, transport: str, tmp_path: Path) -> None:
+def test_a_model_folder_is_uploaded_and_downloaded(hub: HubServer, api: HfApi, transport: str, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "model.safetensors").write_bytes(NOISE[:5_000])
     (tmp_path / "m" / "config.json").write_bytes(b"{}")
@@ -151,7 +151,7 @@ def test_branches_and_pull_requests(hub: HubServer, api: HfApi, transport: str) 
     assert ([each.name for each in refs.branches], len(refs.pull_requests)) == (["main", "v1"], 2)
 
 
-def test_who_may_do_what(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
+def test_permissions(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     hub.create("datasets", "lab/secret", private=True)
     hub.create("datasets", "lab/gated", {"a.txt": b"a"}, gated="auto", granted=["bob"])
     reader = HfApi(endpoint=hub.url, token=hub.add_user("ann", token="hf_ann_reads", role="read", orgs=["lab"]))
@@ -215,13 +215,13 @@ def run(program: str, hub: HubServer, home: Path, transport: str, token: str | N
     return done.stdout
 
 
-def test_datasets_travel(hub: HubServer, transport: str, tmp_path: Path) -> None:
+def test_a_pushed_dataset_loads_with_the_same_content(hub: HubServer, transport: str, tmp_path: Path) -> None:
     pushed = run(PUSH, hub, tmp_path / "a", transport, hub.add_user("ann", orgs=["lab"])).strip()
     loaded = json.loads(run(LOAD, hub, tmp_path / "b", transport, None))
     assert loaded == {"told": [pushed] * 4, "configs": ["one", "two"]}
 
 
-def test_a_flipped_bit_arrives(hub: HubServer, api: HfApi, transport: str, tmp_path: Path) -> None:
+def test_a_corrupted_bit_reaches_the_client(hub: HubServer, api: HfApi, transport: str, tmp_path: Path) -> None:
     files = {"a.parquet": NOISE[:50_000], "a.txt": b"text"}
     hub.create("datasets", ID)
     publish(api, adds(files))
@@ -266,7 +266,7 @@ def test_faults(hub: HubServer) -> None:
     assert time.monotonic() - started > 0.2
 
 
-def test_faults_of_a_publication(hub: HubServer, api: HfApi, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_during_a_publication(hub: HubServer, api: HfApi, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fast_retries(monkeypatch)
     first = hub.create("datasets", ID).at("main").oid
     upload = {"lfs": "lfs_put", "xet": "xet_xorb"}[transport]
@@ -301,7 +301,7 @@ def test_objects_must_be_uploaded_first(hub: HubServer, api: HfApi) -> None:
     assert len(hub.history("datasets", ID)) == 2
 
 
-def test_what_no_client_should_do_is_noticed(hub: HubServer) -> None:
+def test_unknown_requests_and_leaked_tokens_are_recorded(hub: HubServer) -> None:
     assert get(hub, "/api/spaces/lab/x").status_code == 501
     assert [request.path for request in hub.unknown] == ["/api/spaces/lab/x"]
     hub.unknown.clear()

@@ -29,7 +29,7 @@ def go(recipe, folder, teachers, *words):
     return launch(*words, recipe=folder / "recipe.yaml")
 
 
-def test_random_real_images_are_a_data_set_like_any_other(finished_run, tmp_path):
+def test_random_real_images_become_a_dataset_like_any_other(finished_run, tmp_path):
     assert go(random_recipe(tiny(*LIGHT), 2), tmp_path / "a", finished_run / "teachers") == 0
     run = tmp_path / "a" / "run"
     assert not (run / "control").exists(), "it is its own"
@@ -56,7 +56,7 @@ def test_random_real_images_are_a_data_set_like_any_other(finished_run, tmp_path
 
 
 @pytest.mark.slow
-def test_gvbsm_gives_the_same_bytes_with_one_process_and_two(finished_run, tmp_path):
+def test_gvbsm_gives_the_same_bytes_with_one_or_two_processes(finished_run, tmp_path):
     one, two, teachers = tmp_path / "one", tmp_path / "two", finished_run / "teachers"
     for stage in ("synthesize", "relabel", "package"):
         assert go(tiny(*LIGHT, *GVBSM), one, teachers, "--stage", stage) == 0
@@ -91,7 +91,7 @@ START = {
 
 
 @pytest.mark.parametrize("init", START)
-def test_start_images_that_a_teacher_chooses_are_kept_and_made_again_when_damaged(finished_run, tmp_path, init, caplog):
+def test_start_images_chosen_by_a_teacher_are_reused_and_rebuilt_when_damaged(finished_run, tmp_path, init, caplog):
     words = (finished_run / "teachers", *START[init], "synthesis.iterations=0")
     make(tmp_path / "run", *words, wanted=("synthesize",))
     start, jobs = tmp_path / "run" / "work" / "start.npy", tmp_path / "run" / "work" / "jobs"

@@ -58,7 +58,7 @@ def references(tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", rest_slow(CASES, [SHORT]))
-def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(recipe, references, tmp_path):
+def test_a_killed_run_ends_with_the_same_bytes_as_an_undisturbed_one(recipe, references, tmp_path):
     struck = [kills.Kill(stage, 0.5, name, whom, count) for stage, name, whom, count in CASES[recipe]]
     case = kills.Case(0, recipe, struck, last_processes=1 if recipe == SHORT else 3)
     _, expected, times = references(recipe)
@@ -68,7 +68,7 @@ def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(recipe, ref
 
 
 @pytest.mark.slow
-def test_the_harness_sees_a_changed_byte_and_work_done_twice(references, tmp_path, monkeypatch):
+def test_the_harness_detects_a_changed_byte_and_repeated_work(references, tmp_path, monkeypatch):
     """A check that cannot fail is a defect: without kills, with a damaged job and a wrong expectation."""
     recipe = SHORT
     source, expected, times = references(recipe)
@@ -136,7 +136,7 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_in_every_stage_costs_nothing_that_is_finished(undisturbed, tmp_path):
+def test_a_full_disk_in_any_stage_loses_no_finished_work(undisturbed, tmp_path):
     """In a process of its own: what pytest captures goes into files, which the limit would cut as well."""
     folder, packaged = tmp_path / "run", Path(shutil.copytree(undisturbed, tmp_path / "packaged"))
     for record in (packaged / "work").glob("*/provenance.json*"):
@@ -161,7 +161,7 @@ def test_a_disk_that_is_full_in_every_stage_costs_nothing_that_is_finished(undis
     assert sorted(p.name for p in packaged.iterdir()) == sorted(p.name for p in undisturbed.iterdir())
 
 
-def test_what_a_killed_process_left_half_written_is_removed_and_named_in_the_log(undisturbed, tmp_path):
+def test_drafts_of_a_killed_process_are_removed_and_logged(undisturbed, tmp_path):
     folder = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     drafts = [
         folder / "work" / "jobs" / ".draft-job-00000.safetensors-x",

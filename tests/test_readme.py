@@ -67,7 +67,7 @@ assert top1 > 0.8, top1
 
 
 @pytest.mark.slow
-def test_the_readme_from_nothing_to_a_published_set(hub, tmp_path):
+def test_the_readme_works_from_clone_to_published_dataset(hub, tmp_path):
     """Verbatim: clone, install, distill, train, call from Python, distill own data, publish, load."""
     origin = tmp_path / "origin"
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

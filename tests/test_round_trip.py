@@ -115,7 +115,7 @@ def here(folder, config):
     return space["digest"](rows), space["streamed"]
 
 
-def test_a_data_set_comes_back_bit_for_bit(connected, transport, reader, tmp_path):
+def test_a_pushed_dataset_comes_back_bit_for_bit(connected, transport, reader, tmp_path):
     pushed = []
     for number, channels in ((0, 1), (1, 3)):
         folder = tmp_path / f"set-{number}"
@@ -139,7 +139,7 @@ def test_a_data_set_comes_back_bit_for_bit(connected, transport, reader, tmp_pat
     assert ("xet_reconstruction" in kinds) == (transport == "xet")
 
 
-def test_a_flipped_bit_on_the_hub_is_seen_by_verify(connected, tmp_path, capsys):
+def test_verify_detects_a_flipped_bit_on_the_hub(connected, tmp_path, capsys):
     folder = tmp_path / "set"
     recipe, names, *_ = small_set(folder)
     add_card(folder, recipe, names)
@@ -152,7 +152,7 @@ def test_a_flipped_bit_on_the_hub_is_seen_by_verify(connected, tmp_path, capsys)
     assert "views/train-00000-of-00001.parquet: content has changed" in capsys.readouterr().out
 
 
-def test_what_is_missing_on_the_hub_is_seen_by_verify(connected, tmp_path, capsys):
+def test_verify_detects_missing_and_unlisted_files_on_the_hub(connected, tmp_path, capsys):
     folder = tmp_path / "set"
     recipe, names, *_ = small_set(folder)
     add_card(folder, recipe, names)
@@ -173,7 +173,7 @@ def teacher(tmp_path_factory):
     return teacher_folder("squeeze:test_byobnet", recipe, root)
 
 
-def test_a_teacher_comes_back_for_timm_and_transformers(connected, transport, reader, teacher, tmp_path):
+def test_a_pushed_teacher_loads_in_timm_and_transformers(connected, transport, reader, teacher, tmp_path):
     picture = tmp_path / "digit.png"
     random_picture(16, 16).save(picture)
     assert main(["push", str(teacher), TEACHER]) == 0
@@ -202,7 +202,7 @@ lfs_only = pytest.mark.parametrize("transport", ["lfs"], indirect=True)
 
 
 @lfs_only
-def test_a_push_between_two_tables_is_not_mixed_in(connected, transport, reader, tmp_path):
+def test_a_push_during_a_download_is_not_mixed_in(connected, transport, reader, tmp_path):
     folders = []
     for seed in (0, 1):
         folders.append(tmp_path / f"set-{seed}")
@@ -237,7 +237,7 @@ def pushed(connected, tmp_path):
     return tmp_path / "set"
 
 
-def test_ours_reads_what_was_pushed_and_downloads_nothing_else(connected, transport, pushed, cache):
+def test_load_distilled_reads_a_pushed_dataset_and_downloads_nothing_else(connected, transport, pushed, cache):
     here, there = load_distilled(pushed), load_distilled(SET)
     for name in ("content", "num_epochs", "class_names", "recipe", "teacher_weights", "image_bytes", "label_bytes"):
         assert getattr(here, name) == getattr(there, name)
@@ -250,7 +250,7 @@ def test_ours_reads_what_was_pushed_and_downloads_nothing_else(connected, transp
 
 
 @lfs_only
-def test_offline_the_hubs_cache_will_do(connected, pushed, cache, monkeypatch):
+def test_load_distilled_works_offline_from_the_hub_cache(connected, pushed, cache, monkeypatch):
     content = load_distilled(SET).content
     commit = connected.history("datasets", SET)[0]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -267,7 +267,7 @@ def test_offline_the_hubs_cache_will_do(connected, pushed, cache, monkeypatch):
 
 
 @lfs_only
-def test_a_revision_is_what_it_names_and_a_newer_push_is_seen(connected, pushed, cache, tmp_path):
+def test_a_revision_stays_fixed_and_a_newer_push_is_seen(connected, pushed, cache, tmp_path):
     first, commit = load_distilled(SET).content, connected.history("datasets", SET)[0]
     recipe, names, *_ = small_set(tmp_path / "newer", seed=1)
     add_card(tmp_path / "newer", recipe, names)
@@ -278,7 +278,7 @@ def test_a_revision_is_what_it_names_and_a_newer_push_is_seen(connected, pushed,
 
 @lfs_only
 @pytest.mark.parametrize("kind", ["missing", "private", "gated", "revision"])
-def test_what_the_hub_does_not_give_is_one_line(connected, cache, kind):
+def test_an_unavailable_hub_dataset_gives_one_error_line(connected, cache, kind):
     connected.create("datasets", "other/private", {"a": b"1"}, private=True)
     connected.create("datasets", "other/gated", {"data/train-00000-of-00001.parquet": b"1"}, gated=True)
     connected.create("datasets", SET, {"a": b"1"})
@@ -290,7 +290,7 @@ def test_what_the_hub_does_not_give_is_one_line(connected, cache, kind):
 
 
 @lfs_only
-def test_no_answer_is_neither_an_older_copy_nor_no_such_file(connected, pushed, cache):
+def test_a_hub_outage_is_an_error_and_not_an_old_copy_or_a_missing_file(connected, pushed, cache):
     content = load_distilled(SET).content
     fault = connected.fault("repo_info", Status(503), times=None)
     with pytest.raises(HubError, match="5 times"):
@@ -304,7 +304,7 @@ def test_no_answer_is_neither_an_older_copy_nor_no_such_file(connected, pushed, 
 
 
 @lfs_only
-def test_offline_tables_that_plain_datasets_downloaded_will_do(connected, pushed, cache, monkeypatch, tmp_path):
+def test_load_distilled_works_offline_from_tables_that_datasets_downloaded(connected, pushed, cache, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", connected.url)
     for config in ("default", "views"):

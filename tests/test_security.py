@@ -105,7 +105,7 @@ PICKLED = (
 
 @both
 @pytest.mark.parametrize("name", PICKLED)
-def test_a_folder_with_nothing_but_a_pickle_is_refused(network, bomb, name):
+def test_a_folder_with_only_pickled_weights_is_refused(network, bomb, name):
     kind, folder = network
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(bomb)
@@ -117,7 +117,7 @@ def test_a_folder_with_nothing_but_a_pickle_is_refused(network, bomb, name):
 
 
 @both
-def test_pickles_beside_weights_are_left_alone(network, bomb):
+def test_pickles_beside_safe_weights_are_ignored(network, bomb):
     kind, folder = network
     for name in PICKLED:
         (folder / name).write_bytes(bomb)
@@ -126,7 +126,7 @@ def test_pickles_beside_weights_are_left_alone(network, bomb):
 
 @both
 @pytest.mark.parametrize("where", ["folder", "Hub"])
-def test_a_pickle_under_the_name_of_safe_weights_is_refused(request, network, bomb, where, tmp_path, monkeypatch):
+def test_a_pickle_named_model_safetensors_is_refused(request, network, bomb, where, tmp_path, monkeypatch):
     kind, folder = network
     (folder / "model.safetensors").write_bytes(bomb)
     if where == "folder":
@@ -151,7 +151,7 @@ def served(request, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["file", "url", "hf_hub_filename"])
-def test_weights_that_a_timm_config_names_elsewhere_are_not_opened(network, bomb, key, tmp_path):
+def test_outside_weights_named_in_a_timm_config_are_not_opened(network, bomb, key, tmp_path):
     kind, folder = network
     (tmp_path / "bomb.bin").write_bytes(bomb)
     place = str(tmp_path / "bomb.bin")
@@ -172,7 +172,7 @@ def test_a_checkpoint_in_the_arguments_of_a_wrapped_timm_model_is_not_opened(net
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
 @pytest.mark.parametrize("network", ["transformers"], indirect=True)
-def test_code_that_a_folder_brings_is_not_run(network, bomb, tmp_path, file):
+def test_code_in_a_teacher_folder_is_not_run(network, bomb, tmp_path, file):
     kind, folder = network
     (folder / "custom_code.py").write_bytes(code(tmp_path))
     names = ("AutoConfig", "AutoModelForImageClassification", "AutoImageProcessor")
@@ -186,7 +186,7 @@ def test_code_that_a_folder_brings_is_not_run(network, bomb, tmp_path, file):
 
 @both
 @pytest.mark.parametrize("text", ["[" * 100_000, "{" * 3, '{"a": ' * 100_000, "3", '"x"', "null"])
-def test_a_config_that_is_none_is_one_line(network, text):
+def test_an_invalid_config_gives_one_error_line(network, text):
     kind, folder = network
     (folder / "config.json").write_text(text)
     refused(kind, folder)
@@ -228,7 +228,7 @@ def bad_data(place, *words, **values):
     return text
 
 
-def test_the_folder_of_these_tests_loads(tmp_path):
+def test_the_unmodified_image_folder_loads(tmp_path):
     assert pixels(source(class_folders(tmp_path / "data"))).shape == (4, 3, 16, 16)
 
 
@@ -277,7 +277,7 @@ KINDS = ["script", "pickle", "arrow", "parquet", "saved"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_data_that_could_run_code_is_one_line(tmp_path, bomb, kind):
+def test_data_that_could_run_code_gives_one_error_line(tmp_path, bomb, kind):
     place = hostile_data(tmp_path / "evil", kind, bomb, tmp_path)
     bad_data(place)
     with pytest.raises(DataError) as error:
@@ -286,7 +286,7 @@ def test_data_that_could_run_code_is_one_line(tmp_path, bomb, kind):
 
 
 @pytest.mark.parametrize("kind", ["script", "pickle", "arrow", "parquet", "tar"])
-def test_data_on_the_hub_that_could_run_code_is_one_line(request, tmp_path, monkeypatch, bomb, kind):
+def test_hub_data_that_could_run_code_gives_one_error_line(request, tmp_path, monkeypatch, bomb, kind):
     server = served(request, tmp_path, monkeypatch)
     if kind == "tar":
         files = {"train.tar": tar({"0.png": picture(), "0.pyd": bomb, "0.pkl": bomb, "0.pth": bomb})}
@@ -311,7 +311,7 @@ def tar(members):
 
 
 @pytest.mark.parametrize("name", ["pandas", "text", "csv", "imagefolder", "webdataset"])
-def test_a_folder_named_like_a_reader_does_not_open_what_lies_around(tmp_path, monkeypatch, bomb, name):
+def test_a_folder_named_like_a_datasets_loader_does_not_read_nearby_files(tmp_path, monkeypatch, bomb, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "around.pkl").write_bytes(bomb)
     (tmp_path / "around.csv").write_text("x\nsecret\n")
@@ -333,7 +333,7 @@ FEATURES = [
 
 
 @pytest.mark.parametrize("features", FEATURES, ids=lambda text: text[:50].decode())
-def test_strange_features_in_a_table_are_one_line(tmp_path, features):
+def test_invalid_features_in_a_table_give_one_error_line(tmp_path, features):
     (tmp_path / "set" / "data").mkdir(parents=True)
     table = pa.table({"x": [1, 2]}).replace_schema_metadata({b"huggingface": features})
     pq.write_table(table, tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
@@ -343,7 +343,7 @@ def test_strange_features_in_a_table_are_one_line(tmp_path, features):
     assert "root:" not in one_line(error)
 
 
-def test_class_names_do_not_come_from_another_file(distilled):
+def test_class_names_are_not_read_from_another_file(distilled):
     path = distilled / "data" / "train-00000-of-00001.parquet"
     table = pq.read_table(path)
     notes = json.loads(table.schema.metadata[b"huggingface"])
@@ -370,7 +370,7 @@ def secret(tmp_path):
     "how", ["{}", "../private/*.png", "file://{}", "private/../../private/secret.png", "http://e/x.png"]
 )
 @pytest.mark.parametrize("shape", ["text", "list", "split", "folder"])
-def test_a_card_that_takes_data_from_elsewhere_is_refused(tmp_path, secret, how, shape):
+def test_a_card_that_names_data_outside_the_folder_is_refused(tmp_path, secret, how, shape):
     folder, path = class_folders(tmp_path / "data"), how.format(secret)
     config = {
         "text": {"data_files": path},
@@ -385,7 +385,7 @@ def test_a_card_that_takes_data_from_elsewhere_is_refused(tmp_path, secret, how,
 
 @pytest.mark.parametrize("how", ["{}", "../private/*.parquet", "file://{}", "http://e/x.parquet"])
 @pytest.mark.parametrize("key", ["data_files", "data_dir"])
-def test_a_distilled_set_is_read_without_following_its_card(distilled, tmp_path, how, key):
+def test_loading_a_distilled_dataset_ignores_paths_in_its_card(distilled, tmp_path, how, key):
     (tmp_path / "private").mkdir()
     small_set(tmp_path / "other", seed=1)
     secret = tmp_path / "private" / "train-00000-of-00001.parquet"
@@ -409,7 +409,7 @@ def test_a_distilled_set_is_read_without_following_its_card(distilled, tmp_path,
     ids=["plain", "a document", "a set", "itself"],
 )
 @pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
-def test_a_card_in_any_words_and_file_is_read_as_datasets_reads_it(tmp_path, secret, name, text):
+def test_every_form_of_card_is_parsed_as_datasets_parses_it(tmp_path, secret, name, text):
     folder = class_folders(tmp_path / "data")
     header = text % secret
     (folder / name).write_text(f"---\n{header}\n---\n" if name == "README.md" else header)
@@ -417,7 +417,7 @@ def test_a_card_in_any_words_and_file_is_read_as_datasets_reads_it(tmp_path, sec
 
 
 @pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
-def test_an_endless_card_of_a_second_document_is_one_line_at_once(tmp_path, name):
+def test_an_alias_bomb_in_a_second_yaml_document_is_refused_at_once(tmp_path, name):
     folder = class_folders(tmp_path / "data")
     (folder / name).write_text(f"---\n---\n{alias_bomb()}---\n" if name == "README.md" else f"---\n{alias_bomb()}")
     bad_data(folder, name, "more than 16 aliases")
@@ -425,7 +425,7 @@ def test_an_endless_card_of_a_second_document_is_one_line_at_once(tmp_path, name
 
 @pytest.mark.parametrize("how", ["absolute", "relative"])
 @pytest.mark.parametrize("kind", ["parquet", "saved", "metadata"])
-def test_a_table_that_names_a_picture_elsewhere_does_not_get_it(tmp_path, monkeypatch, secret, how, kind):
+def test_a_table_cannot_read_an_image_outside_its_folder(tmp_path, monkeypatch, secret, how, kind):
     folder = tmp_path / "data"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -448,7 +448,7 @@ def test_a_table_that_names_a_picture_elsewhere_does_not_get_it(tmp_path, monkey
     assert "cannot be loaded" in (text := bad_data(folder)) or "does not belong to the source" in text
 
 
-def test_a_data_set_on_the_hub_does_not_get_a_picture_of_this_machine(request, tmp_path, monkeypatch, secret):
+def test_a_hub_dataset_cannot_read_a_local_image(request, tmp_path, monkeypatch, secret):
     server = served(request, tmp_path, monkeypatch)
     cell = {"bytes": None, "path": str(secret)}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
@@ -477,7 +477,7 @@ def test_a_data_set_on_the_hub_does_not_get_a_picture_of_this_machine(request, t
         lambda f: change(f / "train" / "dataset_info.json", features={"x": {"_type": "os.system"}}),
     ],
 )
-def test_a_saved_data_set_that_names_files_elsewhere_is_one_line(tmp_path, change_it):
+def test_a_saved_dataset_that_names_outside_files_gives_one_error_line(tmp_path, change_it):
     part = datasets.Dataset.from_dict({"x": [1]})
     for name in ("data", "other"):
         datasets.DatasetDict(train=part, test=part).save_to_disk(tmp_path / name)
@@ -511,7 +511,7 @@ def test_archives_are_not_opened(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
-def test_archives_beside_a_distilled_set_are_not_opened(distilled, tmp_path, name):
+def test_archives_beside_a_distilled_dataset_are_not_opened(distilled, tmp_path, name):
     content = load_distilled(distilled).content
     ARCHIVES[name](distilled / "data" / f"x-{name}")
     before = sha_tree(tmp_path)
@@ -523,7 +523,7 @@ def test_archives_beside_a_distilled_set_are_not_opened(distilled, tmp_path, nam
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "chain", "nowhere"])
-def test_links_out_of_a_folder_of_pictures_are_refused(tmp_path, secret, kind):
+def test_links_out_of_an_image_folder_are_refused(tmp_path, secret, kind):
     folder = class_folders(tmp_path / "data")
     link = folder / "train" / "ant" / "9.png"
     if kind == "folder":
@@ -534,7 +534,7 @@ def test_links_out_of_a_folder_of_pictures_are_refused(tmp_path, secret, kind):
     bad_data(folder, link.name, "leads out of")
 
 
-def test_links_inside_a_folder_and_to_a_folder_are_fine(tmp_path):
+def test_links_inside_a_folder_and_to_a_folder_are_accepted(tmp_path):
     folder = class_folders(tmp_path / "data")
     (folder / "train" / "ant" / "9.png").symlink_to("0.png")
     (folder / "train" / "ant" / "loop.png").symlink_to("loop.png")
@@ -557,7 +557,7 @@ def snapshot(folder, repo, shared=False):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_snapshots_in_the_hubs_cache_are_read_through_their_links(tmp_path, timm_folder, distilled, shared):
+def test_snapshots_in_the_hub_cache_are_read_through_their_links(tmp_path, timm_folder, distilled, shared):
     data = snapshot(class_folders(tmp_path / "plain"), tmp_path / "1" / "datasets--a--b", shared)
     assert load_source(source(data)).train.images([0, 1, 2, 3]).shape[0] == 4
     net = snapshot(timm_folder, tmp_path / "2" / "models--a--b", shared)
@@ -569,7 +569,7 @@ def test_snapshots_in_the_hubs_cache_are_read_through_their_links(tmp_path, timm
 
 @both
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "other.json"])
-def test_links_out_of_a_folder_of_weights_are_refused(network, tmp_path, name):
+def test_links_out_of_a_teacher_folder_are_refused(network, tmp_path, name):
     kind, folder = network
     if name == "other.json":
         (folder / name).write_text("{}")
@@ -587,7 +587,7 @@ def distilled(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["README.md", "provenance.json", "recipe.yaml", "data", "views", "assets"])
-def test_no_command_follows_a_link_out_of_a_data_set(distilled, tmp_path, name):
+def test_no_command_follows_a_link_out_of_a_dataset(distilled, tmp_path, name):
     if name == "assets":
         (distilled / name).mkdir()
         (distilled / name / "grid.png").write_bytes(picture())
@@ -606,7 +606,7 @@ def test_no_command_follows_a_link_out_of_a_data_set(distilled, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "student.json"])
-def test_no_link_of_a_network_is_pushed(timm_folder, tmp_path, name):
+def test_a_model_folder_with_a_link_out_of_it_is_not_pushed(timm_folder, tmp_path, name):
     folder = Path(shutil.copytree(timm_folder, tmp_path / "student"))
     (folder / "student.json").write_text("{}")
     (folder / name).rename(tmp_path / "elsewhere")
@@ -624,14 +624,14 @@ PATHS = [
 
 
 @each("name", PATHS)
-def test_a_path_that_is_not_plainly_below_a_folder_is_known(name):
+def test_unsafe_paths_are_recognized(name):
     assert not is_plain_path(name)
     assert is_plain_path("data/train-00000-of-00001.parquet")
 
 
 @each("name", ["../../x", "/x", "..", "", "a/b", "a\\b", "a\0", "a\n", "a b", "x" * 97, "CON", "nul.txt",
                                   "com1", "a.", ".a", "ä", "a:b", 3, None])  # fmt: skip
-def test_a_recipes_name_is_the_name_of_a_folder(name):
+def test_a_recipe_name_must_be_a_valid_folder_name(name):
     values = yaml.safe_load((ROOT / "recipes" / "digits" / "prism_ipc10.yaml").read_text())
     with pytest.raises(RecipeError) as error:
         parse_recipe(values | {"name": name})
@@ -640,7 +640,7 @@ def test_a_recipes_name_is_the_name_of_a_folder(name):
 
 @each("name", ["squeeze:../../x", "squeeze:/x", "squeeze:", "squeeze:a/b", "squeeze:a\0b", "squeeze:a\n"])
 @each("role", ["teachers.logit", "teachers.bn_pool", "teachers.verifier", "relabel.teachers"])
-def test_a_squeezed_teacher_is_the_name_of_a_folder(name, role):
+def test_a_squeezed_teacher_must_have_a_valid_folder_name(name, role):
     value = [name] if role in ("teachers.bn_pool", "relabel.teachers") else name
     with pytest.raises(RecipeError) as error:
         tiny(f"{role}={json.dumps(value)}")
@@ -651,7 +651,7 @@ PREFIXES = ["", "data/", "views/"]
 
 
 @each("name, prefix", product(PATHS, PREFIXES), some=diagonal(PATHS, PREFIXES))
-def test_provenance_names_no_file_outside(distilled, tmp_path, name, prefix):
+def test_outside_files_named_in_provenance_are_not_opened(distilled, tmp_path, name, prefix):
     """What is opened all the same would change the answer: the files outside are good tables."""
     distilled = Path(shutil.copytree(distilled, tmp_path / "set"))
     for place in (tmp_path / "x", tmp_path / "x.parquet", tmp_path.parent / "x"):
@@ -672,7 +672,7 @@ def test_provenance_names_no_file_outside(distilled, tmp_path, name, prefix):
 
 @each("repo", ["../x", "a/../b", "/etc/passwd", "a/b/c", "a\0/b", "a/b\n", "..", "a/.."])
 @each("kind", ["hf-hub", "transformers"])
-def test_a_teacher_on_the_hub_has_the_name_of_a_repo(repo, kind):
+def test_a_hub_teacher_must_have_a_valid_repo_name(repo, kind):
     refused(kind, repo)
     refused(kind, "org/net@../../x")
 
@@ -711,7 +711,7 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("kind", ENDLESS)
-def test_endless_yaml_is_one_line_at_once(distilled, tmp_path, kind):
+def test_hostile_yaml_gives_one_error_line_at_once(distilled, tmp_path, kind):
     text = ENDLESS[kind]
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
@@ -727,7 +727,7 @@ def test_endless_yaml_is_one_line_at_once(distilled, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ENDLESS)
-def test_an_endless_header_is_one_line_at_once(distilled, kind):
+def test_a_hostile_card_header_is_harmless(distilled, kind):
     text = f"---\n{ENDLESS[kind]}\n---\nwords of somebody\n"
     merged = merge_readme("---\ntags: [a]\n---\nours\n", text.encode(), owned=())
     assert b"words of somebody" in merged
@@ -740,7 +740,7 @@ def test_an_endless_header_is_one_line_at_once(distilled, kind):
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"files": ' * 100_000, '{"files": {"a": [' + "[" * 100_000, "1" * 10_000, "\ufeff{}"]
 )
-def test_an_endless_provenance_is_one_line(distilled, text):
+def test_a_hostile_provenance_gives_one_error_line(distilled, text):
     (distilled / "provenance.json").write_text(text)
     assert "cannot be read" in check_folder(distilled).differences[0]
     for read in (bundle_of, load_distilled):
@@ -784,7 +784,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_table_of_other_values_is_one_line(distilled, kind):
+def test_invalid_values_in_a_table_give_one_error_line(distilled, kind):
     table, columns, word = FOREIGN[kind]
     rewritten(distilled, table, **columns)
     with pytest.raises(DataError) as error:
@@ -793,14 +793,14 @@ def test_a_table_of_other_values_is_one_line(distilled, kind):
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"teachers": 3}', '{"teachers": [3]}', '{"teachers": [{}]}'])
-def test_teachers_that_provenance_does_not_name_are_one_line(distilled, text):
+def test_missing_teachers_in_provenance_give_one_error_line(distilled, text):
     (distilled / "provenance.json").write_text(text)
     with pytest.raises(DataError) as error:
         load_distilled(distilled)
     assert "provenance.json" in one_line(error)
 
 
-def test_evaluate_on_a_hostile_folder_is_one_line(tmp_path, bomb, capsys):
+def test_evaluating_a_hostile_folder_gives_one_error_line(tmp_path, bomb, capsys):
     for kind in KINDS:
         place = hostile_data(tmp_path / kind, kind, bomb, tmp_path)
         assert launch(place, "--output", tmp_path / "out", name="evaluate", recipe=None) == 2
@@ -811,7 +811,7 @@ def test_evaluate_on_a_hostile_folder_is_one_line(tmp_path, bomb, capsys):
 # -- helpers of the module --------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_poses_as_a_snapshot_gains_nothing(tmp_path, secret):
+def test_a_fake_snapshot_folder_gets_no_extra_access(tmp_path, secret):
     place = tmp_path / "repo" / "snapshots" / "x"
     place.mkdir(parents=True)
     (tmp_path / "repo" / "blobs").symlink_to(secret.parent)
@@ -837,7 +837,7 @@ def leaks(text):
 
 
 @lfs_only
-def test_no_secret_of_the_environment_is_written_or_said(connected, tmp_path, monkeypatch, capfd, caplog):
+def test_no_secret_from_the_environment_is_written_or_printed(connected, tmp_path, monkeypatch, capfd, caplog):
     """A whole run with trackers, told to say everything, and pushed."""
     pytest.importorskip("tensorboard")
     for name, value in SECRETS.items():
@@ -905,11 +905,11 @@ def test_a_secret_in_a_recipe_file_is_refused_and_not_repeated(tmp_path, capsys)
 
 
 @each("value", ["https://host/terms", "hf_hub:org/name", "org/hf_name", "mailto:a@b.example", "a" * 40])
-def test_what_only_resembles_a_secret_is_fine(value):
+def test_text_that_only_resembles_a_secret_is_accepted(value):
     assert tiny(f"data.license={json.dumps(value)}").data.license == value
 
 
-def test_an_address_is_told_without_its_password(monkeypatch):
+def test_an_address_is_shown_without_its_password(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://user:p4ssw0rd@host.example")
     assert Repository(Target("a/b")).commit_url("1") == "https://host.example/datasets/a/b/commit/1"
     assert without_password("plain words") == "plain words"
@@ -948,7 +948,7 @@ def steps(workflow):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_a_workflow_runs_pinned_actions_with_the_least_rights(path):
+def test_a_workflow_runs_pinned_actions_with_least_privilege(path):
     text = path.read_text(encoding="utf-8")
     workflow = yaml.safe_load(text)
     assert workflow["permissions"] == {"contents": "read"}
@@ -963,7 +963,7 @@ def test_a_workflow_runs_pinned_actions_with_the_least_rights(path):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_a_workflow_puts_no_text_of_others_into_a_command(path):
+def test_a_workflow_puts_no_untrusted_text_into_a_command(path):
     commands = [step["run"] for step in steps(yaml.safe_load(path.read_text(encoding="utf-8"))) if "run" in step]
     assert commands
     assert not [command for command in commands if "${{" in command]
@@ -979,6 +979,6 @@ def test_there_is_a_workflow_for_every_push_and_a_weekly_audit():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-def test_the_audit_fails_without_an_answer():
+def test_the_audit_requires_an_answer_from_osv():
     """`pip-audit` passes what the default service cannot find; OSV has to answer."""
     assert "pip-audit --vulnerability-service osv" in (ROOT / "Makefile").read_text(encoding="utf-8")

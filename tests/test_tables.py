@@ -53,7 +53,7 @@ def test_methods_have_the_same_iterations_and_labels(ipc):
     assert {recipe.synthesis.ipc for recipe in others} == {ipc}
 
 
-def test_a_switch_changes_what_it_says():
+def test_a_switch_changes_only_the_keys_it_names():
     table = tables.TABLES["switches"]
     base, *others = [tables.recipe_of(row, table, None) for row in table.rows]
     for row, recipe in zip(table.rows[1:], others, strict=True):
@@ -96,7 +96,7 @@ def toy(mean_a, mean_b, *, seeds=(0, 1)):
 
 @each("gap, word", [(0.1, "**above**"), (0.0, "level"), (-0.1, "*below*")])
 @each("section", [name for name in fashion.SECTIONS if name != "fashion-labels"])
-def test_a_table_says_who_is_above(section, gap, word):
+def test_a_table_states_which_method_is_better(section, gap, word):
     text = fashion.SECTIONS[section](toy(0.7 + gap, 0.7))
     assert "| ours" in text
     assert f"{100 * (0.7 + gap):.1f}" in text
@@ -108,11 +108,11 @@ def test_a_table_says_who_is_above(section, gap, word):
     assert len({line.count("|") for line in rows}) == 1
 
 
-def test_one_seed_allows_no_verdict_in_a_table():
+def test_a_table_gives_no_verdict_from_one_seed():
     assert "(one seed)" in fashion.methods_table(toy(0.8, 0.7, seeds=(0,)))
 
 
-def test_a_row_without_a_method_differs_from_one_that_was_not_run():
+def test_a_missing_method_is_shown_differently_from_one_not_yet_run():
     one, ten = toy(0.8, 0.7) | {"left_out": {"extra, ipc 1": "not yet run"}}, toy(0.8, 0.7) | {"left_out": {}}
     for name in ("extra", "second"):
         ten["methods"].append(ten["methods"][1] | {"label": name})
@@ -123,7 +123,7 @@ def test_a_row_without_a_method_differs_from_one_that_was_not_run():
     assert second == "| second | - | - | 80.0 ± 1.4 | 80.0 ± 1.4 |"
 
 
-def test_labels_are_in_order_of_their_bytes():
+def test_the_labels_table_shows_the_size_of_the_labels():
     text = fashion.labels_table(toy(0.8, 0.7))
     assert "| views of 3 epochs | 1.23 kB |" in text
 
@@ -154,7 +154,7 @@ def to_parquet(spec, source, out, capsys):
     return code, capsys.readouterr()
 
 
-def test_the_authors_files_become_a_data_set(authors, tmp_path, capsys):
+def test_the_original_files_become_a_dataset(authors, tmp_path, capsys):
     spec, folder = authors
     code, said = to_parquet(spec, folder, tmp_path / "out", capsys)
     assert code == 0
@@ -167,7 +167,7 @@ def test_the_authors_files_become_a_data_set(authors, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("harm", ["missing", "cut", "labels for images", "not gzip", "other count"])
-def test_files_that_are_none_of_the_authors_leave_what_was_there(authors, tmp_path, capsys, harm):
+def test_invalid_source_files_leave_the_existing_output_unchanged(authors, tmp_path, capsys, harm):
     spec, folder = authors
     out = tmp_path / "out"
     assert to_parquet(spec, folder, out, capsys)[0] == 0

@@ -21,7 +21,7 @@ def wheel(tmp_path_factory):
     return folder / made.stdout.split()[-1]
 
 
-def test_the_wheel_holds_the_package_and_every_recipe(wheel):
+def test_the_wheel_contains_the_package_and_every_recipe(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert f"prism_hf-{prism_hf.__version__}-" in wheel.name
     assert names >= {f"prism_hf/recipes/{name}.yaml" for name in shipped_recipes()}
