@@ -1,4 +1,4 @@
-"""What tests of cards and pages share: hostile texts, an evaluation, a card as a reader sees it."""
+"""Helpers for tests of cards and pages: hostile texts, an evaluation, and a card as a reader sees it."""
 
 import re
 
@@ -8,7 +8,7 @@ from pipeline import add_card, small_set
 from prism_hf.evaluation.report import evaluation_facts, score_row
 from prism_hf.hub.dataset_card import card_facts, render_card
 
-# markdown-it-py is there wherever huggingface-hub is (through typer and rich).
+# markdown-it-py is always installed with huggingface-hub (through typer and rich).
 from markdown_it import MarkdownIt  # isort: skip
 
 
@@ -73,14 +73,14 @@ def render(facts, recipe):
 
 
 def tokens(body):
-    """Flat Markdown tokens, as GitHub's and the Hub's dialect sees them."""
+    """Yield the Markdown tokens, flattened, in the dialect of GitHub and the Hub."""
     for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(body):
         yield token
         yield from token.children or ()
 
 
 def shape(body):
-    """The structure of a document without its words."""
+    """Return the structure of a document without its text."""
     return [t.type for t in tokens(body) if t.type not in ("text", "text_special", "softbreak")]
 
 
@@ -89,7 +89,7 @@ def shown(body):
 
 
 def packed_card(folder):
-    """A small dataset with its card: its recipe, and the facts of a card with figures and a teacher."""
+    """Write a small dataset with its card; return its recipe and the facts of a card with figures and a teacher."""
     recipe, *_ = small_set(folder, names=NAMES)
     add_card(folder, recipe, NAMES)
     facts = card_facts(folder, recipe, NAMES, {"evaluation": evaluation()})

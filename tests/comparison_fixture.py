@@ -1,4 +1,4 @@
-"""A comparison as the engine hands it over: real digits, random numbers."""
+"""A comparison in the engine's output format, with real digits and random numbers."""
 
 import copy
 import statistics
@@ -12,7 +12,7 @@ EVALUATION = {"epochs": 60, "batch_size": 50, "optimizer": "adamw", "lr": 0.001,
 
 
 def make_comparison(*, methods=4, classes=10, ipc=10, seeds=3, students=("test_resnet",), kinds=("soft", "hard")):
-    """`methods` sets of `ipc` digits per class, and their images: (comparison, grids)."""
+    """Return `(comparison, grids)` for `methods` sets of `ipc` digits per class, with their images."""
     random = np.random.default_rng(0)
     digits = load_digits()
     pixels = np.repeat(np.repeat(digits.images * 15.9, 2, 1), 2, 2).astype(np.uint8)[:, None]
@@ -112,7 +112,7 @@ def points(random, classes, ipc, spread):
 
 
 def differences(comparison):
-    """Every later method minus every earlier one of the same ipc, student and labels."""
+    """Return the difference of every later method minus every earlier one with the same ipc, student and labels."""
     ipc = {method["label"]: method["ipc"] for method in comparison["methods"]}
     found = []
     for b, one in enumerate(comparison["scores"]):
@@ -128,7 +128,7 @@ def differences(comparison):
 
 
 def make_sparse(comparison):
-    """The same comparison with everything left out that may be."""
+    """Return the same comparison without any of the optional parts."""
     sparse = copy.deepcopy(comparison)
     sparse |= {"full_data": [], "differences": [], "left_out": {}, "hardware": {}, "versions": {}}
     sparse["protocol"] |= {"verifier": None, "notes": [], "teachers": {}}

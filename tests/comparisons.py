@@ -1,4 +1,4 @@
-"""What the tests of comparisons share: a tiny one, run in process."""
+"""Helpers for tests of comparisons: a tiny comparison that runs in this process."""
 
 from accelerate.state import AcceleratorState
 from pipeline import tiny
@@ -18,7 +18,7 @@ def named(*names):
 
 
 def comparison(folder, teachers, recipes, *, seeds=(0, 1), students=STUDENTS):
-    """A comparison as the command makes it, not yet run."""
+    """Return a comparison as the command creates it, before it runs."""
     AcceleratorState._reset_state(True)
     methods, _ = under_one_protocol(recipes)
     readings = [StudentSetup(student, labels) for student in students for labels in ("soft", "hard")]
@@ -26,5 +26,5 @@ def comparison(folder, teachers, recipes, *, seeds=(0, 1), students=STUDENTS):
 
 
 def facts_of(made, failed=()):
-    """What comparison.json would say of it."""
+    """Return the content that comparison.json would have for this comparison."""
     return findings(made, dict(failed), notes=[], command="")[0]

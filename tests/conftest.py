@@ -43,7 +43,7 @@ MakeRecipe = Callable[..., Recipe]
 
 
 def tiny_values(changes: Mapping[str, object] | None = None) -> dict[str, object]:
-    """A minimal valid recipe as plain values, with dotted keys changed."""
+    """Return a minimal valid recipe as plain values, with some dotted keys changed."""
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in TINY.items()}
     for key, value in (changes or {}).items():
         *parents, last = key.split(".")
@@ -62,7 +62,7 @@ def _same_random_numbers_in_any_order() -> None:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny run up to its dataset; tests copy it."""
+    """Return the folder of a tiny run that has finished its dataset; tests that change it copy it."""
     from pipeline import make
 
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -72,7 +72,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def compared(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A finished comparison of PRISM and SRe2L, and its teachers; tests that change it copy it."""
+    """Return the folders of a finished comparison of PRISM and SRe2L and of its teachers; tests that change it copy it."""
     from comparisons import comparison, named
 
     from prism_hf.compare.runs import make
@@ -84,7 +84,7 @@ def compared(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 @pytest.fixture(scope="session")
 def tiny_recipe() -> MakeRecipe:
-    """`tiny_recipe({"synthesis.lr": 0.1})` -> Recipe; `values=True` gives the plain values instead."""
+    """Return a function: `tiny_recipe({"synthesis.lr": 0.1})` returns a Recipe, or plain values with `values=True`."""
 
     def make(changes: Mapping[str, object] | None = None, *, values: bool = False) -> Recipe | dict[str, object]:
         plain = tiny_values(changes)
@@ -94,7 +94,7 @@ def tiny_recipe() -> MakeRecipe:
 
 
 def make_teacher(name: str, *, seed: int = 0, size: int = 32, num_classes: int = 3, channels: int = 3) -> Teacher:
-    """A random-weight network whose running statistics have seen one batch of random data."""
+    """Return a network with random weights whose running statistics come from one batch of random data."""
     architecture = name.partition("#")[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(hashlib.sha256(f"{name}{seed}".encode()).hexdigest()[:8], 16))
@@ -102,7 +102,7 @@ def make_teacher(name: str, *, seed: int = 0, size: int = 32, num_classes: int =
         images = torch.randn(16, channels, size, size) * 0.7 + 0.3
         with torch.no_grad():
             model.train()(images)
-            # A fresh head answers almost the same to everything; real teachers do not.
+            # A new head gives almost the same output for every input; real teachers do not.
             logits, head = model.eval()(images), model.get_classifier()
             scale = 2 / logits.std(0).mean()
             head.weight.mul_(scale)
@@ -126,7 +126,7 @@ def make_teacher(name: str, *, seed: int = 0, size: int = 32, num_classes: int =
 
 @pytest.fixture(scope="session")
 def tiny_teachers() -> dict[str, Teacher]:
-    """Plain BatchNorm2d, BatchNormAct2d, and the same at another input size; frozen, no test changes them."""
+    """Return frozen teachers: BatchNorm2d, BatchNormAct2d, and BatchNormAct2d at another input size. Do not change them."""
     sizes = {"test_resnet": 32, "test_efficientnet": 32, "test_byobnet": 40}
     return {name: make_teacher(name, size=size) for name, size in sizes.items()}
 
@@ -138,7 +138,7 @@ def tiny_verifier() -> Teacher:
 
 @pytest.fixture(scope="session")
 def tiny_images() -> torch.Tensor:
-    """Seven smooth random images, (7, 3, 32, 32) uint8."""
+    """Return seven smooth random images, (7, 3, 32, 32) uint8."""
     generator = torch.Generator().manual_seed(5)
     coarse = torch.rand((7, 3, 6, 6), generator=generator)
     fine = torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear", align_corners=False)

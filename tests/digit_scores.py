@@ -1,4 +1,4 @@
-"""What the tests of scores share: digits, and sets of a few of them."""
+"""Helpers for tests of scores: the digits data, and small datasets made from it."""
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ TINY = [
 
 
 def digits(*overrides):
-    """Recipe and real data."""
+    """Return a recipe and its real data."""
     recipe = load_recipe("recipes/digits/prism_ipc10.yaml", [*TINY, *overrides])
     return recipe, load_source(recipe.data)
 
@@ -40,13 +40,13 @@ def packed(data, seed):
 
 
 def sources(data, *, without=()):
-    """What students learn from, by name."""
+    """Return the training sets of the students, by name."""
     given = {"distilled": packed(data, 0), "random_real": packed(data, 1), "full": data.train}
     return {name: source for name, source in given.items() if name not in without}
 
 
 def tasks(folder, recipe, data, *, without=(), settings=None, **more):
-    """Every student of the table."""
+    """Return the tasks for every student of the table."""
     settings = settings or recipe.evaluation
     return student_tasks(
         sources(data, without=without), data.test, settings, recipe.relabel.view, folder, num_classes=10, **more

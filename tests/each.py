@@ -1,4 +1,4 @@
-"""Many cases of one promise in one test: `@each("text", TEXTS)` instead of `pytest.mark.parametrize("text", TEXTS)`."""
+"""Many cases in one test: `@each("text", TEXTS)` instead of `pytest.mark.parametrize("text", TEXTS)`."""
 
 import functools
 import inspect
@@ -11,14 +11,14 @@ SOME, ALL = "some", "all"
 
 
 def each(names: str, cases: Iterable[object], *, some: Iterable[object] | None = None) -> Callable[[Callable], Callable]:
-    """Call the test once per case; every case that fails is named, and those behind it are tried all the same.
+    """Call the test once per case. Every failing case is named, and the remaining cases still run.
 
-    With `some`, the default run takes those, and the slow one all of them. A `tmp_path` is new for each case, and what
-    a `monkeypatch` changed is put back after it; other fixtures are shared by all cases.
+    With `some`, the default run uses only those cases, and the slow run uses all of them. Each case gets a new `tmp_path`,
+    and the changes of a `monkeypatch` are undone after each case. All cases share the other fixtures.
     """
     keys = [name.strip() for name in names.split(",")]
     chosen = {ALL: list(cases)} | ({} if some is None else {SOME: list(some)})
-    assert all(chosen.values()), "a loop without cases holds nothing"
+    assert all(chosen.values()), "a loop without cases tests nothing"
 
     def decorate(test: Callable) -> Callable:
         signature = inspect.signature(test)
@@ -39,7 +39,7 @@ def each(names: str, cases: Iterable[object], *, some: Iterable[object] | None =
 
 
 def run(test: Callable, keys: list[str], cases: list[object], fixtures: dict[str, object]) -> None:
-    """The test with each case; raises what went wrong."""
+    """Run the test with each case, and raise the failures."""
     failed, skipped = [], 0
     for number, case in enumerate(cases):
         values = dict(zip(keys, [case] if len(keys) == 1 else case, strict=True))
@@ -67,25 +67,25 @@ def run(test: Callable, keys: list[str], cases: list[object], fixtures: dict[str
 
 
 def product(*values: Iterable[object]) -> list[tuple[object, ...]]:
-    """Every combination."""
+    """Return every combination."""
     import itertools
 
     return list(itertools.product(*values))
 
 
 def diagonal(*values: Iterable[object]) -> list[tuple[object, ...]]:
-    """As few combinations as hold every value of each list."""
+    """Return the fewest combinations that contain every value of each list."""
     lists: list[Sequence[object]] = [list(items) for items in values]
     return [tuple(items[n % len(items)] for items in lists) for n in range(max(map(len, lists)))]
 
 
 def rest_slow(values: Iterable[object], default: Iterable[object]) -> list[object]:
-    """Values of `pytest.mark.parametrize`: those of the default run, and the others marked as slow."""
+    """Return values for `pytest.mark.parametrize`: those of the default run unmarked, the others marked as slow."""
     wanted, found = list(default), list(values)
-    assert all(value in found for value in wanted), "the default run takes some of them"
+    assert all(value in found for value in wanted), "the default run must use some of them"
     return [value if value in wanted else slowly(value) for value in found]
 
 
 def slowly(value: object) -> object:
-    """One of them, marked as slow."""
+    """Return a value marked as slow."""
     return pytest.param(*(value if isinstance(value, tuple) else [value]), marks=pytest.mark.slow)

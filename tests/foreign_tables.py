@@ -1,4 +1,4 @@
-"""Tables of images that other programs have saved."""
+"""Tables of images as other programs save them."""
 
 import io
 

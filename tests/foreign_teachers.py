@@ -1,4 +1,4 @@
-"""Teachers that other programs have saved."""
+"""Teachers as other programs save them, and hostile pickles."""
 
 import pickle
 
@@ -21,7 +21,7 @@ def resnet(folder, *, classes=3, names=None, size=None, **save):
 
 
 class Bomb:
-    """What creates a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -31,10 +31,10 @@ class Bomb:
 
 
 def bomb_in(folder):
-    """Bytes that create a file when they are unpickled, and that file."""
+    """Return bytes that create a file when they are unpickled, and the path of that file."""
     fired = folder / "fired"
     data = pickle.dumps(Bomb(fired))
     pickle.loads(data)
-    assert fired.exists(), "the bomb works"
+    assert fired.exists(), "the bomb does not work"
     fired.unlink()
     return data, fired

@@ -1,4 +1,4 @@
-"""A fresh virtual environment that has the dependencies of this one, but not prism-hf."""
+"""A new virtual environment with the dependencies of this one, but without prism-hf."""
 
 import os
 import shutil
@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 def fresh_environment(folder: Path) -> dict[str, str]:
-    """Make a virtual environment in a folder; returns the variables with which its programs come first."""
+    """Create a virtual environment in a folder; return environment variables that put its programs first."""
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     site = next((folder / "lib").glob("python*/site-packages"))
-    for old in site.glob("setuptools*"):  # the one that Python 3.11 brings is older than the dependencies ask for
+    for old in site.glob("setuptools*"):  # Python 3.11 ships one that is too old for the dependencies
         shutil.rmtree(old)
-    # Not as a site folder: the .pth file there that leads to this checkout is not followed.
+    # Do not add it as a site folder: its own .pth file, which points to this checkout, must not be read.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    # Programs of the dependencies, for this Python: `accelerate launch` and `hf` start it by name.
+    # Copy `accelerate` and `hf` with a shebang for this Python, so that they can be started by name.
     for program in ("accelerate", "hf"):
         text = f"#!{folder}/bin/python\n" + Path(sysconfig.get_path("scripts"), program).read_text().partition("\n")[2]
         (folder / "bin" / program).write_text(text)

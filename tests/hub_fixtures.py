@@ -1,4 +1,4 @@
-"""Fixtures of the tests' Hub: `from hub_fixtures import hub, online, transport  # noqa: F401`.
+"""Fixtures for the test Hub: `from hub_fixtures import hub, online, transport  # noqa: F401`.
 
 A test file that imports them also needs `# ruff: noqa: F811`.
 """
@@ -18,7 +18,7 @@ _running: list[HubServer] = []
 
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
-    """The Hub, empty: one server for the whole session."""
+    """Yield an empty Hub; the whole session shares one server."""
     if not _running:
         _running.append(HubServer().start())
     server = _running[0]
@@ -31,7 +31,7 @@ def hub() -> Iterator[HubServer]:
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Let the clients in this process speak to the test's Hub; their caches are of this test alone."""
+    """Let the clients in this process connect to the test Hub, with caches that only this test uses."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
@@ -41,14 +41,14 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet"))
-    # A session remembers what it uploaded to a server that has forgotten it since.
+    # A Xet session remembers its uploads, but the server has been reset since then.
     monkeypatch.setattr(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder())
     _xet.XET_CONNECTION_INFO_CACHE.clear()
 
 
 @pytest.fixture(params=["lfs", "xet"])
 def transport(request: pytest.FixtureRequest, online: None, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each way large files travel."""
+    """Select the transfer protocol for large files: LFS or Xet."""
     for name, value in XET_ENV.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", request.param == "lfs")
@@ -56,7 +56,7 @@ def transport(request: pytest.FixtureRequest, online: None, monkeypatch: pytest.
 
 
 def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the pauses of huggingface_hub's own back-off to 5 ms."""
+    """Shorten the back-off pauses of huggingface_hub to at most 5 ms."""
     quick = types.SimpleNamespace(**vars(time))
     quick.sleep = lambda seconds: time.sleep(min(seconds, 0.005))
     monkeypatch.setattr(_http, "time", quick)
@@ -64,7 +64,7 @@ def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def connected(hub: HubServer, transport: str, monkeypatch: pytest.MonkeyPatch) -> HubServer:
-    """The Hub as the default endpoint of this process, and the token of its user ann, a member of org."""
+    """Make the test Hub the default endpoint of this process, with the token of user ann, a member of org."""
     fast_retries(monkeypatch)
     huggingface_hub.utils.disable_progress_bars()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)

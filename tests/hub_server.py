@@ -1,6 +1,6 @@
-"""A local Hub for tests: the real clients publish to it and load from it over HTTP, and it fails on demand.
+"""A local Hub for tests: real clients publish to it and load from it over HTTP, and it fails on demand.
 
-Two origins, as in real life: the Hub (repositories, permissions) and a CDN (large objects, and the Xet store).
+It has two origins, like the real Hub: the Hub (repositories, permissions) and a CDN (large objects and the Xet store).
 """
 
 import base64
@@ -31,12 +31,12 @@ LFS_SUFFIXES = (".parquet", ".safetensors", ".bin", ".png", ".webp", ".jpg")
 LFS_ABOVE = 10 * 2**20
 UNKNOWN_TOKEN = "Invalid credentials in Authorization header"  # the clients compare this text
 
-# What a fault does to a request.
+# Actions: the effects of a fault on a request.
 
 
 @dataclass(frozen=True)
 class Status:
-    """Answer with this status; nothing is applied."""
+    """Answer with this status and do not apply the request."""
 
     code: int
     body: bytes = b""
@@ -46,7 +46,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Reset:
-    """Reset the connection once the headers are there."""
+    """Reset the connection after the request headers arrive."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class LostAnswer:
 
 @dataclass(frozen=True)
 class CutBody:
-    """Announce the whole answer, send this many bytes of it, and end with FIN or RST."""
+    """Announce the full length, send only this many bytes, and end the connection with FIN or RST."""
 
     after: int
     rst: bool = False
@@ -71,14 +71,14 @@ class CutBody:
 
 @dataclass(frozen=True)
 class Delay:
-    """Wait, then go on normally."""
+    """Wait, then continue normally."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
 class Rival:
-    """Somebody else does something first; then go on normally."""
+    """Run a competing action first, then continue normally."""
 
     act: Callable[[], object]
 
@@ -88,7 +88,7 @@ Action = Status | Reset | ResetMidBody | LostAnswer | CutBody | Delay | Rival
 
 @dataclass
 class Fault:
-    """Which requests an action hits: after `skip` matching ones, `times` of them (None: all)."""
+    """An action and the requests it hits: after `skip` matching requests, the next `times` of them (None: all)."""
 
     kind: str
     action: Action
@@ -110,7 +110,7 @@ class Fault:
 
 @dataclass
 class Request:
-    """One request as the server saw it; `status` stays None when no answer was sent."""
+    """A request as the server received it; `status` stays None if no answer was sent."""
 
     kind: str
     method: str
@@ -137,7 +137,7 @@ class Answer:
 
 
 class Refusal(Exception):
-    """An error answer; `code` is what the clients choose their exception by."""
+    """An error answer; the clients choose their exception by `code`."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
         super().__init__(message)
@@ -148,7 +148,7 @@ class Refusal(Exception):
 
 @dataclass
 class Call:
-    """A request on its way to the method that answers it, with the groups of the route's pattern."""
+    """A request for the method that answers it, with the groups of the route's pattern."""
 
     request: Request
     args: dict[str, str]
@@ -174,7 +174,7 @@ GIT = rf"/(?:(?P<kind>datasets)/)?{ID}"
 
 
 def route(methods: str, kind: str, pattern: str, origin: str = "hub") -> Callable[[Answering], Answering]:
-    """Let a method answer what matches `pattern`, recorded as `kind`."""
+    """Register a method to answer paths that match `pattern`; these requests are recorded as `kind`."""
 
     def register(method: Answering) -> Answering:
         ROUTES.append((origin, methods, kind, re.compile(pattern), method))
@@ -183,12 +183,12 @@ def route(methods: str, kind: str, pattern: str, origin: str = "hub") -> Callabl
     return register
 
 
-# What the Hub keeps.
+# State of the Hub.
 
 
 @dataclass(frozen=True)
 class Account:
-    """A token and whose it is."""
+    """A token and its owner."""
 
     name: str
     token: str
@@ -215,7 +215,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Blob:
-    """A file as a tree lists it: by its Git SHA-1, or by the SHA-256 of a large object."""
+    """A file in a tree, identified by its Git SHA-1, or by its SHA-256 if it is a large object."""
 
     oid: str
     size: int
@@ -297,7 +297,7 @@ def is_lfs(path: str, size: int) -> bool:
 
 
 def card_problems(content: str) -> tuple[Json, list[str], list[str]]:
-    """The metadata at the head of a README, what is wrong with them, and what is doubtful."""
+    """Return the metadata at the top of a README, its errors, and its warnings."""
     header = re.match(r"\s*---\r?\n(.*?)^---\s*$", content, re.DOTALL | re.MULTILINE)
     if not header:
         return {}, [], ["empty or missing yaml metadata in repo card"]
@@ -311,7 +311,7 @@ def card_problems(content: str) -> tuple[Json, list[str], list[str]]:
 
 
 class HubServer:
-    """`with HubServer() as server: HfApi(endpoint=server.url, token=...)`."""
+    """The test Hub: `with HubServer() as server: HfApi(endpoint=server.url, token=...)`."""
 
     def __init__(self, *, page_size: int = 1000, multipart_above: int = 8 * 2**20, part_size: int = 4 * 2**20) -> None:
         self._defaults = {"page_size": page_size, "multipart_above": multipart_above, "part_size": part_size}
@@ -362,14 +362,14 @@ class HubServer:
         orgs: Iterable[str | tuple[str, str]] = (),
         fine_grained: Mapping[str, Any] | None = None,
     ) -> str:
-        """Make a token known; an organization is a name (role "write") or (name, role). Returns the token."""
+        """Register and return a token; an organization is a name (role "write") or (name, role)."""
         token = token or f"hf_{name}_{role}"
         roles = dict((org, "write") if isinstance(org, str) else org for org in orgs)
         self._accounts[token] = Account(name, token, role, roles, fine_grained)
         return token
 
     def fault(self, kind: str, action: Action, *, skip: int = 0, times: int | None = 1, match: str | None = None) -> Fault:
-        """Let requests of a kind fail; `match` is a part of "METHOD path". A request meets one fault, the oldest first."""
+        """Let requests of a kind fail; `match` is a part of "METHOD path". The oldest matching fault hits a request."""
         fault = Fault(kind, action, skip, times, match)
         with self._lock:
             self._faults.append(fault)
@@ -381,7 +381,7 @@ class HubServer:
 
     @property
     def leaks(self) -> list[Request]:
-        """Requests that carried a token of the Hub to the CDN."""
+        """Requests that sent a Hub token to the CDN."""
         return [each for each in self.requests if each.origin == "cdn" and each.token in self._accounts]
 
     def repo(self, kind: str, id: str) -> Repo:
@@ -400,7 +400,7 @@ class HubServer:
         gated: bool | str = False,
         granted: Iterable[str] = (),
     ) -> Repo:
-        """A repository with its first commit, and one more when there are files."""
+        """Create a repository with an initial commit, and a second commit if there are files."""
         with self._lock:
             repo = self._repos[kind, id] = Repo(kind, id, private, gated, set(granted))
             repo.add("main", {".gitattributes": self._keep(".gitattributes", b"*.parquet lfs\n")}, "initial commit", "x")
@@ -429,11 +429,11 @@ class HubServer:
             return {path: self._read(blob.oid) for path, blob in self._repos[kind, id].at(revision).tree.items()}
 
     def history(self, kind: str, id: str, revision: str = "main") -> list[str]:
-        """Newest first."""
+        """Return the commits, newest first."""
         return [commit.oid for commit in self._repos[kind, id].history(revision)]
 
     def corrupt(self, kind: str, id: str, path: str) -> None:
-        """Flip one bit of a stored file; its size and names stay."""
+        """Flip one bit of a stored file; its size and names do not change."""
         with self._lock:
             oid = self._repos[kind, id].at("main").tree[path].oid
             if oid in self._xet.by_sha256:
@@ -444,7 +444,7 @@ class HubServer:
                 self._objects[oid] = bytes(data)
 
     def env(self, *, token: str | None, home: Path, xet: bool) -> dict[str, str]:
-        """The whole environment of a client process that knows nothing but this server."""
+        """Return the complete environment for a client process that can reach only this server."""
         kept = {name: os.environ[name] for name in ("PATH", "VIRTUAL_ENV", "PYTHONPATH") if name in os.environ}
         off = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS")
         on = ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_UPDATE_CHECK")
@@ -453,10 +453,10 @@ class HubServer:
         own |= XET_ENV if xet else {"HF_HUB_DISABLE_XET": "1"}
         return kept | own | ({"HF_TOKEN": token} if token is not None else {})
 
-    # Between the socket and the routes.
+    # Dispatch: from the socket to the routes.
 
     def serve(self, handler: "_Handler") -> None:
-        """Answer one request, or do to it what a fault says."""
+        """Answer one request, or apply the fault that hits it."""
         call, method = self._recognize(handler)
         with self._lock:
             self.requests.append(call.request)
@@ -528,14 +528,14 @@ class HubServer:
         return call.account
 
     def _seen(self, call: Call) -> Repo:
-        """The repository, if the caller may know that it exists."""
+        """Return the repository, if the caller may know that it exists."""
         repo = self._repos.get((call.args.get("kind", "models"), call.args["id"]))
         if repo is None or repo.private and not (call.account and call.account.belongs(repo.id)):
             raise Refusal(404 if call.account else 401, "Repository not found", "RepoNotFound")
         return repo
 
     def _readable(self, call: Call) -> Repo:
-        """The repository, if the caller may read its files."""
+        """Return the repository, if the caller may read its files."""
         repo, account = self._seen(call), call.account
         if repo.gated and not (account and (account.belongs(repo.id) or account.name in repo.granted)):
             status = 403 if account else 401
@@ -543,7 +543,7 @@ class HubServer:
         return repo
 
     def _writable(self, call: Call, *, propose: bool = False) -> Repo:
-        """The repository, if the caller may write to the revision; anyone with a writing token may propose."""
+        """Return the repository, if the caller may write to the revision; any write token may open a pull request."""
         repo, account = self._seen(call), self._logged_in(call)
         own = any(call.rev == f"refs/pr/{each.num}" and each.author == account.name for each in repo.discussions)
         if not (account.may_write(repo.id) or account.role == "write" and (own or propose or "create_pr" in call.query)):
@@ -582,7 +582,7 @@ class HubServer:
 
     @route("GET", "agents", "/api/agent-harnesses")
     def _agents(self, call: Call) -> Json:
-        return {"standardEnvVars": [], "harnesses": {}}  # asked once a day by every client
+        return {"standardEnvVars": [], "harnesses": {}}  # every client requests this once a day
 
     @route("POST", "create_repo", "/api/repos/create")
     def _create(self, call: Call) -> Answer:
@@ -628,7 +628,7 @@ class HubServer:
         self._writable(call)
         return {}
 
-    # What a revision holds.
+    # Content of a revision.
 
     @route("GET", "repo_info", f"{API}(?:/revision/(?P<rev>[^/]+))?")
     def _info(self, call: Call) -> Json:
@@ -650,7 +650,7 @@ class HubServer:
         return {"size": blob.size, "blobId": blob.git_oid, **({"lfs": lfs} if blob.lfs else {})}
 
     def _entry(self, repo: Repo, commit: Commit, path: str, expand: bool) -> Json:
-        """One line of a tree listing; a path that is no file is a folder."""
+        """Return one entry of a tree listing; a path that is not a file is a folder."""
         blob = commit.tree.get(path)
         if blob is None:
             oid = hashlib.sha1(repr([item for item in commit.tree.items() if item[0].startswith(path)]).encode())
@@ -933,7 +933,7 @@ class HubServer:
 
     @staticmethod
     def _merged(repo: Repo, discussion: Discussion) -> tuple[dict[str, Blob], list[str]]:
-        """Main with the pull request's changes, and the paths that both changed differently."""
+        """Return main with the pull request's changes, and the conflicting paths."""
         base, ours = repo.at(discussion.base or "main").tree, dict(repo.at("main").tree)
         theirs, conflicts = repo.at(f"refs/pr/{discussion.num}").tree, []
         for path in sorted(base.keys() | theirs.keys()):
@@ -952,9 +952,9 @@ class HubServer:
     @route("GET", "xet_token", rf"{API}/xet-(?P<scope>read|write)-token/(?P<rev>[^/]+)")
     def _xet_token(self, call: Call) -> Answer:
         repo, scope = (self._writable if call.args["scope"] == "write" else self._readable)(call), call.args["scope"]
-        if "create_pr" not in call.query:  # else the client does not know the branch yet and says "None"
+        if "create_pr" not in call.query:  # with create_pr, the client does not know the branch yet and sends "None"
             repo.at(call.rev)
-        # Stateless, because clients keep tokens longer than a test lives.
+        # Stateless, because clients keep tokens longer than one test.
         told = {"casUrl": self.cdn_url, "accessToken": f"xet-{scope}-{repo.path}", "exp": int(time.time()) + 3600}
         names = ("X-Xet-Cas-Url", "X-Xet-Access-Token", "X-Xet-Token-Expiration")
         return Answer.json(told, headers=dict(zip(names, map(str, told.values()), strict=True)))
@@ -966,7 +966,7 @@ class HubServer:
     @route("GET", "xet_probe", "/v1/chunks/.+|/v2/reconstructions/.+", "cdn")
     @route("POST", "xet_probe", "/v1/xorb-grants/.+|/v2/shards", "cdn")
     def _xet_probe(self, call: Call) -> Answer:
-        """Newer parts of the protocol, without which the clients do."""
+        """Refuse newer parts of the protocol; the clients work without them."""
         return Answer.json({"error": "not found"}, 404)
 
     @route("POST", "xet_xorb", "/v1/xorbs/default/(?P<hash>[0-9a-f]{64})", "cdn")
@@ -999,7 +999,7 @@ class HubServer:
 
 XET_ENV = {
     "HF_HUB_DISABLE_XET": "0",
-    "HF_XET_XORB_COMPRESSION_POLICY": "none",  # else the server would need LZ4 to serve the same file as LFS
+    "HF_XET_XORB_COMPRESSION_POLICY": "none",  # otherwise the server would need LZ4 to serve the same file through LFS
     "HF_XET_TELEMETRY_ENABLED": "0",
     "HF_XET_CLIENT_RETRY_BASE_DELAY": "50ms",
     "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "3",
@@ -1015,7 +1015,7 @@ def _parents(path: str) -> list[str]:
 
 
 def _changes(before: Commit, after: Commit, path: str) -> bool:
-    """Whether a file, or anything in a folder, is another one in the next commit."""
+    """Return whether a file, or anything in a folder, differs between two commits."""
 
     def part(commit: Commit) -> dict[str, Blob]:
         return {each: blob for each, blob in commit.tree.items() if each == path or each.startswith(f"{path}/")}
@@ -1045,7 +1045,7 @@ class _Server(ThreadingHTTPServer):
         self.hub, self.origin = hub, origin
 
     def handle_error(self, *_: object) -> None:
-        """A client that hangs up is no news; a Rival that fails is."""
+        """Ignore a client that hangs up; record any other error, such as a failing Rival."""
         if not isinstance(sys.exception(), ConnectionError):
             self.hub.crashes.append(traceback.format_exc())
 
@@ -1064,7 +1064,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_any  # noqa: N815
 
     def read_body(self, most: int | None = None) -> bytes:
-        """The request's body, or its first bytes."""
+        """Return the request's body, or its first `most` bytes."""
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             size = int(self.headers.get("Content-Length", 0))
             return self._read(size if most is None else min(size, most))
@@ -1079,15 +1079,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _read(self, size: int) -> bytes:
         data = self.rfile.read(size) if size >= 0 else b""
-        if len(data) != size:  # half an upload must not be applied
+        if len(data) != size:  # a partial upload must not be applied
             raise ConnectionAbortedError
         return data
 
     def reset(self) -> None:
-        """End the connection with RST: neither an answer nor an orderly close."""
+        """End the connection with RST, without an answer or an orderly close."""
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.rfile.close()  # it holds the socket open
+        self.rfile.close()  # it keeps the socket open
         self.connection.close()
 
     def send(self, answer: Answer, cut: CutBody | None) -> None:
@@ -1100,7 +1100,7 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(ConnectionError):
             self.wfile.write(body[: cut.after] if cut else body)
         if cut and cut.rst:
-            time.sleep(0.05)  # an RST makes the other side drop what it has not read yet
+            time.sleep(0.05)  # an RST makes the client drop data that it has not read yet
             self.reset()
         elif cut:
             self.close_connection = True

@@ -1,26 +1,26 @@
-"""The Xet half of the tests' Hub: keeps uploaded xorbs and the shards that say which chunks make up a file."""
+"""The Xet store of the test Hub: uploaded xorbs, and the shards that list the chunks of each file."""
 
 import struct
 from dataclasses import dataclass, field
 from typing import Any
 
 CHUNK_HEADER = 8
-RECORD = 48  # every record of a shard: a 32-byte hash and 16 bytes of numbers
+RECORD = 48  # each record of a shard has a 32-byte hash and 16 bytes of numbers
 SHARD_HEADER = 48
 HAS_VERIFICATION, HAS_METADATA = 1 << 31, 1 << 30
 LAST_RECORD = b"\xff" * 32
 
 
 class XetError(ValueError):
-    """What the client sent cannot be stored."""
+    """The uploaded content cannot be stored."""
 
 
 @dataclass
 class Xorb:
-    """Chunks one after the other, each behind its header."""
+    """A sequence of chunks, each after its header."""
 
     data: bytearray
-    starts: list[int]  # of every chunk's header, and the end
+    starts: list[int]  # offset of each chunk's header, and of the end
 
     @classmethod
     def parse(cls, body: bytes) -> "Xorb":
@@ -42,7 +42,7 @@ class Xorb:
 
 @dataclass(frozen=True)
 class Term:
-    """A run of chunks of one xorb."""
+    """A range of consecutive chunks of one xorb."""
 
     xorb: str
     length: int
@@ -52,7 +52,7 @@ class Term:
 
 @dataclass
 class XetStore:
-    """Everything the content-addressed store was sent."""
+    """All content uploaded to the content-addressed store."""
 
     xorbs: dict[str, Xorb] = field(default_factory=dict)
     files: dict[str, list[Term]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class XetStore:
         return new
 
     def add_shard(self, body: bytes) -> None:
-        """Register the files of a shard; what follows its file section repeats what the xorbs say."""
+        """Register the files of a shard; the data after its file section only repeats the xorbs and is ignored."""
         position = SHARD_HEADER
         while body[position : position + 32] != LAST_RECORD:
             name, (flags, count) = _hash_at(body, position), struct.unpack_from("<2I", body, position + 32)
@@ -83,7 +83,7 @@ class XetStore:
         return b"".join(self.xorbs[term.xorb].unpacked(term.first, term.last) for term in terms)
 
     def reconstruction(self, name: str, start: int, end: int | None, base_url: str) -> dict[str, Any] | None:
-        """How to get bytes start..end (inclusive) of a file; None when it starts behind the file's end."""
+        """Return how to fetch bytes start..end (inclusive) of a file, or None if start is past its end."""
         terms, skipped, position = [], 0, 0
         for term in self.files[name]:
             if position + term.length <= start:
@@ -112,7 +112,7 @@ class XetStore:
 
 
 def _hash_at(body: bytes, position: int) -> str:
-    """Xet prints a hash as four little-endian 64-bit numbers; a SHA-256 is stored so that it prints as usual."""
+    """Return a hash as Xet prints it: four little-endian 64-bit numbers. A stored SHA-256 then prints as usual."""
     return "".join(f"{number:016x}" for number in struct.unpack_from("<4Q", body, position))
 
 

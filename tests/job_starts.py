@@ -1,4 +1,4 @@
-"""Synthesis jobs of a tiny recipe with start images of noise, for tests."""
+"""Synthesis jobs of a tiny recipe that start from noise images."""
 
 import torch
 
@@ -11,13 +11,13 @@ DENSE = {"synthesis.densification": {"size": 8}}
 
 
 def start(recipe, seed=0):
-    """Start images by (class, slot), (K, ipc, C, S, S)."""
+    """Return the start images by (class, slot), (K, ipc, C, S, S)."""
     data = recipe.data
     shape = (data.num_classes, recipe.synthesis.ipc, data.channels, data.size, data.size)
     return noise(shape, torch.Generator().manual_seed(seed))
 
 
 def first_job(recipe, number=0):
-    """The first arguments of `synthesize`: a job, the settings, its start images."""
+    """Return the first arguments of `synthesize`: a job, the settings, and the job's start images."""
     job = plan_jobs(recipe)[number]
     return job, recipe.synthesis, start(recipe)[torch.tensor(job.classes), torch.tensor(job.slots)]

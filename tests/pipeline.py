@@ -1,4 +1,4 @@
-"""What the tests of the pipeline share: a tiny recipe, its command run in process, fingerprints of folders."""
+"""Helpers for tests of the pipeline: a tiny recipe, commands that run in this process, and hashes of folders."""
 
 import hashlib
 import importlib.util
@@ -41,7 +41,7 @@ def tiny(*overrides):
 
 
 def recipe_script(name):
-    """A script below recipes/ as a module."""
+    """Return a script in recipes/ as a module."""
     spec = importlib.util.spec_from_file_location(f"recipes_{name}", ROOT / "recipes" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -49,13 +49,13 @@ def recipe_script(name):
 
 
 def launch(*words, name="distill", recipe=RECIPE, **options):
-    """One launch of a command in this process, as a new process would start it; its exit code."""
+    """Run a command in this process as if in a new process; return its exit code."""
     AcceleratorState._reset_state(True)
     return main([name, *([str(recipe)] if recipe else []), *map(str, words)], **options)
 
 
 def run_in(folder, teachers, *overrides, **more):
-    """A tiny run in process, without a command around it."""
+    """Return a tiny run in this process, created without a command."""
     from prism_hf.run.context import Run, make_accelerator
 
     AcceleratorState._reset_state(True)
@@ -65,7 +65,7 @@ def run_in(folder, teachers, *overrides, **more):
 
 
 def make(folder, teachers, *overrides, wanted=STAGES[:4], **more):
-    """A tiny run up to its dataset."""
+    """Make a tiny run up to its dataset, and return it."""
     from prism_hf.run.distill import run_stages
 
     run = run_in(folder, teachers, *overrides, **more)
@@ -74,13 +74,13 @@ def make(folder, teachers, *overrides, wanted=STAGES[:4], **more):
 
 
 def copy_run(folder, target):
-    """A copy in which files with two names still have them."""
+    """Copy a run, keeping its hard links; return the copy."""
     subprocess.run(["cp", "-a", str(folder), str(target)], check=True)
     return Path(target)
 
 
 def sha_tree(folder):
-    """SHA-256 of each file below a folder."""
+    """Return the SHA-256 of each file in a folder and its subfolders."""
     folder = Path(folder)
     files = (p for p in sorted(folder.rglob("*")) if p.is_file())
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
@@ -92,7 +92,7 @@ def mtimes(folder):
 
 @contextmanager
 def file_limit(count):
-    """No file of this process grows beyond `count` bytes: writes fail as on a full disk."""
+    """Limit every file of this process to `count` bytes, so that writes fail as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
     try:
@@ -114,7 +114,7 @@ def random_picture(width, height, mode="RGB", seed=0):
 
 
 def save_timm(folder, architecture="test_byobnet", *, classes=3, names=None, seed=0, **cfg):
-    """A timm folder with random weights, as `timm.models.save_for_hf` writes it."""
+    """Save a timm folder with random weights, as `timm.models.save_for_hf` writes it."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = timm.create_model(architecture, num_classes=classes)
@@ -126,7 +126,7 @@ def save_timm(folder, architecture="test_byobnet", *, classes=3, names=None, see
 
 
 def quiet_env():
-    """The environment of a process of its own, which runs the code of this checkout."""
+    """Return the environment for a separate process that runs the code of this checkout."""
     here = {"PYTHONPATH": str(ROOT / "src")}
     return os.environ | here | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
@@ -136,7 +136,7 @@ PYTHON = sys.executable
 
 def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", epochs=3, ipc=3, names=None, shard_mb=500,
               classes=None, seed=0, name=None):  # fmt: skip
-    """A dataset folder with tables, card-ready provenance left out; returns what went in."""
+    """Write a dataset folder with tables but without provenance and card; return its contents."""
     from prism_hf.dataset.writer import ImageRows, build_dataset
     from prism_hf.images.pixels import decode, encode
     from prism_hf.images.views import draw_views, to_columns
@@ -176,7 +176,7 @@ def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", 
 
 
 def add_card(folder, recipe, names, *, teachers=None, report=None, images="distilled"):
-    """Provenance and card of a `small_set`, so that plain `datasets` finds both configs."""
+    """Add provenance and a card to a `small_set`, so that the `datasets` library finds both configs."""
     from prism_hf.dataset.provenance import write_provenance
     from prism_hf.hub.dataset_card import card_facts, render_card
 

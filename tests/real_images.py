@@ -1,4 +1,4 @@
-"""Real data made from tensors, for tests."""
+"""Real data made from tensors."""
 
 import datasets
 from PIL import Image
@@ -9,7 +9,7 @@ NAMES = ("ant", "bee", "cat")
 
 
 def image_split(images_uint8, labels, *, names=NAMES):
-    """A split of images, (N, C, S, S) uint8."""
+    """Return a split with the given images, (N, C, S, S) uint8."""
     arrays = [image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy() for image in images_uint8]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
     cells = {"image": [Image.fromarray(array) for array in arrays], "label": [int(label) for label in labels]}
@@ -19,5 +19,5 @@ def image_split(images_uint8, labels, *, names=NAMES):
 
 
 def source_data(split, *, names=NAMES):
-    """A source whose test part is its training part."""
+    """Return a data source whose test split is its training split."""
     return SourceData(split, split, names, None)

@@ -1,4 +1,4 @@
-"""Statistics of layers computed the slow, literal way, and the small things that tests of them share."""
+"""A slow, literal implementation of the layer statistics, and helpers for their tests."""
 
 import copy
 import dataclasses
@@ -40,7 +40,7 @@ def slow_conv(x, patch):
 
 
 def inputs_of(model, x):
-    """Every BN and convolution that runs, in order, with its input."""
+    """Return every BN and convolution layer that runs, in order, with its input."""
     seen = []
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
     handles = [layer.register_forward_pre_hook(lambda m, i: seen.append((m, i[0]))) for layer in layers]
@@ -59,7 +59,7 @@ def batch(dtype=torch.float32, size=32, seed=0, count=4):
 
 
 def map_of(*shape, dtype=torch.float64, seed=0):
-    """A map whose channels and places differ."""
+    """Return a feature map that differs between channels and between positions."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     trend = torch.randn(shape[1:], generator=generator, dtype=torch.float64)
@@ -84,7 +84,7 @@ def same(a, b):
 
 
 class Small(nn.Module):
-    """A convolution before, one after its norm, and the first of them again."""
+    """A network with a convolution before BatchNorm, and one after it that is used twice."""
 
     def __init__(self, size=4):
         super().__init__()
@@ -102,5 +102,5 @@ class Small(nn.Module):
 
 
 def small_teacher(teacher):
-    """A teacher with the network `Small`, prepared as another one is."""
+    """Return a teacher with the network `Small` and the preprocessing of another teacher."""
     return dataclasses.replace(teacher, name="small", model=Small(), num_classes=4)

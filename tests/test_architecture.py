@@ -14,23 +14,23 @@ from prism_hf import runtime
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "prism_hf"
 MODULES = sorted(path for path in SRC.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
-# Low to high: a package imports from packages before it, or from itself.
+# Low to high: a package imports only from itself and from the packages before it.
 PACKAGES = "errors runtime recipe images models method dataset evaluation hub run compare cli".split()
 
 
 def file_of(module):
-    """src/prism_hf/runtime/store.py of `runtime.store`, and src/prism_hf/runtime/__init__.py of `runtime`."""
+    """Return the file of a module: runtime/store.py for `runtime.store`, runtime/__init__.py for `runtime`."""
     path = SRC / module.replace(".", "/")
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def name_of(path):
-    """`runtime.store` of src/prism_hf/runtime/store.py."""
+    """Return the module name, `runtime.store` for src/prism_hf/runtime/store.py."""
     return ".".join(path.relative_to(SRC).with_suffix("").parts)
 
 
 LATER = {name: module for module, names in runtime._LATER.items() for name in names.split()}
-"""Name -> the module of runtime/ from which its face imports it when it is first used."""
+"""Name -> the module from which `runtime/__init__.py` imports it on first use."""
 
 every_module = each("path", MODULES)
 
@@ -40,7 +40,7 @@ def tree(path):
 
 
 def run_time_tree(path):
-    """The tree without what only type checkers see."""
+    """Return the tree without the parts for type checkers only."""
     found = tree(path)
     found.body = [
         node for node in found.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
@@ -49,9 +49,9 @@ def run_time_tree(path):
 
 
 def imports(path, read=tree):
-    """(top-level package, our module or None) of every import statement, those inside functions included.
+    """Yield (top-level package, our module or None) for every import statement, including those inside functions.
 
-    A name that a face imports when it is first used leads to the module behind it too.
+    A name that an `__init__.py` imports on first use also yields the module that defines it.
     """
     folder = path.relative_to(SRC).parts[:-1]
     for node in ast.walk(read(path)):
@@ -70,7 +70,7 @@ def imports(path, read=tree):
 
 
 def graph():
-    """Module -> modules that it imports."""
+    """Return the imported modules of each module."""
     return {name_of(path): {ours for _, ours in imports(path) if ours} for path in MODULES}
 
 
@@ -84,11 +84,11 @@ def test_packages_import_only_from_lower_packages(path):
         return PACKAGES.index(module.split(".")[0])
 
     back = [module for _, module in imports(path) if module and floor(module) > floor(name_of(path))]
-    assert not back, f"{name_of(path)} imports {back}, which stand above it"
+    assert not back, f"{name_of(path)} imports {back}, which are above it"
 
 
 def faces():
-    """Package -> names that its `__init__.py` offers to the packages above, those imported when first used included."""
+    """Return the names that each package's `__init__.py` exports, including those imported on first use."""
     found = {}
     for package in PACKAGES[1:]:
         nodes = [node for node in ast.walk(tree(SRC / package / "__init__.py")) if isinstance(node, ast.ImportFrom)]
@@ -112,7 +112,7 @@ def test_lazily_imported_names_match_what_type_checkers_see():
 
 @every_module
 def test_names_are_imported_from_the_package_that_exports_them(path):
-    """What a face offers is not imported from the module behind it, so that a reader sees what packages share."""
+    """Import a name that a package exports from the package, so that a reader sees what packages share."""
     offered, own = faces(), name_of(path).split(".")[0]
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.ImportFrom) and node.level:

@@ -1,5 +1,5 @@
 # ruff: noqa: F811
-"""What users get wrong, one row each: one line that helps, exit code 2, and nothing written or changed."""
+"""User errors, one case each: a helpful one-line message, exit code 2, and no file written or changed."""
 
 import json
 import pickle
@@ -31,7 +31,7 @@ from prism_hf.recipe.yaml_file import dump_recipe, override_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 
-# -- a good run, in a folder that each case gets a copy of ------------------------------------------------------------
+# -- a valid run; each case gets a copy of its folder -----------------------------------------------------------------
 
 GOOD = (
     "data.source=pictures",
@@ -52,7 +52,7 @@ def values():
 
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory):
-    """good.yaml, its pictures, a timm and a transformers teacher of them, and a dataset."""
+    """Return a folder with good.yaml, its images, a timm and a transformers teacher for them, and a dataset."""
     folder = tmp_path_factory.mktemp("stock")
     (folder / "good.yaml").write_text(dump_recipe(tiny(*GOOD)), encoding="utf-8")
     datasets.DatasetDict({"train": rows(4), "test": rows(2, offset=100)}).save_to_disk(folder / "pictures")
@@ -67,14 +67,14 @@ def stock(tmp_path_factory):
 
 @pytest.fixture
 def here(stock, tmp_path, monkeypatch):
-    """A copy of all that, as the working folder."""
+    """Make a copy of the stock folder the working folder, and return it."""
     folder = Path(shutil.copytree(stock, tmp_path / "here"))
     monkeypatch.chdir(folder)
     return folder
 
 
 def state(folder, draft=False):
-    """Every file's bytes, and the modification time of every file and folder."""
+    """Return every file's hash, and the modification time of every file and folder."""
     paths = [*sorted(folder.rglob("*")), *(() if draft else (folder,))]
     return sha_tree(folder), {str(path): path.lstat().st_mtime_ns for path in paths}
 
@@ -84,14 +84,14 @@ def state(folder, draft=False):
 
 @dataclass(frozen=True)
 class Bad:
-    """What somebody types, what comes of it, and what is wrong in the folder first."""
+    """A command, the expected error and its words, and a function that first damages the folder."""
 
     words: str
     error: type[Exception]
     says: tuple[str, ...]
     make: Callable[[Path], object] = lambda here: None
     draft: bool = False
-    """Whether the fault is found half way: a draft came and went, so the working folder itself has another time."""
+    """True if a draft is written and removed before the error, which changes the time of the working folder."""
 
 
 def run(words):
@@ -103,7 +103,7 @@ def run(words):
 
 
 def check(bad, folder, capsys):
-    """One line on stderr and code 2; the exception itself with --debug; and the folder as it was."""
+    """Check for one line on stderr and exit code 2, the exception itself with --debug, and an unchanged folder."""
     bad.make(folder)
     before = state(folder, bad.draft)
     capsys.readouterr()
@@ -125,7 +125,7 @@ def check(bad, folder, capsys):
 
 
 def test_the_unmodified_folder_is_accepted(here, capsys):
-    """What is refused below is refused for what is wrong with it."""
+    """Errors in the cases below are caused by the cases themselves."""
     words = "good.yaml teachers.logit=local-dir:net relabel.teachers=[transformers:resnet] --output out"
     for stage in ("squeeze", "synthesize", "relabel", "package"):
         assert run(f"prism.py {words} --stage {stage}") == 0
@@ -139,7 +139,7 @@ def test_the_unmodified_folder_is_accepted(here, capsys):
 
 
 def write(name, content):
-    """Make a file (and the folders above it) of text, bytes, or anything that JSON knows."""
+    """Return a step that writes a file (and its parent folders) from text, bytes, or any JSON value."""
 
     def make(here):
         path = here / name
@@ -269,7 +269,7 @@ VALUES = {
 
 
 def with_values(changes):
-    """bad.yaml: the good recipe with dotted keys changed."""
+    """Return a step that writes bad.yaml: the valid recipe with some dotted keys changed."""
 
     def make(here):
         recipe = values()
@@ -343,7 +343,7 @@ def copied(source, target, *steps):
 
 
 def config(name, change):
-    """Change a folder's config.json."""
+    """Return a step that changes a folder's config.json."""
 
     def make(here):
         path = here / name / "config.json"
@@ -355,7 +355,7 @@ def config(name, change):
 
 
 def cfg(**values):
-    """The good timm folder with another pretrained_cfg."""
+    """Return a step that copies the valid timm folder and changes its pretrained_cfg."""
     return copied("net", "bad", config("bad", lambda content: content["pretrained_cfg"].update(values)))
 
 
@@ -368,7 +368,7 @@ def cut(name, share=0.5):
 
 
 class Trap:
-    """Unpickled, it makes a folder."""
+    """An object that creates a folder when it is unpickled."""
 
     def __reduce__(self):
         return Path.mkdir, (Path("trapped"),)
@@ -608,7 +608,7 @@ CASES |= {
 
 
 def saved(name="bad", *, train=None, test=None, **columns):
-    """A DatasetDict on disk, of the training split that is given or has other columns."""
+    """Return a step that saves a DatasetDict with the given training split, or with other columns."""
 
     def make(here):
         part = train() if train is not None else rows(4, **columns)
@@ -619,7 +619,7 @@ def saved(name="bad", *, train=None, test=None, **columns):
 
 
 def tables(name="bad", **splits):
-    """The same as Parquet files, which name images that lie elsewhere and may hold nothing."""
+    """Return a step that writes Parquet files, which can be empty and can refer to images in other folders."""
 
     def make(here):
         (here / name / "data").mkdir(parents=True)
@@ -645,7 +645,7 @@ NUMBERS = datasets.Features({"image": datasets.Image(), "label": datasets.Value(
 
 
 def unreadable(index, cell):
-    """The good images, but one."""
+    """Return a function that makes the valid images with one cell replaced."""
 
     def part():
         table = rows(4).cast_column("image", datasets.Image(decode=False))
@@ -874,7 +874,7 @@ IMAGES, VIEWS = "set/data/train-00000-of-00001.parquet", "set/views/train-00000-
 
 
 def table(name, change):
-    """Rewrite a table of the dataset."""
+    """Return a step that rewrites a table of the dataset."""
     return lambda here: pq.write_table(change(pq.read_table(here / name)), here / name)
 
 
@@ -1009,12 +1009,12 @@ def test_bad_input_gives_one_error_line_and_changes_nothing(here, capsys, kind):
     check(CASES[kind], here, capsys)
 
 
-# -- what the Hub answers ---------------------------------------------------------------------------------------------
+# -- errors from the Hub ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class There:
-    """The tests' Hub, the working folder, and what is put back after the test."""
+    """The test Hub, the working folder, and the monkeypatch of the test."""
 
     hub: HubServer
     here: Path
@@ -1023,7 +1023,7 @@ class There:
 
 @pytest.fixture
 def there(connected, here, tmp_path, monkeypatch):
-    """A Hub with a few repos, no time to wait, and caches of this test alone; ann writes to org."""
+    """Return a Hub with a few repos, without waiting times and with separate caches; ann may write to org."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
@@ -1065,7 +1065,7 @@ def local(make):
 
 
 def gone(there):
-    """A port where nobody listens."""
+    """Set the endpoint to a port on which no server listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""What people read: commands, tables and snippets in README, docs and cards are those of the code."""
+"""The documentation: commands, tables and snippets in README, docs and cards match the code."""
 
 import re
 import shlex
@@ -65,8 +65,8 @@ def test_links_inside_the_repository_exist():
 
 HAND_WRITTEN = [*sorted(ROOT.glob("*.md")), *DOCUMENTS[1:]]
 NOT_WRAPPED = re.compile(
-    r"^<!-- results:.*?^<!-- end -->$|^```.*?^```$"  # written by benchmarks/render.py; code
-    r"|^\|.*?$|^[ \t]*(?:[-*] )?!?\[[^\n]*\]\([^\n]*\)[.,;]?$",  # rows of tables; links alone on a line
+    r"^<!-- results:.*?^<!-- end -->$|^```.*?^```$"  # tables written by benchmarks/render.py, and code
+    r"|^\|.*?$|^[ \t]*(?:[-*] )?!?\[[^\n]*\]\([^\n]*\)[.,;]?$",  # table rows, and links alone on a line
     re.DOTALL | re.MULTILINE,
 )
 

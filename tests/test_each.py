@@ -1,4 +1,4 @@
-"""A loop fails with each of its cases, names them, and is no less strict than a test of each."""
+"""The `each` decorator: it reports every failing case by name and is as strict as one test per case."""
 
 import os
 
@@ -7,7 +7,7 @@ from each import diagonal, each, product, rest_slow
 
 
 def failures(test, **fixtures):
-    with pytest.raises(BaseException) as error:  # noqa: PT011 (what the test raises, whatever it is)
+    with pytest.raises(BaseException) as error:  # noqa: PT011 (any error that the test raises)
         test(**fixtures)
     found = getattr(error.value, "exceptions", [error.value])
     return [(type(one).__name__, one.__notes__[0]) for one in found]
@@ -21,7 +21,7 @@ def test_every_failing_case_is_named_and_the_others_still_run():
         seen.append(word)
         assert number != 2
         if number == 3:
-            pytest.fail("of pytest's own kind")
+            pytest.fail("a failure raised by pytest")
         with pytest.raises(KeyError):
             {}["x" if number == 4 else "y"]
 

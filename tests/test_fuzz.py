@@ -1,4 +1,4 @@
-"""Text and values that nobody would write, by the hundred, and by the thousand in the slow run."""
+"""Fuzz tests: hundreds of unusual texts and values, and thousands in the slow run."""
 
 import copy
 import os
@@ -21,8 +21,8 @@ from prism_hf.recipe.yaml_file import dump_recipe, load_recipe, override_recipe,
 from prism_hf.runtime.plain_yaml import dump_yaml, read_yaml
 from prism_hf.runtime.untrusted import _UNSEEN as UNSEEN
 
-MORE = float(os.environ.get("FUZZ_TIMES", "0.2"))  # a longer look: FUZZ_TIMES=20 pytest tests/test_fuzz.py
-NEW = MORE > 1  # up to here every run tries the same examples
+MORE = float(os.environ.get("FUZZ_TIMES", "0.2"))  # for more examples: FUZZ_TIMES=20 pytest tests/test_fuzz.py
+NEW = MORE > 1  # otherwise every run tries the same examples
 
 
 def fuzz(examples):
@@ -38,7 +38,7 @@ def fuzz(examples):
 
 @pytest.mark.slow
 def test_five_times_as_many_examples_pass():
-    """The tests below with five times their examples, in a process of its own: the number is fixed at import."""
+    """Run the tests below with five times the examples, in a separate process because the number is set at import."""
     words = [PYTHON, "-m", "pytest", "-n", "0", "-m", "not slow", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         words, env=quiet_env() | {"FUZZ_TIMES": "1"}, capture_output=True, text=True, check=False, cwd=ROOT
@@ -102,7 +102,7 @@ def fits_a_screen(line):
 
 
 def loads_or_explains(load):
-    """A recipe that survives being written and read, or one line that fits a screen."""
+    """Return a recipe that survives a round trip, or check for an error of one short line."""
     try:
         recipe = load()
     except RecipeError as error:
@@ -141,7 +141,7 @@ def test_random_bytes_are_refused(file, data):
     assert loads_or_explains(lambda: load_recipe(file)) is None
 
 
-# What YAML itself is made of, so that more than the first line of the parser is reached.
+# Elements of YAML syntax, so that the examples reach deep into the parser.
 pieces = st.sampled_from(
     [
         "a",
@@ -228,7 +228,7 @@ def test_written_values_are_read_back_by_yaml_1_1_and_1_2(values):
 
 
 def places(values, path=()):
-    """Every key of nested sections."""
+    """Yield the path of every key, including keys in nested sections."""
     for key, value in values.items():
         yield (*path, key)
         if isinstance(value, dict):
@@ -240,7 +240,7 @@ PLACES = list(places(GOOD))
 
 @st.composite
 def changed(draw):
-    """The values of a good recipe with up to four of them dropped, renamed, changed, or moved elsewhere."""
+    """Draw the values of a valid recipe with up to four of them dropped, renamed, changed, or nested."""
     values = copy.deepcopy(GOOD)
     for _ in range(draw(st.integers(1, 4))):
         *parents, last = draw(st.sampled_from(PLACES))
@@ -276,7 +276,7 @@ def test_a_changed_recipe_loads_or_gives_one_error_line(file, values):
     recipe = loads_or_explains(lambda: parse_recipe(values))
     if recipe is not None:
         assert public_recipe(public_recipe(recipe)) == public_recipe(recipe)
-    with_tags = yaml.dump(values, allow_unicode=True)  # what is not a plain value becomes a tag
+    with_tags = yaml.dump(values, allow_unicode=True)  # values that are not plain YAML become tags
     load_text(file, with_tags)
 
 
@@ -399,20 +399,20 @@ def test_no_text_changes_the_structure_of_a_card(packed, names, source, on_hub, 
     facts["provenance"]["teachers"][0] |= dict(zip(("name", "architecture", "license"), teacher, strict=True))
     facts["evaluation"] |= {"student": student, "left_out": {"all real": reason}, "verifier": teacher[0]}
     card, header, body = render(facts, recipe)
-    # The header: what it should be, to each reader.
+    # The header has the expected content for every reader.
     assert header == metadata(facts, recipe)
     assert set(header) <= set(METADATA_KEYS)
     assert DatasetCard(card).data.to_dict() == header
     label = header["dataset_info"][0]["features"][1]["dtype"]["class_label"]
     assert [label["names"][str(i)] for i in range(4)] == names
-    # The body: the same document, whatever the words.
+    # The body has the same structure for any text.
     assert " ".join(shape(body)) == plain
     recipe_shown = next(token.content for token in tokens(body) if token.type == "fence" and token.info == "yaml")
     assert parse_recipe(yaml.safe_load(recipe_shown)) == recipe
     for word in (*names, teacher[0], source):
         assert seen(word) in shown(body)
     assert DatasetCard(render_control_card(facts, recipe)).data.to_dict() == header
-    # And it stays that on its way to the Hub.
+    # Both stay the same on the way to the Hub.
     addressed = address_card(card, recipe.name, "org/name", "v2")
     assert " ".join(shape(addressed[addressed.index(body[:40]) :])) == plain
     assert DatasetCard(addressed).data.to_dict() == header
@@ -422,5 +422,5 @@ def test_no_text_changes_the_structure_of_a_card(packed, names, source, on_hub, 
 
 
 def seen(text):
-    """How text shows in one line: control characters as a sign that something was there, white space as one space."""
+    """Return text as one line shows it: U+FFFD for control characters, one space for white space."""
     return " ".join(UNSEEN.sub("\ufffd", text).split())

@@ -1,6 +1,6 @@
-"""The tests' Hub speaks with the real clients, and its faults do what they say."""
+"""The test Hub: it works with the real clients, and its faults have the described effect."""
 
-# ruff: noqa: F811  (fixtures are imported by the names under which the tests ask for them)
+# ruff: noqa: F811  (fixtures are imported under the names that the tests use)
 
 import hashlib
 import json
@@ -79,7 +79,7 @@ def test_publishing_and_reading_back(hub: HubServer, api: HfApi, transport: str,
     third = publish(
         api, [*adds({"c.txt": b"c"}), CommitOperationDelete("card/", is_folder=True), CommitOperationDelete("e.bin")]
     )
-    assert publish(api, adds({"c.txt": b"c", "data/b.parquet": FILES["data/b.parquet"]})) == third  # nothing to do
+    assert publish(api, adds({"c.txt": b"c", "data/b.parquet": FILES["data/b.parquet"]})) == third  # nothing changed
     with pytest.raises(RemoteEntryNotFoundError):
         publish(api, [CommitOperationDelete("card/x.json")])
 

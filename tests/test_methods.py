@@ -1,4 +1,4 @@
-"""Whole tiny runs of what is not plain PRISM: random real images, G-VBSM, start images that a teacher chooses."""
+"""Complete tiny runs of methods other than plain PRISM: random real images, G-VBSM, teacher-chosen start images."""
 
 import json
 import shutil
@@ -32,12 +32,12 @@ def go(recipe, folder, teachers, *words):
 def test_random_real_images_become_a_dataset_like_any_other(finished_run, tmp_path):
     assert go(random_recipe(tiny(*LIGHT), 2), tmp_path / "a", finished_run / "teachers") == 0
     run = tmp_path / "a" / "run"
-    assert not (run / "control").exists(), "it is its own"
+    assert not (run / "control").exists(), "random real images need no separate control"
     ours, control = load_distilled(run / "dataset"), load_distilled(finished_run / "control")
     assert torch.equal(ours.images_uint8, control.images_uint8)
     assert torch.equal(ours.labels, control.labels)
     tables = [sha_tree(folder / "views") for folder in (run / "dataset", finished_run / "control")]
-    assert tables[0] == tables[1], "the same labels of the same views"
+    assert tables[0] == tables[1], "the views or their labels differ"
     evaluation = json.loads((run / "report.json").read_text())["evaluation"]
     assert [(row["images"], row["labels"]) for row in evaluation["rows"]] == [("distilled", "soft"), ("distilled", "hard")]
     assert evaluation["names"] == {"distilled": "random real"}
@@ -60,7 +60,7 @@ def test_gvbsm_gives_the_same_bytes_with_one_or_two_processes(finished_run, tmp_
     one, two, teachers = tmp_path / "one", tmp_path / "two", finished_run / "teachers"
     for stage in ("synthesize", "relabel", "package"):
         assert go(tiny(*LIGHT, *GVBSM), one, teachers, "--stage", stage) == 0
-    # Statistics of convolutions are gathered by one of the two.
+    # Without the cached statistics, one of the two processes gathers those of the convolutions.
     shutil.copytree(teachers, two / "teachers", ignore=shutil.ignore_patterns("statistics"))
     words = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     words += ["--dynamo_backend", "no", "--main_process_port", "0", str(ROOT / "recipes" / "prism.py")]
@@ -101,7 +101,7 @@ def test_start_images_chosen_by_a_teacher_are_reused_and_rebuilt_when_damaged(fi
     for path in jobs.glob("job-00001*"):
         path.unlink()
     make(tmp_path / "run", *words, wanted=("synthesize",))
-    assert mtimes(start.parent)[start.as_posix()] == before, "found"
+    assert mtimes(start.parent)[start.as_posix()] == before, "the start images were not reused"
     assert sha_tree(jobs) == images
     start.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     for path in jobs.glob("job-00001*"):

@@ -1,6 +1,6 @@
-"""Whole runs that are killed, run out of disk, or change their number of processes: the bytes at the end are the same.
+"""Runs that are killed, run out of disk, or change their number of processes end with the same bytes.
 
-benchmarks/kills.py does it fifty times at random moments; this is the short version.
+benchmarks/kills.py does this fifty times at random moments; this is the short version.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 def harness():
     spec = importlib.util.spec_from_file_location("kills", ROOT / "benchmarks" / "kills.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["kills"] = module  # dataclasses look their module up
+    sys.modules["kills"] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -45,7 +45,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    """Undisturbed runs: folder, bytes and stage times, each made once."""
+    """Return a function that gives the folder, hashes and stage times of an undisturbed run, made once per recipe."""
     made = {}
 
     def get(recipe):
@@ -64,12 +64,12 @@ def test_a_killed_run_ends_with_the_same_bytes_as_an_undisturbed_one(recipe, ref
     _, expected, times = references(recipe)
     kills.run_case(case, tmp_path / "killed", expected, times)
     assert case.problems == []
-    assert None not in [kill.hit for kill in case.kills], "a launch was over before it was hit"
+    assert None not in [kill.hit for kill in case.kills], "a launch ended before it was killed"
 
 
 @pytest.mark.slow
 def test_the_harness_detects_a_changed_byte_and_repeated_work(references, tmp_path, monkeypatch):
-    """A check that cannot fail is a defect: without kills, with a damaged job and a wrong expectation."""
+    """Make the check fail: without kills, but with a damaged job and a wrong expected hash."""
     recipe = SHORT
     source, expected, times = references(recipe)
     folder = Path(shutil.copytree(source, tmp_path / "run"))
@@ -105,7 +105,7 @@ hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
 
 def starved(place, *words):
-    # As a full disk or a quota does, the system refuses to write more; Python ignores the signal that comes with it.
+    # The system refuses further writes, as with a full disk or a quota; Python ignores the signal that it sends.
     resource.setrlimit(resource.RLIMIT_FSIZE, (1200, hard))
     kept = kills.finished_files(place) if place.is_dir() else {{}}
     code = go(place, *words)
@@ -137,7 +137,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_full_disk_in_any_stage_loses_no_finished_work(undisturbed, tmp_path):
-    """In a process of its own: what pytest captures goes into files, which the limit would cut as well."""
+    """Use a separate process, because pytest captures output in files, which the limit would also truncate."""
     folder, packaged = tmp_path / "run", Path(shutil.copytree(undisturbed, tmp_path / "packaged"))
     for record in (packaged / "work").glob("*/provenance.json*"):
         record.unlink()

@@ -1,7 +1,7 @@
-"""Peak memory: ten times the images or epochs, and it stays where it was.
+"""Peak memory: it must not grow with ten times the images or epochs.
 
-Counted is anonymous memory, which only the swap can take; pages of a mapped file the kernel drops when it wants. Another
-stage is another entry of `CASES`; naive code must fail it, so the images are large enough to show beside the libraries.
+The tests measure anonymous memory, because the kernel can drop pages of mapped files at any time. To cover another stage,
+add an entry to `CASES`. Naive code must fail it, so the images are large compared to the memory of the libraries.
 """
 
 import os
@@ -59,7 +59,7 @@ from prism_hf.run.relabel import label
 
 
 class Noise:
-    \"""Pictures that no format makes small.\"""
+    \"""Images that no format can compress.\"""
 
     content = "noise"
 
@@ -95,12 +95,12 @@ for layout in ("imagefolder", "rethinkdc"):
 
 
 def peak_anonymous(code, *words, cache):
-    """Highest RssAnon, in bytes, of a fresh Python that runs `code` with `words` as its arguments.
+    """Return the highest RssAnon, in bytes, of a new Python process that runs `code` with `words` as its arguments.
 
-    Read from outside, so that no lock of the interpreter hides a peak. The plain allocators give back what is freed;
-    others keep it for a while, and the number would be a matter of luck.
+    It is read from another process, so that the interpreter lock cannot hide a peak. The plain allocators return freed
+    memory at once; others keep it for a while, and the number would be random.
     """
-    # As benchmarks/memory.py measures: what is freed goes back, so that a peak is what was in use and not what was kept.
+    # As in benchmarks/memory.py: freed memory is returned, so that the peak counts only memory in use.
     plain = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     plain |= {"ARROW_DEFAULT_MEMORY_POOL": "system", "HF_DATASETS_CACHE": str(cache)}
     plain["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), quiet_env()["PYTHONPATH"]])  # for pipeline.py
@@ -116,7 +116,7 @@ def peak_anonymous(code, *words, cache):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Two datasets that differ in the number of their images alone."""
+    """Return two datasets that differ only in their number of images."""
     folders = []
     for ipc in IPC:
         folder = tmp_path_factory.mktemp("memory") / "set"

@@ -1,4 +1,4 @@
-"""The README and docs/python.md: every block of code, as somebody runs it who has nothing else."""
+"""The README and docs/python.md: every code block runs for a user who has nothing else installed."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ SHOWN = {"text", "mermaid", "bibtex"}
 
 
 def blocks(path, *languages):
-    """(language, code) of the fenced blocks, in order."""
+    """Return (language, code) of the fenced blocks, in order."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert {language for language, _ in found} <= RUN | SHOWN
     return [(language, code) for language, code in found if language in (languages or RUN)]
@@ -63,12 +63,12 @@ x = (test.images(range(len(test))).float() / 255 - 0.5) / 0.5
 top1 = (student.eval()(x).argmax(1) == torch.as_tensor(test.labels)).float().mean()
 assert top1 > 0.8, top1
 """
-"""The student of the README's plain loop, on real digits that it has never seen."""
+"""Code that scores the student of the README's plain loop on real test digits."""
 
 
 @pytest.mark.slow
 def test_the_readme_works_from_clone_to_published_dataset(hub, tmp_path):
-    """Verbatim: clone, install, distill, train, call from Python, distill own data, publish, load."""
+    """Run it verbatim: clone, install, distill, train, call from Python, distill own data, publish, load."""
     origin = tmp_path / "origin"
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, tracked.split("\0")):
@@ -111,7 +111,7 @@ def test_the_readme_works_from_clone_to_published_dataset(hub, tmp_path):
             (Path(place) / "my_recipe.yaml").write_text(recipe)
             photos(Path(place) / "photos")
     (header,) = re.findall(r"^images +count .*$", README.read_text(), re.MULTILINE)
-    assert sum(line == header for line in output) == 3  # the digits, one per class from Python, own data
+    assert sum(line == header for line in output) == 3  # the digits, one image per class from Python, and own data
     assert (Path(place) / "outputs/my-dataset/dataset/README.md").is_file()
     everything = "".join(code for _, code in blocks(PYTHON, "python"))
     (tmp_path / "api.py").write_text(everything)
@@ -119,7 +119,7 @@ def test_the_readme_works_from_clone_to_published_dataset(hub, tmp_path):
 
 
 def photos(folder):
-    """Colored pictures of three digits, a folder for each, as somebody's own photos would lie there."""
+    """Write colored images of three digits, one folder each, like a user's own photos."""
     source, rng = load_digits(), np.random.default_rng(0)
     for name, digit in (("zero", 0), ("one", 1), ("two", 2)):
         (folder / name).mkdir(parents=True)

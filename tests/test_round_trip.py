@@ -1,5 +1,5 @@
 # ruff: noqa: F811
-"""A machine that has never seen us: a fresh process with an empty cache loads what was pushed, and finds the same bits."""
+"""Round trips through the Hub: a new process with an empty cache loads a pushed dataset and finds the same bits."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ def digest(rows):
 
 def streamed(rows):
     out = {}
-    for row in rows:  # to its end: leaving a stream early can abort the interpreter
+    for row in rows:  # read to the end: leaving a stream early can abort the interpreter
         for key, value in row.items():
             kind = np.float16 if key == "teacher_logits" else np.float64
             out.setdefault(key, hashlib.sha256()).update(np.asarray(value, kind).tobytes())
@@ -98,14 +98,14 @@ def fresh(hub, home, transport, code, *args):
 
 @pytest.fixture
 def reader(connected, tmp_path):
-    """Somebody of the organization with a read token, on a new machine."""
+    """Add a member of the organization with a read token, and return a new home folder."""
     connected.add_user("rita", token="hf_readers", role="read", orgs=(("org", "read"),))
     (tmp_path / "home").mkdir()
     return tmp_path / "home"
 
 
 def here(folder, config):
-    """The same digests from the files that were pushed, read with pyarrow alone."""
+    """Return the same digests of the pushed files, read only with pyarrow."""
     space = {"datasets": datasets, "np": np, "hashlib": hashlib}
     exec(FRESH, space)  # noqa: S102
     table = pa.concat_tables(pq.read_table(path) for path in sorted((folder / config).glob("train-*.parquet")))
@@ -188,10 +188,10 @@ def test_a_pushed_teacher_loads_in_timm_and_transformers(connected, transport, r
     assert card.data.library_name == "timm"
     assert card.data.eval_results[0].metric_value == json.loads((teacher / "squeeze.json").read_text())["test_top1"]
     assert main(["push", str(teacher), TEACHER]) == 0
-    assert len(connected.history("models", TEACHER)) == 2, "nothing has changed"
+    assert len(connected.history("models", TEACHER)) == 2, "a push without changes made a commit"
 
 
-# -- read by ours -----------------------------------------------------------------------------------------------------
+# -- read with load_distilled -----------------------------------------------------------------------------------------
 
 DISTILLED = """
 import json, sys
@@ -210,7 +210,7 @@ def test_a_push_during_a_download_is_not_mixed_in(connected, transport, reader, 
         add_card(folders[-1], recipe, names)
     assert main(["push", str(folders[0]), SET]) == 0
     newer = {p.relative_to(folders[1]).as_posix(): p.read_bytes() for p in folders[1].rglob("*") if p.is_file()}
-    # Once the first table is asked for, somebody pushes.
+    # Another push happens when the first table is requested.
     fault = connected.fault("resolve", Rival(lambda: connected.commit("datasets", SET, newer)), match="data/train")
     found = fresh(connected, reader, transport, DISTILLED, SET)
     assert fault.fired
@@ -219,7 +219,7 @@ def test_a_push_during_a_download_is_not_mixed_in(connected, transport, reader, 
 
 @pytest.fixture
 def cache(connected, tmp_path, monkeypatch):
-    """An empty cache of the Hub, and no time to wait."""
+    """Return the path of an empty Hub cache, and skip waiting times."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -227,7 +227,7 @@ def cache(connected, tmp_path, monkeypatch):
 
 @pytest.fixture
 def pushed(connected, tmp_path):
-    """A dataset folder that was pushed, and other files in its repo."""
+    """Push a dataset folder, add other files to its repo, and return the folder."""
     recipe, names, *_ = small_set(tmp_path / "set")
     add_card(tmp_path / "set", recipe, names)
     assert main(["push", str(tmp_path / "set"), SET]) == 0

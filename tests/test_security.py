@@ -1,8 +1,8 @@
 # ruff: noqa: F811
-"""What a hostile file, name or link may not do. Every bomb would leave a file behind if it ever went off.
+"""Attacks with hostile files, names and links. Each bomb creates a file if it is ever executed.
 
-Elsewhere: weights on the Hub (test_weights), text in cards (test_card, test_model_card, test_readme), class names as
-folders (test_export), what is pushed (test_bundle), the token in a push (test_hub, test_push).
+Other files test weights on the Hub (test_weights), text in cards (test_card, test_model_card, test_readme), class names as
+folder names (test_export), the pushed files (test_bundle), and the token in a push (test_hub, test_push).
 """
 
 import io
@@ -52,14 +52,14 @@ lfs_only = pytest.mark.parametrize("transport", ["lfs"], indirect=True)
 
 @pytest.fixture
 def bomb(tmp_path):
-    """Bytes that create a file when they are unpickled; nothing in the test may do so."""
+    """Yield bytes that create a file when they are unpickled; the test must never unpickle them."""
     data, fired = bomb_in(tmp_path)
     yield data
     assert not fired.exists()
 
 
 def code(tmp_path):
-    """A module that would leave the same file behind."""
+    """Return the code of a module that creates the same file."""
     return f"open({str(tmp_path / 'fired')!r}, 'w')\n".encode()
 
 
@@ -75,7 +75,7 @@ def transformers_folder(tmp_path_factory):
 
 @pytest.fixture
 def network(request, tmp_path, timm_folder, transformers_folder):
-    """A copy of a folder of each kind, with the prefix of its name."""
+    """Return the prefix of a teacher's name, and a copy of a folder of that kind."""
     kind = getattr(request, "param", "local-dir")
     source = timm_folder if kind == "local-dir" else transformers_folder
     return kind, Path(shutil.copytree(source, tmp_path / "net"))
@@ -137,7 +137,7 @@ def test_a_pickle_named_model_safetensors_is_refused(request, network, bomb, whe
 
 
 def served(request, tmp_path, monkeypatch):
-    """The tests' Hub with empty caches."""
+    """Return the test Hub, with empty caches."""
     request.getfixturevalue("online")
     server = request.getfixturevalue("hub")
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -202,7 +202,7 @@ def picture(seed=0):
 
 
 def class_folders(folder):
-    """An ImageFolder of two classes."""
+    """Write an ImageFolder with two classes, and return its path."""
     for number, part in enumerate(("train", "test")):
         for label in ("ant", "bee"):
             (folder / part / label).mkdir(parents=True)
@@ -239,7 +239,7 @@ def object_array(bomb_path):
 
 
 def extension_table(bomb):
-    """A table whose column carries the extension type that older versions of pyarrow unpickle."""
+    """Return a table whose column has an extension type that older versions of pyarrow unpickle."""
     hostile = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": bomb}
     return pa.table({"x": [1, 2]}, schema=pa.schema([pa.field("x", pa.int64(), metadata=hostile)]))
 
@@ -250,7 +250,7 @@ def write_arrow(path, table):
 
 
 def hostile_data(folder, kind, bomb, tmp_path):
-    """A folder that some reader could run."""
+    """Write a folder with content that a loader might execute, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "script":
         (folder / f"{folder.name}.py").write_bytes(code(tmp_path))
@@ -354,12 +354,12 @@ def test_class_names_are_not_read_from_another_file(distilled):
     assert "root:" not in one_line(error)
 
 
-# -- data that leads out of its folder --------------------------------------------------------------------------------
+# -- data that refers to files outside its folder ---------------------------------------------------------------------
 
 
 @pytest.fixture
 def secret(tmp_path):
-    """Somebody's own picture, which is not part of the data."""
+    """Return the path of a private image that is not part of the data."""
     place = tmp_path / "private" / "secret.png"
     place.parent.mkdir()
     place.write_bytes(picture(9))
@@ -544,7 +544,7 @@ def test_links_inside_a_folder_and_to_a_folder_are_accepted(tmp_path):
 
 
 def snapshot(folder, repo, shared=False):
-    """The same files as they lie in the Hub's cache: links to blobs."""
+    """Copy the files into the layout of the Hub cache, as links to blobs, and return the snapshot folder."""
     place = repo / "snapshots" / "0123"
     blobs = repo.parent / "blobs" if shared else repo / "blobs"
     blobs.mkdir(parents=True)
@@ -580,7 +580,7 @@ def test_links_out_of_a_teacher_folder_are_refused(network, tmp_path, name):
 
 @pytest.fixture
 def distilled(tmp_path):
-    """A dataset folder with card and provenance."""
+    """Return a dataset folder with a card and provenance."""
     recipe, names, *_ = small_set(tmp_path / "set")
     add_card(tmp_path / "set", recipe, names)
     return tmp_path / "set"
@@ -652,7 +652,7 @@ PREFIXES = ["", "data/", "views/"]
 
 @each("name, prefix", product(PATHS, PREFIXES), some=diagonal(PATHS, PREFIXES))
 def test_outside_files_named_in_provenance_are_not_opened(distilled, tmp_path, name, prefix):
-    """What is opened all the same would change the answer: the files outside are good tables."""
+    """The outside files are valid tables, so that opening one would change the result."""
     distilled = Path(shutil.copytree(distilled, tmp_path / "set"))
     for place in (tmp_path / "x", tmp_path / "x.parquet", tmp_path.parent / "x"):
         shutil.copy(distilled / "data" / "train-00000-of-00001.parquet", place)
@@ -685,11 +685,11 @@ def test_file_names_on_the_hub_do_not_lead_out_of_the_cache(request, tmp_path, m
     assert not [path for path in tmp_path.rglob("escaped")]
 
 
-# -- text that would never end ----------------------------------------------------------------------------------------
+# -- text that would take forever to parse ----------------------------------------------------------------------------
 
 
 def alias_bomb(merge=False):
-    """Ten levels of nine aliases each: three thousand million values."""
+    """Return YAML with ten levels of nine aliases each, which expands to three billion values."""
     first = "a0: &a0 {x: 1}" if merge else "a0: &a0 [x]"
     lines = [first]
     for level in range(1, 11):
@@ -733,7 +733,7 @@ def test_a_hostile_card_header_is_harmless(distilled, kind):
     assert b"words of somebody" in merged
     (distilled / "README.md").write_text(text)
     assert any("README.md" in line for line in check_folder(distilled).differences)
-    assert len(load_distilled(distilled).labels) == 12, "it is not read"
+    assert len(load_distilled(distilled).labels) == 12, "the header must not be read"
     bad_data(distilled)
 
 
@@ -749,11 +749,11 @@ def test_a_hostile_provenance_gives_one_error_line(distilled, text):
         one_line(error)
 
 
-# -- a dataset that is not what it says ------------------------------------------------------------------------------
+# -- datasets with invalid content -----------------------------------------------------------------------------------
 
 
 def rewritten(folder, table, **columns):
-    """The dataset with other cells in a column; an array comes with a type of its own."""
+    """Replace columns of a dataset's table; an Arrow array also replaces the type of the column."""
     path = folder / table / "train-00000-of-00001.parquet"
     old = pq.read_table(path)
     notes = json.loads(old.schema.metadata[b"huggingface"])
@@ -808,7 +808,7 @@ def test_evaluating_a_hostile_folder_gives_one_error_line(tmp_path, bomb, capsys
     assert not (tmp_path / "out").exists()
 
 
-# -- helpers of the module --------------------------------------------------------------------------------------------
+# -- helpers of runtime/untrusted -------------------------------------------------------------------------------------
 
 
 def test_a_fake_snapshot_folder_gets_no_extra_access(tmp_path, secret):
@@ -838,7 +838,7 @@ def leaks(text):
 
 @lfs_only
 def test_no_secret_from_the_environment_is_written_or_printed(connected, tmp_path, monkeypatch, capfd, caplog):
-    """A whole run with trackers, told to say everything, and pushed."""
+    """Make a complete run with trackers and debug logging, and push it."""
     pytest.importorskip("tensorboard")
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
@@ -857,7 +857,7 @@ def test_no_secret_from_the_environment_is_written_or_printed(connected, tmp_pat
     assert not leaks((said.out + said.err + caplog.text).encode())
     assert "stage evaluate" in caplog.text
     assert not [path for path, data in connected.files("datasets", "org/tiny").items() if leaks(data)]
-    # A token that is refused is not repeated either.
+    # A refused token is not repeated in the error either.
     monkeypatch.setenv("HF_TOKEN", TOKEN + "x")
     assert main(["push", str(run / "dataset"), "org/tiny"]) == 2
     told = capfd.readouterr()
@@ -883,7 +883,7 @@ def test_no_secret_from_the_environment_is_written_or_printed(connected, tmp_pat
 def test_a_secret_in_a_recipe_is_refused_and_not_repeated(change_it, secret):
     override = change_it(secret)
     if "=" in secret or ("://" in override.partition("=")[0]):
-        pytest.skip("no key of a recipe")
+        pytest.skip("not a recipe key")
     with pytest.raises(RecipeError) as error:
         tiny(override)
     text = one_line(error)
@@ -980,5 +980,5 @@ def test_there_is_a_workflow_for_every_push_and_a_weekly_audit():
 
 
 def test_the_audit_requires_an_answer_from_osv():
-    """`pip-audit` passes what the default service cannot find; OSV has to answer."""
+    """By default, `pip-audit` passes if its service cannot find a package; OSV has to answer."""
     assert "pip-audit --vulnerability-service osv" in (ROOT / "Makefile").read_text(encoding="utf-8")

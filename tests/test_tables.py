@@ -1,4 +1,4 @@
-"""The tables of docs/comparison.md: their rows, how they are written; and Fashion-MNIST as its authors store it."""
+"""The tables of docs/comparison.md, their rows and format, and the import of the original Fashion-MNIST files."""
 
 import argparse
 import gzip
@@ -42,7 +42,7 @@ def test_methods_have_the_same_iterations_and_labels(ipc):
         [(row[0], tables.recipe_of(row, tables.Table(()), None)) for row in tables.methods_at(ipc)]
     )
     others = [method.recipe for method in methods if not method.control]
-    if ipc == 10:  # the choice before this one stays in the table
+    if ipc == 10:  # the previous choice stays in the table
         assert differing_keys(others.pop(), others[-2]) == ["synthesis.easiest"]
     assert len(others) == 7
     *optimized, chosen = others
@@ -136,7 +136,7 @@ def idx(path, array):
 
 @pytest.fixture
 def authors(tmp_path, monkeypatch):
-    """The four files, with few images."""
+    """Return the conversion script and a folder with the four files, with few images."""
     spec = recipe_script("fashion/to_parquet")
     monkeypatch.setitem(spec.SPLITS, "train", ("train", 20))
     monkeypatch.setitem(spec.SPLITS, "test", ("t10k", 10))

@@ -1,4 +1,4 @@
-"""The wheel: what somebody gets who installs prism-hf without a clone."""
+"""The wheel: an installation of prism-hf without a clone."""
 
 import json
 import subprocess
