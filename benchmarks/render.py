@@ -91,7 +91,7 @@ def printed(result: dict) -> str:
     report, hardware = result["report"], result["hardware"]
     minutes = sum(report["wall_time_s"].values()) / 60
     table = plain_table(table_rows(report["evaluation"]))
-    return f"It takes {minutes:.1f} minutes on {hardware['cores']} CPU cores and prints\n\n```text\n{table}\n```\n"
+    return f"It takes about {minutes:.0f} minutes on {hardware['cores']} CPU cores and prints\n\n```text\n{table}\n```\n"
 
 
 def gpu_steps(result: dict) -> str:
