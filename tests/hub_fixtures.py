@@ -46,7 +46,8 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _xet.XET_CONNECTION_INFO_CACHE.clear()
 
 
-@pytest.fixture(params=["lfs", "xet"])
+# The Hub's default is Xet; tests/hub/test_hub_faults.py tries LFS by default too.
+@pytest.fixture(params=[pytest.param("lfs", marks=pytest.mark.slow), "xet"])
 def transport(request: pytest.FixtureRequest, online: None, monkeypatch: pytest.MonkeyPatch) -> str:
     """Select the transfer protocol for large files: LFS or Xet."""
     for name, value in XET_ENV.items():

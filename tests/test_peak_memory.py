@@ -136,6 +136,7 @@ def test_ten_times_the_images_need_no_more_memory(sets, tmp_path, case):
     assert large <= LIMIT * small, f"{small / 1e6:.0f} MB became {large / 1e6:.0f} MB"
 
 
+@pytest.mark.slow
 def test_ten_times_the_epochs_need_no_more_memory(tmp_path):
     peaks = []
     for epochs in (20, 200):

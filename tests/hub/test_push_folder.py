@@ -20,6 +20,7 @@ lfs_only = pytest.mark.parametrize("transport", ["lfs"], indirect=True)
 xet_only = pytest.mark.parametrize("transport", ["xet"], indirect=True)
 
 
+@pytest.mark.slow  # its parts run by default, in this folder and in test_round_trip.py
 @xet_only
 def test_distill_push_load_evaluate(connected, tmp_path, capsys):
     run, reader = tmp_path / "run", tmp_path / "reader"

@@ -130,6 +130,7 @@ def test_handlers_are_restored_and_no_stop_is_requested_initially():
     raise_if_stopped()
 
 
+LAUNCHERS = ["bin/accelerate", "bin/torchrun", "accelerate/commands/launch.py"]
 PARENT = """
 import subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdin=sys.stdin)
@@ -137,7 +138,9 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("place", ["bin/accelerate", "bin/torchrun", "accelerate/commands/launch.py"])
+@pytest.mark.parametrize(
+    "place", rest_slow(["bin/accelerate", "bin/torchrun", "accelerate/commands/launch.py"], ["bin/accelerate"])
+)
 def test_the_end_of_the_launcher_ends_its_process(place, tmp_path):
     script = tmp_path / place
     script.parent.mkdir(parents=True)
