@@ -77,6 +77,7 @@ def test_hand_written_lines_are_short(path):
     assert [line for line in text.splitlines() if len(line) >= 120] == []
 
 
+@pytest.mark.slow  # .ci/run checks it as well
 def test_cards_and_tables_are_rendered_from_the_recorded_results():
     done = subprocess.run(
         [sys.executable, "benchmarks/render.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False

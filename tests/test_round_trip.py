@@ -201,6 +201,7 @@ print(json.dumps(load_distilled(sys.argv[1]).content))
 lfs_only = pytest.mark.parametrize("transport", ["lfs"], indirect=True)
 
 
+@pytest.mark.slow
 @lfs_only
 def test_a_push_during_a_download_is_not_mixed_in(connected, transport, reader, tmp_path):
     folders = []

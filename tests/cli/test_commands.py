@@ -359,6 +359,7 @@ with locked(Path(sys.argv[1])):
 CHEAP = ("evaluation.full_data_epochs=0", "evaluation.seeds=[0]")
 
 
+@pytest.mark.slow  # by default, runtime/test_lock.py holds the lock in a real process
 def test_a_second_launch_in_the_same_folder_is_refused(made, tmp_path, capsys):
     folder = Path(shutil.copytree(made, tmp_path / "run"))
     other = subprocess.Popen(

@@ -118,7 +118,7 @@ def test_a_fresh_run_moves_any_old_run_aside(tmp_path, text):
     assert not (folder / "work").exists()
 
 
-@pytest.mark.slow  # by default, cli/test_commands.py starts a second launch beside a real one
+@pytest.mark.slow  # by default, runtime/test_lock.py holds the lock in a real process
 def test_a_run_locks_its_folder_for_all_its_processes(tmp_path, finished_run):
     run = run_in(tmp_path / "run", finished_run / "teachers")
     other = tmp_path / "other.yaml"
