@@ -2,6 +2,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # our default number of threads: test workers share the cores
 
 import hashlib  # noqa: E402
 from collections.abc import Callable, Mapping  # noqa: E402

@@ -7,6 +7,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
+IN_TESTS = ("PYTHONPATH", "OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
+"""Variables that only the tests of this checkout need."""
+
 
 def fresh_environment(folder: Path) -> dict[str, str]:
     """Create a virtual environment in a folder; return environment variables that put its programs first."""
@@ -21,6 +24,6 @@ def fresh_environment(folder: Path) -> dict[str, str]:
         text = f"#!{folder}/bin/python\n" + Path(sysconfig.get_path("scripts"), program).read_text().partition("\n")[2]
         (folder / "bin" / program).write_text(text)
         (folder / "bin" / program).chmod(0o755)
-    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    kept = {key: value for key, value in os.environ.items() if key not in IN_TESTS}
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     return kept | offline | {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "VIRTUAL_ENV": str(folder)}

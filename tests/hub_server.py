@@ -449,6 +449,7 @@ class HubServer:
         off = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS")
         on = ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_UPDATE_CHECK")
         own = {"HOME": str(home), "HF_HOME": str(home / "huggingface"), "HF_ENDPOINT": self.url, "OMP_NUM_THREADS": "1"}
+        own |= {"LOKY_MAX_CPU_COUNT": "1"}  # our default number of threads
         own |= dict.fromkeys(off, "0") | dict.fromkeys(on, "1") | dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
         own |= XET_ENV if xet else {"HF_HUB_DISABLE_XET": "1"}
         return kept | own | ({"HF_TOKEN": token} if token is not None else {})
