@@ -7,8 +7,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-IN_TESTS = ("PYTHONPATH", "OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
-"""Variables that only the tests of this checkout need."""
+IN_TESTS = ("PYTHONPATH", "OMP_NUM_THREADS")
+"""Variables of the tests that a user does not have. One core per process stays: two test workers share the machine."""
 
 
 def fresh_environment(folder: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fresh_environment import fresh_environment
+from fresh_environment import IN_TESTS, fresh_environment
 from hub_fixtures import hub  # noqa: F401
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -70,20 +70,15 @@ assert top1 > 0.8, top1
 def test_the_readme_works_from_clone_to_published_dataset(hub, tmp_path):
     """Run it verbatim: clone, install, distill, train, call from Python, distill own data, publish, load."""
     origin = tmp_path / "origin"
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, tracked.split("\0")):
-        (origin / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, origin / name)
+    ignored = shutil.ignore_patterns(".git", "outputs", "__pycache__", ".*_cache", ".hypothesis", ".venv*", "dist", "build")
+    shutil.copytree(ROOT, origin, ignore=ignored)
     author = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     for words in (["init", "-q"], ["add", "-A", "-f"], [*author, "commit", "-qm", "all"]):
         subprocess.run(["git", *words], cwd=origin, check=True)
     address = re.search(r"git clone (\S+)", README.read_text())[1]
-    env = hub.env(token=hub.add_user("ann", orgs=("ORG",)), home=tmp_path / "home", xet=False)
-    env |= (
-        fresh_environment(tmp_path / "venv")
-        | {"TQDM_DISABLE": "1"}
-        | {key: env[key] for key in env if key.startswith("HF_")}
-    )
+    client = hub.env(token=hub.add_user("ann", orgs=("ORG",)), home=tmp_path / "home", xet=False)
+    env = {key: value for key, value in client.items() if key not in ("PATH", "VIRTUAL_ENV", *IN_TESTS)}
+    env = fresh_environment(tmp_path / "venv") | env | {"TQDM_DISABLE": "1"}
     env |= {"HOME": str(tmp_path / "home"), "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{origin.as_uri()}.insteadOf"}
     env |= {"GIT_CONFIG_VALUE_0": address}
     (tmp_path / "home").mkdir()
