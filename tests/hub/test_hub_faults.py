@@ -9,6 +9,7 @@ import pytest
 from hub_fixtures import connected, hub, online, transport  # noqa: F401
 from hub_server import CutBody, Delay, LostAnswer, Reset, ResetMidBody, Rival, Status
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.utils import _xet
 from pipeline import add_card, small_set
 
 from prism_hf.errors import HubError
@@ -121,12 +122,18 @@ def clean(hub, bundle):
 
 
 @pytest.fixture
-def world(sets, connected):
+def world(sets, connected, monkeypatch, tmp_path):
     if not sets.before:
         sets.before = clean(connected, sets.old)
         # A shard that the new version does not have, as left by an older version with more shards.
         sets.before["data/train-00001-of-00002.parquet"] = b"PAR1 old PAR1"
         sets.after = clean(connected, sets.new)
+        # The test that comes first must find an empty server too, and a client that remembers no upload.
+        connected.reset()
+        connected.add_user("ann", token="hf_secret_token", orgs=("org",))
+        _xet._GLOBAL_XET_HOLDER = _xet.XetSessionHolder()
+        _xet.XET_CONNECTION_INFO_CACHE.clear()
+        monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet-2"))
     return sets
 
 
