@@ -1,10 +1,12 @@
 import io
+import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from each import each, product
+from PIL import Image, ImageColor
 
 from prism_hf.errors import DataError
 from prism_hf.images.pixels import (
@@ -165,3 +167,119 @@ def test_photos_are_rotated_upright(tmp_path):
     shown = from_pil(Image.open(tmp_path / "a.png"), 3)
     assert shown.shape == (3, 8, 4)
     assert shown[0, 0, 3] == 255
+
+
+# -- transparency -----------------------------------------------------------------------------------------------------
+
+
+def cutout(mode, hidden=(255, 0, 255)):
+    """A picture whose left half is opaque (10, 20, 30), and whose right half is transparent and hides another color."""
+    array = np.zeros((8, 8, 4), np.uint8)
+    array[:, :4], array[:, 4:] = (10, 20, 30, 255), (*hidden, 0)
+    picture = Image.fromarray(array, "RGBA")
+    if mode == "P":
+        picture = Image.fromarray(np.repeat([[0, 1]], 4, 1).repeat(8, 0).astype(np.uint8), "P")
+        picture.putpalette([10, 20, 30, *hidden])
+        picture.info["transparency"] = 1
+    elif mode == "RGB":
+        picture = picture.convert("RGB")
+        picture.info["transparency"] = hidden
+    elif mode != "RGBA":
+        picture = picture.convert(mode)
+    buffer = io.BytesIO()
+    options = {"transparency": picture.info["transparency"]} if "transparency" in picture.info else {}
+    picture.save(buffer, "PNG", **options)
+    return Image.open(io.BytesIO(buffer.getvalue()))
+
+
+@each("mode, background", product(["RGBA", "LA", "P", "RGB"], ["white", "black", "#306090"]))
+def test_transparent_pixels_show_the_background(mode, background):
+    opaque = np.array([18] * 3 if mode == "LA" else [10, 20, 30])
+    shown = from_pil(cutout(mode), 3, background=background)
+    expected = torch.tensor(ImageColor.getrgb(background), dtype=torch.uint8).view(3, 1, 1)
+    assert bool((shown[:, :, 4:] == expected).all())
+    assert np.array_equal(shown[:, 0, 0].numpy(), opaque)
+    gray = from_pil(cutout(mode), 1, background=background)
+    assert int(gray[0, 0, 7]) == ImageColor.getcolor(background, "L")
+
+
+def test_a_half_transparent_pixel_is_a_mixture():
+    picture = Image.new("RGBA", (4, 4), (0, 0, 0, 51))  # 20 % black on white
+    assert from_pil(picture, 3).unique().tolist() == [204]
+
+
+def test_an_opaque_picture_is_not_changed_by_its_alpha_channel():
+    plain = picture("RGB", (9, 7))
+    assert torch.equal(from_pil(plain.convert("RGBA"), 3), from_pil(plain, 3))
+
+
+# -- more than eight bits ---------------------------------------------------------------------------------------------
+
+
+def stored(array, kind="TIFF"):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind)
+    return Image.open(io.BytesIO(buffer.getvalue()))
+
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+
+
+@each("array, white_level", [
+    (RAMP.astype(np.float32), None), ((RAMP * 255).astype(np.float32), 255), ((RAMP * 4095).astype(np.uint16), 4095),
+    ((RAMP * 65535).astype(np.uint16), None), ((RAMP * 65535).astype(np.uint16), 65535),
+    ((RAMP * 100_000).astype(np.int32), 100_000), ((RAMP * 255).astype(np.int32), 255),
+])  # fmt: skip
+def test_deep_images_are_scaled_to_eight_bits(array, white_level):
+    shown = from_pil(stored(array), 1, white_level=white_level)[0].numpy()
+    high = white_level or (1.0 if array.dtype == np.float32 else 65535)
+    assert np.array_equal(shown, (array.astype(np.float64) * 255 / high).round())
+    assert shown.max() == 255
+    assert np.array_equal(from_pil(stored(array), 3, white_level=white_level)[2].numpy(), shown)
+
+
+@each("array, white_level, words", [
+    ((RAMP * 255).astype(np.float32), None, ["floats from 0 to 255, expected 0 to 1", "data.white_level"]),
+    ((RAMP - 0.5).astype(np.float32), None, ["from -0.5 to 0.5"]),
+    (np.full((4, 4), np.nan, np.float32), None, ["nan"]),
+    (np.full((4, 4), np.inf, np.float32), 1.0, ["inf"]),
+    ((RAMP * 1000).astype(np.int32), None, ["32-bit integers from 0 to 1000, expected a data.white_level"]),
+    ((RAMP * 5000).astype(np.uint16), 4095, ["16-bit integers from 0 to 5000, expected 0 to 4095"]),
+    ((RAMP * 4095).astype(np.uint16), None, ["fits into 12 bits", "white_level"]),
+    ((RAMP * 255).astype(np.uint16), None, ["fits into 8 bits"]),
+    ((RAMP * 1023).astype(np.uint16), None, ["fits into 10 bits"]),
+    ((RAMP * 16383).astype(np.uint16), None, ["fits into 14 bits"]),
+])  # fmt: skip
+def test_values_that_do_not_match_the_white_level_are_refused(array, white_level, words):
+    with pytest.raises(DataError) as error:
+        from_pil(stored(array), 1, white_level=white_level)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def deep_png(array):
+    """Return a color PNG with 16 bits per channel, which Pillow cannot write."""
+    height, width, _ = array.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    whole = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return Image.open(io.BytesIO(whole))
+
+
+def test_a_color_image_with_sixteen_bits_is_read_or_refused():
+    color = np.repeat(RAMP[..., None], 3, 2)
+    full = from_pil(deep_png((color * 65535).astype(np.uint16)), 3)
+    assert np.array_equal(full.numpy()[0], (RAMP * 65535).astype(np.uint16) >> 8)
+    with pytest.raises(DataError, match="fits into 12 bits"):
+        from_pil(deep_png((color * 4095).astype(np.uint16)), 3)
+    with pytest.raises(DataError, match=r"16 bits per color, and data.white_level is 4095"):
+        from_pil(deep_png((color * 4095).astype(np.uint16)), 3, white_level=4095)
+    dark = from_pil(deep_png((color * 4095).astype(np.uint16)), 3, white_level=65535)
+    assert int(dark.max()) == 15
+
+
+def test_a_black_image_with_sixteen_bits_is_black():
+    assert int(from_pil(stored(np.zeros((4, 4), np.uint16)), 1).max()) == 0

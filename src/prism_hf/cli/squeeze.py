@@ -34,7 +34,7 @@ def _squeeze(args: argparse.Namespace) -> None:
     from ..models import teacher_folder
     from ..run.context import Run, make_accelerator
     from ..run.folder import check_place
-    from ..run.preflight import check_architectures
+    from ..run.preflight import check_architectures, check_data
     from ..run.squeeze import squeeze
     from ..run.threads import use_threads
 
@@ -43,7 +43,10 @@ def _squeeze(args: argparse.Namespace) -> None:
     # Only later stages need the folder of a run; teachers are written directly to the output.
     scratch = args.output / f".work-{recipe.name}"
     run = Run(recipe, scratch, args.output, make_accelerator(), args.checkpoint_every)
+    notes = check_data(run)
     use_threads(run.accelerator, run.work, args.threads)
+    for line in notes:
+        run.say(line)
     squeeze(run)
     if is_first_process():
         shutil.rmtree(scratch, ignore_errors=True)

@@ -18,7 +18,7 @@ from ..run.context import Run, make_accelerator
 from ..run.distill import run_stages
 from ..run.evaluate import collect, conclude, train_students
 from ..run.folder import check_place, claimed_together, is_of_another
-from ..run.preflight import check, check_space, missing_space
+from ..run.preflight import check, check_data, check_space, missing_space
 from ..run.squeeze import squeeze
 from ..run.threads import check_threads, use_threads
 from ..runtime import DRAFT, HOLDER, LOCK, check_free, clear_drafts, duration_text, locked, log_file, read_proof, unfinished
@@ -59,6 +59,7 @@ def compare(
     check_free(folder)
     check_threads(folder / "work", threads)
     check_comparison(comparison)
+    notes = check_data(comparison.common_run())
     table = None
     with ExitStack() as stack:
         if accelerator.is_main_process:
@@ -69,6 +70,8 @@ def compare(
         accelerator.wait_for_everyone()
         stack.enter_context(log_file(folder, accelerator.process_index))
         use_threads(accelerator, folder / "work", threads)
+        for line in notes:
+            comparison.common_run().say(line)
         failed = make(comparison)
         if accelerator.is_main_process:
             facts, images = findings(comparison, failed, notes=notes, command=command)

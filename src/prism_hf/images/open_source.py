@@ -1,12 +1,14 @@
 """The rows of a source: open its splits without following links and paths out of it, and find their columns."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
-from huggingface_hub import constants, is_offline_mode
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from huggingface_hub import HfApi, constants, is_offline_mode
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -23,7 +25,9 @@ from ..runtime import (
     read_json,
     visible_entries,
 )
+from .image_folder import is_image_folder, read_images, read_layout, split_folders
 
+_NOTES = (".md", ".txt", ".json", ".yaml", ".yml", ".xml", ".cff", ".bib", ".log")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".tbz2", ".xz", ".txz", ".7z", ".rar", ".zst", ".lz4")
 
 
@@ -37,27 +41,105 @@ def open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
         return _open_digits(name)
     what = f"data.source {recipe.source!r}" + (f", config {recipe.config!r}" if recipe.config else "")
     folder = local_folder(recipe.source)
-    if folder is not None:
-        _check_local(folder)
-    elif recipe.source.startswith((".", "/", "~")) or recipe.source.count("/") != 1:
+    if folder is None and (recipe.source.startswith((".", "/", "~")) or recipe.source.count("/") != 1):
         raise DataError(
             f"{what} is neither a folder here nor a Hub id (org/name); give `digits`, a Hub id or the path of a folder"
         )
     try:
         if folder is None:
             return datasets.load_dataset(recipe.source, recipe.config, split=name, revision=recipe.revision)
+        files = _check_local(folder)
         if (folder / "state.json").is_file():
             raise DataError(f"{what} was saved as one Dataset without splits; save a DatasetDict with {name!r}")
         if (folder / "dataset_dict.json").is_file():
             return _open_saved(folder, name, what)
-        # `datasets` keys its cache by the card of a folder alone, so this cache path depends on the state of all files.
-        cache = Path(datasets.config.HF_DATASETS_CACHE) / "prism-hf" / folder_state(folder)
-        # Absolute, since `datasets` takes a folder called "text" for its reader of that name, which reads all files around.
-        return datasets.load_dataset(str(folder.absolute()), recipe.config, split=name, cache_dir=str(cache))
+        if _are_images(folder, files, recipe):
+            return _open_images(folder, files, name, what)
+        builder = _builder(folder, files, recipe)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=name)
     except PrismError:
         raise
     except Exception as error:  # untrusted bytes reach a dozen readers of `datasets`, each with its own errors
         raise DataError(f"{what}, split {name!r} cannot be loaded: {reason_of(error)}") from error
+
+
+def _are_images(folder: Path, files: Collection[str], recipe: DataRecipe) -> bool:
+    """Return whether a folder has images in class folders, and no card or config that says which of them to use."""
+    return recipe.config is None and not _is_configured(folder) and is_image_folder(files)
+
+
+def _builder(folder: Path, files: Collection[str], recipe: DataRecipe) -> datasets.DatasetBuilder:
+    """Return the reader of `datasets` for a local folder of tables."""
+    # `datasets` keys its cache by the card of a folder alone, so this cache path depends on the state of all files.
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "prism-hf" / folder_state(folder)
+    # Absolute, since `datasets` takes a folder called "text" for its reader of that name, which reads all files around.
+    place = str(folder.absolute())
+    if re.search(r"[][*?{}]|::", place):
+        raise DataError(
+            f"data.source {place!r} has characters that `datasets` takes for a pattern ([ ] {{ }} * ? ::), so its tables "
+            "cannot be read; rename the folder"
+        )
+    parts = split_folders(files) if recipe.config is None and not _is_configured(folder) else {}
+    return datasets.load_dataset_builder(place, recipe.config, data_files=parts or None, cache_dir=str(cache))
+
+
+def _is_configured(folder: Path) -> bool:
+    """Return whether the card of a folder says which files belong to which split."""
+    card = folder / datasets.config.REPOCARD_FILENAME
+    return card.is_file() and "configs" in read_card(card.read_text(encoding="utf-8"))
+
+
+def _open_images(folder: Path, files: Collection[str], name: str, what: str) -> datasets.Dataset:
+    try:
+        return read_images(folder, files, name)
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error
+
+
+def files_used(recipe: DataRecipe) -> tuple[dict[str, int], list[str]]:
+    """Return the number of files in each split, and the other files of the source, which are in no split.
+
+    Both are empty for digits, for a `save_to_disk` folder, and for a Hub source that is read from the cache.
+    """
+    if recipe.source == "digits":
+        return {}, []
+    folder = local_folder(recipe.source)
+    if folder is None:
+        builder = datasets.load_dataset_builder(recipe.source, recipe.config, revision=recipe.revision)
+        base = builder.base_path or ""
+        is_folder = isinstance(builder, ImageFolder) and "@" in base
+        return _files_of(builder, _files_on_hub(recipe.source, base.rpartition("@")[2]) if is_folder else [])
+    if (folder / "dataset_dict.json").is_file():
+        return {}, []
+    files = _check_local(folder)
+    if not _are_images(folder, files, recipe):
+        return _files_of(_builder(folder, files, recipe), files)
+    layout = read_layout(files)
+    used = {split: sum(map(len, classes.values())) for split, classes in layout.items()}
+    left = set(files).difference(*(part for classes in layout.values() for part in classes.values()))
+    return used, sorted(file for file in left if not _is_note(file))
+
+
+def _files_of(builder: datasets.DatasetBuilder, files: Collection[str]) -> tuple[dict[str, int], list[str]]:
+    """Return the number of files that a reader has for each split, and the other files with the same endings."""
+    base = f"{builder.base_path}/"
+    parts = {
+        split: [str(file).removeprefix(base) for file in part] for split, part in (builder.config.data_files or {}).items()
+    }
+    used = {file for part in parts.values() for file in part}
+    endings = {Path(file).suffix for file in used}
+    left = sorted(file for file in files if Path(file).suffix in endings and file not in used)
+    return {str(split): len(part) for split, part in parts.items()}, left
+
+
+def _files_on_hub(source: str, commit: str) -> list[str]:
+    return HfApi().list_repo_files(source, repo_type="dataset", revision=commit)
+
+
+def _is_note(file: str) -> bool:
+    """Return whether a file describes the data, such as README.md."""
+    return Path(file).suffix.lower() in _NOTES or Path(file).name in ("LICENSE", "Thumbs.db")
 
 
 def _open_digits(name: str) -> datasets.Dataset:
@@ -92,23 +174,6 @@ def _saved_names(folder: Path) -> Iterator[object]:
         yield from (file["filename"] for file in state["_data_files"])
 
 
-def find_column(rows: datasets.Dataset, recipe: DataRecipe, key: str) -> str:
-    """Return the column that a recipe key (`image_column` or `label_column`) names, or else the only one of its type."""
-    named, kind = getattr(recipe, key), datasets.Image if key == "image_column" else datasets.ClassLabel
-    columns = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
-    if named is None:
-        of_type = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
-        if len(of_type) == 1:
-            return of_type[0]
-        many = "more than one" if of_type else "no"
-        raise DataError(f"the data has {many} column of type {kind.__name__}; set data.{key} to one of {columns}")
-    if named not in rows.features:
-        raise DataError(f"data.{key} is {named!r}, but the columns are {columns}")
-    if kind is datasets.Image and not isinstance(rows.features[named], kind):
-        raise DataError(f"data.{key} is {named!r}, which is not of type Image; the columns are {columns}")
-    return named
-
-
 def hold_out(rows: datasets.Dataset, column: str, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Split training rows into those to keep and a stratified fraction to hold out."""
     labels = np.asarray(rows.with_format("numpy")[column][:])
@@ -137,16 +202,19 @@ def image_homes(source: str) -> tuple[Path, ...]:
     return tuple(Path(cache).resolve() for cache in (*caches, constants.HF_HUB_CACHE))
 
 
-def _check_local(folder: Path) -> None:
-    """Refuse archives, and links and card paths that lead out of a local folder: `datasets` follows all of them."""
-    homes = homes_of(folder)
+def _check_local(folder: Path) -> list[str]:
+    """Return the files below a folder. Refuse archives, and links and card paths that lead out: `datasets` follows them."""
+    homes, files = homes_of(folder), []
     for entry in visible_entries(folder):
         if entry.is_symlink() and not is_inside(Path(entry.path), homes):
             raise DataError(f"{entry.path!r} is a link that leads out of {str(folder)!r}; put the files themselves there")
         if entry.name.lower().endswith(_ARCHIVES):
             raise DataError(f"{entry.path!r} is an archive, which is not read; unpack it, and move it out of the folder")
+        if entry.is_file():
+            files.append(os.path.relpath(entry.path, folder))
     _check_card(folder / datasets.config.REPOCARD_FILENAME, "{}")
     _check_card(folder / datasets.config.REPOYAML_FILENAME, "---\n{}\n---\n")  # a header in a separate file
+    return files
 
 
 def _check_card(path: Path, template: str) -> None:

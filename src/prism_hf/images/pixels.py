@@ -82,19 +82,36 @@ def decode(data: bytes, channels: int) -> Tensor:
     try:
         with Image.open(io.BytesIO(data)) as picture:
             return from_pil(picture, channels)
+    except DataError as error:
+        raise DataError(f"an image {error}") from error
     except UNREADABLE as error:
         raise DataError(f"an image cannot be decoded ({error}); remove or replace it in the source") from error
 
 
-def from_pil(picture: Image.Image, channels: int, *, size: int | None = None) -> Tensor:
+def from_pil(
+    picture: Image.Image,
+    channels: int,
+    *,
+    size: int | None = None,
+    background: str = "white",
+    white_level: float | None = None,
+) -> Tensor:
     """Convert a PIL image to (C, H, W) uint8, rotated as its EXIF data says.
 
-    With `size`, the shorter side is resized to it (bilinear, antialiased), and the center square is cropped.
+    With `size`, the shorter side is resized to it (bilinear, antialiased), and the center square is cropped. Transparent
+    pixels show the background, a color of Pillow. `white_level` is explained in `DataRecipe`.
+
+    Raises:
+        DataError: The values of an image with more than 8 bits do not match the white level.
     """
+    deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", []))  # cleared when the pixels are read
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):
-        # Pillow's conversion saturates 16-bit gray, so scale it here.
-        picture = Image.fromarray((np.asarray(picture, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        picture = _scaled(picture, white_level)
+    elif deep:
+        _check_deep_color(picture, white_level)
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture.convert("RGBA"))
     picture = picture.convert("L" if channels == 1 else "RGB")
     if size is not None and picture.size != (size, size):
         width, height = picture.size
@@ -105,3 +122,40 @@ def from_pil(picture: Image.Image, channels: int, *, size: int | None = None) ->
         picture = picture.crop((left, top, left + size, top + size))
     array = np.array(picture, dtype=np.uint8)
     return torch.from_numpy(array[None] if channels == 1 else array.transpose(2, 0, 1).copy())
+
+
+def _scaled(picture: Image.Image, white_level: float | None) -> Image.Image:
+    """Scale an image of 16-bit or 32-bit integers or floats to 8 bits. Pillow's conversion saturates instead."""
+    values = np.asarray(picture, dtype=np.float64)
+    low, high = float(values.min()), float(values.max())  # NaN if any value is
+    white = white_level or {"I": None, "F": 1.0}.get(picture.mode, 65535.0)
+    kind = {"I": "32-bit integers", "F": "floats"}.get(picture.mode, "16-bit integers")
+    fix = "set data.white_level to the value that means white, or save the images with 8 bits"
+    if white is None or not 0 <= low <= high <= white:
+        expected = "a data.white_level" if white is None else f"0 to {white:g}"
+        raise DataError(f"has {kind} from {low:g} to {high:g}, expected {expected}; {fix}")
+    if white_level is None and picture.mode != "F":
+        _check_bits(high / 65535, fix)
+    scaled = Image.fromarray((values * 255 / white).round().astype(np.uint8))
+    if "transparency" in picture.info:  # the gray value that is transparent
+        scaled.putalpha(Image.fromarray(((values != picture.info["transparency"]) * 255).astype(np.uint8)))
+    return scaled
+
+
+def _check_deep_color(picture: Image.Image, white_level: float | None) -> None:
+    """Check a color image with 16 bits per channel, of which Pillow keeps the upper 8."""
+    fix = "save the images with 8 bits (Pillow reads only the upper 8 of 16 bits of a color image)"
+    if white_level not in (None, 65535):
+        raise DataError(f"has 16 bits per color, and data.white_level is {white_level:g}, which needs all of them; {fix}")
+    if white_level is None:
+        _check_bits(int(np.asarray(picture.convert("RGB")).max()) / 255, fix)
+
+
+def _check_bits(share: float, fix: str) -> None:
+    """Refuse a 16-bit image, neither black nor brighter than a quarter of white: probably it has fewer bits."""
+    if 0 < share <= 0.25:
+        bits = next(bits for bits in (8, 10, 12, 14) if share <= 2**bits / 2**16)
+        raise DataError(
+            f"is a 16-bit image whose largest value fits into {bits} bits, so it would be almost black; {fix} "
+            "(data.white_level=65535 if it really is that dark)"
+        )

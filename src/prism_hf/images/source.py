@@ -5,23 +5,31 @@ is only used to score students.
 """
 
 import hashlib
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError
 from ..recipe import DataRecipe
-from ..runtime import is_inside, raise_if_stopped
-from .open_source import find_column, hold_out, image_homes, local_folder, open_split, source_revision
+from ..runtime import raise_if_stopped
+from .columns import (
+    class_names,
+    file_bytes,
+    file_sizes,
+    find_image_column,
+    find_label_column,
+    image_cells,
+    open_image,
+    read_labels,
+)
+from .open_source import hold_out, image_homes, local_folder, open_split, source_revision
 from .pixels import UNREADABLE, from_pil
 
 _CACHE_BYTES = 2**31
@@ -31,7 +39,8 @@ _CACHE_BYTES = 2**31
 class ImageSplit:
     """The labeled images of one split, resized to squares of `size` pixels with 1 or 3 channels.
 
-    Image files must be in `homes`, since a table can name any file on this machine. `name` is the split name, for errors.
+    `names` are the class names, by default those of the label column. Image files must be in `homes`, since a table can
+    name any file on this machine. `name` is the split name, for errors. See `from_pil` for the other arguments.
     """
 
     def __init__(
@@ -43,14 +52,16 @@ class ImageSplit:
         size: int,
         channels: int,
         name: str,
+        names: Sequence[str] | None = None,
         homes: tuple[Path, ...] = (),
+        background: str = "white",
+        white_level: float | None = None,
     ) -> None:
-        self._cells = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        self._image_column = image_column
+        self._cells, self._image_column = image_cells(rows, image_column), image_column
+        self.columns = (image_column, label_column)
         self.size, self.channels, self.name, self._homes = size, channels, name, homes
-        # A missing label is `None` or NaN, whose conversion to an integer would depend on the machine.
-        labels = rows.with_format("arrow")[:].column(label_column).fill_null(-1)
-        self.labels = labels.to_numpy().astype(np.int64)
+        self._convert = partial(from_pil, channels=channels, size=size, background=background, white_level=white_level)
+        self.labels = read_labels(rows, label_column, names or class_names(rows, label_column), name)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,9 +73,14 @@ class ImageSplit:
             DataError: An image cannot be decoded. The message names the row.
         """
         raise_if_stopped()
-        if len(self) * self.channels * self.size**2 <= _CACHE_BYTES:
+        if self.fits_in_memory:
             return self._all[torch.as_tensor(np.asarray(indices), dtype=torch.int64)]
         return self._decode(np.asarray(indices))
+
+    @property
+    def fits_in_memory(self) -> bool:
+        """True if all working images are decoded once and kept."""
+        return len(self) * self.channels * self.size**2 <= _CACHE_BYTES
 
     @cached_property
     def _all(self) -> Tensor:
@@ -76,28 +92,42 @@ class ImageSplit:
 
     def _one(self, index: int) -> Tensor:
         cell = self._cells[index][self._image_column]
-        if cell and cell["bytes"] is None and cell["path"] and not is_inside(Path(cell["path"]), self._homes):
-            raise DataError(
-                f"row {index} of split {self.name!r} is the file {cell['path']!r}, which does not belong to the source; "
-                "store the images in the source itself"
-            )
         try:
-            source = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
-            with Image.open(source) as picture:
-                return from_pil(picture, self.channels, size=self.size)
-        except (*UNREADABLE, TypeError) as error:
+            with open_image(cell, self._homes) as picture:
+                return self._convert(picture)
+        except DataError as error:
+            raise DataError(f"{self.where(index)} {error}") from error
+        except UNREADABLE as error:
             raise DataError(
-                f"row {index} of split {self.name!r} is not a readable image ({type(error).__name__}); "
-                "remove or replace it in the source"
+                f"{self.where(index)} is not a readable image ({type(error).__name__}); remove or replace it in the source"
             ) from error
+
+    def where(self, index: int) -> str:
+        """Return the place of an image for messages: its row and, if it is a file, its path."""
+        cell = self._cells[index][self._image_column]
+        path = cell.get("path") if isinstance(cell, dict) else None
+        return f"row {index} of split {self.name!r}" + (f" ({path})" if path else "")
+
+    @cached_property
+    def sample(self) -> np.ndarray:
+        """Row numbers of up to 2048 evenly spaced images."""
+        return np.unique(np.linspace(0, len(self) - 1, min(len(self), 2048)).astype(np.int64))
+
+    @cached_property
+    def file_sizes(self) -> np.ndarray:
+        """Size of each encoded image in bytes, (N,) int64; all 0 for arrays of pixels."""
+        return file_sizes(self._cells, self._image_column)
+
+    def file(self, index: int) -> bytes:
+        """Return the bytes of an encoded image; empty for an array of pixels."""
+        return file_bytes(self._cells[index][self._image_column], self._homes)
 
     @cached_property
     def content(self) -> str:
         """16 hex digits over all labels and up to 2048 evenly spaced images, to detect changed data."""
         digest = hashlib.sha256(self.labels.tobytes())
-        chosen = np.unique(np.linspace(0, len(self) - 1, min(len(self), 2048)).astype(np.int64))
-        for start in range(0, len(chosen), 256):
-            digest.update(self.images(chosen[start : start + 256]).numpy().tobytes())
+        for start in range(0, len(self.sample), 256):
+            digest.update(self.images(self.sample[start : start + 256]).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def rows_by_class(self, num_classes: int) -> list[np.ndarray]:
@@ -130,8 +160,9 @@ def load_source(recipe: DataRecipe) -> SourceData:
     # A held-out part of the training split replaces the test split, which is then never opened.
     test = None if recipe.validation_fraction else open_split(recipe, recipe.test_split)
     train = open_split(recipe, recipe.train_split)
-    image_column, label_column = (find_column(train, recipe, key) for key in ("image_column", "label_column"))
-    names = _class_names(train, label_column, recipe)
+    image_column = find_image_column(train, recipe)
+    label_column = find_label_column(train, recipe, image_column)
+    names = class_names(train, label_column, recipe.num_classes)
     if recipe.validation_fraction:
         train, test = hold_out(train, label_column, recipe.validation_fraction)
     assert test is not None
@@ -147,14 +178,8 @@ def load_source(recipe: DataRecipe) -> SourceData:
 def count_classes(recipe: DataRecipe) -> int:
     """Return the number of classes K from the labels of a source. The recipe's `num_classes` is not used."""
     rows = open_split(recipe, recipe.train_split)
-    column = find_column(rows, recipe, "label_column")
-    feature = rows.features[column]
-    if not isinstance(feature, datasets.ClassLabel):
-        raise DataError(
-            f"label column {column!r} of {recipe.source!r} is of type {feature}, which does not define the class count; "
-            "make it a ClassLabel (`Dataset.class_encode_column`)"
-        )
-    return len(feature.names)
+    column = find_label_column(rows, recipe, find_image_column(rows, recipe))
+    return len(class_names(rows, column))
 
 
 def _checked_split(
@@ -170,36 +195,24 @@ def _checked_split(
             f"split {split!r} of {recipe.source!r} lists its classes in a different order or number than the training data"
             "; both must share one ClassLabel"
         )
-    size, channels, homes = recipe.size, recipe.channels, image_homes(recipe.source)
-    part = ImageSplit(rows, image_column=image, label_column=label, size=size, channels=channels, name=split, homes=homes)
-    wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(names)))
-    if len(wrong):
-        raise DataError(
-            f"row {wrong[0]} of split {split!r} has label {part.labels[wrong[0]]}, expected 0 to {len(names) - 1}; "
-            "use a labeled split (unlabeled test splits carry -1)"
-        )
-    return part
+    return ImageSplit(
+        rows,
+        image_column=image,
+        label_column=label,
+        names=names,
+        size=recipe.size,
+        channels=recipe.channels,
+        name=split,
+        homes=image_homes(recipe.source),
+        background=recipe.background,
+        white_level=recipe.white_level,
+    )
 
 
-def load_test_split(recipe: DataRecipe, source: str, split: str, class_names: Sequence[str]) -> ImageSplit:
+def load_test_split(recipe: DataRecipe, source: str, split: str, names: Sequence[str]) -> ImageSplit:
     """Load another test set for the same classes, from a Hub id or a folder, at the recipe's working size."""
     other = replace(recipe, source=source, config=None, revision=None, test_split=split, validation_fraction=0.0)
     rows = open_split(other, split)
-    image_column, label_column = (find_column(rows, other, key) for key in ("image_column", "label_column"))
-    return _checked_split(rows, image_column, label_column, class_names, other, split)
-
-
-def _class_names(rows: datasets.Dataset, column: str, recipe: DataRecipe) -> tuple[str, ...]:
-    feature = rows.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        names = tuple(feature.names)
-    elif isinstance(feature, datasets.Value) and "int" in feature.dtype:
-        names = tuple(str(label) for label in range(recipe.num_classes))
-    else:
-        raise DataError(
-            f"label column {column!r} is of type {feature}; expected ClassLabel or integers "
-            "(`Dataset.class_encode_column` turns strings into a ClassLabel)"
-        )
-    if len(names) != recipe.num_classes:
-        raise DataError(f"data.num_classes is {recipe.num_classes}, but column {column!r} has {len(names)} classes")
-    return names
+    image_column = find_image_column(rows, other)
+    label_column = find_label_column(rows, other, image_column)
+    return _checked_split(rows, image_column, label_column, names, other, split)

@@ -152,6 +152,8 @@ def _check_counts(recipe: Recipe) -> None:
 
 _ADDED: dict[str, object] = {
     "method": "synthesize",
+    "data.background": "white",
+    "data.white_level": None,
     "squeeze.seed": None,
     "synthesis.momentum": 0.0,
     "synthesis.conv": None,

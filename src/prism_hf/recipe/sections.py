@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
+from PIL import ImageColor
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
@@ -32,6 +33,15 @@ CropScale = Annotated[tuple[PositiveFraction, PositiveFraction], AfterValidator(
 """The smallest and largest fraction of the area that a random resized crop keeps."""
 
 
+def _opaque(color: str) -> str:
+    if len(ImageColor.getrgb(color)) != 3:  # raises a ValueError for an unknown name
+        raise ValueError(f"must be an opaque color, got {color!r}; use a name (`white`) or `#rrggbb`")
+    return color
+
+
+Color = Annotated[Name, AfterValidator(_opaque)]
+
+
 def refuse_unused(section: Any, names: Iterable[str], why: str) -> None:
     """Raise a `ValueError` if a key that is not used differs from its default."""
     for name in names:
@@ -54,8 +64,12 @@ class DataRecipe:
     test_split: Name = "test"  # only for scoring students
     # For tuning: this stratified fraction of the *training* split replaces the test split, which is then never read.
     validation_fraction: FractionBelowOne = 0.0
-    image_column: Name | None = None  # `null` finds the only column of type Image
-    label_column: Name | None = None  # `null` finds the only column of type ClassLabel
+    image_column: Name | None = None  # `null` finds the only column of type Image, or else of image files as bytes
+    label_column: Name | None = None  # `null` finds the only column of type ClassLabel, or else of integers or strings
+    background: Color = "white"  # color behind transparent pixels, a name or `#rrggbb`
+    # The value that means white in images with more than 8 bits, such as 4095 for 12 bits in 16-bit files. `null`: 65535
+    # for 16-bit integers, 1.0 for floats; then 32-bit integers and 16-bit images that use at most 14 bits are refused.
+    white_level: Positive | None = None
     license: Name = "unknown"  # license or terms of the source, for the card
 
     @property

@@ -21,7 +21,7 @@ from .context import Run, make_accelerator
 from .evaluate import evaluate
 from .folder import check_folder, claimed_together
 from .package import package
-from .preflight import check, check_stage, record_inputs
+from .preflight import check, check_data, check_stage, record_inputs
 from .relabel import relabel
 from .squeeze import squeeze
 from .synthesize import synthesize
@@ -118,6 +118,7 @@ def _distill(run: Run, stage: str | None, target: Target | None, threads: int | 
     if stage is not None:
         check_stage(run, stage, fresh=fresh)
     check(run, fresh=fresh)
+    notes = check_data(run)
     # Nothing is written before this point.
     if target is not None:
         reserve(target)
@@ -127,8 +128,8 @@ def _distill(run: Run, stage: str | None, target: Target | None, threads: int | 
         threads = use_threads(run.accelerator, run.work, threads)
         where = f"in {run.folder}, {processes} process(es) with {threads} thread(s) each"
         run.say(f"{recipe.name} (fingerprint {recipe.fingerprint()}) {where}")
-        if earlier is not None:
-            run.say(earlier)
+        for line in [*([] if earlier is None else [earlier]), *notes]:
+            run.say(line)
         start_trackers(run.accelerator, recipe)
         run_stages(run, STAGES if stage is None else [stage])
         path = run.folder / "report.json"

@@ -19,6 +19,7 @@ from .context import Run, make_accelerator
 from .evaluate import fill_table
 from .folder import check_place, held_together
 from .package import package_set
+from .preflight import check_data
 from .relabel import control_set, label
 from .threads import check_threads, use_threads
 
@@ -69,6 +70,9 @@ def _evaluate(run: Run, source: str, distilled: DistilledDataset, test: str | No
     else:
         data = _unless_missing(lambda: load_source(recipe.data), missing, "random real", "all real")
         split = load_test_split(recipe.data, tested.data.source, tested.data.test_split, distilled.class_names)
+    if data is not None:
+        run.loaded.data[recipe.data] = data
+    notes = [] if data is None else check_data(run, split)
     # One folder per dataset and training data: another dataset of the same name must not reuse control and scores.
     run = replace(run, folder=run.folder / _digest(distilled.content, "" if data is None else data.train.content))
     # The key excludes the seeds, so that a call with more seeds reuses the students that are already trained.
@@ -86,6 +90,8 @@ def _evaluate(run: Run, source: str, distilled: DistilledDataset, test: str | No
     )
     with held_together(run):
         use_threads(run.accelerator, work, threads)
+        for line in notes:
+            run.say(line)
         sources = _sources(run, distilled, data, missing)
         judge = None if data is None else _unless_missing(lambda: run.judge, missing, "verifier and similarity")
         table = fill_table(run, sources, split, run.folder / f"students-{key}", keep=keep, missing=missing, judge=judge)
@@ -146,7 +152,6 @@ def _sources(run: Run, distilled: DistilledDataset, data: SourceData | None, mis
     """Return the available image sources for students."""
     sources: dict[str, Source] = {"distilled": distilled}
     if data is not None:
-        run.loaded.data[run.recipe.data] = data
         sources["full"] = data.train
         if run.wants_control and (control := _unless_missing(lambda: _control(run, distilled), missing, "random real")):
             sources["random_real"] = control

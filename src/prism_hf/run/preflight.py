@@ -2,12 +2,13 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import timm
 
 from ..errors import OutputError, RecipeError, StageError, TeacherError
-from ..images import local_folder
+from ..images import ImageSplit, audit, describe_source, local_folder
 from ..method import Alignment, check_candidates, real_rows
 from ..models import Teacher, check_batch, check_network, classifier_of
 from ..recipe import SQUEEZE_PREFIX, STAGES, Recipe, space_needed
@@ -47,6 +48,15 @@ def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
             f"the data or the teachers of this run have changed since it was started (see {inputs}), so they do not match "
             "its finished files; use another folder (--output DIR)"
         )
+
+
+def check_data(run: Run, test: ImageSplit | None = None) -> list[str]:
+    """Refuse real data whose test images are training images. Return lines for the log: what is used, and its faults.
+
+    `test` replaces the test split of the recipe.
+    """
+    data = run.data if test is None else replace(run.data, test=test)
+    return [describe_source(data, run.recipe.data), *(f"warning: {fault}" for fault in audit(data, run.recipe.data))]
 
 
 def check_stage(run: Run, stage: str, *, fresh: bool = False) -> None:
