@@ -20,6 +20,7 @@ from ..errors import DataError
 
 Layout = dict[str, dict[str, list[str]]]
 """The files of each class, for each split."""
+_ENDINGS = (*ImageFolder.EXTENSIONS, ".avif", ".qoi")  # `datasets` does not know the last two, which Pillow reads
 _WORDS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 _EXPECTED = "expected train/CLASS/IMAGE and test/CLASS/IMAGE, or CLASS/IMAGE"
 
@@ -29,15 +30,15 @@ def is_image_folder(files: Collection[str]) -> bool:
     if any(PurePosixPath(file).name in ImageFolder.METADATA_FILENAMES for file in files):
         return False
     kinds = Counter(PurePosixPath(file).suffix.lower() for file in files)
-    images = sum(kinds[ending] for ending in ImageFolder.EXTENSIONS)
+    images = sum(kinds[ending] for ending in _ENDINGS)
     tables = sum(kinds[ending] for ending in (".parquet", ".arrow"))
-    others = sum(kinds[ending] for ending in kinds.keys() & _EXTENSION_TO_MODULE.keys()) - images
+    others = sum(kinds[ending] for ending in kinds.keys() & _EXTENSION_TO_MODULE.keys() - {*_ENDINGS})
     return images > 0 and images >= others and images > 10 * tables
 
 
 def is_image(file: str) -> bool:
     """Return whether a file has the name of an image."""
-    return PurePosixPath(file).suffix.lower() in ImageFolder.EXTENSIONS
+    return PurePosixPath(file).suffix.lower() in _ENDINGS
 
 
 def read_images(folder: Path, files: Iterable[str], split: str) -> datasets.Dataset:
