@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "house.json"
 SCRIPTS = ("prism.py", "squeeze.py", "evaluate.py", "compare.py")
 LIMITS = {
-    "lines": 12_800,  # 12,500 when the packages were made; 300 more for recipes by name, recorded threads and citations
+    # 12,500 when the packages were made; 300 more for recipes by name, recorded threads and citations; 1,700 more for what
+    # strangers' data and teachers need: layouts, columns, pixels, checks of the data, normalizations, norm layers, advice
+    "lines": 14_500,
     "median_module": 150,
     "longest_module": 350,
     "longest_function": 50,

@@ -12,12 +12,12 @@ from pipeline import random_picture
 LOOK = """
 import json, sys
 from prism_hf.errors import DataError
-from prism_hf.images import audit, describe_source, load_source
+from prism_hf.images import describe_source, faults_of, load_source
 from prism_hf.recipe import DataRecipe
 recipe = DataRecipe(source="ann/photos", num_classes=2, size=16, test_split=sys.argv[1])
 data = load_source(recipe)
 try:
-    warnings = audit(data, recipe)
+    warnings = faults_of(data, recipe)
 except DataError as error:
     warnings = [str(error)]
 print(json.dumps([describe_source(data, recipe), warnings]))

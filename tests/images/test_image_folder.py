@@ -7,7 +7,7 @@ from each import each
 from pipeline import one_line, random_picture
 
 from prism_hf.errors import DataError
-from prism_hf.images import audit, describe_source, load_source
+from prism_hf.images import describe_source, faults_of, load_source
 from prism_hf.images.image_folder import read_layout
 from prism_hf.recipe import DataRecipe
 
@@ -45,7 +45,7 @@ def test_a_class_or_file_may_have_the_name_of_a_split(tmp_path):
         expected = [f"{split}/{name}/{file}" for name in WORDS for file in ("1.png", "train_2.png")]
         assert files_of(rows, tmp_path) == sorted(expected)
         assert all(data.class_names[label] == file.split("/")[-2] for label, file in table(rows))
-    assert audit(data, recipe(tmp_path, len(WORDS))) == []
+    assert faults_of(data, recipe(tmp_path, len(WORDS))) == []
     assert "32 files found, 16 in 'test', 16 in 'train'" in describe_source(data, recipe(tmp_path, len(WORDS)))
 
 
@@ -142,6 +142,6 @@ def test_files_in_no_split_are_named(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     data = load_source(recipe(tmp_path))
     assert len(data.train) == 2
-    (warning,) = audit(data, recipe(tmp_path))
+    (warning,) = faults_of(data, recipe(tmp_path))
     assert warning == "files in no split, which are not used: 3, such as 'more/a/1.png'"
     assert "7 files found, 2 in 'test', 2 in 'train'" in describe_source(data, recipe(tmp_path))

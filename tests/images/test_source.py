@@ -146,6 +146,23 @@ def test_any_mode_and_size_is_converted_to_the_working_image(tmp_path, mode, cha
     assert torch.equal(images[0], literal)
 
 
+def test_background_and_white_level_of_the_recipe_reach_the_images(tmp_path):
+    cells = [
+        Pillow.new("RGBA", (16, 16), (9, 9, 9, 0)),
+        Pillow.fromarray(np.full((16, 16), 2048, np.uint16)),
+        *[png(0)] * 4,
+    ]
+    DatasetDict({"train": rows(2, image=cells), "test": rows(2)}).save_to_disk(tmp_path)
+    data = load_source(recipe(tmp_path, background="#102030", white_level=4096))
+    assert [image.view(3, -1).unique(dim=1).tolist() for image in data.train.images([0, 1])] == [
+        [[16], [32], [48]],
+        [[128]] * 3,
+    ]
+    with pytest.raises(DataError) as error:
+        load_source(recipe(tmp_path)).train.images([1])
+    assert one_line(error).startswith("row 1 of split 'train' is a 16-bit image")
+
+
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 int_features = Features({"image": Image(), "label": Value("int32")})

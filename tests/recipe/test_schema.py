@@ -84,6 +84,8 @@ RANDOM = {"method": "random", "synthesis": {"ipc": 2}, "teachers": {"logit": "te
 UNREAD = {"init": "noise", "lr": 0.1, "iterations": 0, "batch_size": 3, "view": {"flip": False}, "verify_every": 5}
 ADDED = {
     "method": RANDOM,
+    "data.background": {"data.background": "#808080"},
+    "data.white_level": {"data.white_level": 4095},
     "squeeze.seed": {"squeeze.seed": 0},
     "synthesis.momentum": {"synthesis.momentum": 0.4},
     "synthesis.conv": {"synthesis.conv": {}},

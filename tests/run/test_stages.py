@@ -292,7 +292,7 @@ def gray_folder(folder, *, shift):
     for split, per_class in (("train", 40), ("test", 4)):
         count = 4 * per_class
         rows = {
-            "image": [random_picture(16, 16, "L", seed=i) for i in range(count)],
+            "image": [random_picture(16, 16, "L", seed=i + (1000 if split == "test" else 0)) for i in range(count)],
             "label": [(i + shift) % 4 for i in range(count)],
         }
         path = folder / "data" / f"{split}-00000-of-00001.parquet"

@@ -59,7 +59,7 @@ def compare(
     check_free(folder)
     check_threads(folder / "work", threads)
     check_comparison(comparison)
-    notes = check_data(comparison.common_run())
+    about_data = check_data(comparison.common_run())
     table = None
     with ExitStack() as stack:
         if accelerator.is_main_process:
@@ -70,7 +70,7 @@ def compare(
         accelerator.wait_for_everyone()
         stack.enter_context(log_file(folder, accelerator.process_index))
         use_threads(accelerator, folder / "work", threads)
-        for line in notes:
+        for line in about_data:
             comparison.common_run().say(line)
         failed = make(comparison)
         if accelerator.is_main_process:

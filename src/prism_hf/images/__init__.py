@@ -1,6 +1,6 @@
 """Pixels, random views, and the real images of a dataset."""
 
-from .audit import audit, describe_source
+from .audit import describe_source, faults_of
 from .open_source import local_folder, reason_of
 from .pixels import REFERENCE, UNREADABLE, clamp_, decode, encode, noise, reference_mean_std, to_reference, to_uint8
 from .resampling import axis_matrix, resample

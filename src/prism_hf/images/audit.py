@@ -25,7 +25,7 @@ def describe_source(data: SourceData, recipe: DataRecipe) -> str:
     return f"data {recipe.source!r}: {counts}, columns {' and '.join(map(repr, data.train.columns))}{found}"
 
 
-def audit(data: SourceData, recipe: DataRecipe) -> list[str]:
+def faults_of(data: SourceData, recipe: DataRecipe) -> list[str]:
     """Return a warning for each fault of the real data.
 
     Images are compared by their pixels at the working size; blank images are not compared. Splits that do not fit in memory
@@ -38,6 +38,10 @@ def audit(data: SourceData, recipe: DataRecipe) -> list[str]:
     warnings = [f"files in no split, which are not used: {len(left):,}, such as {left[0]!r}"] if left else []
     pixels = []
     for split in (data.train, data.test):
+        counts = np.bincount(split.labels, minlength=data.num_classes)
+        if not counts.all():
+            name = data.class_names[int(np.argmin(counts))]
+            warnings.append(f"classes without images in split {split.name!r}: {(counts == 0).sum():,}, such as {name!r}")
         rows = np.arange(len(split)) if split.fits_in_memory else split.sample
         digests, blank = _pixels(split, rows)
         pixels.append(digests)

@@ -210,7 +210,7 @@ def _check_local(folder: Path) -> list[str]:
             raise DataError(f"{entry.path!r} is a link that leads out of {str(folder)!r}; put the files themselves there")
         if entry.name.lower().endswith(_ARCHIVES):
             raise DataError(f"{entry.path!r} is an archive, which is not read; unpack it, and move it out of the folder")
-        if entry.is_file():
+        if os.path.isfile(entry.path):  # False for a link to itself
             files.append(os.path.relpath(entry.path, folder))
     _check_card(folder / datasets.config.REPOCARD_FILENAME, "{}")
     _check_card(folder / datasets.config.REPOYAML_FILENAME, "---\n{}\n---\n")  # a header in a separate file

@@ -34,8 +34,12 @@ CropScale = Annotated[tuple[PositiveFraction, PositiveFraction], AfterValidator(
 
 
 def _opaque(color: str) -> str:
-    if len(ImageColor.getrgb(color)) != 3:  # raises a ValueError for an unknown name
-        raise ValueError(f"must be an opaque color, got {color!r}; use a name (`white`) or `#rrggbb`")
+    try:
+        opaque = len(ImageColor.getrgb(color)) == 3
+    except ValueError:
+        opaque = False
+    if not opaque:
+        raise ValueError(f"must be an opaque color, got {color!r}; use a name such as `white`, or `#rrggbb`")
     return color
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import timm
 
 from ..errors import OutputError, RecipeError, StageError, TeacherError
-from ..images import ImageSplit, audit, describe_source, local_folder
+from ..images import ImageSplit, describe_source, faults_of, local_folder
 from ..method import Alignment, check_candidates, real_rows
 from ..models import Teacher, check_batch, check_network, classifier_of
 from ..recipe import SQUEEZE_PREFIX, STAGES, Recipe, space_needed
@@ -56,7 +56,7 @@ def check_data(run: Run, test: ImageSplit | None = None) -> list[str]:
     `test` replaces the test split of the recipe.
     """
     data = run.data if test is None else replace(run.data, test=test)
-    return [describe_source(data, run.recipe.data), *(f"warning: {fault}" for fault in audit(data, run.recipe.data))]
+    return [describe_source(data, run.recipe.data), *(f"warning: {fault}" for fault in faults_of(data, run.recipe.data))]
 
 
 def check_stage(run: Run, stage: str, *, fresh: bool = False) -> None:
