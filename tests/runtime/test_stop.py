@@ -5,6 +5,7 @@ import signal
 import subprocess
 import textwrap
 
+import psutil
 import pytest
 from each import diagonal, product, rest_slow
 from pipeline import PYTHON, quiet_env
@@ -107,6 +108,36 @@ def test_an_ignored_signal_stays_ignored():
     process.send_signal(signal.SIGHUP)
     out, err = process.communicate("\n", timeout=TIMEOUT)
     assert (process.returncode, out, err) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize("how", ["&", "nohup &"])
+def test_a_run_in_the_background_can_be_stopped(how, number):
+    """A shell that is not interactive starts background commands with SIGINT ignored."""
+    command = "nohup " if how.startswith("nohup") else ""
+    process = subprocess.Popen(
+        ["sh", "-c", f'{command}"$@" & wait $!; echo "exit $?"', "sh", PYTHON, "-c", program(CLEAN)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=quiet_env(),
+    )  # fmt: skip
+    os.kill(ready(process), number)
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert out.endswith(f"put away\nexit {128 + number}\n")
+    assert f"{number.name}: finished work is kept" in err
+
+
+def test_a_launcher_that_ignores_ctrl_c_is_named_at_the_start(tmp_path):
+    script = tmp_path / "accelerate"
+    script.write_text(PARENT)
+    launcher = subprocess.Popen(
+        ["sh", "-c", '"$@" & wait $!', "sh", PYTHON, str(script), program(CLEAN)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=quiet_env(),
+    )  # fmt: skip
+    worker = ready(launcher)
+    assert launcher.stderr.readline().endswith(f"to stop: kill -INT {worker}\n")
+    os.kill(worker, signal.SIGINT)
+    assert launcher.stdout.readline() == "put away\n"
+    psutil.Process(launcher.pid).children()[0].kill()
+    launcher.communicate(timeout=TIMEOUT)
 
 
 def test_only_the_first_process_prints_the_message():

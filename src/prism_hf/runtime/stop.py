@@ -70,14 +70,19 @@ def stopping_cleanly() -> Iterator[None]:
     _exit_code = 0
     reader, writer = socket.socketpair()
     writer.setblocking(False)
+    # `nohup` ignores SIGHUP on purpose. A shell that starts a command with & ignores SIGINT only because the terminal's
+    # Ctrl-C is not for that command; `kill -INT` is.
+    ignored = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
+    handled = [number for number in _SIGNALS if number not in ignored or number == signal.SIGINT]
     # The handlers do nothing: the thread that reads the wake-up socket does their work.
-    handled = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, lambda *_: None) for number in handled}
     old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     finished = threading.Event()
     threading.Thread(target=_watch_signals, args=(reader, finished), daemon=True).start()
     # Checked here, not in the thread: the launcher may die before the thread runs.
     if _is_launcher(parent := os.getppid()):
+        if is_first_process() and _ignores_ctrl_c(parent):
+            sys.stderr.write(f"the launcher runs in the background and ignores SIGINT; to stop: kill -INT {os.getpid()}\n")
         threading.Thread(target=_watch_launcher, args=(parent, finished), daemon=True).start()
     try:
         yield
@@ -138,3 +143,12 @@ def _is_launcher(pid: int) -> bool:
         return False
     names = any(Path(word).name in _LAUNCHERS for word in words)
     return names or any(word.startswith(_LAUNCHER_MODULES) or word.endswith(_LAUNCHER_FILES) for word in words)
+
+
+def _ignores_ctrl_c(pid: int) -> bool:
+    """Return whether a process ignores SIGINT, as far as Linux says so."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigIgn:"):
+                return bool(int(line.split()[1], 16) >> (signal.SIGINT - 1) & 1)
+    return False
