@@ -265,7 +265,10 @@ VALUES = {
     "a ladder too long": ({"synthesis.ladder": {"step": 4, "period": 2}}, ["ladder", "raise iterations"]),
     "a ladder without period": ({"synthesis.ladder": {"step": 1}}, ["'synthesis.ladder.period' is missing"]),
     "gray WebP": ({"data.channels": 1, "packaging.image_format": "webp"}, ["webp has no gray mode", "use png"]),
-    "a batch above all images": ({"relabel.batch_size": 99}, ["relabel.batch_size is 99", "6 images", "lower"]),
+    "a batch above all images": (
+        {"relabel.batch_size": 99},
+        ["relabel.batch_size is 99", "6 images", "set relabel.batch_size=6"],
+    ),
     "more epochs than views": ({"evaluation.epochs": 9}, ["evaluation.epochs is 9", "raise relabel.epochs"]),
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from each import each
+from pipeline import one_line
 
 from prism_hf.errors import RecipeError
 from prism_hf.recipe import plan
@@ -278,8 +279,11 @@ def test_the_error_for_a_wrong_value_names_the_key(tiny_recipe, key, value):
         ({"relabel.weights": [1.0, 1.0]}, "weights belong to ensemble weighted"),
         ({"relabel.ensemble": "weighted", "relabel.weights": [1.0]}, "1 weights for 2 teachers"),
         ({"relabel.batch_size": 7}, "relabel.batch_size is 7 but there are 6 images"),
-        ({"synthesis.slots_per_batch": 3}, "slots_per_batch is 3 but ipc is 2"),
-        ({"synthesis.batch_size": 4}, "holds at most 3 images"),
+        (
+            {"synthesis.slots_per_batch": 3},
+            "slots_per_batch is 3 but there are 6 images (2 per class); set synthesis.slots_per_batch=2",
+        ),
+        ({"synthesis.batch_size": 4}, "batch_size is 4, more than the 3 images of slots_per_batch"),
         (
             {"synthesis.batch_order": "within_class", "synthesis.batch_size": 7},
             "synthesis.batch_size is 7 but there are 6",
@@ -346,3 +350,36 @@ def test_recipe_is_frozen(tiny_recipe):
         made.seed = 3
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.synthesis.view.flip = False
+
+
+CHANGED = [["synthesis.ipc=1"], ["synthesis.ipc=2"], ["synthesis.ipc=5"], ["synthesis.ipc=50"], ["data.num_classes=3"],
+           ["data.num_classes=2", "synthesis.ipc=1"], ["relabel.epochs=3"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", CHANGED, ids=" ".join)
+def test_one_error_names_every_value_that_another_number_of_images_needs(overrides):
+    """With the values that the error gives, every shipped recipe is valid."""
+    refused = 0
+    for path in SHIPPED:
+        try:
+            load_recipe(path, overrides)
+        except RecipeError as error:
+            refused += 1
+            fixes = one_line(error).rpartition("; set ")[2].partition(", or ")[0].split()
+            assert load_recipe(path, [*overrides, *fixes])
+    assert refused or overrides in (["synthesis.ipc=50"], ["relabel.epochs=3"])
+
+
+def test_the_error_on_too_few_images_gives_values_that_work():
+    with pytest.raises(RecipeError) as error:
+        load_recipe(ROOT / "recipes/digits/prism_ipc10.yaml", ["synthesis.ipc=1"])
+    assert one_line(error).endswith(
+        "synthesis.slots_per_batch is 2, synthesis.batch_size is 20, relabel.batch_size is 25 but there are 10 images "
+        "(1 per class); set synthesis.slots_per_batch=1 synthesis.batch_size=10 relabel.batch_size=10"
+    )
+
+
+def test_more_slots_fill_a_batch_of_fewer_classes():
+    with pytest.raises(RecipeError) as error:
+        load_recipe(ROOT / "recipes/fashion/prism_kmeans_ipc50.yaml", ["data.num_classes=3"])
+    assert "set synthesis.slots_per_batch=17" in one_line(error)

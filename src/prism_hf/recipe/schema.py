@@ -122,32 +122,51 @@ def _check_unused(recipe: Recipe) -> None:
 
 
 def _check_counts(recipe: Recipe) -> None:
-    """Check the number of images and epochs, and the values that they limit."""
+    """Refuse values that exceed the number of images or epochs. One error names every value to change."""
     synthesis, images, stored = recipe.synthesis, recipe.num_images, recipe.relabel.epochs
     if images > MOST_IMAGES:
         raise ValueError(
             f"synthesis.ipc {synthesis.ipc} makes {images} images; expected at most {MOST_IMAGES:,}; lower ipc"
         )
-    if recipe.relabel.batch_size > images:
-        raise ValueError(f"relabel.batch_size is {recipe.relabel.batch_size} but there are {images} images; lower it")
+    wanted: dict[str, int | None] = {"relabel.batch_size": min(recipe.relabel.batch_size, images)}
     if recipe.method == "synthesize":
-        if synthesis.slots_per_batch > synthesis.ipc:
-            raise ValueError(f"slots_per_batch is {synthesis.slots_per_batch} but ipc is {synthesis.ipc}; lower the former")
+        wanted = _fitting_batches(recipe) | wanted
+    epochs = "label_epochs" if recipe.evaluation.label_epochs else "epochs"
+    wanted[f"evaluation.{epochs}"] = min(getattr(recipe.evaluation, epochs) or 0, stored) or None
+    values = to_dict(recipe)
+    present = {key: values[key.split(".")[0]][key.split(".")[1]] for key in wanted}
+    wrong = [key for key, value in wanted.items() if value != present[key]]
+    if not wrong:
+        return
+    found = [key if isinstance(present[key], dict) else f"{key} is {present[key]}" for key in wrong]
+    if (wanted.get("synthesis.slots_per_batch") or 0) > synthesis.slots_per_batch:
         limit = synthesis.slots_per_batch * recipe.data.num_classes
-        if synthesis.batch_order == "cross_class" and synthesis.batch_size > limit:
-            raise ValueError(
-                f"synthesis.batch_size is {synthesis.batch_size}, but a cross_class batch of {synthesis.slots_per_batch} "
-                f"slot(s) holds at most {limit} images; lower batch_size, or raise slots_per_batch"
-            )
-        if synthesis.batch_size > images:
-            raise ValueError(f"synthesis.batch_size is {synthesis.batch_size} but there are {images} images; lower it")
-    key = "label_epochs" if recipe.evaluation.label_epochs else "epochs"
-    needed = getattr(recipe.evaluation, key) or 0
-    if needed > stored:
-        raise ValueError(
-            f"evaluation.{key} is {needed} but relabel stores {stored} epochs of views; lower evaluation.{key}, "
-            "raise relabel.epochs, or use each epoch more than once with evaluation.label_epochs"
-        )
+        found[0] = f"synthesis.batch_size is {synthesis.batch_size}, more than the {limit} images of slots_per_batch"
+    too_long = found.pop() + f" but relabel stores {stored} epochs of views" if wrong[-1].startswith("evaluation") else ""
+    too_many = f"{', '.join(found)} but there are {images} images ({synthesis.ipc} per class)" if found else ""
+    fixes = " ".join(f"{key}={'null' if wanted[key] is None else wanted[key]}" for key in wrong)
+    hint = ", or raise relabel.epochs" if too_long else ""
+    raise ValueError(f"{'; '.join(filter(None, (too_many, too_long)))}; set {fixes}{hint}")
+
+
+def _fitting_batches(recipe: Recipe) -> dict[str, int | None]:
+    """Return values of the synthesis that fit the number of images; those that fit already are unchanged."""
+    synthesis, classes = recipe.synthesis, recipe.data.num_classes
+    if synthesis.batch_order == "within_class":
+        return {"synthesis.batch_size": min(synthesis.batch_size, recipe.num_images)}
+    slots, size = synthesis.slots_per_batch, synthesis.batch_size
+    if (
+        size > slots * classes and not synthesis.ladder
+    ):  # keep the batch, whose statistics are the loss; a ladder has one slot
+        slots = -(-size // classes)
+    slots = min(slots, synthesis.ipc)
+    fitting: dict[str, int | None] = {
+        "synthesis.slots_per_batch": slots,
+        "synthesis.batch_size": min(size, slots * classes),
+    }
+    if slots == 1 and synthesis.densification is not None:
+        fitting["synthesis.densification"] = None  # it compares images of one class
+    return fitting
 
 
 _ADDED: dict[str, object] = {
