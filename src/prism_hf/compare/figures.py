@@ -78,7 +78,8 @@ def draw_accuracy(path: Path, comparison: Facts) -> None:
     panels[0].set_yticks(range(len(methods)), [_title(method, comparison, 30) for method in methods])
     panels[0].set_ylim(len(methods) - 0.5, -0.5)
     handles = [_mark(f"{kind} labels", *LABEL_STYLE[kind]) for kind in kinds]
-    handles.append(_mark("one seed", "#777777", size=2.6))
+    if any(len(score["top1"]) > 1 for score in scores):
+        handles.append(_mark("one seed", "#777777", size=2.6))
     if sum(method["control"] for method in methods) == 1:
         handles.append(_line("random real", "#777777", ":"))
     if comparison["full_data"]:
@@ -112,7 +113,8 @@ def _draw_student(axes: Axes, comparison: Facts, methods: Sequence[Facts], stude
 
 def _draw_score(axes: Axes, score: Facts, height: float, color: str, marker: str) -> None:
     top1 = 100 * np.asarray(score["top1"], dtype=float)
-    axes.plot(top1, np.full(len(top1), height + 0.1), "o", color=color, alpha=0.45, markersize=2.6, markeredgewidth=0)
+    if len(top1) > 1:
+        axes.plot(top1, np.full(len(top1), height + 0.1), "o", color=color, alpha=0.45, markersize=2.6, markeredgewidth=0)
     spread = None if score["std"] is None else 100 * score["std"]
     mean = 100 * score["mean"]
     axes.errorbar(mean, height, xerr=spread, fmt=marker, color=color, markersize=4.6, capsize=2.5, linewidth=1.2)
