@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..runtime import size_text
+from ..runtime import count_text, size_text
 
 CONTROL_ITSELF = "These are random real images: the control that a distilled set is compared with."
 NO_CONTROL = "the dataset itself consists of random real images"
@@ -162,9 +162,9 @@ def summary(report: Mapping[str, Any]) -> str:
     """Return the results for a terminal: table, summary in words, and times."""
     evaluation = report["evaluation"]
     seeds = evaluation["rows"][0]["seeds"] if evaluation["rows"] else []
-    students = f"{len(seeds)} seed" + ("" if len(seeds) == 1 else "s")
     parts = [
-        f"{report['recipe']}: student {evaluation['student']}, {students}, {evaluation['epochs']} epochs (last), "
+        f"{report['recipe']}: student {evaluation['student']}, {count_text(len(seeds), 'seed')}, "
+        f"{count_text(evaluation['epochs'], 'epoch')} (last), "
         f"{evaluation['test_count']} {evaluation.get('tested_on', 'test images')}",
         plain_table(table_rows(evaluation)),
         evaluation["in_words"],

@@ -136,8 +136,8 @@ def _check_counts(recipe: Recipe) -> None:
         limit = synthesis.slots_per_batch * recipe.data.num_classes
         if synthesis.batch_order == "cross_class" and synthesis.batch_size > limit:
             raise ValueError(
-                f"synthesis.batch_size is {synthesis.batch_size}, but a cross_class batch of {synthesis.slots_per_batch} "
-                f"slot(s) holds at most {limit} images; lower batch_size, or raise slots_per_batch"
+                f"synthesis.batch_size is {synthesis.batch_size}, but with slots_per_batch {synthesis.slots_per_batch} a "
+                f"cross_class batch holds at most {limit} images; lower batch_size, or raise slots_per_batch"
             )
         if synthesis.batch_size > images:
             raise ValueError(f"synthesis.batch_size is {synthesis.batch_size} but there are {images} images; lower it")
