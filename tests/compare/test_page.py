@@ -118,14 +118,14 @@ def test_html_is_one_file_without_external_resources(case):
 
 def test_long_sections_are_folded_and_the_table_scrolls_by_keyboard(comparison):
     page = Page(render_html(comparison, PICTURES))
-    assert page.structure.count("details") == page.structure.count("summary") == 2
+    assert page.structure.count("details") == page.structure.count("summary") == 3
     boxes = [(tag, attributes["aria-label"]) for tag, attributes in page.tags if attributes.get("class") == "wide"]
     assert boxes.count(("div", "Table")) == page.structure.count("table") == 1
     assert boxes.count(("p", "Figure")) == page.structure.count("img") == 4
     assert all(attributes["tabindex"] == "0" for _, attributes in page.tags if attributes.get("class") == "wide")
     assert {attributes["scope"] for tag, attributes in page.tags if tag == "th"} == {"row", "col"}
     comparison["differences"] = []
-    assert Page(render_html(comparison, PICTURES)).structure.count("details") == 1
+    assert Page(render_html(comparison, PICTURES)).structure.count("details") == 2
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -330,12 +330,15 @@ def test_the_page_says_that_low_similarity_alone_proves_nothing(comparison):
         assert "Low similarity alone proves nothing: noise is diverse too." in text
 
 
-def test_long_class_lists_are_truncated_with_a_count(comparison):
+def test_all_classes_are_in_a_collapsed_list_numbered_by_label(comparison):
     comparison["data"]["classes"] = [f"name{k}" for k in range(1000)]
-    for text in (render_markdown(comparison), render_html(comparison, PICTURES)):
-        assert "name19" in text
-        assert "name20" not in text
-        assert "1000 in all" in text
+    markdown, html = render_markdown(comparison), render_html(comparison, PICTURES)
+    summary = "<details><summary>All 1000 classes by label</summary>"
+    listed = markdown.partition(summary)[2].partition("</details>")[0]
+    assert listed.split("\n")[2:-2] == [f"{k}. name{k}" for k in range(1000)]
+    listed = html.partition(summary)[2].partition("</details>")[0]
+    assert '<ol start="0">' in listed
+    assert re.findall("<li>(.*?)</li>", listed) == [f"name{k}" for k in range(1000)]
 
 
 def test_pictures_are_stored_next_to_the_page(comparison):

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from ..evaluation import bytes_text, cosine_text, markdown_table, percent_text, top1_text, verdict
-from ..hub import MAX_CLASSES, escape, fence_for
+from ..hub import escape, fence_for
 from ..runtime import count_text, duration_text, visible, write_bytes, write_json
 from .figures import draw_comparison, in_order, picture_names
 
@@ -69,7 +69,6 @@ def render_markdown(comparison: Mapping[str, Any], pictures: Mapping[str, str] |
         version=[f"{key} {text}" for key in ("config", "revision") if (text := comparison["data"].get(key)) is not None],
         pictures=pictures,
         controls=sum(method["control"] for method in comparison["methods"]),
-        most_classes=MAX_CLASSES,
         against_controls=against_controls,
         against_each_other=against_each_other,
         table=Markup(markdown_table(table_of(comparison, escape))),
