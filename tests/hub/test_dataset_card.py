@@ -191,10 +191,11 @@ def test_the_source_is_named_in_full_without_the_folders_above_it(packed, facts,
     facts["recipe"]["data"] |= {"config": None, "revision": None} | data
     kept = {key: value for key, value in facts["provenance"]["source"].items() if key not in ("on_hub", "revision")}
     facts["provenance"]["source"] = kept | source
-    assert full in shown(render(facts, packed[1])[2])
+    body = render(facts, packed[1])[2]
+    assert full in shown(body)
     control = render_control_card(facts, packed[1])
     assert f"training images of {full[len('made from ') : -len('. Raw')]}, relabeled by" in shown(control)
-    prose = control.partition("\n---\n")[2] + render(facts, packed[1])[2].partition("recipe.yaml</summary>")[0]
+    prose = control.partition("\n---\n")[2] + body.partition("recipe.yaml</summary>")[0]
     assert "private" not in prose
 
 
