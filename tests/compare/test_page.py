@@ -132,7 +132,8 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 LOOK = """<iframe id="page" src="comparison.html" style="width: WIDEpx; height: 2000px; border: 0"></iframe><script>
 onload = () => {
   const page = document.getElementById("page").contentDocument, box = page.querySelector("div.wide");
-  const right = [...page.querySelectorAll("tbody tr")].map(row => row.children[1].getBoundingClientRect().right);
+  const column = [...page.querySelectorAll("thead th")].findIndex(cell => cell.textContent === "top-1 %");
+  const right = [...page.querySelectorAll("tbody tr")].map(row => row.children[column].getBoundingClientRect().right);
   document.body.innerHTML = JSON.stringify({scores: Math.max(...right), page: page.documentElement.scrollWidth,
     table: box.scrollWidth, box: box.clientWidth, cue: getComputedStyle(box, "::before").display});
 }</script>"""
