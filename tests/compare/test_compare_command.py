@@ -110,7 +110,7 @@ def test_compare_reads_pictures_from_a_folder(tmp_path, capsys, monkeypatch, pic
     found = json.loads(text)
     assert found["data"] | {"license": ""} == {
         "source": "zoo", "classes": ["ant", "bee", "cat"], "train_count": 36, "test_count": 12, "license": "",
-        "tested_on": "test images",
+        "tested_on": "test images", "config": None, "revision": None,
     }  # fmt: skip
     assert [method["label"] for method in found["methods"]] == ["random real", "prism", "sre2l"]
     assert [row["seeds"] for row in found["full_data"]] == [[0, 1]]

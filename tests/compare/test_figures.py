@@ -63,6 +63,22 @@ def test_a_long_name_does_not_run_into_the_next_panel(tmp_path, made):
     assert not ink[:, start - 6 : start].any()
 
 
+@pytest.mark.parametrize("letters", [25, pytest.param(80, marks=pytest.mark.slow)])
+def test_class_names_that_differ_only_at_their_end_are_told_apart(tmp_path, letters):
+    comparison, grids = make_comparison(methods=2, classes=4, ipc=3)
+    pictures = {}
+    for end in "12":
+        comparison["data"]["classes"][3] = f"{'one long name after another ' * 5}"[: letters - 1] + end
+        draw_grids(tmp_path / "grids.png", comparison, grids)
+        draw_map(tmp_path / "map.png", comparison)
+        for name in ("grids", "map"):
+            with Image.open(tmp_path / f"{name}.png") as picture:
+                pictures[name, end] = np.asarray(picture.convert("L"))
+    for name in ("grids", "map"):
+        assert (pictures[name, "1"] != pictures[name, "2"]).any(), name
+        assert (pictures[name, "1"][:, :3] == 255).all(), "nothing is cut off at the left"
+
+
 def test_each_picture_depends_on_its_facts(tmp_path, made):
     comparison, grids = copy.deepcopy(made)
     before = draw_comparison(tmp_path / "before", comparison, grids)

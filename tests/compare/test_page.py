@@ -1,6 +1,8 @@
 import copy
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -90,11 +92,9 @@ def test_both_pages_have_the_same_content_and_are_well_formed(case):
     assert len(rows) == len(comparison["scores"]) + len(comparison["full_data"])
     of_html = [row for row in page.rows if len(row) == len(HEADER)]
     assert of_html[1:] == [[cell.replace("\\", "") for cell in row] for row in rows]
-    sentences = re.findall(r"it \*\*(.+?)\*\*, ([+-][\d.]+ points)", markdown)
+    sentences = re.findall(r"labels (?:it \*\*(.+?)\*\*, )?([+-][\d.]+ points)", markdown)
     assert sentences
-    assert (
-        re.findall(r"it (wins|loses|is level|has too few seeds for a verdict), ([+-][\d.]+ points)", page.text) == sentences
-    )
+    assert re.findall(r"labels (?:it (wins|loses|is level), )?([+-][\d.]+ points)", page.text) == sentences
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -118,11 +118,49 @@ def test_html_is_one_file_without_external_resources(case):
 
 def test_long_sections_are_folded_and_the_table_scrolls_by_keyboard(comparison):
     page = Page(render_html(comparison, PICTURES))
-    assert page.structure.count("details") == page.structure.count("summary") == 2
-    assert [attributes for tag, attributes in page.tags if tag == "table"] == [{"tabindex": "0"}]
+    assert page.structure.count("details") == page.structure.count("summary") == 3
+    boxes = [(tag, attributes["aria-label"]) for tag, attributes in page.tags if attributes.get("class") == "wide"]
+    assert boxes.count(("div", "Table")) == page.structure.count("table") == 1
+    assert boxes.count(("p", "Figure")) == page.structure.count("img") == 4
+    assert all(attributes["tabindex"] == "0" for _, attributes in page.tags if attributes.get("class") == "wide")
     assert {attributes["scope"] for tag, attributes in page.tags if tag == "th"} == {"row", "col"}
     comparison["differences"] = []
-    assert Page(render_html(comparison, PICTURES)).structure.count("details") == 1
+    assert Page(render_html(comparison, PICTURES)).structure.count("details") == 2
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+LOOK = """<iframe id="page" src="comparison.html" style="width: WIDEpx; height: 2000px; border: 0"></iframe><script>
+onload = () => {
+  const page = document.getElementById("page").contentDocument, box = page.querySelector("div.wide");
+  const column = [...page.querySelectorAll("thead th")].findIndex(cell => cell.textContent === "top-1 %");
+  const right = [...page.querySelectorAll("tbody tr")].map(row => row.children[column].getBoundingClientRect().right);
+  document.body.innerHTML = JSON.stringify({scores: Math.max(...right), page: page.documentElement.scrollWidth,
+    table: box.scrollWidth, box: box.clientWidth, cue: getComputedStyle(box, "::before").display});
+}</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("wide", [360, 390])
+def test_a_phone_shows_the_scores_beside_the_methods_and_how_to_see_the_rest(tmp_path, wide):
+    comparison = make_comparison(methods=9, students=("test_resnet", "mobilenetv3_small_050"))[0]
+    comparison = json.loads(json.dumps(comparison).replace('"DWA"', '"a_method_with_a_rather_long_name_of_one_word"'))
+    (tmp_path / "comparison.html").write_text(render_html(comparison, PICTURES), encoding="utf-8")
+    (tmp_path / "look.html").write_text(LOOK.replace("WIDE", str(wide)), encoding="utf-8")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
+    command = [
+        BROWSER,
+        *options,
+        "--dump-dom",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        (tmp_path / "look.html").as_uri(),
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    seen = json.loads(re.search(r"<body>(\{.*?\})", shown)[1])
+    assert seen["scores"] <= wide - 16, "the page has a margin of 16 pixels"
+    assert seen["page"] == wide, "only the boxes scroll, not the page"
+    assert seen["table"] > seen["box"]
+    assert seen["cue"] == "block"
 
 
 def test_held_out_images_are_not_called_test_images(comparison):
@@ -145,12 +183,13 @@ def test_the_numbers_match_the_comparison(comparison):
         method = next(m for m in comparison["methods"] if m["label"] == score["method"])
         marked = " (control)" if method["control"] else ""
         assert row[0].replace("\\", "") == score["method"] + marked
-        assert row[2:6] == [score["labels"], top1_text(score), str(method["ipc"]), f"{score['count']:,}"]
+        student = score["student"].replace("_", "\\_")
+        assert row[1:6] == [top1_text(score), score["labels"], student, str(method["ipc"]), f"{score['count']:,}"]
         assert row[7] == ("-" if score["labels"] == "hard" else "338 kB")
         assert row[8] == f"{method['seconds_per_image']:.3g}"
         assert row[9] == f"{method['similarity']['mean']:.3f} ± 0.004"
         assert row[10] == f"{100 * method['verifier_top1']:.1f}"
-    assert rows[-1][3] == top1_text(comparison["full_data"][0])
+    assert rows[-1][1] == top1_text(comparison["full_data"][0])
     text = Page(render_html(comparison, PICTURES)).text
     for word in (
         "3 methods on digits",
@@ -185,7 +224,7 @@ def test_each_method_is_compared_in_words_to_the_control_and_the_other_methods(c
         (0.012, 0.004, "it **wins**, +1.2 points (standard error 0.4)"),
         (0.012, 0.006, "it **is level**, +1.2 points (standard error 0.6)"),
         (-0.05, 0.01, "it **loses**, -5.0 points (standard error 1.0)"),
-        (0.02, None, "it **has too few seeds for a verdict**, +2.0 points."),
+        (0.02, None, "with soft labels +2.0 points."),
     ],
 )
 def test_a_given_difference_is_put_into_words(comparison, gap, error, words):
@@ -194,6 +233,54 @@ def test_a_given_difference_is_put_into_words(comparison, gap, error, words):
     said = {a: text for a, _, text in verdicts(comparison)}
     assert words in said["CDA"]
     assert "Methods compared with each other" not in render_markdown(comparison) + render_html(comparison, PICTURES)
+
+
+def test_one_seed_is_remarked_on_once_and_has_no_spread():
+    comparison = make_comparison(seeds=1, kinds=("soft", "image", "hard"))[0]
+    for method in comparison["methods"]:
+        method["similarity"]["std_over_seeds"] = None
+    for text in (render_markdown(comparison), Page(render_html(comparison, PICTURES)).text):
+        assert text.count("One seed is not enough for a verdict.") == 1
+        assert len(re.findall("one seed|a verdict", text, re.IGNORECASE)) == 2, "both in that sentence"
+        for word in ("±", "standard deviation", "standard error", "Level", "too few"):
+            assert word not in text, word
+        assert "seed 0; scored" in text
+    assert not any("seed" in cell for row in table_of(comparison) for cell in row)
+    mixed = make_comparison(seeds=3)[0]
+    mixed["scores"][2] |= {"std": None, "seeds": [0], "top1": [0.5], "mean": 0.5}
+    mixed["differences"][0]["error"] = None
+    text = render_markdown(mixed)
+    assert text.count("One seed is not enough for a verdict.") == 1
+    assert "| 50.0 (one seed) | soft |" in text
+    assert "standard deviation over the seeds" in text
+
+
+@pytest.mark.parametrize(
+    ("methods", "title"),
+    [
+        (1, "random real on digits"),
+        (2, "SRe2L on digits"),
+        (4, "SRe2L, CDA and G-VBSM on digits"),
+        (6, "SRe2L, CDA, G-VBSM, DWA and 1 more method on digits"),
+        (9, "SRe2L, CDA, G-VBSM, DWA and 4 more methods on digits"),
+    ],
+)
+def test_the_title_names_the_methods_and_the_data(methods, title):
+    comparison = make_comparison(methods=methods, classes=2, ipc=1)[0]
+    comparison["name"] = "compare"
+    page = Page(render_html(comparison, PICTURES))
+    assert page.text.startswith(f"{title} {title} "), "of the window and of the page"
+    assert render_markdown(comparison).startswith(f"# {title}\n")
+    one = "1 method on digits" if methods < 3 else f"{methods - 1} methods on digits"
+    assert (one in page.text) == (methods > 1)
+
+
+def test_the_data_is_named_with_its_config_and_revision(comparison):
+    assert "- data: digits (license" in render_markdown(comparison)
+    comparison["data"] |= {"config": "small", "revision": None}
+    assert "- data: digits, config small (license" in render_markdown(comparison)
+    comparison["data"] |= {"revision": "c0ffee"}
+    assert "- data: digits, config small, revision c0ffee (license" in render_markdown(comparison)
 
 
 def test_a_method_without_a_control_is_named(comparison):
@@ -244,12 +331,15 @@ def test_the_page_says_that_low_similarity_alone_proves_nothing(comparison):
         assert "Low similarity alone proves nothing: noise is diverse too." in text
 
 
-def test_long_class_lists_are_truncated_with_a_count(comparison):
+def test_all_classes_are_in_a_collapsed_list_numbered_by_label(comparison):
     comparison["data"]["classes"] = [f"name{k}" for k in range(1000)]
-    for text in (render_markdown(comparison), render_html(comparison, PICTURES)):
-        assert "name19" in text
-        assert "name20" not in text
-        assert "1000 in all" in text
+    markdown, html = render_markdown(comparison), render_html(comparison, PICTURES)
+    summary = "<details><summary>All 1000 classes by label</summary>"
+    listed = markdown.partition(summary)[2].partition("</details>")[0]
+    assert listed.split("\n")[2:-2] == [f"{k}. name{k}" for k in range(1000)]
+    listed = html.partition(summary)[2].partition("</details>")[0]
+    assert '<ol start="0">' in listed
+    assert re.findall("<li>(.*?)</li>", listed) == [f"name{k}" for k in range(1000)]
 
 
 def test_pictures_are_stored_next_to_the_page(comparison):
@@ -264,7 +354,7 @@ TEXTS = [
     " and ".join(HOSTILE), "a|b](c $x$ \u200f\u202eabc", '" onload="x', "- item", "1. item", "x\n\n# y",
     "x\n```\n\n# y", "</details>", "<details><summary>x</summary>", "![x](accuracy)", "&lt;b&gt;",
 ]  # fmt: skip
-PLACES = ["label", "class", "source", "license", "note", "recipe", "yaml", "command", "name", "teacher", "setting",
+PLACES = ["label", "class", "source", "license", "note", "recipe", "yaml", "command", "teacher", "setting",
           "setting name", "verifier", "map", "left out", "reason", "hardware", "version", "student"]  # fmt: skip
 
 
@@ -286,7 +376,7 @@ def put(comparison, place, text):
             method["recipe"] = text
         case "yaml":
             method["recipe_yaml"] = text
-        case "command" | "name":
+        case "command":
             comparison[place] = text
         case "teacher":
             protocol["teachers"] = {text: 0.5, "squeeze:test_byobnet": None}

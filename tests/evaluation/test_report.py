@@ -94,8 +94,17 @@ def test_missing_control_is_reported():
 
 def test_one_seed_gives_no_verdict():
     text = in_words([score("distilled", "soft", 0.9), score("random_real", "soft", 0.1)])
-    assert "level" not in text
-    assert "inf" not in text
+    assert text == "With soft labels distilled minus random real is +80.0 points. One seed is not enough for a verdict."
+    rows = [score(images, labels, 0.5) for images in ("distilled", "random_real") for labels in ("soft", "image", "hard")]
+    assert in_words(rows).count("One seed is not enough for a verdict.") == 1
+    assert in_words(rows).count("+0.0 points.") == 3
+
+
+def test_a_table_of_single_seeds_does_not_remark_on_each_row():
+    alone, three = score("distilled", "soft", 0.5), score("random_real", "soft", 0.5, 0.5, 0.5)
+    made = {"rows": [alone, alone | {"images": "random_real"}], "sets": {}}
+    assert [line[3] for line in table_rows(made)[1:]] == ["50.0", "50.0"]
+    assert [line[3] for line in table_rows(made | {"rows": [alone, three]})[1:]] == ["50.0 (one seed)", "50.0 ± 0.0"]
 
 
 def test_verdict_is_the_same_after_json():

@@ -107,7 +107,7 @@ def test_the_card_shows_the_table_the_teachers_and_the_recipe(packed, facts):
     fenced = [t for t in tokens(body) if t.type == "fence"]
     assert [t.info for t in fenced] == ["python", "python", "bash", "yaml", "bibtex"]
     assert yaml.safe_load(fenced[3].content) == yaml.safe_load((packed[0] / "recipe.yaml").read_text())
-    assert body.count("<details>") == body.count("</details>") == 1
+    assert body.count("<details>") == body.count("</details>") == 2
 
 
 def test_without_a_report_the_card_says_not_yet_run(packed, facts):
@@ -135,12 +135,87 @@ def test_missing_verifier_and_similarity_network_are_not_mentioned(packed, facts
     assert "*Intra-class cos*" not in body
 
 
-def test_long_class_lists_are_truncated_with_a_count(packed, facts):
-    facts["class_names"] = [f"name{i}" for i in range(1000)]
-    text = shown(render(facts, packed[1])[2])
-    assert "name19" in text
-    assert "name20" not in text
-    assert "1000 in all" in text
+def test_all_classes_are_in_a_collapsed_list_numbered_by_label(packed, facts):
+    facts["class_names"] = [f"a rather long class name {i:03d}" for i in range(1000)]
+    body = render(facts, packed[1])[2]
+    first, last = (body.index(text) for text in ("<details><summary>All 1000 classes by label</summary>", "</details>"))
+    lines = body[first:last].splitlines()[2:-1]
+    assert lines == [f"{i}. a rather long class name {i:03d}" for i in range(1000)]
+    assert [t.attrs for t in tokens(body) if t.type == "ordered_list_open"] == [{"start": 0}]
+    assert "The picture shows the first 20 of 1000 classes." in body
+    assert "The picture shows" not in render(facts | {"class_names": NAMES}, packed[1])[2]
+    many = load_recipe(packed[0] / "recipe.yaml", ["synthesis.ipc=50"])
+    words = "The picture shows the first 20 of 1000 classes and the first 10 of 50 images per class."
+    assert words in render(facts, many)[2]
+
+
+@each(
+    "counts, sentence",
+    [
+        (
+            [120, 7, 3400, 7],
+            "3,534 training images. The smallest class is *bee* (7 images), the largest is *cat* (3,400).",
+        ),
+        (
+            [2, 1, 2, 2],
+            "has 7 training images. The smallest class is *bee* (1 image), the largest is *ant* (2).",
+        ),
+        ([500] * 4, "The source has 2,000 training images, 500 of each class.\n"),
+    ],
+)
+def test_the_training_images_per_class_are_stated_with_the_smallest_and_largest(packed, facts, counts, sentence):
+    facts["provenance"]["source"] = facts["provenance"]["source"] | {"images_per_class": counts}
+    body = render(facts, packed[1])[2]
+    assert sentence in body
+    assert "<summary>All 4 classes by label and the number of training images of each</summary>" in body
+    assert f"\n1. bee ({counts[1]:,})\n" in body
+
+
+@each(
+    "data, source, full",
+    [
+        ({"source": "org/birds"}, {"on_hub": True}, "made from org/birds. Raw"),
+        ({"source": "org/birds", "config": "v_1", "revision": "main"}, {"on_hub": True, "revision": "c0ffee"},
+         "made from org/birds (config v_1, revision c0ffee). Raw"),
+        ({"source": "org/birds", "revision": "main"}, {"on_hub": True, "revision": None},
+         "made from org/birds (revision main). Raw"),
+        ({"source": "org/birds"}, {}, "made from org/birds. Raw"),
+        ({"source": "my birds of 2024"}, {"on_hub": False}, "made from the local folder my birds of 2024. Raw"),
+        ({"source": "~alice/private/birds", "config": "small"}, {"on_hub": False},
+         "made from the local folder birds (config small). Raw"),
+        ({"source": "../private/birds/"}, {"on_hub": False}, "made from the local folder birds. Raw"),
+        ({"source": "digits"}, {"on_hub": False}, "made from scikit-learn's digits. Raw"),
+    ],
+)  # fmt: skip
+def test_the_source_is_named_in_full_without_the_folders_above_it(packed, facts, data, source, full):
+    facts["recipe"]["data"] |= {"config": None, "revision": None} | data
+    kept = {key: value for key, value in facts["provenance"]["source"].items() if key not in ("on_hub", "revision")}
+    facts["provenance"]["source"] = kept | source
+    body = render(facts, packed[1])[2]
+    assert full in shown(body)
+    control = render_control_card(facts, packed[1])
+    assert f"training images of {full[len('made from ') : -len('. Raw')]}, relabeled by" in shown(control)
+    prose = control.partition("\n---\n")[2] + body.partition("recipe.yaml</summary>")[0]
+    assert "private" not in prose
+
+
+def test_one_thing_is_not_called_several(packed, facts):
+    facts["tables"]["default"]["rows"] = 1
+    facts["evaluation"]["rows"] = [row | {"seeds": [0], "std": None} for row in facts["evaluation"]["rows"]]
+    facts["evaluation"]["test_count"] = 1
+    one = ("relabel.epochs=1", "relabel.teachers=[squeeze:test_resnet]", "synthesis.iterations=1")
+    recipe = tiny(*one)
+    text = shown(render(facts | {"recipe": to_dict(recipe)}, recipe)[2])
+    assert not re.search(r"\b1 [a-z ]*(images|views|seeds|teachers|threads|iterations)\b", text), text
+    for words in (
+        "1 distilled image (",
+        "1 recorded augmented view of",
+        "1 seed)",
+        "logits of 1 teacher.",
+        "on 1 real image.",
+    ):
+        assert words in text, words
+    assert "±" not in text
 
 
 def test_the_same_facts_give_the_same_card_whatever_the_times(packed, facts):
@@ -248,7 +323,7 @@ def test_a_hostile_license_in_the_recipe_stays_inside_its_yaml(packed, facts, te
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ((), ["1 other networks", "once per slot", "PRISM", "logit teacher itself"]),
+        ((), ["1 other network, drawn once per slot", "PRISM", "logit teacher itself"]),
         (("teachers.selection=per_iteration",), ["anew at each iteration"]),
         (("teachers.include_logit=false",), ["PRISM"]),
         (("teachers.bn_pool=[]",), ["SRe2L"]),

@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 
 import pytest
@@ -245,3 +246,11 @@ def test_description_of_recipes_that_do_not_optimize(tiny_recipe, changes):
     assert "\nBN " not in text
     assert ("real images drawn at random" in text) == ("method" in changes)
     assert ("logit     none" in text) == ("method" in changes)
+
+
+def test_one_thing_is_not_called_several(tiny_recipe):
+    one = {"relabel.epochs": 1, "evaluation.seeds": (0,)}
+    text = describe_plan(tiny_recipe(one))
+    assert not re.search(r"\b1 (images|epochs|seeds|steps|jobs)\b", text), text
+    for words in ("1 epoch of views", ", 1 seed\n"):
+        assert words in text

@@ -15,7 +15,7 @@ from prism_hf.images.source import load_source
 from prism_hf.run.context import Loaded
 from prism_hf.run.package import package, partial_facts
 from prism_hf.run.relabel import image_sets
-from prism_hf.runtime.store import read_proof, seal_of
+from prism_hf.runtime.store import read_json, read_proof, seal_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 TABLE = "train-00000-of-00001.parquet"
@@ -221,3 +221,13 @@ def test_renamed_classes_reach_table_and_card(finished_run, tmp_path):
     assert mtimes(folder / "work" / "distilled" / "views") | mtimes(folder / "work" / "jobs") == before
     assert '"digit 7"' in pq.read_schema(folder / "dataset" / "data" / TABLE).metadata[b"huggingface"].decode()
     assert "digit 7" in (folder / "dataset" / "README.md").read_text()
+
+
+def test_the_training_images_of_each_class_reach_provenance_and_cards(finished_run):
+    counts = [133, 136, 133, 137, 136, 136, 136, 134, 131, 135]
+    for name in PARTS.values():
+        assert read_json(finished_run / name / "provenance.json")["source"]["images_per_class"] == counts
+    card = (finished_run / "dataset" / "README.md").read_text(encoding="utf-8")
+    assert "1,347 training images. The smallest class is *8* (131 images), the largest is *3* (137)." in card
+    assert "\n8. 8 (131)\n9. 9 (135)\n\n</details>" in card
+    assert "made from scikit-learn's digits" in card

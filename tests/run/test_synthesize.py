@@ -58,7 +58,7 @@ def test_the_error_names_the_job_and_what_to_do(failed, finished_run, tmp_path, 
     shutil.copytree(failed, tmp_path / "run")
     assert go(tmp_path / "run", finished_run, *BAD) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("SynthesisError")]
-    assert "1 job(s) failed: 0" in line
+    assert "1 job failed: 0" in line
     assert "--allow-partial" in line
     log = (tmp_path / "run" / "logs" / "run.log").read_text()
     assert log.count("the job is marked as failed") == 2, "the job was retried"
@@ -229,7 +229,8 @@ def test_a_run_that_ends_in_a_job_resumes_to_the_same_bytes(finished_run, undist
         assert f'"step": {done},' in json.dumps(dict(read_proof(path).notes))
     with caplog.at_level("INFO", "prism_hf"):
         make(*words, **more, wanted=("synthesize",))
-    assert f"synthesize: {len(checkpoints)} jobs resume from a checkpoint, " in caplog.text
+    resumed = "1 job" if checkpoints else "0 jobs"
+    assert f"synthesize: {resumed} to resume from a checkpoint, " in caplog.text
     assert sha_tree(jobs) == expected
 
 
@@ -265,5 +266,5 @@ def test_a_checkpoint_of_another_precision_is_not_used(finished_run, tmp_path, m
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     with caplog.at_level("INFO", "prism_hf"):
         make(*words, wanted=("synthesize",))
-    assert "synthesize: 0 jobs resume from a checkpoint, 2 start; float32" in caplog.text
+    assert "synthesize: 0 jobs to resume from a checkpoint, 2 to start; float32" in caplog.text
     assert sha_tree(tmp_path / "run" / "work" / "jobs") == sha_tree(finished_run / "work" / "jobs")

@@ -59,7 +59,7 @@ def test_a_run_keeps_its_number_of_threads_and_reports_it(tmp_path, capsys):
     assert launch(*words) == 0
     assert torch.get_num_threads() == 2
     log = (tmp_path / "run" / "logs" / "run.log").read_text()
-    assert log.count("1 process(es) with 1 thread(s) each") == log.count("1 process(es) with 2 thread(s) each") == 1
+    assert log.count("1 process with 1 thread each") == log.count("1 process with 2 threads each") == 1
     assert launch(*words, "--threads", "1") == 2
     assert "was started with 2 threads" in capsys.readouterr().err
     # A fresh start is another run.

@@ -1,6 +1,6 @@
 import pytest
 
-from prism_hf.runtime.units import duration_text
+from prism_hf.runtime.units import count_text, duration_text
 
 
 @pytest.mark.parametrize(
@@ -12,3 +12,9 @@ from prism_hf.runtime.units import duration_text
 )  # fmt: skip
 def test_durations_are_readable(seconds, text):
     assert duration_text(seconds) == text
+
+
+def test_one_thing_is_counted_in_the_singular():
+    texts = [count_text(count, "seed") for count in (0, 1, 2, 1347)]
+    assert texts == ["0 seeds", "1 seed", "2 seeds", "1,347 seeds"]
+    assert [count_text(count, "process", "processes") for count in (1, 2)] == ["1 process", "2 processes"]

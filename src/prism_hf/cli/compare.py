@@ -13,6 +13,7 @@ from pathlib import Path
 from ..compare import Method, under_one_protocol
 from ..errors import RecipeError
 from ..recipe import Recipe, load_recipe, override_recipe, plan_jobs
+from ..runtime import count_text
 from .options import Command, add_compute, quiet, split_overrides, teachers_folder
 
 
@@ -89,10 +90,11 @@ def _with_data(first: Recipe, source: str, overrides: Sequence[str]) -> list[str
 
 
 def _plan(methods: Sequence[Method], notes: Sequence[str], seeds: Sequence[int], students: Sequence[str]) -> str:
-    lines = [f"{len(methods)} methods, {len(seeds)} seeds: {len(methods) * len(seeds)} runs"]
+    runs = len(methods) * len(seeds)
+    lines = [f"{count_text(len(methods), 'method')}, {count_text(len(seeds), 'seed')}: {count_text(runs, 'run')}"]
     for method in methods:
         steps = sum(job.iterations for job in plan_jobs(method.recipe))
-        lines.append(f"  {method.label}: {method.recipe.num_images} images, {steps:,} steps")
+        lines.append(f"  {method.label}: {count_text(method.recipe.num_images, 'image')}, {count_text(steps, 'step')}")
     lines.append("students: " + ", ".join(f"{name} (soft labels), {name} (hard labels)" for name in students))
     return "\n".join([*lines, *(f"note: {note}" for note in notes)]) + "\n"
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from ..runtime import count_text
 from .options import Command, quiet
 
 
@@ -25,6 +26,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     result = verify(args.source, revision=args.revision)
     sys.stdout.writelines(f"{line}\n" for line in result.differences)
-    rows = ", ".join(f"{count} rows in {config!r}" for config, count in result.rows.items())
-    sys.stdout.write(f"{args.source}: {result.files} files, {rows}; {len(result.differences) or 'no'} differences\n")
+    rows = ", ".join(f"{count_text(count, 'row')} in {config!r}" for config, count in result.rows.items())
+    differences = count_text(len(result.differences), "difference") if result.differences else "no differences"
+    sys.stdout.write(f"{args.source}: {count_text(result.files, 'file')}, {rows}; {differences}\n")
     return 1 if result.differences else 0

@@ -16,8 +16,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..hub import MAX_CLASSES, MAX_SLOTS, STYLE, grid, plain_name, save_figure
-from ..runtime import visible
+from ..hub import MAX_CLASSES, MAX_SLOTS, STYLE, grid, plain_name, save_figure, widest
 
 WIDTH = 10.0
 """Maximum figure width in inches (1200 pixels)."""
@@ -79,7 +78,8 @@ def draw_accuracy(path: Path, comparison: Facts) -> None:
     panels[0].set_yticks(range(len(methods)), [_title(method, comparison, 30) for method in methods])
     panels[0].set_ylim(len(methods) - 0.5, -0.5)
     handles = [_mark(f"{kind} labels", *LABEL_STYLE[kind]) for kind in kinds]
-    handles.append(_mark("one seed", "#777777", size=2.6))
+    if any(len(score["top1"]) > 1 for score in scores):
+        handles.append(_mark("one seed", "#777777", size=2.6))
     if sum(method["control"] for method in methods) == 1:
         handles.append(_line("random real", "#777777", ":"))
     if comparison["full_data"]:
@@ -103,7 +103,7 @@ def _draw_student(axes: Axes, comparison: Facts, methods: Sequence[Facts], stude
     for score in comparison["full_data"]:
         if score["student"] == student:
             axes.axvline(100 * score["mean"], color="#333333", linestyle="--", linewidth=1, zorder=1)
-    axes.set_title(f"student {_name(student, 'student')}")
+    axes.set_title(f"student {plain_name(student, 'student', width=40)}")
     axes.set_xlabel("test top-1 %")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -113,7 +113,8 @@ def _draw_student(axes: Axes, comparison: Facts, methods: Sequence[Facts], stude
 
 def _draw_score(axes: Axes, score: Facts, height: float, color: str, marker: str) -> None:
     top1 = 100 * np.asarray(score["top1"], dtype=float)
-    axes.plot(top1, np.full(len(top1), height + 0.1), "o", color=color, alpha=0.45, markersize=2.6, markeredgewidth=0)
+    if len(top1) > 1:
+        axes.plot(top1, np.full(len(top1), height + 0.1), "o", color=color, alpha=0.45, markersize=2.6, markeredgewidth=0)
     spread = None if score["std"] is None else 100 * score["std"]
     mean = 100 * score["mean"]
     axes.errorbar(mean, height, xerr=spread, fmt=marker, color=color, markersize=4.6, capsize=2.5, linewidth=1.2)
@@ -130,14 +131,14 @@ def draw_grids(path: Path, comparison: Facts, images: Mapping[str, Tensor]) -> N
     small, few = max(height, width) <= SMALL_IMAGE, len(methods) <= FEW_METHODS
     classes = min(len(names), MAX_CLASSES if small and few else FEW_CLASSES)
     most = MAX_SLOTS if small and few else FEW_SLOTS
-    labels = [_name(name, f"class {k}", 18) for k, name in enumerate(names[:classes])]
+    labels = [plain_name(name, f"class {k}", width=28, lines=2) for k, name in enumerate(names[:classes])]
     # All lengths are in inches: one image, the images of a method, and the distance from one method to the next.
     slots = min(most, max(method["ipc"] for method in methods))
     cell = min(0.5, max(0.28 if small else 0.54, 1.5 / slots))
     across, down = slots * cell, classes * cell * (height + 1) / (width + 1)
     step = max(1.7, across + 0.14)
     titles = [_grid_title(method, comparison, most, int((step - 0.1) / 0.056)) for method in methods]
-    margin, above = 0.2 + 0.068 * max(map(len, labels)), 0.14 + 0.14 * max(title.count("\n") + 1 for title in titles)
+    margin, above = 0.2 + widest(labels) / STYLE["figure.dpi"], 0.14 + 0.14 * max(title.count("\n") + 1 for title in titles)
     columns = max(1, min(len(methods), int((WIDTH - margin) // step)))
     rows = math.ceil(len(methods) / columns)
     columns = math.ceil(len(methods) / rows)
@@ -221,8 +222,10 @@ def draw_map(path: Path, comparison: Facts) -> None:
         axes.scatter(*xy.T, c=palette[labels], s=size, linewidths=0.5, edgecolors="#222222", zorder=2)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(visible=True, color="#bbbbbb")
-    handles = [_mark(_name(name, f"class {k}"), tuple(palette[k]), size=6) for k, name in enumerate(names[:classes])]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    named = [plain_name(name, f"class {k}", width=28, lines=2) for k, name in enumerate(names[:classes])]
+    handles = [_mark(label, tuple(palette[k]), size=6) for k, label in enumerate(named)]
+    columns = min(5, int(WIDTH / (widest(named) / STYLE["figure.dpi"] + 0.5)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     if classes < len(names):
         figure.suptitle(f"the first {classes} of {len(names)} classes", fontsize=8)
     save_figure(figure, path)
@@ -261,7 +264,7 @@ def _line(label: str, color: str, style: Any = "-", *, width: float = 1) -> Line
 
 def _title(method: Facts, comparison: Facts, most: int) -> str:
     """Return the label and distinguishing remarks of a method, on two lines if one would exceed `most` characters."""
-    name = _name(method["label"], f"method {comparison['methods'].index(method) + 1}", 34)
+    name = plain_name(method["label"], f"method {comparison['methods'].index(method) + 1}", width=34)
     remarks = ["control"] if method["control"] else []
     if len({other["ipc"] for other in comparison["methods"]}) > 1 and f"ipc {method['ipc']}" not in method["label"]:
         remarks.append(f"ipc {method['ipc']}")
@@ -269,7 +272,3 @@ def _title(method: Facts, comparison: Facts, most: int) -> str:
         return name
     remark = f"({', '.join(remarks)})"
     return name + ("\n" if len(name) + len(remark) >= most else " ") + remark
-
-
-def _name(text: str, otherwise: str, most: int = 24) -> str:
-    return plain_name(visible(text), otherwise, most=most)

@@ -5,6 +5,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -80,8 +81,11 @@ def _records(comparison: Comparison) -> Records:
 
 def _data(comparison: Comparison) -> dict[str, Any]:
     recipe, data = comparison.protocol, comparison.common_run().data
+    source = public_recipe(recipe).data.source
     return {
-        "source": public_recipe(recipe).data.source,
+        "source": source if data.on_hub else PurePath(source).name or source,
+        "config": recipe.data.config,
+        "revision": data.revision or recipe.data.revision,
         "classes": list(data.class_names),
         "train_count": len(data.train),
         "test_count": len(data.test),

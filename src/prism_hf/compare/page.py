@@ -18,19 +18,23 @@ from markupsafe import Markup
 from torch import Tensor
 
 from ..evaluation import bytes_text, cosine_text, markdown_table, percent_text, top1_text, verdict
-from ..hub import MAX_CLASSES, escape, fence_for
-from ..runtime import duration_text, visible, write_bytes, write_json
+from ..hub import escape, fence_for
+from ..runtime import count_text, duration_text, visible, write_bytes, write_json
 from .figures import draw_comparison, in_order, picture_names
 
 HEADER = (
-    "method", "student", "labels", "top-1 %", "ipc", "images", "image bytes", "label bytes", "s / image",
+    "method", "top-1 %", "labels", "student", "ipc", "images", "image bytes", "label bytes", "s / image",
     "intra-class cos", "verifier %",
 )  # fmt: skip
 """Columns of the table; the most important ones come first, so that a narrow screen shows them."""
 
-_OUTCOMES = {"wins": "wins", "level": "is level", "loses": "loses", None: "has too few seeds for a verdict"}
+_OUTCOMES = {"wins": "wins", "level": "is level", "loses": "loses"}
+_NAMED = 4
+"""Most methods named in the title."""
 _SYNTAX = ("heading", "list", "fence", "table", "emphasis", "image", "escape", "entity")
 """The Markdown rules that are enabled for the HTML page."""
+_SCROLLS = 'class="wide" tabindex="0" role="region" aria-label="{}"'
+"""Attributes of a box that scrolls sideways, also by keyboard."""
 _FOLD = re.compile(r"<details><summary>[\w ]+</summary>|</details>")
 """The only HTML in the Markdown template; untrusted text contains no `<` after `escape`."""
 
@@ -61,15 +65,18 @@ def render_markdown(comparison: Mapping[str, Any], pictures: Mapping[str, str] |
     against_controls, against_each_other = _verdicts(comparison)
     return _TEMPLATES.get_template("comparison.md.jinja").render(
         **comparison,
+        title=title_of(comparison),
+        version=[f"{key} {text}" for key in ("config", "revision") if (text := comparison["data"].get(key)) is not None],
         pictures=pictures,
         controls=sum(method["control"] for method in comparison["methods"]),
-        most_classes=MAX_CLASSES,
         against_controls=against_controls,
         against_each_other=against_each_other,
         table=Markup(markdown_table(table_of(comparison, escape))),
         students=list(dict.fromkeys(score["student"] for score in scores)),
         seeds=next(iter(seeds)) if len(seeds) == 1 else None,
         one_seed=any(len(row) == 1 for row in seeds),
+        spread=any(len(row) > 1 for row in seeds),
+        verdict=any(entry["error"] is not None for entry in comparison["differences"]),
         image_labels=any(score["labels"] == "image" for score in scores),
         real_cosine=Markup(cosine_text(comparison["real"]["similarity"]["mean"])),
         settings=settings,
@@ -82,17 +89,29 @@ def render_html(comparison: Mapping[str, Any], pictures: Mapping[str, bytes]) ->
     """Render the page as one HTML file without scripts or network access; `pictures` are PNG files by name."""
     parser = MarkdownIt("zero").enable(_SYNTAX)
     tokens = parser.parse(render_markdown(comparison, {name: name for name in pictures}))
-    _add_html(tokens, pictures)
-    body = Markup(parser.renderer.render(tokens, parser.options, {}))
-    title = Markup.escape(visible(comparison["name"]))
+    body = Markup(parser.renderer.render(_with_html(tokens, pictures), parser.options, {}))
+    title = Markup.escape(visible(title_of(comparison)))
     return _TEMPLATES.get_template("comparison.html.jinja").render(title=title, body=body)
 
 
-def _add_html(tokens: Sequence[Token], pictures: Mapping[str, bytes]) -> None:
-    """Add what Markdown cannot express: embedded figures, collapsed parts, and the header cells of tables."""
+def title_of(comparison: Mapping[str, Any]) -> str:
+    """Return the title, not escaped: the methods and the data, without the control unless nothing else was run."""
+    methods = comparison["methods"]
+    labels = [method["label"] for method in methods if not method["control"]] or [method["label"] for method in methods]
+    if len(labels) > _NAMED:
+        labels = [*labels[:_NAMED], count_text(len(labels) - _NAMED, "more method")]
+    names = " and ".join(filter(None, [", ".join(labels[:-1]), *labels[-1:]]))
+    return f"{names or 'No methods'} on {comparison['data']['source']}"
+
+
+def _with_html(tokens: Sequence[Token], pictures: Mapping[str, bytes]) -> list[Token]:
+    """Add what Markdown cannot express: embedded figures, collapsed parts, header cells, and boxes that scroll."""
+    result = []
     for index, token in enumerate(tokens):
         if token.type == "table_open":
-            token.attrSet("tabindex", "0")  # makes the table scrollable by keyboard
+            result.append(Token("html_block", "", 0, content=f"<div {_SCROLLS.format('Table')}>\n"))
+        elif token.type == "paragraph_open" and any(c.type == "image" for c in tokens[index + 1].children or ()):
+            token.attrs = {"class": "wide", "tabindex": "0", "role": "group", "aria-label": "Figure"}
         elif token.type == "th_open":
             token.attrSet("scope", "col")
         elif token.type == "td_open" and tokens[index - 1].type == "tr_open":
@@ -105,6 +124,10 @@ def _add_html(tokens: Sequence[Token], pictures: Mapping[str, bytes]) -> None:
             if child.type == "image":
                 data = base64.b64encode(pictures[str(child.attrs["src"])]).decode()
                 child.attrs["src"] = f"data:image/png;base64,{data}"
+        result.append(token)
+        if token.type == "table_close":
+            result.append(Token("html_block", "", 0, content="</div>\n"))
+    return result
 
 
 def _as_markdown(value: object) -> str:
@@ -149,8 +172,10 @@ def _verdicts(comparison: Mapping[str, Any]) -> tuple[list[Markup], list[Markup]
     for entry in comparison["differences"]:
         gap, error = entry["difference"], math.inf if entry["error"] is None else entry["error"]
         outcome = verdict(gap, error)
-        spread = "" if outcome is None else f" (standard error {100 * error:.1f})"
-        clause = f"with {escape(entry['labels'])} labels it **{_OUTCOMES[outcome]}**, {100 * gap:+.1f} points{spread}"
+        clause = f"with {escape(entry['labels'])} labels {100 * gap:+.1f} points"
+        if outcome is not None:
+            points = f"{100 * gap:+.1f} points (standard error {100 * error:.1f})"
+            clause = f"with {escape(entry['labels'])} labels it **{_OUTCOMES[outcome]}**, {points}"
         clauses.setdefault((entry["a"], entry["b"], entry["student"]), []).append(clause)
     controls = {method["label"] for method in comparison["methods"] if method["control"]}
     several = len({score["student"] for score in comparison["scores"]}) > 1
@@ -170,17 +195,19 @@ def _verdicts(comparison: Mapping[str, Any]) -> tuple[list[Markup], list[Markup]
 def table_of(comparison: Mapping[str, Any], clean: Callable[[str], str] = visible) -> list[tuple[str, ...]]:
     """Return the table, header first; `clean` makes untrusted text safe to display, by default on a terminal."""
     rows: list[tuple[str, ...]] = [HEADER]
+    spread = any(score["std"] is not None for score in [*comparison["scores"], *comparison["full_data"]])
     for method in in_order(comparison):
         label = clean(method["label"]) + (" (control)" if method["control"] else "")
-        mean, spread = cosine_text(method["similarity"]["mean"]), method["similarity"]["std_over_seeds"]
-        cosine = mean if spread is None else f"{mean} ± {spread:.3f}"
+        mean, std = cosine_text(method["similarity"]["mean"]), method["similarity"]["std_over_seeds"]
+        cosine = mean if std is None else f"{mean} ± {std:.3f}"
         quality = (f"{method['seconds_per_image']:.3g}", cosine, percent_text(method["verifier_top1"]))
         for score in comparison["scores"]:
             if score["method"] == method["label"]:
                 label_bytes = "-" if score["labels"] == "hard" else bytes_text(score["label_bytes"])
                 size = (str(method["ipc"]), f"{score['count']:,}", bytes_text(method["image_bytes"]), label_bytes)
-                rows.append((label, clean(score["student"]), clean(score["labels"]), top1_text(score), *size, *quality))
+                top1, student = top1_text(score, remark=spread), clean(score["student"])
+                rows.append((label, top1, clean(score["labels"]), student, *size, *quality))
     for score in comparison["full_data"]:
         count = f"{score['count']:,}"
-        rows.append(("all real", clean(score["student"]), "-", top1_text(score), "-", count, *["-"] * 5))
+        rows.append(("all real", top1_text(score, remark=spread), "-", clean(score["student"]), "-", count, *["-"] * 5))
     return rows

@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
@@ -37,9 +37,10 @@ class Partial(Facts):
 
 
 class Source(SourceFacts):
-    """The real data; early versions did not record whether it is on the Hub."""
+    """The real data and the number of its training images of each class; early versions recorded less."""
 
     on_hub: bool = False
+    images_per_class: list[int] = []
 
 
 class TeacherEntry(Facts):
@@ -108,9 +109,11 @@ def write_provenance(
     squeezed_top1: Mapping[str, float],
     images: str = DISTILLED,
     partial: Mapping[str, object] | None = None,
+    images_per_class: Sequence[int] | None = None,
 ) -> None:
     """Write provenance.json into a dataset folder that has its tables and recipe; see `Provenance` and `Partial`."""
     data, incomplete = recipe.data, {"partial": Partial.model_validate(dict(partial))} if partial else {}
+    counts = {} if images_per_class is None else {"images_per_class": list(images_per_class)}
     Provenance(
         format_version=FORMAT_VERSION,
         recipe=recipe.name,
@@ -118,7 +121,7 @@ def write_provenance(
         recipe_fingerprint=recipe.fingerprint(),
         seed=recipe.seed,
         student_seeds=list(recipe.evaluation.seeds),
-        source=Source(id=data.source, on_hub=source_on_hub, revision=source_revision, license=data.license),
+        source=Source(id=data.source, on_hub=source_on_hub, revision=source_revision, license=data.license, **counts),
         teachers=[_teacher_entry(recipe, name, teacher, squeezed_top1.get(name)) for name, teacher in teachers.items()],
         versions=versions(),
         hardware=dict(hardware),

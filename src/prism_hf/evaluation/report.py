@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..runtime import size_text
+from ..runtime import count_text, size_text
 
 CONTROL_ITSELF = "These are random real images: the control that a distilled set is compared with."
 NO_CONTROL = "the dataset itself consists of random real images"
@@ -68,18 +68,20 @@ def evaluation_facts(
 def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return sentences on whether the distilled images beat random real ones, with the standard error of the difference."""
     by_key = {(row["images"], row["labels"]): row for row in rows}
-    sentences = []
+    sentences, unsure = [], False
     for labels in ("soft", "image", "hard"):
         distilled, control = by_key.get(("distilled", labels)), by_key.get(("random_real", labels))
         if distilled and control:
             gap, error = difference(distilled, control)
             outcome, points = verdict(gap, error), f"distilled minus random real is {100 * gap:+.1f} points"
-            clause = f"{points}; one seed is not enough for a verdict"
+            clause, unsure = points, unsure or outcome is None
             if outcome is not None:
                 clause = f"{_VERDICTS[outcome]}: {points} (standard error {100 * error:.1f})"
             sentences.append(f"With {labels} labels {clause}.")
         elif distilled:
             sentences.append(f"With {labels} labels there is no random-real control to compare with.")
+    if unsure:
+        sentences.append("One seed is not enough for a verdict.")
     return " ".join(sentences)
 
 
@@ -98,9 +100,10 @@ def verdict(gap: float, error: float) -> str | None:
     return "wins" if gap > 0 else "loses"
 
 
-def top1_text(row: Mapping[str, Any]) -> str:
-    """Format the mean and standard deviation of a row in percent: `97.1 ± 0.3`."""
-    return f"{100 * row['mean']:.1f}" + (" (one seed)" if row["std"] is None else f" ± {100 * row['std']:.1f}")
+def top1_text(row: Mapping[str, Any], *, remark: bool = True) -> str:
+    """Format the mean and standard deviation of a row in percent: `97.1 ± 0.3`, or `97.1 (one seed)` with a `remark`."""
+    alone = " (one seed)" if remark else ""
+    return f"{100 * row['mean']:.1f}" + (alone if row["std"] is None else f" ± {100 * row['std']:.1f}")
 
 
 def bytes_text(count: float | None) -> str:
@@ -123,6 +126,7 @@ def table_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
     header = ("images", "count", "labels", "top-1 %", "image bytes", "label bytes", "intra-class cos", "verifier %")
     names = LABELS | evaluation.get("names", {})
     lines: list[tuple[str, ...]] = [header]
+    spread = any(row["std"] is not None for row in evaluation["rows"])  # else the text around the table says "1 seed"
     for row in evaluation["rows"]:
         facts = evaluation["sets"].get(row["images"], {})
         similarity = facts.get("intra_class_similarity") or {}
@@ -131,7 +135,7 @@ def table_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 names[row["images"]],
                 str(row["count"]),
                 row["labels"],
-                top1_text(row),
+                top1_text(row, remark=spread),
                 bytes_text(facts.get("image_bytes")),
                 bytes_text(facts.get("label_bytes")) if row["labels"] == "soft" else "-",
                 cosine_text(similarity.get("mean")),
@@ -158,9 +162,9 @@ def summary(report: Mapping[str, Any]) -> str:
     """Return the results for a terminal: table, summary in words, and times."""
     evaluation = report["evaluation"]
     seeds = evaluation["rows"][0]["seeds"] if evaluation["rows"] else []
-    students = f"{len(seeds)} seed" + ("" if len(seeds) == 1 else "s")
     parts = [
-        f"{report['recipe']}: student {evaluation['student']}, {students}, {evaluation['epochs']} epochs (last), "
+        f"{report['recipe']}: student {evaluation['student']}, {count_text(len(seeds), 'seed')}, "
+        f"{count_text(evaluation['epochs'], 'epoch')} (last), "
         f"{evaluation['test_count']} {evaluation.get('tested_on', 'test images')}",
         plain_table(table_rows(evaluation)),
         evaluation["in_words"],

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ..runtime import dump_yaml, visible
+from ..runtime import count_text, dump_yaml, visible
 
 _LICENSES = ("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0", "mit", "apache-2.0", "bsd-3-clause", "odc-by")
 """License ids of the Hub that are used as they are; any other license becomes `other` with a `license_name`."""
@@ -21,6 +21,7 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 def render(template: str, values: Mapping[str, object]) -> str:
     """Return the body of a card; a value that the template uses but `values` lacks is a `jinja2.UndefinedError`."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["counted"] = count_text
     environment.filters["or_dash"] = lambda value: "-" if value is None else value
     text = files("prism_hf.hub").joinpath(f"templates/{template}").read_text(encoding="utf-8")
     return environment.from_string(text).render(values)
@@ -60,6 +61,15 @@ def escape(text: object) -> str:
     line = _LINE_START.sub(r"\1\\\2", line)
     # URLs, email addresses and @names would otherwise be turned into links.
     return _LINK.sub(lambda sign: f"&#{ord(sign[0])};", html.escape(line, quote=False))
+
+
+def class_list(names: Sequence[str], counts: Sequence[int] = ()) -> str:
+    """Return the classes as a collapsed list, numbered by label, with the number of images of each if `counts` is given."""
+    sizes = [f" ({count:,})" for count in counts] or [""] * len(names)
+    lines = [f"{label}. {escape(name)}{size}" for label, (name, size) in enumerate(zip(names, sizes, strict=True))]
+    what = " and the number of training images of each" if counts else ""
+    summary = f"<details><summary>All {len(names)} classes by label{what}</summary>"
+    return "\n".join([summary, "", *lines, "", "</details>"])
 
 
 def fence_for(text: str) -> str:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -13,9 +13,10 @@ from huggingface_hub import DatasetCardData
 from ..dataset import VIEWS, image_features, read_provenance, view_features
 from ..evaluation import markdown_table, table_rows
 from ..recipe import Recipe, dump_recipe, to_dict
-from ..runtime import map_texts
-from .card import checked_header, escape, fence_for, license_keys, render, with_header
+from ..runtime import count_text, map_texts
+from .card import checked_header, class_list, escape, fence_for, license_keys, render, with_header
 from .citations import CITATIONS
+from .figures import part_shown
 from .merge import block_of
 
 METADATA_KEYS = (
@@ -62,13 +63,18 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
         True
     """
     evaluation, recipe_yaml, student = facts["evaluation"], dump_recipe(recipe), recipe.evaluation.student
+    names, counts = facts["class_names"], facts["provenance"]["source"].get("images_per_class", [])
     values = {
         "placeholder": _PLACEHOLDER.format(recipe.name),
         "name": recipe.name,  # needs no escaping: a recipe name has only letters, digits, dots, dashes and underscores
         "r": map_texts(to_dict(recipe), escape),
         "student": student if re.fullmatch(r"\w+", student) else "resnet18",
-        "class_names": [escape(name) for name in facts["class_names"][:20]],
-        "class_count": len(facts["class_names"]),
+        "source": escape(source_name(facts)),
+        "source_version": _source_version(facts),
+        "class_count": len(names),
+        "class_sizes": class_sizes(names, counts),
+        "class_list": class_list(names, counts),
+        "part": part_shown(len(names), recipe.synthesis.ipc),
         "provenance": map_texts(facts["provenance"], escape),
         "tables": facts["tables"],
         "table": markdown_table(table_rows(evaluation)) if evaluation else "",
@@ -88,9 +94,41 @@ def render_control_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
     return with_header(
         metadata(facts, recipe),
         f"# {recipe.name}: random real images\n\n"
-        f"{facts['tables']['default']['rows']} random real training images of {escape(recipe.data.source)}, relabeled "
+        f"{count_text(facts['tables']['default']['rows'], 'random real training image')} of "
+        f"{escape(source_name(facts))}{_source_version(facts)}, relabeled "
         "by the same teachers under the same protocol as the distilled dataset. They are its control. Not distilled.\n",
     )
+
+
+def source_name(facts: Mapping[str, Any]) -> str:
+    """Return the name of the real data: a Hub id, or that of a local folder without the folders above it."""
+    name = facts["recipe"]["data"]["source"]
+    if name == "digits":
+        return "scikit-learn's digits"
+    # Early versions did not record whether the source is on the Hub.
+    local = facts["provenance"]["source"].get("on_hub") is False
+    return f"the local folder {PurePath(name).name or name}" if local else name
+
+
+def _source_version(facts: Mapping[str, Any]) -> str:
+    """Return the config and revision of the real data, escaped and in parentheses; nothing if it has neither."""
+    data, source = facts["recipe"]["data"], facts["provenance"]["source"]
+    version = {"config": data["config"], "revision": source.get("revision") or data["revision"]}
+    parts = [f"{key} {escape(value)}" for key, value in version.items() if value is not None]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def class_sizes(names: Sequence[str], counts: Sequence[int]) -> str:
+    """Return a sentence on the number of training images and the smallest and largest class; empty without counts."""
+    if not counts:
+        return ""
+    total = f"The source has {count_text(sum(counts), 'training image')}"
+    small, large = min(counts), max(counts)
+    if small == large:
+        return f"{total}, {small:,} of each class."
+    smallest, largest = (escape(names[counts.index(size)]) for size in (small, large))
+    images = count_text(small, "image")
+    return f"{total}. The smallest class is *{smallest}* ({images}), the largest is *{largest}* ({large:,})."
 
 
 def address_card(text: str, name: str, repo_id: str, revision: str | None = None) -> str:
@@ -191,8 +229,9 @@ def method_in_words(recipe: Recipe) -> str:
         return "one logit teacher provides the classification loss, and no network provides batch-norm alignment"
     when = "once per slot" if teachers.selection == "per_slot" else "anew at each iteration"
     logit = "the logit teacher itself and " if teachers.include_logit else ""
+    pool = count_text(len(teachers.bn_pool), "other network")
     return (
         "one logit teacher provides the classification loss; batch-norm alignment comes from "
-        f"{logit}up to {draws} of {len(teachers.bn_pool)} other networks, drawn {when}, where each draw is made with "
+        f"{logit}up to {draws} of {pool}, drawn {when}, where each draw is made with "
         f"probability {teachers.draw_probability:g} (the PRISM scheme)"
     )

@@ -10,7 +10,7 @@ from ..dataset import hub_id_problem
 from ..errors import HubError
 from ..models import NetworkConfig, StudentFacts, TeacherFacts, read_facts
 from ..runtime import map_texts, texts_in
-from .card import checked_header, escape, license_keys, render, slug, with_header
+from .card import checked_header, class_list, escape, license_keys, render, slug, with_header
 from .citations import CITATIONS
 
 MODEL_METADATA_KEYS = (
@@ -53,7 +53,7 @@ def render_model_card(folder: Path, repo_id: str, revision: str | None = None, *
         "size": config.pretrained_cfg.input_size[-1],
         "mean": ", ".join(f"{value:g}" for value in config.pretrained_cfg.mean),
         "std": ", ".join(f"{value:g}" for value in config.pretrained_cfg.std),
-        "class_names": [escape(name) for name in config.label_names[:20]],
+        "class_list": class_list(config.label_names),
         "class_count": len(config.label_names),
         "paper": CITATIONS["SRe2L"],  # its first stage is the training of a teacher
     }

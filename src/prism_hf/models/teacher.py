@@ -73,7 +73,7 @@ def check_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int
         )
     if len(teacher.mean) < channels:
         raise TeacherError(
-            f"teacher {teacher.name!r} takes {len(teacher.mean)} channel(s), but the data has {channels}; set data.channels"
+            f"teacher {teacher.name!r} takes images of 1 channel, but the data has {channels}; set data.channels"
         )
     names = teacher.label_names
     if names is not None and set(names) == set(class_names) and tuple(names) != tuple(class_names):

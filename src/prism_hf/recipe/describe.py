@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from ..runtime import size_text
+from ..runtime import count_text, size_text
 from .plan import plan_jobs
 from .schema import Recipe
 
@@ -36,12 +36,12 @@ def describe_plan(recipe: Recipe) -> str:
         f"logit     {'none (method random)' if random else logit}",
     ]
     for name in teachers.synthesis_names if steps else ():
-        lines.append(f"BN        {name}: in {drawn[name]:,} of {steps:,} steps ({drawn[name] / steps:.0%})")
+        lines.append(f"BN        {name}: in {drawn[name]:,} of {count_text(steps, 'step')} ({drawn[name] / steps:.0%})")
     lines += [
         f"verifier  {teachers.verifier or 'none'}",
-        f"relabel   {', '.join(relabel.teachers)} ({relabel.ensemble}), {relabel.epochs} epochs of views",
+        f"relabel   {', '.join(relabel.teachers)} ({relabel.ensemble}), {count_text(relabel.epochs, 'epoch')} of views",
         f"squeeze   {', '.join(recipe.squeezed_teachers) or 'nothing'}",
-        f"students  {recipe.evaluation.student}, {len(recipe.evaluation.seeds)} seeds",
+        f"students  {recipe.evaluation.student}, {count_text(len(recipe.evaluation.seeds), 'seed')}",
         f"bytes     images at most {size_text(recipe.num_images * data.channels * data.size**2)} "
         f"(raw pixels; {recipe.packaging.image_format} is smaller), labels about {size_text(labels)} in {views:,} views",
         f"disk      about {size_text(sum(space_needed(recipe).values()))} for the whole run, including the control",

@@ -155,10 +155,8 @@ def _fitting_batches(recipe: Recipe) -> dict[str, int | None]:
     if synthesis.batch_order == "within_class":
         return {"synthesis.batch_size": min(synthesis.batch_size, recipe.num_images)}
     slots, size = synthesis.slots_per_batch, synthesis.batch_size
-    if (
-        size > slots * classes and not synthesis.ladder
-    ):  # keep the batch, whose statistics are the loss; a ladder has one slot
-        slots = -(-size // classes)
+    if size > slots * classes and not synthesis.ladder:  # a ladder has one slot
+        slots = -(-size // classes)  # keeps the batch, whose statistics are the loss
     slots = min(slots, synthesis.ipc)
     fitting: dict[str, int | None] = {
         "synthesis.slots_per_batch": slots,

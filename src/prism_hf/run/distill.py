@@ -16,7 +16,7 @@ from ..errors import HubError, RecipeError
 from ..evaluation import summary
 from ..hub import Target, bundle_of, check_here, check_target, publish, reserve
 from ..recipe import STAGES, Overrides, Recipe, flat_values, load_recipe, override_recipe, public_recipe
-from ..runtime import EVERY_S, check_free, log_file, raise_if_stopped, read_json, write_json
+from ..runtime import EVERY_S, check_free, count_text, log_file, raise_if_stopped, read_json, write_json
 from .context import Run, make_accelerator
 from .evaluate import evaluate
 from .folder import check_folder, claimed_together
@@ -126,7 +126,9 @@ def _distill(run: Run, stage: str | None, target: Target | None, threads: int | 
         if is_main:
             record_inputs(run)
         threads = use_threads(run.accelerator, run.work, threads)
-        where = f"in {run.folder}, {processes} process(es) with {threads} thread(s) each"
+        where = (
+            f"in {run.folder}, {count_text(processes, 'process', 'processes')} with {count_text(threads, 'thread')} each"
+        )
         run.say(f"{recipe.name} (fingerprint {recipe.fingerprint()}) {where}")
         for line in [*([] if earlier is None else [earlier]), *notes]:
             run.say(line)

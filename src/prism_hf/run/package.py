@@ -102,7 +102,12 @@ def _fill(run: Run, images: ImageSet, draft: Path, partial: Mapping[str, object]
         squeezed_top1=run.squeezed_top1,
         images=RANDOM_REAL if run.recipe.method == "random" else images.name,
         partial=partial,
+        images_per_class=_images_per_class(run),
     )
+
+
+def _images_per_class(run: Run) -> list[int]:
+    return [len(rows) for rows in run.data.train.rows_by_class(run.data.num_classes)]
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -120,6 +125,7 @@ def _record(run: Run, images: ImageSet, partial: Mapping[str, object] | None) ->
         public.fingerprint(),
         public.name,
         list(run.data.class_names),
+        _images_per_class(run),
         run.squeezed_top1,
         dict(run.artifacts.weights),
         versions(),
@@ -166,7 +172,7 @@ def _draw_grid(run: Run, images: ImageSet, draft: Path) -> None:
     for row, (label, slot, *_) in enumerate(images.origins):
         if label < classes and slot < slots:
             canvas[label * slots + slot] = pixels[row]
-    draw_grid(draft / "assets" / "grid.png", canvas, run.data.class_names, slots)
+    draw_grid(draft / "assets" / "grid.png", canvas, run.data.class_names, slots, ipc=run.recipe.synthesis.ipc)
     steps = sum(job.iterations for job in plan_jobs(run.recipe))
     log_picture(run.accelerator, "distilled", grid(canvas, slots), step=steps)
 

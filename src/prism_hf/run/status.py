@@ -11,7 +11,7 @@ from typing import Any
 from ..dataset import DISTILLED, RANDOM_REAL, VIEWS, view_shards
 from ..errors import OutputError, RecipeError
 from ..recipe import Recipe, load_recipe, plan_jobs
-from ..runtime import duration_text, holder_of, is_finished, is_held, read_json, size_text
+from ..runtime import count_text, duration_text, holder_of, is_finished, is_held, read_json, size_text
 from .artifacts import SQUEEZED, TIMES, job_file, read_failed
 
 _QUIET_S = 600.0
@@ -78,10 +78,10 @@ def _stages(recipe: Recipe, folder: Path) -> dict[str, dict[str, object]]:
     rows = 2 * len(sets) + bool(recipe.evaluation.full_data_epochs)
     packaged = sum((folder / name / "provenance.json").is_file() for name in ("dataset", "control"))
     count = {
-        "synthesize": (finished, len(jobs), "jobs"),
-        "relabel": (sum(map(is_finished, views)), len(views), "view shards"),
-        "package": (packaged, len(sets), "folders"),
-        "evaluate": (students, rows * len(recipe.evaluation.seeds), "students"),
+        "synthesize": (finished, len(jobs), "job"),
+        "relabel": (sum(map(is_finished, views)), len(views), "view shard"),
+        "package": (packaged, len(sets), "folder"),
+        "evaluate": (students, rows * len(recipe.evaluation.seeds), "student"),
     }
     seconds, trained = _read(work / TIMES), (work / SQUEEZED).is_file()
     stages: dict[str, dict[str, object]] = {"squeeze": {"finished": trained, "seconds": seconds.get("squeeze")}}
@@ -100,7 +100,7 @@ def status_text(state: Mapping[str, Any]) -> str:
         if "of" in stage:
             left = stage["of"] - stage["done"]
             tail = f", {left} left" if left else ""
-            lines.append(f"{name:<11} {stage['done']} of {stage['of']} {stage['unit']} done{tail}{spent}")
+            lines.append(f"{name:<11} {stage['done']} of {count_text(stage['of'], stage['unit'])} done{tail}{spent}")
         else:
             unfinished = "started" if stage["seconds"] else "not yet run"
             lines.append(f"{name:<11} {'done' if stage['finished'] else unfinished}{spent}")
@@ -108,7 +108,7 @@ def status_text(state: Mapping[str, Any]) -> str:
         if process:
             silent = time.time() - process["updated"]
             note = f", no update for {duration_text(silent)}" if silent > _QUIET_S else ""
-            steps = f"{process['done']} of {process['of']} {process['unit']}s"
+            steps = f"{process['done']} of {count_text(process['of'], process['unit'])}"
             lines.append(f"process {number:<3} {process['stage']}: {process['now']}, {steps}{note}")
     if state["checkpoints"]:
         lines.append(f"unfinished  {len(state['checkpoints'])} with a checkpoint: {', '.join(state['checkpoints'][:5])}")

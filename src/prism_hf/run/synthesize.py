@@ -20,6 +20,7 @@ from ..runtime import (
     Artifact,
     Checkpoint,
     Progress,
+    count_text,
     digest,
     open_rows,
     read_tensors,
@@ -47,8 +48,8 @@ def synthesize(run: Run) -> None:
         nonlocal rows, statistics
         resumed = sum(run.artifacts.checkpoint(job, run.precision).path.is_file() for job in missing)
         run.say(
-            f"synthesize: {resumed} jobs resume from a checkpoint, {len(missing) - resumed} start; {run.precision}, "
-            f"a checkpoint every {run.checkpoint_s:g} s"
+            f"synthesize: {count_text(resumed, 'job')} to resume from a checkpoint, {len(missing) - resumed} to start; "
+            f"{run.precision}, a checkpoint every {run.checkpoint_s:g} s"
         )
         rows, statistics = _prepare(run)
 
@@ -133,10 +134,10 @@ def _tell_failed(run: Run) -> None:
         run.say(f"failed: {note['reason']}")
     numbers = ", ".join(str(note["job"]) for note in failed)
     if failed and run.allow_partial:
-        run.say(f"continuing without the images of jobs {numbers} (--allow-partial)")
+        run.say(f"continuing without the images of job{'' if len(failed) == 1 else 's'} {numbers} (--allow-partial)")
     elif failed:
         raise SynthesisError(
-            f"{len(failed)} job(s) failed: {numbers}; the others are finished and kept. {failed[0]['reason']}. "
+            f"{count_text(len(failed), 'job')} failed: {numbers}; the others are finished and kept. {failed[0]['reason']}. "
             "Run the same command again to retry them, or add --allow-partial to package the others"
         )
 

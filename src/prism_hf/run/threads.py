@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from ..errors import OutputError
-from ..runtime import read_json, write_json
+from ..runtime import count_text, read_json, write_json
 
 THREADS = "threads.json"
 
@@ -21,8 +21,9 @@ def check_threads(work: Path, threads: int | None) -> None:
     recorded = recorded_threads(work)
     if threads is not None and recorded is not None and threads != recorded:
         raise OutputError(
-            f"--threads is {threads}, but the run in {str(work.parent)!r} was started with {recorded} threads per process, "
-            "and its exact bytes depend on that; omit --threads, or use another folder (--output DIR)"
+            f"--threads is {threads}, but the run in {str(work.parent)!r} was started with "
+            f"{count_text(recorded, 'thread')} per process, and its exact bytes depend on that; omit --threads, or use "
+            "another folder (--output DIR)"
         )
 
 

@@ -34,7 +34,7 @@ from .store import (
     write_whole,
     writing,
 )
-from .units import duration_text, size_text
+from .units import count_text, duration_text, size_text
 from .untrusted import (
     foreign_files,
     homes_of,

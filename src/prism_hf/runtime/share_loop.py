@@ -14,7 +14,7 @@ from accelerate.utils import gather_object, tqdm
 
 from ..errors import OutputError
 from .store import write_json
-from .units import duration_text
+from .units import count_text, duration_text
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -49,7 +49,8 @@ def share(
     """
     missing = unfinished(accelerator, tasks, is_done)
     if accelerator.is_main_process:
-        log.info("%s: %d of %d %ss done, %d to do", stage, len(tasks) - len(missing), len(tasks), unit, len(missing))
+        done = f"{len(tasks) - len(missing)} of {count_text(len(tasks), unit)}"
+        log.info("%s: %s done, %d to do", stage, done, len(missing))
     if missing:
         prepare(missing)
         mine = sorted(missing, key=size, reverse=True)[accelerator.process_index :: accelerator.num_processes]

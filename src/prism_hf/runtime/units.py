@@ -1,4 +1,10 @@
-"""Bytes and seconds as readable text."""
+"""Bytes, seconds and counts as readable text."""
+
+
+def count_text(count: int, noun: str, plural: str | None = None) -> str:
+    """Format a number of things: `1 seed`, `1,347 images`, `2 processes`; the default plural adds an s."""
+    name = noun if count == 1 else plural or f"{noun}s"
+    return f"{count:,} {name}"
 
 
 def size_text(count: float) -> str:
