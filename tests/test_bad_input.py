@@ -897,7 +897,7 @@ EVALUATE = {
     ),
     "a name of 300 letters": (LONG, DataError, ["neither a folder here nor a Hub id"]),
     "the Hub, offline": ("org/set", HubError, ["org/set", "HF_HUB_OFFLINE"]),
-    "no id": ("'no id'", DataError, ["'no id' cannot be loaded: it is neither a folder here nor a Hub id"]),
+    "no id": ("'no id'", DataError, ["distilled dataset 'no id' is neither a folder here nor a Hub id"]),
     "a file": ("./good.yaml", DataError, ["good.yaml", "give a folder"]),
     "two datasets": ("set pictures", RecipeError, ["one dataset", "got 2", "evaluation.key=value"]),
     "no dataset": ("evaluation.lr=1", RecipeError, ["one dataset", "got 0"]),

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..compare import Method, under_one_protocol
 from ..errors import RecipeError
 from ..recipe import Recipe, load_recipe, override_recipe, plan_jobs
+from ..run.folder import check_place, check_source
 from ..runtime import count_text
 from .options import Command, add_compute, quiet, split_overrides, teachers_folder
 
@@ -55,6 +56,7 @@ def _compare(args: argparse.Namespace) -> None:
         raise RecipeError("expected at least one recipe, got none; give the path of a YAML file")
     recipes = [load_recipe(path) for path in paths]
     if args.data is not None:
+        check_source(args.data, "--data")
         quiet()
         overrides = _with_data(recipes[0], args.data, overrides)
     recipes = [override_recipe(recipe, overrides) for recipe in recipes]
@@ -65,10 +67,13 @@ def _compare(args: argparse.Namespace) -> None:
     if args.dry_run:
         sys.stdout.write(_plan(methods, notes, seeds, students))
         return
+    folder = args.output or Path("outputs") / f"compare-{first.name}"
+    check_source(first.data.source, "data.source")
+    for place, option in ((folder, "--output"), (teachers_folder(args, folder), "--teachers")):
+        check_place(place, option)
     quiet()
     from ..compare.runs import compare
 
-    folder = args.output or Path("outputs") / f"compare-{first.name}"
     runs = (methods, students, seeds, folder, teachers_folder(args, folder))
     command = " ".join([args.parser.prog, *map(public_word, args.argv)])
     table = compare(*runs, threads=args.threads, checkpoint_s=args.checkpoint_every, notes=notes, command=command)

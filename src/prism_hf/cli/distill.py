@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from ..recipe import STAGES, TRACKERS, describe_plan
+from ..run.folder import check_at_once
 from ..runtime import is_first_process
 from .options import Command, add_compute, add_target, push_options, quiet, read_recipe, teachers_folder
 from .status import print_status
@@ -58,6 +59,8 @@ def _distill(args: argparse.Namespace) -> None:
     if args.status:
         print_status(folder)
         return
+    teachers = teachers_folder(args, folder)
+    check_at_once(recipe, folder, teachers, fresh=args.fresh)
     quiet()
     from ..hub import Target
     from ..run.distill import distill
@@ -65,7 +68,7 @@ def _distill(args: argparse.Namespace) -> None:
     result = distill(
         recipe,
         folder,
-        teachers=teachers_folder(args, folder),
+        teachers=teachers,
         stage=args.stage,
         fresh=args.fresh,
         allow_partial=args.allow_partial,

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from ..errors import RecipeError
-from ..runtime import is_first_process, read_json
+from ..run.folder import check_place
+from ..runtime import folder_or_hub_id, is_first_process, read_json
 from .options import Command, add_compute, quiet, split_overrides
 
 
@@ -42,6 +43,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         overrides.append(f"evaluation.seeds={list(range(args.seeds))}")
     if args.student is not None:
         overrides.append(f"evaluation.student={json.dumps(args.student)}")
+    folder_or_hub_id(sources[0], f"distilled dataset {sources[0]!r}")
+    if args.output is not None:
+        check_place(args.output, "--output")
     quiet()
     from ..evaluation import summary
     from ..run.evaluate_dataset import evaluate_dataset

@@ -19,8 +19,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import DataError
-from ..images import local_folder, reason_of
-from ..runtime import SHORT, again, stray_link
+from ..images import reason_of
+from ..runtime import SHORT, again, local_folder, stray_link
 from .format import IMAGES, VIEWS, image_features
 
 ROWS_AT_ONCE = 4096

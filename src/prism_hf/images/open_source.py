@@ -16,11 +16,13 @@ from sklearn.model_selection import train_test_split
 from ..errors import DataError, PrismError
 from ..recipe import DataRecipe
 from ..runtime import (
+    folder_or_hub_id,
     folder_state,
     foreign_files,
     homes_of,
     is_inside,
     is_plain_path,
+    local_folder,
     read_card,
     read_json,
     visible_entries,
@@ -40,11 +42,7 @@ def open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
     if recipe.source == "digits":
         return _open_digits(name)
     what = f"data.source {recipe.source!r}" + (f", config {recipe.config!r}" if recipe.config else "")
-    folder = local_folder(recipe.source)
-    if folder is None and (recipe.source.startswith((".", "/", "~")) or recipe.source.count("/") != 1):
-        raise DataError(
-            f"{what} is neither a folder here nor a Hub id (org/name); give `digits`, a Hub id or the path of a folder"
-        )
+    folder = folder_or_hub_id(recipe.source, what, or_give="`digits`, ")
     try:
         if folder is None:
             return datasets.load_dataset(recipe.source, recipe.config, split=name, revision=recipe.revision)
@@ -184,12 +182,6 @@ def hold_out(rows: datasets.Dataset, column: str, fraction: float) -> tuple[data
             f"data.validation_fraction {fraction} cannot be held out of {len(labels)} images: {error}"
         ) from error
     return rows.select(np.sort(kept)), rows.select(np.sort(held))
-
-
-def local_folder(source: str | Path) -> Path | None:
-    """Return the folder that a source names, or `None` if there is none or it cannot be a path (too long, no such home)."""
-    path = os.path.expanduser(source)
-    return Path(path) if os.path.isdir(path) else None
 
 
 def image_homes(source: str) -> tuple[Path, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..recipe import DataRecipe
-from ..runtime import raise_if_stopped
+from ..runtime import local_folder, raise_if_stopped
 from .columns import (
     class_names,
     file_bytes,
@@ -29,7 +29,7 @@ from .columns import (
     open_image,
     read_labels,
 )
-from .open_source import hold_out, image_homes, local_folder, open_split, source_revision
+from .open_source import hold_out, image_homes, open_split, source_revision
 from .pixels import UNREADABLE, from_pil
 
 _CACHE_BYTES = 2**31

@@ -1,16 +1,46 @@
-"""The output folder of a run: the recipe it belongs to, the launch that holds it, and leftovers of earlier launches."""
+"""The output folder of a run: the recipe it belongs to, the launch that holds it, and leftovers of earlier launches.
+
+Loads no torch, so that a command can check its folders and its source at once.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import OutputError, RecipeError
 from ..recipe import Recipe, differing_keys, dump_recipe, load_recipe
-from ..runtime import DRAFT, HOLDER, LOCK, clear_drafts, holder_text, locked, restore_swapped, set_aside, write_bytes
-from .context import Run
+from ..runtime import (
+    DRAFT,
+    HOLDER,
+    LOCK,
+    clear_drafts,
+    folder_or_hub_id,
+    holder_text,
+    locked,
+    restore_swapped,
+    set_aside,
+    write_bytes,
+)
+
+if TYPE_CHECKING:
+    from .context import Run
 
 PARTS = ("dataset", "control", "student")
 """Folders of a run that are meant for users."""
+
+
+def check_at_once(recipe: Recipe, folder: Path, teachers: Path, *, fresh: bool = False) -> None:
+    """Check the source and the folders of a run, before torch is loaded. Writes nothing."""
+    check_source(recipe.data.source, "data.source")
+    check_folder(folder, recipe, fresh=fresh)
+    check_place(teachers, "--teachers")
+
+
+def check_source(source: str, name: str) -> None:
+    """Raise a `DataError` if a source is not `digits`, a folder, or a Hub id. The message names what has set it."""
+    if source != "digits":
+        folder_or_hub_id(source, f"{name} {source!r}", or_give="`digits`, ")
 
 
 def check_folder(folder: Path, recipe: Recipe, *, fresh: bool = False) -> None:
@@ -100,7 +130,7 @@ def claimed(folder: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[st
 
 
 @contextmanager
-def claimed_together(run: Run, *, fresh: bool = False) -> Iterator[str | None]:
+def claimed_together(run: "Run", *, fresh: bool = False) -> Iterator[str | None]:
     """Hold the folder of a run for all processes. The first one claims it and yields the line; the others wait."""
     with ExitStack() as stack:
         line = None
@@ -111,7 +141,7 @@ def claimed_together(run: Run, *, fresh: bool = False) -> Iterator[str | None]:
 
 
 @contextmanager
-def held_together(run: Run) -> Iterator[None]:
+def held_together(run: "Run") -> Iterator[None]:
     """Hold a folder without a recipe for all processes, or raise an `OutputError` if another launch holds it."""
     with ExitStack() as stack:
         if run.accelerator.is_main_process:

@@ -8,11 +8,11 @@ from pathlib import Path
 import timm
 
 from ..errors import OutputError, RecipeError, StageError, TeacherError
-from ..images import ImageSplit, describe_source, faults_of, local_folder
+from ..images import ImageSplit, describe_source, faults_of
 from ..method import Alignment, check_candidates, real_rows
 from ..models import Teacher, check_batch, check_network, classifier_of
 from ..recipe import SQUEEZE_PREFIX, STAGES, Recipe, space_needed
-from ..runtime import read_json, size_text, write_json
+from ..runtime import local_folder, read_json, size_text, write_json
 from .context import Run
 from .folder import check_place
 from .status import bytes_below

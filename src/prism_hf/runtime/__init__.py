@@ -36,10 +36,12 @@ from .store import (
 )
 from .units import count_text, duration_text, size_text
 from .untrusted import (
+    folder_or_hub_id,
     foreign_files,
     homes_of,
     is_inside,
     is_plain_path,
+    local_folder,
     map_texts,
     read_card,
     stray_link,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from ..errors import DataError
 from .plain_yaml import read_header
 
 _LONGEST_NAME = 200
@@ -68,6 +69,22 @@ def is_plain_path(name: object) -> bool:
         return False
     parts = name.split("/")
     return "\\" not in name and not PureWindowsPath(name).drive and not {"", ".", ".."} & set(parts)
+
+
+def local_folder(source: str | Path) -> Path | None:
+    """Return the folder that a source names, or `None` if there is none or it cannot be a path (too long, no such home)."""
+    path = os.path.expanduser(source)
+    return Path(path) if os.path.isdir(path) else None
+
+
+def folder_or_hub_id(source: str, what: str, *, or_give: str = "") -> Path | None:
+    """Return the folder that a source names, or `None` for a Hub id. Anything else is a `DataError` about `what`."""
+    folder = local_folder(source)
+    if folder is None and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+        raise DataError(
+            f"{what} is neither a folder here nor a Hub id (org/name); give {or_give}a Hub id or the path of a folder"
+        )
+    return folder
 
 
 def homes_of(folder: Path) -> tuple[Path, ...]:
