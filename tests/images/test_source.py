@@ -323,6 +323,13 @@ def test_a_validation_part_that_is_too_small_gives_a_one_line_error(parquet_fold
     assert "validation_fraction" in one_line(error)
 
 
+def test_a_class_of_one_image_cannot_be_held_out(tmp_path):
+    DatasetDict({"train": rows(3, label=[0, 1, 1, 0, 0, 1, 1, 2, 0])}).save_to_disk(tmp_path)
+    with pytest.raises(DataError) as error:
+        load_source(recipe(tmp_path, validation_fraction=0.5))
+    assert "only one image of 'cat'; add images or remove the class" in one_line(error)
+
+
 # -- reading images ---------------------------------------------------------------------------------------------------
 
 

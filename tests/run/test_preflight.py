@@ -4,6 +4,7 @@ import json
 import pytest
 from accelerate.state import AcceleratorState
 from conftest import make_teacher
+from each import each
 from pipeline import mtimes, one_line, run_in, save_timm, tiny
 
 from prism_hf.errors import OutputError, RecipeError, StageError, TeacherError
@@ -11,6 +12,7 @@ from prism_hf.run.context import Run, make_accelerator
 from prism_hf.run.preflight import (
     check,
     check_apart,
+    check_architectures,
     check_space,
     check_stage,
     check_verifier,
@@ -41,6 +43,16 @@ def test_a_verifier_needs_a_linear_classifier():
     judge.model.fc = None
     with pytest.raises(TeacherError, match="no linear classifier"):
         check_verifier(tiny("teachers.verifier=local-dir:x"), {"local-dir:x": judge})
+
+
+@each("overrides, fix", [
+    (["teachers.verifier=squeeze:dpn48b"], "name another verifier"),
+    (["teachers.verifier=null", "teachers.logit=squeeze:dpn48b"], "set teachers.verifier to a network that has one"),
+])  # fmt: skip
+def test_another_verifier_is_asked_for_only_if_one_was_named(overrides, fix):
+    with pytest.raises(TeacherError) as error:
+        check_architectures(tiny(*overrides))
+    assert str(error.value).endswith(fix)
 
 
 # -- the whole check --------------------------------------------------------------------------------------------------

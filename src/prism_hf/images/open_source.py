@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -147,7 +147,7 @@ def _open_digits(name: str) -> datasets.Dataset:
     columns = {"image": [Image.fromarray(image) for image in images], "label": source.target.tolist()}
     names = [str(digit) for digit in range(10)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    train, test = hold_out(datasets.Dataset.from_dict(columns, features=features), "label", 0.25)
+    train, test = hold_out(datasets.Dataset.from_dict(columns, features=features), source.target, names, 0.25)
     splits = {"train": train, "test": test}
     if name not in splits:
         raise DataError(f"data.source 'digits' has no split {name!r}; its splits are 'train', 'test'")
@@ -172,9 +172,17 @@ def _saved_names(folder: Path) -> Iterator[object]:
         yield from (file["filename"] for file in state["_data_files"])
 
 
-def hold_out(rows: datasets.Dataset, column: str, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Split training rows into those to keep and a stratified fraction to hold out."""
-    labels = np.asarray(rows.with_format("numpy")[column][:])
+def hold_out(
+    rows: datasets.Dataset, labels: np.ndarray, names: Sequence[str], fraction: float
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Split training rows into those to keep and a stratified fraction to hold out. `labels` are class numbers, (N,)."""
+    single = [names[label] for label in np.flatnonzero(np.bincount(labels) == 1).tolist()]
+    if single:
+        found = ", ".join(map(repr, single[:5])) + (", ..." if len(single) > 5 else "")
+        raise DataError(
+            f"data.validation_fraction {fraction} holds out images of every class, but there is only one image of {found}; "
+            "add images or remove the class, or set data.validation_fraction to 0 and name a test split"
+        )
     try:
         kept, held = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=0)
     except ValueError as error:

@@ -164,7 +164,8 @@ def load_source(recipe: DataRecipe) -> SourceData:
     label_column = find_label_column(train, recipe, image_column)
     names = class_names(train, label_column, recipe.num_classes)
     if recipe.validation_fraction:
-        train, test = hold_out(train, label_column, recipe.validation_fraction)
+        labels = read_labels(train, label_column, names, recipe.train_split)
+        train, test = hold_out(train, labels, names, recipe.validation_fraction)
     assert test is not None
     return SourceData(
         train=_checked_split(train, image_column, label_column, names, recipe, recipe.train_split),

@@ -142,7 +142,7 @@ def check_architectures(recipe: Recipe) -> None:
         if name in recipe.bn_candidates:
             Alignment(network, name=name)
         if name == (recipe.teachers.verifier or recipe.teachers.logit) and classifier_of(network) is None:
+            fix = "name another verifier" if recipe.teachers.verifier else "set teachers.verifier to a network that has one"
             raise TeacherError(
-                f"teacher {name!r} has no linear classifier, so its features cannot measure similarity; "
-                "name another verifier"
+                f"teacher {name!r} has no linear classifier, so its features cannot measure similarity; {fix}"
             )
