@@ -88,7 +88,7 @@ def test_methods_are_level_within_two_standard_errors():
 
 def test_missing_control_is_reported():
     text = in_words([score("distilled", "soft", 0.5, 0.6), score("full", "hard", 0.9)])
-    assert text == "With soft labels there is no random-real control to compare with."
+    assert text == "There is no random-real control to compare with."
     assert in_words([score("random_real", "soft", 0.5)]) == ""
 
 

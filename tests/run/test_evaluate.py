@@ -128,7 +128,7 @@ def test_all_measurements_are_collected_in_the_table(source, finished_run, tmp_p
     for task in made:
         task.score.write_json({"top1": 0.5})
     sources = {"distilled": packed(data, 0), "random_real": packed(data, 1)}
-    reasons = left_out(run.recipe, {"distilled": sources["distilled"]})
+    reasons = left_out(run, {"distilled": sources["distilled"]})
     assert reasons == {"random real": "a class has fewer real training images than ipc"}
     evaluation = collect(run, made, sources, left_out=reasons, verifier=None, network=run.judge)
     assert [evaluation[key] for key in ("student", "epochs", "test_count")] == ["test_byobnet", 1, 450]

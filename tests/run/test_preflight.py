@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -8,6 +9,7 @@ from each import each
 from pipeline import mtimes, one_line, run_in, save_timm, tiny
 
 from prism_hf.errors import OutputError, RecipeError, StageError, TeacherError
+from prism_hf.recipe import cache_needed
 from prism_hf.run.context import Run, make_accelerator
 from prism_hf.run.preflight import (
     check,
@@ -163,6 +165,20 @@ def test_too_little_space_gives_a_one_line_error_with_both_numbers(tmp_path):
     with pytest.raises(OutputError, match="needs about 4.16 TB"):
         check(run)
     check(run, space=False)
+
+
+def test_the_disk_of_the_cache_is_checked_too(tmp_path, monkeypatch):
+    """Decoded images and logits for students are files in the cache of `datasets`."""
+    recipe = tiny("synthesis.ipc=5")
+    images = recipe.num_images
+    assert cache_needed(recipe) == 2 * images * (recipe.data.channels * 16 * 16 + 2 * recipe.data.num_classes)
+    assert cache_needed(recipe, control=False) == cache_needed(recipe) // 2
+    with pytest.raises(OutputError, match="output .* needs about 500 TB"):  # one disk for both
+        check_space(250 * 10**12, tmp_path, cached=250 * 10**12)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/dev/shm")
+    if os.stat("/dev/shm").st_dev != tmp_path.stat().st_dev:
+        with pytest.raises(OutputError, match=r"cache of `datasets`, '/dev/shm' needs about 250 TB.*HF_DATASETS_CACHE"):
+            check_space(0, tmp_path, cached=250 * 10**12)
 
 
 def test_existing_files_need_no_space(tmp_path):

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from each import each
 from pipeline import PYTHON, RECIPE, ROOT, TINY, copy_run, launch, make, mtimes, quiet_env, random_picture, sha_tree, tiny
 
 from prism_hf.dataset.reader import load_distilled
 from prism_hf.images.source import load_source
 from prism_hf.method.start_images import real_rows
 from prism_hf.recipe.plan import STAGES
+from prism_hf.run.status import survey
 from prism_hf.runtime.store import SEAL
 from prism_hf.runtime.tensors import read_tensors
 
@@ -44,6 +46,54 @@ def light(done, tmp_path_factory):
 @pytest.fixture
 def copied(light, tmp_path):
     return copy_run(light, tmp_path / "copy")
+
+
+# -- without a control ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_control_says_so(copied, light, done):
+    """The scores of a control that exists are kept, and a launch without the option shows them again."""
+    before = json.loads((copied / "report.json").read_text())
+    assert go(copied, *LIGHT, "--no-control", "--stage", "evaluate", teachers=done / "teachers") == 0
+    evaluation = json.loads((copied / "report.json").read_text())["evaluation"]
+    assert {row["images"] for row in evaluation["rows"]} == {"distilled"}
+    assert evaluation["left_out"]["random real"] == "not yet run: --no-control was given"
+    assert evaluation["in_words"].startswith("There is no random-real control to compare with.")
+    card = (copied / "dataset" / "README.md").read_text()
+    assert "--no-control was given" in card
+    assert "*Random real* is" not in card
+    assert go(copied, *LIGHT, "--stage", "evaluate", teachers=done / "teachers") == 0
+    assert json.loads((copied / "report.json").read_text())["evaluation"] == before["evaluation"]
+
+
+@pytest.mark.slow
+def test_a_run_without_a_control_makes_none_until_it_is_wanted(tmp_path, light, done):
+    assert go(tmp_path / "run", *LIGHT, "--no-control", teachers=done / "teachers") == 0
+    assert not (tmp_path / "run" / "control").exists()
+    assert not (tmp_path / "run" / "work" / "random_real").exists()
+    assert survey(tmp_path / "run")["stages"]["package"] | {"seconds": 0} == {
+        "done": 1,
+        "of": 1,
+        "unit": "folder",
+        "seconds": 0,
+    }
+    assert go(tmp_path / "run", *LIGHT, teachers=done / "teachers") == 0
+    for name in ("dataset", "control"):
+        assert sha_tree(tmp_path / "run" / name / "data") == sha_tree(light / name / "data")
+
+
+@each("words, line", [
+    ([], "control   as many random real images, relabeled by the same teachers"),
+    (["--no-control"], "control   none (--no-control)"),
+    (["fashion/random_ipc10"], "control   none: these are random real images, the control that other methods"),
+])  # fmt: skip
+def test_the_plan_says_what_the_control_is(capsys, words, line):
+    from prism_hf.cli.main import main
+
+    assert main(["distill", "--dry-run", *(words if "/" in str(words) else ["digits/prism_ipc10", *words])]) == 0
+    out = capsys.readouterr().out
+    assert line in out
+    assert ("including the control" in out) == (words == [])
 
 
 # -- the results of a run ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..recipe import STAGES, TRACKERS, describe_plan
 from ..run.folder import check_at_once
 from ..runtime import is_first_process
-from .options import Command, add_compute, add_target, push_options, quiet, read_recipe, teachers_folder
+from .options import NO_CONTROL, Command, add_compute, add_target, push_options, quiet, read_recipe, teachers_folder
 from .status import print_status
 
 
@@ -37,6 +37,7 @@ def distill(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--status", nargs="?", const=True, metavar="DIR", help="print the status of a run and stop")
     parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start over")
+    parser.add_argument("--no-control", dest="control", action="store_false", help=NO_CONTROL)
     parser.add_argument("--allow-partial", action="store_true", help="package the finished images even if some jobs failed")
     parser.add_argument("--log-with", metavar="|".join(TRACKERS), help="log losses, verifier accuracy and images")
     parser.add_argument("--push-to-hub", dest="repo", metavar="REPO", help="publish the dataset; creates REPO if missing")
@@ -54,7 +55,7 @@ def _distill(args: argparse.Namespace) -> None:
     recipe = read_recipe(args.words, args.default_recipe)
     folder = args.output or Path("outputs") / recipe.name
     if args.dry_run:
-        sys.stdout.write(describe_plan(recipe) + "\n")
+        sys.stdout.write(describe_plan(recipe, control=args.control) + "\n")
         return
     if args.status:
         print_status(folder)
@@ -72,6 +73,7 @@ def _distill(args: argparse.Namespace) -> None:
         stage=args.stage,
         fresh=args.fresh,
         allow_partial=args.allow_partial,
+        control=args.control,
         push_to_hub=None if args.repo is None else Target(args.repo, **push_options(args)),
         log_with=args.log_with,
         threads=args.threads,

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import RecipeError
 from ..run.folder import check_place
 from ..runtime import folder_or_hub_id, is_first_process, read_json
-from .options import Command, add_compute, quiet, split_overrides
+from .options import NO_CONTROL, Command, add_compute, quiet, split_overrides
 
 
 def evaluate(parser: argparse.ArgumentParser) -> Command:
@@ -29,6 +29,7 @@ def evaluate(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--seeds", type=int, metavar="N", help="number of students (seeds) per row")
     parser.add_argument("--teachers", type=Path, metavar="DIR", help="default: next to DATASET, or outputs/teachers")
     parser.add_argument("--output", type=Path, metavar="DIR", help="output folder; default: outputs/evaluate/<recipe name>")
+    parser.add_argument("--no-control", dest="control", action="store_false", help=NO_CONTROL)
     add_compute(parser)
     return _evaluate
 
@@ -57,6 +58,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         test=args.test,
         teachers=args.teachers,
         folder=args.output,
+        control=args.control,
         threads=args.threads,
         checkpoint_s=args.checkpoint_every,
     )

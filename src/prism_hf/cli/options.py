@@ -13,6 +13,7 @@ from ..errors import PrismError, RecipeError, StoppedError
 from ..recipe import Recipe, load_recipe
 from ..runtime import EVERY_S, leave_at_once, stopping_cleanly
 
+NO_CONTROL = "make no random real images to compare with, which saves half of the relabeling"
 Command = Callable[[argparse.Namespace], int | None]
 """A function that runs a command: options -> exit code; `None` means 0."""
 

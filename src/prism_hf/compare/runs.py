@@ -12,7 +12,7 @@ from ..dataset import DistilledDataset, load_distilled
 from ..errors import OutputError, SynthesisError
 from ..evaluation import StudentTask, label_bytes, plain_table
 from ..models import check_network
-from ..recipe import plan_jobs
+from ..recipe import cache_needed, plan_jobs
 from ..run.artifacts import job_file
 from ..run.context import Run, make_accelerator
 from ..run.distill import run_stages
@@ -89,7 +89,8 @@ def check_comparison(comparison: Comparison) -> None:
     for run in comparison.one_of_each:
         check(comparison.common_run(run), space=False)
     missing = [run for run in comparison.runs if not (comparison.folder / "cells" / f"{name_of(run)}.json").is_file()]
-    check_space(sum(map(missing_space, missing)), comparison.folder)
+    cached = max((cache_needed(run.recipe, control=run.wants_control) for run in missing), default=0)
+    check_space(sum(map(missing_space, missing)), comparison.folder, cached=cached)
 
 
 def make(comparison: Comparison) -> dict[str, str]:

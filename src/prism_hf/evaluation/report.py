@@ -78,8 +78,8 @@ def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
             if outcome is not None:
                 clause = f"{_VERDICTS[outcome]}: {points} (standard error {100 * error:.1f})"
             sentences.append(f"With {labels} labels {clause}.")
-        elif distilled:
-            sentences.append(f"With {labels} labels there is no random-real control to compare with.")
+    if not any(images == "random_real" for images, _ in by_key):
+        sentences.append("There is no random-real control to compare with.")
     if unsure:
         sentences.append("One seed is not enough for a verdict.")
     return " ".join(sentences)

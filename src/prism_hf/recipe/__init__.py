@@ -1,6 +1,6 @@
 """Recipes: their sections, value ranges, YAML files and plans. This package does not need torch."""
 
-from .describe import VIEW_ROW_BYTES, describe_plan, space_needed
+from .describe import VIEW_ROW_BYTES, cache_needed, describe_plan, space_needed
 from .plan import STAGES, TRACKERS, SynthesisJob, batch_ranges, plan_jobs
 from .schema import SQUEEZE_PREFIX, Recipe, to_dict
 from .sections import DataRecipe, EvaluationRecipe, RelabelRecipe, RelabelView, SqueezeRecipe, TeachersRecipe

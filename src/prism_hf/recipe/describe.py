@@ -10,8 +10,8 @@ VIEW_ROW_BYTES = 32
 """Bytes of one view in addition to its logits: two crops, a mix box, indices and flags (before compression)."""
 
 
-def describe_plan(recipe: Recipe) -> str:
-    """Describe what a run will do, from the recipe alone, for `--dry-run`."""
+def describe_plan(recipe: Recipe, *, control: bool = True) -> str:
+    """Describe what a run will do, from the recipe alone, for `--dry-run`; without `control`, as `--no-control` does."""
     jobs, data, teachers, relabel = plan_jobs(recipe), recipe.data, recipe.teachers, recipe.relabel
     drawn: Counter[str] = Counter()
     for job in jobs:
@@ -37,14 +37,22 @@ def describe_plan(recipe: Recipe) -> str:
     ]
     for name in teachers.synthesis_names if steps else ():
         lines.append(f"BN        {name}: in {drawn[name]:,} of {count_text(steps, 'step')} ({drawn[name] / steps:.0%})")
+    with_control = control and not random
+    if random:
+        control_text = "none: these are random real images, the control that other methods are compared with"
+    else:
+        control_text = "as many random real images, relabeled by the same teachers" if control else "none (--no-control)"
     lines += [
+        f"control   {control_text}",
         f"verifier  {teachers.verifier or 'none'}",
         f"relabel   {', '.join(relabel.teachers)} ({relabel.ensemble}), {count_text(relabel.epochs, 'epoch')} of views",
         f"squeeze   {', '.join(recipe.squeezed_teachers) or 'nothing'}",
         f"students  {recipe.evaluation.student}, {count_text(len(recipe.evaluation.seeds), 'seed')}",
         f"bytes     images at most {size_text(recipe.num_images * data.channels * data.size**2)} "
         f"(raw pixels; {recipe.packaging.image_format} is smaller), labels about {size_text(labels)} in {views:,} views",
-        f"disk      about {size_text(sum(space_needed(recipe).values()))} for the whole run, including the control",
+        f"disk      about {size_text(sum(space_needed(recipe, control=with_control).values()))} for the whole run"
+        + (", including the control" if with_control else "")
+        + f"; {size_text(cache_needed(recipe, control=with_control))} in the cache of `datasets` to train students",
     ]
     return "\n".join(lines)
 
@@ -53,11 +61,20 @@ def space_needed(recipe: Recipe, *, processes: int = 1, control: bool = True) ->
     """Return the maximum number of bytes that a run needs on disk, by kind, without teachers and students.
 
     Images are kept as they come from synthesis. Those of the distilled set, and of its control if there is one, are also
-    kept encoded, decoded for the teachers, and decoded for the students. Each process has a checkpoint (pixels and two
-    moments), and a second one while the first is replaced.
+    kept encoded, and decoded for the teachers. Each process has a checkpoint (pixels and two moments), and a second one
+    while the first is replaced. Evaluation also needs `cache_needed`.
     """
     data, sets = recipe.data, 2 if control else 1
     pixels = recipe.num_images * data.channels * data.size**2
     labels = recipe.num_images * (recipe.relabel.epochs + 1) * (2 * data.num_classes + VIEW_ROW_BYTES)
     batch = min(recipe.synthesis.batch_size + 1, recipe.num_images) * data.channels * data.size**2
-    return {"images": (1 + 3 * sets) * pixels, "labels": sets * labels, "checkpoints": 2 * processes * 3 * 4 * batch}
+    return {"images": (1 + 2 * sets) * pixels, "labels": sets * labels, "checkpoints": 2 * processes * 3 * 4 * batch}
+
+
+def cache_needed(recipe: Recipe, *, control: bool = True) -> int:
+    """Return the bytes that training students needs in the cache of `datasets`: decoded images and their own logits.
+
+    Views and their logits are read from the Parquet files in place.
+    """
+    data, sets = recipe.data, 2 if control else 1
+    return sets * recipe.num_images * (data.channels * data.size**2 + 2 * data.num_classes)

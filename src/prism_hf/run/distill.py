@@ -60,6 +60,7 @@ def distill(
     stage: str | None = None,
     fresh: bool = False,
     allow_partial: bool = False,
+    control: bool = True,
     push_to_hub: Target | str | None = None,
     log_with: str | None = None,
     threads: int | None = None,
@@ -75,6 +76,7 @@ def distill(
         stage: Run only this stage: `squeeze`, `synthesize`, `relabel`, `package` or `evaluate`.
         fresh: Move an existing run in the folder aside, and start again.
         allow_partial: Package the finished images even if some jobs failed.
+        control: Also make random real images, label them and train students on them, as the control of the distilled ones.
         push_to_hub: Publish the dataset in one commit. A plain Hub id means a private repo.
         log_with: Log losses and images to `tensorboard`, `wandb` or `trackio`.
         threads: CPU threads per process. The exact bytes of a result depend on it. Default: the number that the run was
@@ -95,7 +97,8 @@ def distill(
     if not fresh:
         check_threads(folder / "work", threads)
     accelerator = make_accelerator(folder, log_with=log_with)
-    run = Run(recipe, folder, Path(teachers or folder / "teachers"), accelerator, checkpoint_s, allow_partial)
+    root = Path(teachers or folder / "teachers")
+    run = Run(recipe, folder, root, accelerator, checkpoint_s, allow_partial, with_control=control)
     return _distill(run, stage, target, threads, fresh=fresh)
 
 

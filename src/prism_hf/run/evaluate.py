@@ -27,7 +27,7 @@ from ..evaluation import (
 from ..hub import draw_diversity
 from ..images import ImageSplit
 from ..models import Teacher, scored_on, source_facts
-from ..recipe import Recipe, plan_jobs, to_dict
+from ..recipe import plan_jobs, to_dict
 from ..runtime import is_finished, read_proof, write_json
 from .artifacts import job_file, read_failed
 from .context import Run
@@ -44,7 +44,7 @@ def evaluate(run: Run) -> None:
     with run.accelerator.main_process_first():
         distilled = load_distilled(run.dataset)
         sources: dict[str, Source] = {"distilled": distilled}
-        if run.control.is_dir():
+        if run.wants_control and run.control.is_dir():
             sources["random_real"] = load_distilled(run.control)
     sources["full"] = run.data.train
     keep = partial(
@@ -61,11 +61,13 @@ def evaluate(run: Run) -> None:
         conclude(run, evaluation)
 
 
-def left_out(recipe: Recipe, sources: Mapping[str, Source]) -> dict[str, str]:
-    """Return the rows that cannot be computed, each with the reason."""
-    reasons = {}
+def left_out(run: Run, sources: Mapping[str, Source]) -> dict[str, str]:
+    """Return the rows that are not computed, each with the reason."""
+    recipe, reasons = run.recipe, {}
     if recipe.method == "random":
         reasons["random real"] = NO_CONTROL
+    elif not run.with_control:
+        reasons["random real"] = "not yet run: --no-control was given"
     elif "random_real" not in sources:
         reasons["random real"] = "a class has fewer real training images than ipc"
     if not recipe.evaluation.full_data_epochs:
@@ -90,7 +92,7 @@ def fill_table(
     recipe, classes = run.recipe, run.recipe.data.num_classes
     tasks = student_tasks(sources, test, recipe.evaluation, recipe.relabel.view, folder, num_classes=classes)
     train_students(run, tasks, keep=keep)
-    verifier, reasons = judge if recipe.teachers.verifier else None, left_out(recipe, sources) | dict(missing)
+    verifier, reasons = judge if recipe.teachers.verifier else None, left_out(run, sources) | dict(missing)
     return collect(run, tasks, sources, left_out=reasons, verifier=verifier, network=judge)
 
 

@@ -34,6 +34,7 @@ def evaluate_dataset(
     test: str | None = None,
     teachers: Path | None = None,
     folder: Path | None = None,
+    control: bool = True,
     threads: int | None = None,
     checkpoint_s: float = EVERY_S,
 ) -> tuple[Path, Path | None]:
@@ -53,7 +54,8 @@ def evaluate_dataset(
         distilled = load_distilled(source, revision=revision)
     recipe = _protocol(source, distilled, overrides)
     folder = folder or Path("outputs") / "evaluate" / recipe.name
-    run = Run(recipe, folder, teachers or _nearest_teachers(source), accelerator, checkpoint_s)
+    root = teachers or _nearest_teachers(source)
+    run = Run(recipe, folder, root, accelerator, checkpoint_s, with_control=control)
     check_threads(run.work, threads)
     student = _evaluate(run, source, distilled, test, threads)
     return folder / "report.json", student if student.is_dir() else None

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import timm
 
 from ..errors import OutputError, RecipeError, StageError, TeacherError
 from ..images import ImageSplit, describe_source, faults_of
 from ..method import Alignment, check_candidates, real_rows
 from ..models import Teacher, check_batch, check_network, classifier_of
-from ..recipe import SQUEEZE_PREFIX, STAGES, Recipe, space_needed
+from ..recipe import SQUEEZE_PREFIX, STAGES, Recipe, cache_needed, space_needed
 from ..runtime import local_folder, read_json, size_text, write_json
 from .context import Run
 from .folder import check_place
@@ -30,7 +31,7 @@ def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
     check_place(run.teachers_root, "--teachers")
     check_apart(run.folder, data.source)
     if space:
-        check_space(missing_space(run), run.folder)
+        check_space(missing_space(run), run.folder, cached=cache_needed(recipe, control=run.wants_control))
     check_network(recipe.evaluation.student, num_classes=data.num_classes, channels=data.channels, size=data.size)
     check_architectures(recipe)
     loaded = run.teachers(_not_squeezed(recipe))
@@ -92,15 +93,26 @@ def missing_space(run: Run) -> int:
     return max(0, needed - bytes_below(run.work, run.dataset, run.control))
 
 
-def check_space(missing: int, folder: Path) -> None:
-    """Raise an `OutputError` if less disk space is free than a run still needs."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(existing).free
-    if missing > free:
-        raise OutputError(
-            f"output {str(folder)!r} needs about {size_text(missing)}, but only {size_text(free)} is free; make "
-            "space, use another disk (--output DIR), or lower synthesis.ipc or relabel.epochs"
-        )
+def check_space(missing: int, folder: Path, *, cached: int = 0) -> None:
+    """Raise an `OutputError` if a disk has less free space than a run still needs on it.
+
+    `missing` bytes are needed in `folder`, and `cached` bytes in the cache of `datasets`, which may be on the same disk.
+    """
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    if _existing(cache).stat().st_dev == _existing(folder).stat().st_dev:
+        missing, cached = missing + cached, 0
+    for needed, place, option in ((missing, folder, "--output DIR"), (cached, cache, "HF_DATASETS_CACHE")):
+        free = shutil.disk_usage(_existing(place)).free
+        if needed > free:
+            what = "output" if place == folder else "the cache of `datasets`,"
+            raise OutputError(
+                f"{what} {str(place)!r} needs about {size_text(needed)}, but only {size_text(free)} is free; make space, "
+                f"use another disk ({option}), or lower synthesis.ipc or relabel.epochs"
+            )
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
 def check_verifier(recipe: Recipe, loaded: Mapping[str, Teacher]) -> None:

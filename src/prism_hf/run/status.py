@@ -71,7 +71,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _stages(recipe: Recipe, folder: Path) -> dict[str, dict[str, object]]:
     work, jobs = folder / "work", plan_jobs(recipe)
     finished = sum(is_finished(job_file(work, job.id)) for job in jobs)
-    both = [DISTILLED, RANDOM_REAL]
+    both = [DISTILLED] if recipe.method == "random" else [DISTILLED, RANDOM_REAL]
     sets = [name for name in both if (work / name).is_dir()] or both
     views = [work / name / VIEWS / shard.name for name in sets for shard in view_shards(recipe, recipe.num_images)]
     students = sum(map(is_finished, (work / "students").glob("*-seed*.json")))
