@@ -524,7 +524,7 @@ TEACHERS = {
     ),
     "transformers, no processor": (
         "transformers:bad",
-        ["cannot be loaded"],
+        ["no preprocessor_config.json", "save the image processor too"],
         copied("resnet", "bad", remove("bad/preprocessor_config.json")),
     ),
     "transformers, a size in words": (

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 import re
@@ -8,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from each import each
 from foreign_teachers import resnet
 from pipeline import one_line, save_timm
 from safetensors.torch import load_file, save_file
@@ -243,7 +245,63 @@ def test_a_transformers_folder_without_processor_gives_a_one_line_error(tmp_path
         path.unlink()
     with pytest.raises(TeacherError) as error:
         load_teacher(f"transformers:{tmp_path}", device=CPU)
-    one_line(error)
+    assert "save the image processor too: AutoImageProcessor" in one_line(error)
+
+
+# -- class names ------------------------------------------------------------------------------------------------------
+
+
+@each("labels, names, fits", [
+    (["a", "b", "c"], ["a", "b", "c"], True),
+    (["A", "B", "C"], ["a", "b", "c"], True),
+    (["B", "A", "C"], ["a", "b", "c"], False),
+    (["hot_dog", "T-Rex", "caf\u00e9"], ["Hot Dog", "t rex", "cafe\u0301"], True),
+    (["T-Rex", "hot_dog", "caf\u00e9"], ["Hot Dog", "t rex", "cafe\u0301"], False),
+    (["A", "a", "B"], ["A", "a", "B"], True),
+    (["a", "A", "B"], ["A", "a", "B"], False),
+    (["aeroplane", "bird", "cat"], ["airplane", "bird", "cat"], True),
+    (["bird", "aeroplane", "cat"], ["airplane", "bird", "cat"], False),
+    (["crane", "crane", "dog"], ["crane", "crane", "dog"], True),
+    (["dog", "crane", "crane"], ["crane", "crane", "dog"], False),
+    (["x", "y", "z"], ["a", "b", "c"], True),
+])  # fmt: skip
+def test_a_name_of_the_data_with_another_number_is_refused(teacher, labels, names, fits):
+    own = dataclasses.replace(teacher, label_names=tuple(labels))
+    if fits:
+        check_teacher(own, class_names=names, channels=3)
+    else:
+        with pytest.raises(TeacherError) as error:
+            check_teacher(own, class_names=names, channels=3)
+        assert "lists its labels in another order: class " in one_line(error)
+
+
+@each("labels, words", [
+    ({0: "ant", 2: "cat", 3: "dog"}, "no class 1"),
+    ({1: "ant", 2: "bee", 3: "cat"}, "no class 0"),
+])  # fmt: skip
+def test_class_names_with_gaps_are_refused(resnet_folder, folder, tmp_path, labels, words):
+    net = Path(shutil.copytree(resnet_folder, tmp_path / "net"))
+    content = json.loads((net / "config.json").read_text()) | {"id2label": labels}
+    (net / "config.json").write_text(json.dumps(content))
+    with pytest.raises(TeacherError) as error:
+        load_teacher(f"transformers:{net}", device=CPU)
+    assert "3 classes, but its config names 3" in one_line(error)
+    assert words in one_line(error)
+    (tmp_path / "timm").mkdir()
+    with pytest.raises(TeacherError) as error:
+        load_teacher(f"local-dir:{with_config(folder, tmp_path / 'timm', label_names=labels)}", device=CPU)
+    assert words in one_line(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_weights_become_float32(resnet_folder, tmp_path, dtype):
+    ResNetForImageClassification.from_pretrained(resnet_folder).to(dtype).save_pretrained(tmp_path)
+    shutil.copy(resnet_folder / "preprocessor_config.json", tmp_path)
+    teacher = load_teacher(f"transformers:{tmp_path}", device=CPU)
+    assert {value.dtype for value in teacher.model.state_dict().values() if value.is_floating_point()} == {torch.float32}
+    x = to_reference(images(3))
+    whole = load_teacher(f"transformers:{resnet_folder}", device=CPU).logits(x)
+    torch.testing.assert_close(teacher.logits(x), whole, rtol=0.1, atol=0.02)
 
 
 # -- hash of the weights ----------------------------------------------------------------------------------------------
@@ -284,20 +342,28 @@ def test_image_processor_and_prepare_agree_on_a_picture_of_the_right_size(resnet
     [
         ({"do_center_crop": True, "crop_size": {"height": 20, "width": 20}}, (20, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))),
         ({"do_normalize": False}, (24, (0.0,) * 3, (1.0,) * 3)),
-        ({"do_flip_channel_order": True}, None),
-        ({"rescale_factor": 1 / 127.5}, None),
+        ({"do_flip_channel_order": True}, (24, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))),  # a ViT's processor does not know it
+        ({"rescale_factor": 1 / 127.5}, (24, (0.05, 0.1, 0.15), (0.2, 0.25, 0.3))),
+        (
+            {"do_rescale": False, "image_mean": [102.0, 127.5, 51.0], "image_std": [51.0, 51.0, 25.5]},
+            (24, (0.4, 0.5, 0.2), (0.2, 0.2, 0.1)),
+        ),
+        ({"size": {"height": 20, "width": 30}}, "expected one side of a square"),
+        ({"image_std": [0.5, 0.5, 0.0]}, "image processor"),
+        ({"image_mean": [0.5, 0.5]}, "image processor"),
     ],
 )
 def test_each_step_of_an_image_processor_is_applied_or_refused(resnet_folder, tmp_path, changes, expected):
     folder = Path(shutil.copytree(resnet_folder, tmp_path / "net"))
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    if expected is None:
-        with pytest.raises(TeacherError, match="expects a channel order or pixel scale"):
+    if isinstance(expected, str):
+        with pytest.raises(TeacherError, match=expected):
             load_teacher(f"transformers:{folder}", device=CPU)
     else:
         teacher = load_teacher(f"transformers:{folder}", device=CPU)
-        assert (teacher.size, teacher.mean, teacher.std) == expected
+        assert (teacher.size, teacher.order) == (expected[0], None)
+        assert (*teacher.mean, *teacher.std) == pytest.approx((*expected[1], *expected[2]), abs=1e-6)
 
 
 # -- contents of configs ----------------------------------------------------------------------------------------------
@@ -366,10 +432,10 @@ def test_older_timm_configs_may_be_flat(folder, tmp_path, teacher, kept):
 
 
 def test_timm_may_list_labels_by_number(folder, tmp_path):
-    copy = with_config(folder, tmp_path, label_names={"10": "cat", "2": "bee", "1": "ant"})
+    copy = with_config(folder, tmp_path, label_names={"2": "cat", "1": "bee", "0": "ant"})
     assert load_teacher(f"local-dir:{copy}", device=CPU).label_names == NAMES
     shutil.rmtree(copy)
     copy = with_config(folder, tmp_path, label_names={"a": "ant", "b": "bee"})
     with pytest.raises(TeacherError) as error:
         load_teacher(f"local-dir:{copy}", device=CPU)
-    assert "cannot be loaded" in one_line(error)
+    assert "its class names have the keys ['a', 'b'], expected numbers" in one_line(error)

@@ -25,7 +25,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 CARD = "README.md"
-OPTIONAL = (CARD, "preprocessor_config.json", "processor_config.json", ADAPTER)
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+OPTIONAL = (CARD, *PROCESSORS, ADAPTER)
 
 SHARD = r"model-[0-9]+-of-[0-9]+\.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar", ".npz")

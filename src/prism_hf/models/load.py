@@ -14,9 +14,12 @@ from timm.data import resolve_model_data_config
 from ..errors import TeacherError
 from ..runtime import Facts, stray_link
 from .build import LogitsOnly
-from .download import ADAPTER, CONFIG, INDEX, WEIGHTS, ModelFiles, ShardIndex, fetch
+from .download import ADAPTER, CONFIG, INDEX, PROCESSORS, WEIGHTS, ModelFiles, ShardIndex, fetch
+from .processor import PixelMap, pixel_map
 from .teacher import Teacher, digest_of_tensors
 
+_MOST = 2.0
+"""Larger means and standard deviations are in units of 0..255; those of all timm models are at most 1."""
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -36,7 +39,18 @@ class _StatedInput(Facts):
         return self
 
 
-class _TimmConfig(_StatedInput):
+class _TimmInput(_StatedInput):
+    """The input format of a timm model, which always divides pixel values by 255 first."""
+
+    @model_validator(mode="after")
+    def _is_in_units(self) -> Self:
+        for key, value in (("mean", self.mean), ("std", self.std)):
+            if value is not None and max(map(abs, value)) > _MOST:
+                raise ValueError(f"{key} is {value}; expected the unit of pixels in [0, 1], so divide it by 255")
+        return self
+
+
+class _TimmConfig(_TimmInput):
     """The fields of a timm config.json that are used here, from `pretrained_cfg` or, in older files, the top level."""
 
     architecture: str
@@ -152,8 +166,6 @@ def _from_timm(source: str, name: str, files: ModelFiles, overlay: dict[str, str
         model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay)
         config, cfg = resolve_model_data_config(model), model.pretrained_cfg
         classes, labels = int(model.num_classes), cfg.get("label_names") or []
-        # timm allows a list, or a dict from class numbers to names.
-        names = [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) else list(labels)
     except Exception as error:  # an untrusted config.json sets constructor arguments, so any error can occur
         raise _cannot_load(name, error) from error
     if classes != cfg["num_classes"]:
@@ -162,6 +174,8 @@ def _from_timm(source: str, name: str, files: ModelFiles, overlay: dict[str, str
             f"teacher {name!r}: its config builds {classes} classes, but its weights have {cfg['num_classes']}; "
             "set the same num_classes in model_args and pretrained_cfg"
         )
+    numbered = labels if isinstance(labels, dict) else dict(enumerate(labels))
+    names = _label_names(numbered, classes, name) if labels else []
     return Teacher(
         name=name,
         model=model,
@@ -180,16 +194,22 @@ def _from_timm(source: str, name: str, files: ModelFiles, overlay: dict[str, str
 def _from_transformers(files: ModelFiles, name: str) -> Teacher:
     """Load a transformers classifier with the normalization of its image processor."""
     wrapped = _check_folder(files.folder, name).pretrained_cfg or {}
+    if not wrapped and not any((files.folder / file).is_file() for file in PROCESSORS):
+        raise TeacherError(
+            f"teacher {name!r}: {files.folder} has no {PROCESSORS[0]}, so its pixel values are unknown; save the image "
+            f"processor too: AutoImageProcessor.from_pretrained(ORIGINAL).save_pretrained({str(files.folder)!r})"
+        )
     model, processor = _load_with_processor(files.folder, name)
     config = model.config
-    size, mean, std = _input_format(processor, getattr(config, "num_channels", 3), name)
-    labels = [config.id2label.get(i, f"LABEL_{i}") for i in range(config.num_labels)]
+    size, pixels = _input_format(processor, getattr(config, "num_channels", 3), name)
+    labels = _label_names(config.id2label, int(config.num_labels), name)
     generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
     return Teacher(
         name=name,
         model=LogitsOnly(model),
-        mean=mean,
-        std=std,
+        mean=pixels.mean,
+        std=pixels.std,
+        order=None if pixels.order == tuple(sorted(pixels.order)) else pixels.order,
         size=size,
         num_classes=int(config.num_labels),
         architecture=str(getattr(config, "architecture", None) or config.model_type),
@@ -198,6 +218,24 @@ def _from_transformers(files: ModelFiles, name: str) -> Teacher:
         weights_sha256=digest_of_tensors(model.state_dict()),
         label_names=None if generic else tuple(labels),
     )
+
+
+def _label_names(labels: Mapping[Any, object], classes: int, name: str) -> list[str]:
+    """Return the class names in the order of their numbers; refuse names that do not cover all classes."""
+    try:
+        numbered = {int(number): str(label) for number, label in labels.items()}
+    except ValueError as error:
+        raise TeacherError(
+            f"teacher {name!r}: its class names have the keys {list(labels)[:5]}, expected numbers"
+        ) from error
+    if sorted(numbered) != list(range(classes)):
+        absent = sorted(set(range(classes)) - set(numbered))
+        wrong = f"no class {absent[0]}" if absent else f"class {max(numbered)}"
+        raise TeacherError(
+            f"teacher {name!r} has {classes} classes, but its config names {len(numbered)} ({wrong}); expected a name for "
+            f"each number from 0 to {classes - 1} in id2label (transformers) or label_names (timm)"
+        )
+    return [numbered[number] for number in range(classes)]
 
 
 def _check_folder(folder: Path, name: str) -> _WrappedConfig:
@@ -224,7 +262,7 @@ def _load_with_processor(folder: Path, name: str) -> tuple[Any, object]:
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         model, report = AutoModelForImageClassification.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, **local
+            folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **local
         )
         processor = AutoImageProcessor.from_pretrained(folder, **local)
     except Exception as error:  # an untrusted config.json sets constructor arguments, so any error can occur
@@ -237,29 +275,36 @@ def _load_with_processor(folder: Path, name: str) -> tuple[Any, object]:
     return model, processor
 
 
-def _input_format(processor: object, channels: int, name: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Return side, mean and std of an image processor, in [0, 1] pixel units; refuse one with other processing steps."""
-    scale = getattr(processor, "rescale_factor", None)
-    if getattr(processor, "do_flip_channel_order", False) or (scale is not None and abs(scale * 255 - 1) > 1e-6):
-        raise TeacherError(
-            f"teacher {name!r} expects a channel order or pixel scale other than RGB in [0, 1]; "
-            "load the model through timm, or use another teacher"
-        )
+def _input_format(processor: Any, channels: int, name: str) -> tuple[int, PixelMap]:
+    """Return the side of an image processor's square output, and what it does to the pixels."""
     values = getattr(processor, "data_config", None)  # only processors of wrapped timm models have it
-    if values is None:
-        crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
-        size = crop or getattr(processor, "size", None) or {}
-        side = next((size[key] for key in ("height", "shortest_edge") if key in size and size[key]), None)
-        plain = not getattr(processor, "do_normalize", True)
-        mean, std = ([0.0] * channels, [1.0] * channels) if plain else (processor.image_mean, processor.image_std)  # type: ignore[attr-defined]
-        values = {"input_size": side and [channels, side, side], "mean": mean, "std": std}
+    if values is not None:
+        stated = _stated_by(_TimmInput, values, name)
+        if stated.input_size is None or stated.mean is None or stated.std is None:
+            raise TeacherError(
+                f"teacher {name!r}: its image processor lacks an input size, mean or std; load it through timm"
+            )
+        return stated.input_size[-1], PixelMap(tuple(stated.mean), tuple(stated.std), tuple(range(len(stated.mean))))
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    size = crop or getattr(processor, "size", None) or {}
+    sides = {size[key] for key in ("height", "width", "shortest_edge") if key in size and size[key]}
+    if len(sides) != 1:
+        raise TeacherError(
+            f"teacher {name!r}: its image processor has size {dict(size)!r}, expected one side of a square; load the model "
+            "through timm, or use another teacher"
+        )
+    side = sides.pop()
+    if getattr(processor, "do_normalize", True):
+        numbers = {key: getattr(processor, f"image_{key}", None) for key in ("mean", "std")}
+        _stated_by(_StatedInput, {"input_size": [channels, side, side], **numbers}, name)
+    return side, pixel_map(processor, channels, min(side, 64), name)
+
+
+def _stated_by(kind: type[_StatedInput], values: Mapping[str, object], name: str) -> _StatedInput:
     try:
-        stated = _StatedInput.parse(json.dumps(values).encode(), "its image processor")
+        return kind.parse(json.dumps(values).encode(), "its image processor")
     except ValueError as error:
         raise TeacherError(f"teacher {name!r}: {error}") from error
-    if stated.input_size is None or stated.mean is None or stated.std is None:
-        raise TeacherError(f"teacher {name!r}: its image processor lacks an input size, mean or std; load it through timm")
-    return stated.input_size[-1], tuple(stated.mean), tuple(stated.std)
 
 
 def _check_links(folder: Path, name: str) -> None:

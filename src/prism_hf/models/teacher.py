@@ -1,6 +1,9 @@
 """A teacher: a frozen image classifier with its own normalization, input size and license."""
 
 import hashlib
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +21,8 @@ class Teacher:
 
     Attributes:
         model: (B, 3 or 1, H, W) in its own normalization -> logits (B, K); eval mode, no parameter gradients.
-        mean, std: Per channel, in [0, 1] pixel units.
+        mean, std: Per channel of the input, in [0, 1] pixel units.
+        order: Channel of the image that each channel of the input is, such as (2, 1, 0) for BGR; `None` for all in order.
         size: Side length of its input in pixels.
         license: License of the weights, or "unknown".
         revision: Hub commit of the weights, or `None` for local ones.
@@ -37,6 +41,7 @@ class Teacher:
     revision: str | None
     weights_sha256: str
     label_names: tuple[str, ...] | None
+    order: tuple[int, ...] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -49,6 +54,10 @@ class Teacher:
         Gray images are copied to all channels of the teacher; the gradients of the copies add up.
         """
         reference_mean, reference_std = reference_mean_std(images.shape[1], like=images)
+        if self.order is not None and images.shape[1] > 1:
+            images, reference_mean, reference_std = (
+                part[:, self.order] for part in (images, reference_mean, reference_std)
+            )
         mean, std = (torch.tensor(v).to(images).view(1, -1, 1, 1) for v in (self.mean, self.std))
         x = torch.addcmul((reference_mean - mean) / std, images, reference_std / std)
         if x.shape[-1] != self.size:
@@ -75,13 +84,29 @@ def check_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int
         raise TeacherError(
             f"teacher {teacher.name!r} takes images of 1 channel, but the data has {channels}; set data.channels"
         )
-    names = teacher.label_names
-    if names is not None and set(names) == set(class_names) and tuple(names) != tuple(class_names):
-        first = next(i for i, (a, b) in enumerate(zip(names, class_names, strict=True)) if a != b)
+    if teacher.label_names is not None:
+        _check_order(teacher.name, teacher.label_names, class_names)
+
+
+def _check_order(name: str, labels: Sequence[str], class_names: Sequence[str]) -> None:
+    """Refuse a name of the data that has another number here, whatever its case and the signs between its words."""
+    own, data = list(map(_plain, labels)), list(map(_plain, class_names))
+    if len(set(own)) < len(own) or len(set(data)) < len(data):  # some differ only in case or signs, such as A and a
+        own, data = list(labels), list(class_names)
+    repeated = {label for names in (own, data) for label, count in Counter(names).items() if count > 1}
+    numbers = {label: number for number, label in enumerate(own) if label not in repeated}
+    moved = [number for number, label in enumerate(data) if numbers.get(label, number) != number]
+    if moved:
+        first = moved[0]
         raise TeacherError(
-            f"teacher {teacher.name!r} lists its labels in another order: class {first} is {names[first]!r}, but "
+            f"teacher {name!r} lists its labels in another order: class {first} is {labels[first]!r}, but "
             f"{class_names[first]!r} in the data; reorder the data's ClassLabel, or use another teacher"
         )
+
+
+def _plain(label: str) -> str:
+    """Return a class name for comparisons: composed Unicode, without case, spaces, `_` and `-`."""
+    return re.sub(r"[\s_-]+", "", unicodedata.normalize("NFC", label)).casefold()
 
 
 @torch.no_grad()

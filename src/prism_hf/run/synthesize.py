@@ -105,7 +105,7 @@ def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: i
     facts = {
         "architecture": teacher.architecture,
         "weights_sha256": teacher.weights_sha256,
-        "prepared": [teacher.mean, teacher.std, teacher.size],
+        "prepared": [teacher.mean, teacher.std, teacher.size, *([] if teacher.order is None else [teacher.order])],
         "content": f"{split.content}/{split.size}/{split.channels}",
         "count": len(split),
         "image_shape": [split.channels, split.size, split.size],
