@@ -18,7 +18,7 @@ class DataError(PrismError, ValueError):
 
 
 class TeacherError(PrismError, ValueError):
-    """A teacher that cannot be used: not found, no BatchNorm2d to align, or a different class count or label order."""
+    """A teacher that cannot be used: not found, no BatchNorm to align, or a different class count or label order."""
 
 
 class SynthesisError(PrismError, RuntimeError):

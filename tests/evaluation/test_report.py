@@ -7,8 +7,10 @@ from prism_hf.evaluation.report import (
     bytes_text,
     evaluation_facts,
     in_words,
+    knows_little,
     markdown_table,
     plain_table,
+    remarks_on,
     score_row,
     summary,
     table_rows,
@@ -172,3 +174,28 @@ def test_summary_shows_table_words_gaps_and_times(evaluation):
 def test_summary_without_rows_or_times():
     empty = evaluation_facts(rows=(), sets={}, student="s", epochs=1, test_count=2)
     assert "s, 0 seeds" in summary({"recipe": "r", "evaluation": empty})
+
+
+# -- numbers that mean little -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("top1", "classes", "count", "little"),
+    [
+        (0.10, 10, 10_000, True), (0.18, 10, 10_000, True), (0.20, 10, 10_000, False),
+        (0.5, 2, 10_000, True), (0.56, 2, 10_000, False), (0.56, 2, 12, True),  # 12 images: chance may give 0.9
+        (0.001, 1000, 50_000, True), (0.11, 1000, 50_000, False),
+    ],
+)  # fmt: skip
+def test_a_score_near_chance_is_known(top1, classes, count, little):
+    assert knows_little(top1, classes, count) is little
+
+
+def test_weak_networks_and_an_under_trained_ceiling_are_remarked_on():
+    rows = [{"images": "distilled", "mean": 0.6}, {"images": "random_real", "mean": 0.5}, {"images": "full", "mean": 0.55}]
+    top1 = {"squeeze:a": 0.1, "squeeze:b": 0.9, "squeeze:v": 0.12}
+    first, second, third = remarks_on(top1, "squeeze:v", rows, classes=10, count=1000)
+    assert first == "squeeze:a has 10.0 % top-1 and chance is 10.0 %, so what it teaches means little."
+    assert second == "squeeze:v has 12.0 % top-1 and chance is 10.0 %, so the column `verifier %` means little."
+    assert third.startswith("The student on all real images is under-trained")
+    assert remarks_on({"squeeze:b": 0.9}, None, [*rows[:2], {"images": "full", "mean": 0.7}], classes=10, count=1000) == []

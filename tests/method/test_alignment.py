@@ -2,6 +2,7 @@ import copy
 import math
 
 import pytest
+import timm
 import torch
 from pipeline import one_line
 from slow_statistics import (
@@ -20,7 +21,7 @@ from slow_statistics import (
 from torch import nn
 
 from prism_hf.errors import TeacherError
-from prism_hf.method.alignment import Alignment
+from prism_hf.method.alignment import Alignment, describe_norms
 from prism_hf.method.statistics import STATISTICS, conv_statistics
 from prism_hf.runtime.store import Artifact
 from prism_hf.runtime.tensors import read_tensors, write_tensors
@@ -234,13 +235,12 @@ def test_the_first_layer_is_the_first_to_run_not_the_first_registered():
     "model",
     [
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()),
-        nn.BatchNorm1d(3),
         nn.BatchNorm2d(3, track_running_stats=False),
     ],
-    ids=["no norm", "1d norm", "no running statistics"],
+    ids=["no norm", "no running statistics"],
 )
 def test_a_network_with_nothing_to_align_is_an_error(model):
-    with pytest.raises(TeacherError, match="'alexnet' has no BatchNorm2d layer with running statistics") as error:
+    with pytest.raises(TeacherError, match="'alexnet' has no BatchNorm layer with running statistics") as error:
         Alignment(model, name="alexnet")
     assert "teachers.bn_pool" in str(error.value)
 
@@ -534,3 +534,54 @@ def test_statistics_of_another_size_patch_or_network_give_a_one_line_error(small
     assert "expected 2 convolutions, more ran" in error_of(fewer)
     wider = conv | {"1.channel_mean": torch.zeros(5), "1.channel_var": torch.zeros(5)}
     assert "conv.1.channel_mean has 5 values, but the input has 4" in error_of(wider)
+
+
+# -- BN layers of other kinds -----------------------------------------------------------------------------------------
+
+
+def biased(x):
+    """Return mean and biased variance per channel of (B, C) or (B, C, ...), one number at a time."""
+    per_channel = x.double().transpose(0, 1).reshape(x.shape[1], -1)
+    means = [sum(row.tolist()) / len(row) for row in per_channel]
+    spreads = [sum((v - m) ** 2 for v in row.tolist()) / len(row) for row, m in zip(per_channel, means, strict=True)]
+    return torch.tensor(means), torch.tensor(spreads)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.BatchNorm1d(3), (6, 3)),
+        (nn.BatchNorm1d(3), (4, 3, 5)),
+        (nn.BatchNorm2d(3), (4, 3, 5, 2)),
+        (nn.BatchNorm3d(3), (2, 3, 4, 2, 3)),
+        (nn.SyncBatchNorm(3), (4, 3, 5, 2)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(len(value)),
+)
+def test_every_kind_of_batch_norm_is_matched(layer, shape):
+    generator = torch.Generator().manual_seed(0)
+    layer = layer.eval().requires_grad_(False)
+    layer.running_mean = torch.randn(3, generator=generator)
+    layer.running_var = torch.rand(3, generator=generator) + 0.5
+    x = torch.randn(shape, generator=generator)
+    with Alignment(nn.Sequential(layer), first_bn_multiplier=2.0) as alignment:
+        found = alignment(x).mismatch
+    mean, var = biased(x)
+    expected = 2 * ((mean - layer.running_mean).norm() + (var - layer.running_var).norm())
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_layers_that_take_part_are_named():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.LayerNorm(3), nn.BatchNorm1d(3), nn.InstanceNorm2d(3))
+    expected = "norm layers in BN alignment: 1 BatchNorm1d, 2 BatchNorm2d; not in it: 1 InstanceNorm2d, 1 LayerNorm"
+    assert describe_norms(model) == expected
+    levit = describe_norms(timm.create_model("levit_128s", num_classes=3))
+    assert levit == "norm layers in BN alignment: 48 BatchNorm1d, 4 BatchNorm2d; not in it: none"
+
+
+@pytest.mark.parametrize("architecture", ["repvgg_a0", "mobileone_s0"])
+def test_folded_bn_layers_are_explained(architecture):
+    from timm.utils.model import reparameterize_model
+
+    with pytest.raises(TeacherError, match="folded into convolutions for deployment"):
+        Alignment(reparameterize_model(timm.create_model(architecture)), name="x")

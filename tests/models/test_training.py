@@ -10,7 +10,7 @@ from torch import nn
 from prism_hf.errors import RecipeError
 from prism_hf.images.source import ImageSplit
 from prism_hf.models.build import build_network, seeded
-from prism_hf.models.training import Top1, fit, score
+from prism_hf.models.training import CHECK_EVERY, Batches, Top1, fit, score
 
 CPU = torch.device("cpu")
 
@@ -181,3 +181,12 @@ def test_score_is_the_fraction_of_correct_predictions(split, batch_size):
 
 def test_top1_counts_equal_entries():
     assert Top1(keep_in_memory=True).compute(predictions=[0, 1, 2, 2], references=[0, 1, 1, 2]) == {"top1": 0.75}
+
+
+def test_every_few_steps_the_number_of_finished_steps_is_told():
+    torch.manual_seed(0)
+    told, network = [], torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    data = [(torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 0, 1])) for _ in range(23)]
+    batches = Batches(lambda done: iter(data[done:]))
+    fit(network, batches, torch.nn.functional.cross_entropy, steps=23, lr=0.1, weight_decay=0.0, at_step=told.append)
+    assert told == [0, *range(CHECK_EVERY, 23, CHECK_EVERY), 23]

@@ -107,3 +107,27 @@ def test_a_run_of_random_images_has_no_control(tmp_path, accelerator):
 
 def test_the_stages_are_named_in_order():
     assert STAGES == ("squeeze", "synthesize", "relabel", "package", "evaluate")
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision", "lines"),
+    [
+        ("avx2 avx512_bf16", "bf16", 1),
+        ("amx_bf16", "bf16", 0),
+        ("fp bf16", "bf16", 0),
+        ("avx2", "no", 0),
+        (None, "bf16", 0),
+    ],
+)
+def test_bf16_is_warned_of_once_where_it_is_slower(tmp_path, monkeypatch, caplog, flags, precision, lines):
+    monkeypatch.setattr("prism_hf.run.context._CPU_INFO", tmp_path / "cpuinfo")
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    AcceleratorState._reset_state(True)
+    with caplog.at_level("WARNING"):
+        make_accelerator()
+    AcceleratorState._reset_state(True)
+    assert [record.message.startswith("bf16 is slower than float32 on this CPU") for record in caplog.records] == [
+        True
+    ] * lines

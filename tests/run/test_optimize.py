@@ -12,7 +12,7 @@ from prism_hf.errors import NotFiniteError, StoppedError, SynthesisError
 from prism_hf.images.pixels import reference_mean_std, to_uint8
 from prism_hf.method import synthesis
 from prism_hf.method.objective import Objective
-from prism_hf.run.optimize import CHECK_EVERY, optimize
+from prism_hf.run.optimize import CHECK_EVERY, optimize, ratio_lines, term_ratios
 from prism_hf.runtime import stop as interruption
 from prism_hf.runtime.checkpoint import Checkpoint
 from prism_hf.runtime.store import Artifact
@@ -40,7 +40,7 @@ def test_with_no_iterations_the_start_images_are_the_result(tiny_recipe, teacher
 
 def test_the_history_contains_densification(tiny_recipe, teachers):
     (entry,) = run_one(tiny_recipe(TWO_SLOTS | DENSE), teachers).history
-    assert list(entry) == ["step", "ce", "bn", "grad", "densification", "lr"]
+    assert [key for key in entry if not key.startswith("ratio ")] == ["step", "ce", "bn", "grad", "densification", "lr"]
     assert entry["densification"] > 0
 
 
@@ -50,7 +50,28 @@ def test_history_names_its_terms(tiny_recipe, teachers):
     result = run_one(made, teachers, on_check=seen.append)
     assert result.history == seen
     assert [entry["step"] for entry in seen] == [CHECK_EVERY, CHECK_EVERY + 3]
-    assert all(set(entry) == {"step", "ce", "bn", "grad", "lr"} for entry in seen)
+    terms = {"step", "ce", "bn", "grad", "lr"}
+    assert [set(entry) - terms for entry in seen][1:] == [set()]
+    ratios = term_ratios([{"history": seen}])
+    assert set(seen[0]) - terms == {f"ratio {name}" for name in ratios}
+    # The BN term is the mean over the teachers of the step.
+    mean = sum(ratios.values()) / len(ratios)
+    assert mean == pytest.approx(made.synthesis.bn_weight * seen[0]["bn"] / seen[0]["ce"], rel=1e-4)
+
+
+def test_a_term_that_rules_gets_one_line_of_advice():
+    notes = [
+        {"history": [{"ratio a": 85.0, "ratio b": 2.0}, {"ce": 1.0}]},
+        {"history": [{"ratio b": 4.0}]},
+        {"history": []},
+    ]
+    ratios = term_ratios(notes)
+    assert ratios == {"a": 85.0, "b": 3.0}
+    first, advice = ratio_lines(ratios, 0.01)
+    assert first == "weighted BN term / classification loss at the first look: a 85, b 3"
+    assert advice.startswith("warning: one term rules for a; with synthesis.bn_weight=0.00012 both would be equal")
+    assert len(ratio_lines({"a": 0.001}, 0.01)) == 2
+    assert ratio_lines({}, 0.01) == []
 
 
 @pytest.mark.parametrize(

@@ -245,3 +245,17 @@ def test_a_bar_shows_the_steps_of_this_process(tmp_path, monkeypatch, title, tex
     assert bar.words == {"total": 20, "desc": text, "unit": "step", "leave": not title}
     assert bar.n == 20
     assert not bar.open
+
+
+def test_a_task_moves_through_its_steps_and_a_resumed_one_starts_where_it_was(tmp_path):
+    seen = []
+
+    def do(task, progress):
+        progress.reach(30 if task == 1 else 0)  # an earlier launch did 30 steps of task 1
+        seen.append((progress.count, progress.seconds_left))
+        progress.reach(60)
+        seen.append((progress.count, progress.seconds_left is not None))
+
+    loop(tmp_path, [1, 2], do=do, size=lambda _: 100, steps="step")
+    assert seen == [(30, None), (60, True), (100, seen[2][1]), (160, True)]
+    assert seen[2][1] is not None

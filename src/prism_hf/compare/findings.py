@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from ..dataset import load_distilled, versions
-from ..evaluation import FeatureMap, difference, features_of, intra_class_similarity, pair_histogram, read_scores, score_row
+from ..evaluation import (
+    FeatureMap,
+    difference,
+    features_of,
+    intra_class_similarity,
+    pair_histogram,
+    read_scores,
+    remarks_on,
+    score_row,
+)
 from ..recipe import dump_recipe, public_recipe, to_dict
 from ..runtime import is_finished
 from .comparison import Comparison, name_of
@@ -56,7 +65,7 @@ def findings(
     return {
         "name": comparison.folder.absolute().name,
         "data": _data(comparison),
-        "protocol": _protocol(comparison) | {"notes": list(notes)},
+        "protocol": _protocol(comparison) | {"notes": [*notes, *_remarks(comparison, scores, full_data)]},
         "methods": methods,
         "scores": scores,
         "full_data": full_data,
@@ -69,6 +78,21 @@ def findings(
         "versions": versions(),
         "command": command,
     }, images
+
+
+def _remarks(
+    comparison: Comparison, scores: Sequence[Mapping[str, Any]], full_data: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Return sentences on what means little: weak teachers, a weak verifier, under-trained students on all real images."""
+    data, verifier = comparison.common_run().data, comparison.protocol.teachers.verifier
+    top1 = {name: score for run in comparison.one_of_each for name, score in run.known_top1.items()}
+    remarks = remarks_on(top1, verifier, (), classes=data.num_classes, count=len(data.test))
+    for student in comparison.ceilings:
+        full = [{**row, "images": "full"} for row in full_data if row["student"] == student]
+        others = [{**row, "images": "distilled"} for row in scores if row["student"] == student]
+        found = remarks_on({}, None, [*full, *others], classes=data.num_classes, count=len(data.test))
+        remarks += [f"{student}: {text}" for text in found]
+    return remarks
 
 
 def _records(comparison: Comparison) -> Records:

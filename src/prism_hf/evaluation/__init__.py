@@ -11,6 +11,7 @@ from .report import (
     markdown_table,
     percent_text,
     plain_table,
+    remarks_on,
     score_row,
     summary,
     table_rows,

@@ -17,6 +17,42 @@ _VERDICTS = {
 }
 
 
+KNOWS_LITTLE = 0.1
+"""A network knows little if it covers less than this share of the way from chance to a perfect score."""
+
+
+def knows_little(top1: float, classes: int, count: int) -> bool:
+    """Return whether a top-1 accuracy, in [0, 1], is near chance: by `KNOWS_LITTLE`, or within three standard errors of it.
+
+    `count` is the number of test images.
+    """
+    chance = 1 / classes
+    error = math.sqrt(chance * (1 - chance) / max(count, 1))
+    return top1 < chance + max(KNOWS_LITTLE * (1 - chance), 3 * error)
+
+
+def remarks_on(
+    top1: Mapping[str, float], verifier: str | None, rows: Sequence[Mapping[str, Any]], *, classes: int, count: int
+) -> list[str]:
+    """Return a sentence on each number of a table that means little: weak teachers, a weak verifier, a weak ceiling.
+
+    `top1` has the test accuracy of each squeezed network, in [0, 1], and `count` the number of test images.
+    """
+    remarks = []
+    for name, score in top1.items():
+        if knows_little(score, classes, count):
+            little = "the column `verifier %` means" if name == verifier else "what it teaches means"
+            remarks.append(f"{name} has {100 * score:.1f} % top-1 and chance is {100 / classes:.1f} %, so {little} little.")
+    full = [row["mean"] for row in rows if row["images"] == "full"]
+    others = [row["mean"] for row in rows if row["images"] != "full"]
+    if full and others and full[0] < max(others):
+        remarks.append(
+            "The student on all real images is under-trained, so its score is not an upper reference; raise "
+            "evaluation.full_data_epochs."
+        )
+    return remarks
+
+
 def score_row(images: str, labels: str, seeds: Sequence[int], top1: Sequence[float], count: int) -> dict[str, Any]:
     """Return a row of the table: the test top-1, in [0, 1], after the last epoch, of one student per seed.
 
@@ -45,10 +81,12 @@ def evaluation_facts(
     verifier: str | None = None,
     similarity_network: str | None = None,
     names: Mapping[str, str] | None = None,
+    remarks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return `evaluation` of report.json from `score_row`s and the `set_facts` of `distilled`, `random_real` and `full`.
 
     `left_out` gives the reason for each missing row. `names` overrides the names of sets in tables (default: `LABELS`).
+    `remarks` are sentences for the end of the summary.
     """
     return {
         "student": student,
@@ -61,7 +99,7 @@ def evaluation_facts(
         "left_out": dict(left_out or {}),
         "verifier": verifier,
         "similarity_network": similarity_network,
-        "in_words": CONTROL_ITSELF if names else in_words(rows),
+        "in_words": " ".join([CONTROL_ITSELF if names else in_words(rows), *remarks]),
     } | ({"names": dict(names)} if names else {})
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..dataset import DistilledDataset
 from ..images import ImageSplit, to_reference
-from ..models import Teacher, penultimate_features, score
+from ..models import AtStep, Teacher, penultimate_features, score
 from ..recipe import EvaluationRecipe, RelabelView
 from ..runtime import EVERY_S, Artifact, Checkpoint, digest
 from .diversity import similarity_of_batches
 from .report import score_row
-from .students import ROWS, Row, train_on_real, train_student
+from .students import ROWS, Row, steps_of, train_on_real, train_student
 
 Source = DistilledDataset | ImageSplit
 """The training data of a student: a packaged dataset, or all real training images."""
@@ -38,6 +38,11 @@ class StudentTask:
     def name(self) -> str:
         """Name in the log."""
         return f"{self.settings.student}, {self.row.key}, seed {self.seed}"
+
+    @property
+    def steps(self) -> int:
+        """The number of training steps."""
+        return steps_of(self.source, self.settings)
 
     @property
     def score(self) -> Artifact:
@@ -87,6 +92,7 @@ def train_and_score(
     device: torch.device,
     keep: Callable[[nn.Module, float], None] | None = None,
     every_s: float = EVERY_S,
+    at_step: AtStep = lambda _: None,
 ) -> None:
     """Train one student, score it, and write its score.
 
@@ -94,12 +100,11 @@ def train_and_score(
     killed between the two repeats both. A checkpoint is written every `every_s` seconds.
     """
     checkpoint, source, settings, seed = Checkpoint(task.checkpoint, every_s), task.source, task.settings, task.seed
+    how: dict[str, Any] = {"device": device, "checkpoint": checkpoint, "at_step": at_step}
     if isinstance(source, ImageSplit):
-        student = train_on_real(
-            source, settings, task.view, num_classes=task.num_classes, seed=seed, device=device, checkpoint=checkpoint
-        )
+        student = train_on_real(source, settings, task.view, num_classes=task.num_classes, seed=seed, **how)
     else:
-        student = train_student(source, settings, labels=task.row.labels, seed=seed, device=device, checkpoint=checkpoint)
+        student = train_student(source, settings, labels=task.row.labels, seed=seed, **how)
     top1 = score(student, task.test, device=device)
     if keep is not None:
         keep(student, top1)

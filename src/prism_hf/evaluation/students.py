@@ -21,6 +21,7 @@ from ..errors import DataError, RecipeError
 from ..images import ImageSplit, draw_views, resample, to_reference
 from ..method import class_shares, soft_label_loss
 from ..models import (
+    AtStep,
     Batches,
     DistilledFacts,
     ScoredOn,
@@ -81,6 +82,7 @@ def train_student(
     seed: int,
     device: torch.device,
     checkpoint: Checkpoint | None = None,
+    at_step: AtStep = lambda _: None,
 ) -> nn.Module:
     """Train one student only on the contents of a dataset folder: images, labels and views.
 
@@ -108,7 +110,13 @@ def train_student(
     steps, title = epochs * len(batch_ranges(len(source.labels), batch_size)), f"student {settings.student}, seed {seed}"
     classes, channels = len(source.class_names), source.images_uint8.shape[1]
     with seeded(seed, device):
-        return _fit(settings, classes, channels, device, batches, loss, steps, title, checkpoint)
+        return _fit(settings, classes, channels, device, batches, loss, steps, title, checkpoint, at_step)
+
+
+def steps_of(source: DistilledDataset | ImageSplit, settings: EvaluationRecipe) -> int:
+    """Return the number of training steps of a student on a dataset, or on all real images."""
+    epochs = settings.full_data_epochs if isinstance(source, ImageSplit) else epochs_of(source, settings)[0]
+    return epochs * len(batch_ranges(len(source.labels), settings.batch_size))
 
 
 def epochs_of(source: DistilledDataset, settings: EvaluationRecipe) -> tuple[int, int]:
@@ -146,6 +154,7 @@ def train_on_real(
     seed: int,
     device: torch.device,
     checkpoint: Checkpoint | None = None,
+    at_step: AtStep = lambda _: None,
 ) -> nn.Module:
     """Train the upper bound: the same student, optimizer and crops on all real images, with hard labels and no mixing."""
     labels = torch.from_numpy(split.labels)
@@ -161,7 +170,7 @@ def train_on_real(
     title = f"student {settings.student} on all real images, seed {seed}"
     steps, loss = epochs * len(parts), F.cross_entropy
     with seeded(seed, device):
-        return _fit(settings, num_classes, split.channels, device, batches, loss, steps, title, checkpoint)
+        return _fit(settings, num_classes, split.channels, device, batches, loss, steps, title, checkpoint, at_step)
 
 
 def _fit(
@@ -174,11 +183,22 @@ def _fit(
     steps: int,
     title: str,
     checkpoint: Checkpoint | None,
+    at_step: AtStep,
 ) -> nn.Module:
-    rate, decay, ema = settings.lr, settings.weight_decay, settings.ema
     network = build_network(settings.student, num_classes=classes, channels=channels).to(device)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return fit(network, batches, loss, steps=steps, lr=rate, weight_decay=decay, ema=ema, what=title, checkpoint=checkpoint)
+    return fit(
+        network,
+        batches,
+        loss,
+        steps=steps,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        ema=settings.ema,
+        what=title,
+        checkpoint=checkpoint,
+        at_step=at_step,
+    )
 
 
 def _view_batches(

@@ -100,7 +100,7 @@ def read_labels(rows: datasets.Dataset, column: str, names: Sequence[str], split
         numbers = pc.index_in(values.cast(pa.string()), value_set=pa.array(names, pa.string())).fill_null(-1)
     else:
         numbers = pc.min_element_wise(values, pa.scalar(2**62, values.type)) if values.type == pa.uint64() else values
-    labels = np.array(numbers.cast(pa.int64()))  # a copy, since torch cannot use the read-only memory of Arrow
+    labels = numbers.cast(pa.int64()).to_numpy().copy()  # torch cannot use the read-only memory of Arrow
     wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
     if len(wrong):
         label = values[int(wrong[0])].as_py()

@@ -12,7 +12,7 @@ soft_labels    losses for training a student on these labels
 None of these modules deals with files, locks, checkpoints, progress reports, stop signals or network access.
 """
 
-from .alignment import Alignment
+from .alignment import Alignment, describe_norms
 from .objective import Precision
 from .relabel import ask_teachers, relabel_batches, relabel_epoch
 from .soft_labels import class_shares, soft_label_loss

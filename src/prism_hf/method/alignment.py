@@ -11,15 +11,38 @@ variance are per channel, and || || is the L2 norm, not squared:
 The second sum and the moving average of the batch statistics come from G-VBSM (arXiv 2311.17950).
 """
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # the base of 1d, 2d, 3d and synchronized BN
 
 from ..errors import TeacherError
 from .statistics import STATISTICS, channel_statistics, conv_statistics
+
+
+def _is_matched(layer: nn.Module) -> bool:
+    return isinstance(layer, _BatchNorm) and layer.running_mean is not None
+
+
+def describe_norms(model: nn.Module) -> str:
+    """Return how many normalization layers of each type BN alignment matches, and how many it does not."""
+    named = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
+    layers = [m for m in named if _is_matched(m) or not list(m.children())]
+    parts = []
+    for matched in (True, False):
+        kinds = Counter(type(m).__name__ for m in layers if _is_matched(m) == matched)
+        parts.append(", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none")
+    return f"norm layers in BN alignment: {parts[0]}; not in it: {parts[1]}"
+
+
+def _as_map(x: Tensor) -> Tensor:
+    """Return the input of a BN layer, (B, C) or (B, C, ...), as (B, C, H, W), with the same statistics per channel."""
+    return x if x.ndim == 4 else x.reshape(*x.shape[:2], -1, 1)
 
 
 class Aligned(NamedTuple):
@@ -49,7 +72,7 @@ class Alignment:
     """The alignment loss R of a frozen network, computed by forward hooks that are active inside a `with` block.
 
     Args:
-        model: A network in eval mode with at least one BatchNorm2d with running statistics.
+        model: A network in eval mode with at least one BatchNorm layer with running statistics.
         reduction: `sum` over layers, as published, or `mean` over BN layers and convolutions. The mean also counts dropped
             convolutions, so that dropping one does not raise the weight of the other layers.
         first_bn_multiplier: Weight w_l of the first BN layer in execution order; all other layers have weight 1.
@@ -80,11 +103,13 @@ class Alignment:
         generator: torch.Generator | None = None,
         name: str = "network",
     ) -> None:
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         if not norms:
+            folded = any(re.search("Rep|MobileOne", type(m).__name__) for m in model.modules())
+            why = " (its BN layers were folded into convolutions for deployment; use the weights from training)"
             raise TeacherError(
-                f"BN teacher {name!r} has no BatchNorm2d layer with running statistics, so it has nothing to align; "
-                "remove it from teachers.bn_pool, or use it as teachers.logit with include_logit: false"
+                f"BN teacher {name!r} has no BatchNorm layer with running statistics{why if folded else ''}, so it has "
+                "nothing to align; remove it from teachers.bn_pool, or use it as teachers.logit with include_logit: false"
             )
         assert generator is not None or not drop, "dropping convolutions requires a generator"
         self.model, self.reduction, self.first_bn_multiplier = model, reduction, first_bn_multiplier
@@ -144,8 +169,8 @@ class Alignment:
         current = self._pass
         if current is None:
             return  # other code runs the network inside the block
-        if isinstance(layer, nn.BatchNorm2d):
-            batch = dict(zip(("mean", "var"), channel_statistics(inputs[0]), strict=True))
+        if isinstance(layer, _BatchNorm):
+            batch = dict(zip(("mean", "var"), channel_statistics(_as_map(inputs[0])), strict=True))
             target: dict[str, Any] = {"mean": layer.running_mean, "var": layer.running_var}
             term = self._distance(current, f"bn.{current.norms}", batch, target)
             if current.norms == 0:

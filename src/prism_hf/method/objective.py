@@ -74,6 +74,7 @@ class Objective:
         }
         self._scales = dict.fromkeys(rule.bn_candidates, 1.0)
         self._stack = ExitStack()
+        self.mismatches: dict[str, Tensor] = {}
 
     def __enter__(self) -> Self:
         for alignment in self._alignments.values():
@@ -106,14 +107,16 @@ class Objective:
         """Add the gradient of L to `view.grad`, one teacher at a time: memory holds the activations of only one network.
 
         `view` is A x, a leaf tensor that requires a gradient, (B, C, H, W) in the reference normalization. `labels` is y,
-        (B,) int64. `logit` is p. `bn_teachers` is S; if it is empty, there is no BN term.
+        (B,) int64. `logit` is p. `bn_teachers` is S; if it is empty, there is no BN term. `mismatches` then has R of each.
         """
+        self.mismatches = {}
         ce, bn, dense = torch.zeros((), device=view.device), torch.zeros((), device=view.device), None
         for name in dict.fromkeys((logit, *bn_teachers)):
             logits, mismatch = self._run(name, view, head=name == logit, align=name in bn_teachers)
             loss = torch.zeros((), device=view.device)
             if mismatch is not None:
                 loss = loss + self._settings.bn_weight / len(bn_teachers) * mismatch
+                self.mismatches[name] = mismatch.detach()
                 bn = bn + mismatch.detach() / len(bn_teachers)
             if logits is not None:
                 ce = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)

@@ -26,6 +26,7 @@ class Step:
     Attributes:
         number: Number of completed steps, 1 to `job.iterations`.
         pixels: The images, (B, C, H, W) float32 in the reference normalization; the next step changes them in place.
+        mismatches: R of each BN teacher of this step, on the device like the terms.
         terms: Loss terms of this step. They stay on the device, so reading one waits for the device.
         state: Returns a copy of everything that the next step depends on, so that `synthesize` can resume from it.
     """
@@ -33,6 +34,7 @@ class Step:
     number: int
     pixels: Tensor
     terms: Terms
+    mismatches: Mapping[str, Tensor]
     lr: float
     state: Callable[[], dict[str, Tensor]]
 
@@ -84,7 +86,8 @@ def synthesize(
             if settings.clamp:
                 clamp_(pixels.data)
             number = iteration + 1
-            yield Step(number, pixels.detach(), terms, lr, partial(_state, number, pixels, adam, generator, objective))
+            state_of = partial(_state, number, pixels, adam, generator, objective)
+            yield Step(number, pixels.detach(), terms, objective.mismatches, lr, state_of)
 
 
 def learning_rate(settings: SynthesisRecipe, iteration: int, iterations: int) -> float:

@@ -13,6 +13,15 @@ from .facts import (
 )
 from .folder import scored_on, source_facts, store_network
 from .load import load_teacher, load_teachers
-from .squeeze import check_batch, check_squeezed, clear_scratch, is_squeezed, read_squeezed, squeeze_teacher, teacher_folder
+from .squeeze import (
+    check_batch,
+    check_squeezed,
+    clear_scratch,
+    is_squeezed,
+    read_squeezed,
+    squeeze_steps,
+    squeeze_teacher,
+    teacher_folder,
+)
 from .teacher import Teacher, check_teacher, classifier_of, penultimate_features
-from .training import Batches, ShuffledBatches, fit, score
+from .training import AtStep, Batches, ShuffledBatches, fit, score

@@ -317,6 +317,11 @@ def _check_links(folder: Path, name: str) -> None:
 def _cannot_load(name: str, error: Exception) -> TeacherError:
     """Return the error for a model that timm or transformers could not load."""
     reason = " ".join(str(error).split())[:300]
+    if "reparam" in str(error):
+        return TeacherError(
+            f"teacher {name!r} cannot be loaded: its weights were reparameterized for deployment, with the BN layers "
+            "folded into convolutions; use the weights from training"
+        )
     return TeacherError(
         f"teacher {name!r} cannot be loaded ({type(error).__name__}: {reason}); expected config.json and safetensors that "
         "match each other, as saved by timm or transformers"

@@ -23,7 +23,7 @@ from .build import build_network, seeded
 from .facts import SqueezeSettings, TeacherFacts
 from .folder import is_stored, scored_on, source_facts, store_network
 from .teacher import digest_of_tensors
-from .training import ShuffledBatches, fit, score
+from .training import AtStep, ShuffledBatches, fit, score
 
 
 def teacher_folder(name: str, recipe: Recipe, root: Path) -> Path:
@@ -86,10 +86,22 @@ def check_batch(recipe: Recipe, data: SourceData) -> None:
         raise TeacherError(f"squeeze.batch_size is {size}, but there are {count} training images; lower it")
 
 
+def squeeze_steps(recipe: Recipe, data: SourceData) -> int:
+    """Return the number of training steps of a squeezed teacher."""
+    return recipe.squeeze.epochs * (len(data.train) // recipe.squeeze.batch_size)
+
+
 def squeeze_teacher(
-    name: str, recipe: Recipe, data: SourceData, root: Path, *, device: torch.device, every_s: float = EVERY_S
+    name: str,
+    recipe: Recipe,
+    data: SourceData,
+    root: Path,
+    *,
+    device: torch.device,
+    every_s: float = EVERY_S,
+    at_step: AtStep = lambda _: None,
 ) -> TeacherFacts:
-    """Train a `squeeze:` teacher and store it below `root`, with a checkpoint every `every_s` seconds.
+    """Train a `squeeze:` teacher and store it below `root`, with a checkpoint every `every_s` seconds. See `fit`.
 
     A finished teacher is kept. If another run is training the teacher, this call waits for it.
 
@@ -104,7 +116,7 @@ def squeeze_teacher(
             return read_squeezed(folder, data)
         clear_drafts(root, of=folder.name, deep=False)
         checkpoint = Checkpoint(Artifact(work / "checkpoint.safetensors", f"{folder.name} {data.train.content}"), every_s)
-        facts = _train_and_store(name, recipe, data, folder, checkpoint, device)
+        facts = _train_and_store(name, recipe, data, folder, checkpoint, device, at_step)
     shutil.rmtree(work, ignore_errors=True)
     return facts
 
@@ -122,11 +134,17 @@ def clear_scratch(folder: Path) -> None:
 
 
 def _train_and_store(
-    name: str, recipe: Recipe, data: SourceData, folder: Path, checkpoint: Checkpoint, device: torch.device
+    name: str,
+    recipe: Recipe,
+    data: SourceData,
+    folder: Path,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    at_step: AtStep,
 ) -> TeacherFacts:
     architecture, started = name.removeprefix(SQUEEZE_PREFIX), time.perf_counter()
     source, settings = source_facts(recipe, data), recipe.squeeze
-    seed, steps = _seed(recipe), settings.epochs * (len(data.train) // settings.batch_size)
+    seed, steps = _seed(recipe), squeeze_steps(recipe, data)
     derived = derived_seed(seed, "squeeze", architecture)
     with seeded(derived, device):
         network = build_network(architecture, num_classes=data.num_classes, channels=3)
@@ -141,6 +159,7 @@ def _train_and_store(
             schedule="one_cycle",
             what=f"squeeze: teacher {architecture}",
             checkpoint=checkpoint,
+            at_step=at_step,
         )
     facts = TeacherFacts(
         kind="teacher",

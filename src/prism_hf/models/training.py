@@ -20,6 +20,8 @@ from ..runtime import Checkpoint, State, raise_if_stopped, told_in_one_line
 CHECK_EVERY = 20
 """Steps between checks of the losses; each check waits for the device."""
 Schedule = Literal["cosine", "one_cycle"]
+AtStep = Callable[[int], None]
+"""Told how many steps of a training are done."""
 
 
 class Batches:
@@ -160,6 +162,7 @@ def fit(
     ema: float = 0.0,
     what: str = "training",
     checkpoint: Checkpoint | None = None,
+    at_step: AtStep = lambda _: None,
 ) -> nn.Module:
     """Train with AdamW and return the network after the last step, never the one that scores best on a test set.
 
@@ -167,6 +170,7 @@ def fit(
     of `loss(logits, *rest)`, a scalar. `lr` is the peak of a schedule over `steps` batches: `cosine` (decay to zero) or
     `one_cycle` (warm-up, then decay to zero). One-dimensional parameters (norms and biases) have no weight decay. `ema` is
     the decay of an exponential moving average of the weights; 0 disables it. `what` names the network in error messages.
+    `at_step` is called with the number of finished steps: at the start (above 0 after a resume), then every few steps.
 
     Returns:
         The network, or its moving average if `ema` is set, in eval mode.
@@ -178,10 +182,12 @@ def fit(
     training = _Training(network, what, steps=steps, lr=lr, weight_decay=weight_decay, schedule=schedule, ema=ema)
     if checkpoint is not None and (saved := checkpoint.load()) is not None:
         training.restore(saved, batches)
+    at_step(training.step)
     for images, *targets in batches:
         training.advance(loss, images, targets)
         if training.step % CHECK_EVERY == 0 or training.step == steps:
             training.check()
+            at_step(training.step)
         if checkpoint is not None:
             checkpoint.tick(lambda: training.state(batches))
         else:

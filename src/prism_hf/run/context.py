@@ -28,12 +28,13 @@ from torch import Tensor
 
 from ..errors import DamagedError, RecipeError, StageError
 from ..images import SourceData, load_source
-from ..method import Precision
+from ..method import Precision, describe_norms
 from ..models import Teacher, check_teacher, is_squeezed, load_teacher, read_squeezed, teacher_folder
 from ..recipe import STAGES, TRACKERS, DataRecipe, Recipe
 from ..runtime import EVERY_S, read_json, share, write_json
 from .artifacts import TIMES, Artifacts
 
+_CPU_INFO = Path("/proc/cpuinfo")
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -107,6 +108,8 @@ class Run:
                 )
             check_teacher(teacher, class_names=self.data.class_names, channels=self.recipe.data.channels)
             self.loaded.teachers[name, folder] = teacher
+            if name in self.recipe.bn_candidates:
+                self.say(f"teacher {name}: {describe_norms(teacher.model)}")
         return self.loaded.teachers[name, folder]
 
     def _folder_of(self, name: str) -> Path | None:
@@ -132,6 +135,16 @@ class Run:
         """Top-1 accuracy of each squeezed teacher on the test data, in [0, 1]."""
         folders = {name: teacher_folder(name, self.recipe, self.teachers_root) for name in self.recipe.squeezed_teachers}
         return {name: read_squeezed(folder, self.data).test_top1 for name, folder in folders.items()}
+
+    @property
+    def known_top1(self) -> dict[str, float]:
+        """As `squeezed_top1`, for the teachers that are in their folder; an evaluation alone may have none."""
+        known = {}
+        for name in self.recipe.squeezed_teachers:
+            folder = teacher_folder(name, self.recipe, self.teachers_root)
+            if is_squeezed(folder):
+                known[name] = read_squeezed(folder).test_top1
+        return known
 
     @property
     def verifier(self) -> Teacher | None:
@@ -208,7 +221,7 @@ def make_accelerator(folder: Path | None = None, *, log_with: str | None = None)
         raise RecipeError(f"--log-with {log_with!r} is unknown; use one of {', '.join(TRACKERS)}")
     if log_with is not None and find_spec(log_with) is None:
         raise RecipeError(f"--log-with {log_with}: the package is not installed; run pip install {log_with}")
-    return Accelerator(
+    accelerator = Accelerator(
         # Without this flag, the processes on a machine without a GPU would not form one group.
         cpu=not torch.cuda.is_available(),
         log_with=log_with,
@@ -216,6 +229,16 @@ def make_accelerator(folder: Path | None = None, *, log_with: str | None = None)
         # Processes synchronize only between stages, and one may have hours more work than another.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
+    if precision == "bf16" and accelerator.device.type == "cpu" and accelerator.is_main_process and _lacks_bf16():
+        log.warning("bf16 is slower than float32 on this CPU, which does not multiply it in hardware (AMX); use float32")
+    return accelerator
+
+
+def _lacks_bf16() -> bool:
+    """Return whether this CPU has no units for bf16 matrices, as far as Linux says so."""
+    if not _CPU_INFO.is_file():
+        return False
+    return not {"amx_bf16", "bf16"} & set(_CPU_INFO.read_text().split())  # of x86, of ARM
 
 
 def log_picture(accelerator: Accelerator, name: str, image_uint8: Tensor, step: int) -> None:

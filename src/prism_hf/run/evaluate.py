@@ -20,6 +20,7 @@ from ..evaluation import (
     is_scored,
     keep_student,
     read_scores,
+    remarks_on,
     set_facts,
     student_tasks,
     train_and_score,
@@ -28,9 +29,10 @@ from ..hub import draw_diversity
 from ..images import ImageSplit
 from ..models import Teacher, scored_on, source_facts
 from ..recipe import plan_jobs, to_dict
-from ..runtime import is_finished, read_proof, write_json
+from ..runtime import Progress, is_finished, read_proof, write_json
 from .artifacts import job_file, read_failed
 from .context import Run
+from .optimize import term_ratios
 from .package import write_card
 
 Keep = Callable[[nn.Module, float], None]
@@ -102,12 +104,14 @@ def train_students(run: Run, tasks: Sequence[StudentTask], *, keep: Keep | None 
     `keep` saves one of them for later use: the student of the distilled images with soft labels and the first seed.
     """
 
-    def do(task: StudentTask, _: object) -> None:
+    def do(task: StudentTask, progress: Progress) -> None:
         kept = (task.row, task.seed) == (KEPT, task.settings.seeds[0])
         device, every_s = run.accelerator.device, run.checkpoint_s
-        train_and_score(task, device=device, keep=keep if kept else None, every_s=every_s)
+        keeper, at_step = keep if kept else None, progress.reach
+        train_and_score(task, device=device, keep=keeper, every_s=every_s, at_step=at_step)
 
-    run.share("evaluate", tasks, is_done=is_scored, do=do, unit="student", name=lambda task: task.name)
+    name, size = (lambda task: task.name), (lambda task: task.steps)
+    run.share("evaluate", tasks, is_done=is_scored, do=do, unit="student", name=name, size=size, steps="step")
 
 
 def collect(
@@ -127,16 +131,18 @@ def collect(
     distilled, settings = sources["distilled"], run.recipe.evaluation
     assert isinstance(distilled, DistilledDataset)
     classes, device = len(distilled.class_names), run.accelerator.device
+    rows, count, name = read_scores(tasks), len(tasks[0].test), verifier.name if verifier else None
     return evaluation_facts(
-        rows=read_scores(tasks),
+        rows=rows,
         sets={
             name: set_facts(source, verifier=verifier, network=network, num_classes=classes, device=device)
             for name, source in sources.items()
         },
         student=tasks[0].settings.student,
         epochs=settings.epochs or distilled.num_epochs,
-        test_count=len(tasks[0].test),
-        verifier=verifier.name if verifier else None,
+        test_count=count,
+        verifier=name,
+        remarks=remarks_on(run.known_top1, name, rows, classes=classes, count=count),
         similarity_network=network.name if network else None,
         left_out=left_out,
         names={"distilled": LABELS["random_real"]} if run.recipe.method == "random" else None,
@@ -159,6 +165,7 @@ def conclude(run: Run, evaluation: Mapping[str, Any]) -> None:
         "evaluation": evaluation,
         "teachers_test_top1": run.squeezed_top1,
         "jobs": [{k: note[k] for k in ("job", "logit_top1", "verifier_top1", "precision")} for note in notes],
+        "bn_ratios": term_ratios(notes),
         "failed_jobs": [note["job"] for note in read_failed(run.work)],
         "hardware": run.hardware | {"processes": run.accelerator.num_processes},
         "versions": versions(),

@@ -1,9 +1,13 @@
 """One synthesis job: the steps of the method, with loss checks, a history, verifier scores and checkpoints."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +21,9 @@ from ..runtime import Checkpoint, State, told_in_one_line
 
 CHECK_EVERY = 10
 """Steps between checks of the losses. A check waits for the device, and identifies the exact step that failed."""
+BALANCED = (1 / 30, 30.0)
+"""Range of the weighted BN term, divided by the classification loss, in which both have a say."""
+_RATIO = "ratio "
 _NO_MEMORY = (
     "The batch size is part of the method and is never reduced automatically: lower synthesis.batch_size in the recipe, "
     "or use a device with more memory"
@@ -29,7 +36,8 @@ class JobResult:
     """The result of a finished job.
 
     The history has one dict per `CHECK_EVERY` steps: `step`, `ce`, `bn`, `grad` (largest absolute gradient of a pixel),
-    `lr`, `densification` if it is on, and `verifier_top1` at the steps where the verifier scored the images.
+    `lr`, `densification` if it is on, and `verifier_top1` at the steps where the verifier scored the images. The first
+    entry also has `ratio NAME` for each BN teacher: its weighted BN term, divided by the classification loss.
     """
 
     images_uint8: Tensor  # (B, C, H, W)
@@ -73,7 +81,8 @@ def optimize(
             losses.append(torch.stack([term for term in step.terms if term is not None]))
             if step.number % CHECK_EVERY == 0 or step.number == job.iterations:
                 try:
-                    history.append(_check(job, settings, step, losses, verifier))
+                    entry = _check(job, settings, step, losses, verifier)
+                    history.append(entry if history else entry | _ratios(settings, step, entry["ce"]))
                 except NotFiniteError:
                     if checkpoint is not None:
                         checkpoint.save(_state(step, losses, history))
@@ -111,6 +120,37 @@ def _check(
     if verifier is not None and (due or step.number == job.iterations):
         entry["verifier_top1"] = _top1(verifier, to_uint8(step.pixels), job)
     return entry
+
+
+def _ratios(settings: SynthesisRecipe, step: Step, ce: float) -> dict[str, float]:
+    """Return the weighted BN term of each teacher of a step, as if it were alone, divided by the classification loss."""
+    ratios = {name: settings.bn_weight * float(value) / max(ce, 1e-12) for name, value in step.mismatches.items()}
+    return {f"{_RATIO}{name}": ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
+
+
+def term_ratios(notes: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the median ratio of each BN teacher over the notes of finished jobs; see `JobResult`."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for note in notes:
+        for key, value in (note.get("history") or [{}])[0].items():
+            if key.startswith(_RATIO):
+                found[key.removeprefix(_RATIO)].append(value)
+    return {name: statistics.median(values) for name, values in sorted(found.items())}
+
+
+def ratio_lines(ratios: Mapping[str, float], bn_weight: float) -> list[str]:
+    """Return a line with the ratios, and a line of advice for each that lies outside of `BALANCED`."""
+    if not ratios:
+        return []
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in ratios.items())
+    lines = [f"weighted BN term / classification loss at the first look: {parts}"]
+    for name, value in ratios.items():
+        if value and not BALANCED[0] <= value <= BALANCED[1]:
+            lines.append(
+                f"warning: one term rules for {name}; with synthesis.bn_weight={bn_weight / value:.2g} both would be equal "
+                f"(expected ratios from {BALANCED[0]:.2g} to {BALANCED[1]:g})"
+            )
+    return lines
 
 
 @torch.no_grad()

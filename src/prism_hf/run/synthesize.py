@@ -22,16 +22,18 @@ from ..runtime import (
     Progress,
     count_text,
     digest,
+    is_finished,
     open_rows,
+    read_proof,
     read_tensors,
     told_in_one_line,
     waited_for,
     write_rows,
     write_tensors,
 )
-from .artifacts import read_failed
+from .artifacts import job_file, read_failed
 from .context import Run, log_picture
-from .optimize import CHECK_EVERY, optimize
+from .optimize import CHECK_EVERY, optimize, ratio_lines, term_ratios
 
 log = logging.getLogger(__name__)
 SEED = 0
@@ -65,6 +67,10 @@ def synthesize(run: Run) -> None:
         steps="step",
     )
     _tell_failed(run)
+    files = [job_file(run.work, job.id) for job in plan_jobs(run.recipe)]
+    ratios = term_ratios(read_proof(path).notes for path in files if is_finished(path))
+    for line in ratio_lines(ratios, run.recipe.synthesis.bn_weight):
+        run.say(line)
 
 
 def _is_finished(run: Run, job: SynthesisJob) -> bool:
@@ -155,6 +161,9 @@ def _one_job(run: Run, job: SynthesisJob, rows: np.ndarray | None, statistics: S
         # Steps beyond one check interval were done by an earlier launch.
         progress.skip(max(0, new - CHECK_EVERY))
         progress.advance(min(new, CHECK_EVERY))
+        if job.id == 0 and len(ratios := term_ratios([{"history": [entry]}])):  # only the first entry has them
+            for line in ratio_lines(ratios, run.recipe.synthesis.bn_weight):
+                log.info(line)
         values = {f"synthesis/{key}": value for key, value in entry.items() if key != "step"}
         run.accelerator.log(values | {"synthesis/job": job.id}, step=before + done)
 

@@ -81,13 +81,13 @@ class Progress:
 
     def __init__(self, path: Path, stage: str, total: int, unit: str, title: str = "", *, tell: bool = True) -> None:
         self._path, self._stage, self._total, self._unit, self._tell = path, stage, total, unit, tell
-        self._made, self._skipped, self._at_begin, self._task = 0, 0, 0, ""
+        self._made, self._skipped, self._at_begin, self._task, self._moves = 0, 0, 0, "", False
         self._started, self._written = time.monotonic(), 0.0
         self._bar = tqdm(total=total, desc=f"{title}, {stage}" if title else stage, unit=unit, leave=not title)
 
     def begin(self, task: str) -> None:
         """Begin a task."""
-        self._task, self._at_begin = task, self.count
+        self._task, self._at_begin, self._moves = task, self.count, False
         self._write()
 
     def advance(self, steps: int = 1) -> None:
@@ -104,6 +104,13 @@ class Progress:
         """Count steps that are not needed or were done by an earlier launch; the speed estimate ignores them."""
         self._skipped += steps
         self._bar.update(steps)
+
+    def reach(self, step: int) -> None:
+        """Move to a step of the current task. The first call of a task tells the steps that an earlier launch did."""
+        new = step - (self.count - self._at_begin)
+        count = self.advance if self._moves else self.skip
+        self._moves = True
+        count(new)
 
     def end(self, steps: int) -> None:
         """End a task of `steps` steps, and count those that it did not report."""
