@@ -857,7 +857,7 @@ CASES |= {
     "output: a file, squeeze": Bad(
         "squeeze.py good.yaml --output good.yaml",
         OutputError,
-        ("good.yaml", "--output"),
+        ("good.yaml", "--teachers"),
     ),
     "teachers: a file": Bad(
         "prism.py good.yaml --output out --teachers good.yaml",
@@ -893,7 +893,7 @@ EVALUATE = {
     "no folder": (
         "./gone",
         DataError,
-        ["'./gone'", "it is neither a folder here nor a Hub id", "give a folder with data/ and views/"],
+        ["'./gone'", "is neither a folder here nor a Hub id", "give a folder with data/ and views/"],
     ),
     "a name of 300 letters": (LONG, DataError, ["neither a folder here nor a Hub id"]),
     "the Hub, offline": ("org/set", HubError, ["org/set", "HF_HUB_OFFLINE"]),

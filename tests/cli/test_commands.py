@@ -154,7 +154,7 @@ BAD = {
     "class count, noise": (["data.num_classes=11", "synthesis.init=noise"], ["11", "10 classes"]),
     "ipc": (["synthesis.ipc=140"], ["140"]),
     "squeeze batch": (["squeeze.batch_size=2000"], ["1347"]),
-    "BN teacher": (["teachers.bn_pool=[squeeze:test_vit]"], ["test_vit", "BatchNorm2d"]),
+    "BN teacher": (["teachers.bn_pool=[squeeze:test_vit]"], ["test_vit", "BatchNorm"]),
 }
 
 

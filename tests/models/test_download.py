@@ -584,7 +584,7 @@ def test_an_index_that_points_to_anything_but_safetensors_is_refused(server, bom
         ("hf-hub", [], {"config__json": b'{"architecture": "test_byobnet", "model_args": 3}'}, ["cannot be loaded"]),
         ("transformers", [], {"config__json": b'{"model_type": "nonsense"}'}, ["cannot be loaded"]),
         ("transformers", [], {"adapter_config__json": b"{}"}, ["adapts another model"]),
-        ("transformers", ["preprocessor_config.json"], {}, ["cannot be loaded"]),
+        ("transformers", ["preprocessor_config.json"], {}, ["no preprocessor_config.json", "save the image processor too"]),
     ],
 )
 def test_a_repository_without_required_files_gives_a_one_line_error(

@@ -112,13 +112,10 @@ def test_the_stages_are_named_in_order():
 @pytest.mark.parametrize(
     ("flags", "precision", "lines"),
     [
-        ("avx2 avx512_bf16", "bf16", 1),
-        ("amx_bf16", "bf16", 0),
-        ("fp bf16", "bf16", 0),
-        ("avx2", "no", 0),
-        (None, "bf16", 0),
+        ("avx2 avx512_bf16", "bf16", 1), ("amx_bf16", "bf16", 0), ("fp bf16", "bf16", 0),
+        ("avx2", "no", 0), (None, "bf16", 0),
     ],
-)
+)  # fmt: skip
 def test_bf16_is_warned_of_once_where_it_is_slower(tmp_path, monkeypatch, caplog, flags, precision, lines):
     monkeypatch.setattr("prism_hf.run.context._CPU_INFO", tmp_path / "cpuinfo")
     if flags is not None:
@@ -128,6 +125,5 @@ def test_bf16_is_warned_of_once_where_it_is_slower(tmp_path, monkeypatch, caplog
     with caplog.at_level("WARNING"):
         make_accelerator()
     AcceleratorState._reset_state(True)
-    assert [record.message.startswith("bf16 is slower than float32 on this CPU") for record in caplog.records] == [
-        True
-    ] * lines
+    told = [record.message for record in caplog.records]
+    assert [text.startswith("bf16 is slower than float32 on this CPU") for text in told] == [True] * lines

@@ -44,7 +44,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         overrides.append(f"evaluation.seeds={list(range(args.seeds))}")
     if args.student is not None:
         overrides.append(f"evaluation.student={json.dumps(args.student)}")
-    folder_or_hub_id(sources[0], f"distilled dataset {sources[0]!r}")
+    give = "a folder with data/ and views/, as prism-hf writes it, or a Hub id"
+    folder_or_hub_id(sources[0], f"distilled dataset {sources[0]!r}", give=give)
     if args.output is not None:
         check_place(args.output, "--output")
     quiet()

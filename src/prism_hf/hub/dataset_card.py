@@ -74,7 +74,7 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
         "class_count": len(names),
         "class_sizes": class_sizes(names, counts),
         "class_list": class_list(names, counts),
-        "full_is_best": "under-trained" not in evaluation["in_words"] if evaluation else False,
+        "full_is_best": bool(evaluation) and "under-trained" not in evaluation.get("in_words", ""),
         "part": part_shown(len(names), recipe.synthesis.ipc),
         "provenance": map_texts(facts["provenance"], escape),
         "tables": facts["tables"],

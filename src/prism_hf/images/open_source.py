@@ -42,7 +42,7 @@ def open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
     if recipe.source == "digits":
         return _open_digits(name)
     what = f"data.source {recipe.source!r}" + (f", config {recipe.config!r}" if recipe.config else "")
-    folder = folder_or_hub_id(recipe.source, what, or_give="`digits`, ")
+    folder = folder_or_hub_id(recipe.source, what, give="`digits`, a Hub id or the path of a folder")
     try:
         if folder is None:
             return datasets.load_dataset(recipe.source, recipe.config, split=name, revision=recipe.revision)

@@ -40,7 +40,7 @@ def check_at_once(recipe: Recipe, folder: Path, teachers: Path, *, fresh: bool =
 def check_source(source: str, name: str) -> None:
     """Raise a `DataError` if a source is not `digits`, a folder, or a Hub id. The message names what has set it."""
     if source != "digits":
-        folder_or_hub_id(source, f"{name} {source!r}", or_give="`digits`, ")
+        folder_or_hub_id(source, f"{name} {source!r}", give="`digits`, a Hub id or the path of a folder")
 
 
 def check_folder(folder: Path, recipe: Recipe, *, fresh: bool = False) -> None:

@@ -77,13 +77,11 @@ def local_folder(source: str | Path) -> Path | None:
     return Path(path) if os.path.isdir(path) else None
 
 
-def folder_or_hub_id(source: str, what: str, *, or_give: str = "") -> Path | None:
+def folder_or_hub_id(source: str, what: str, *, give: str = "a Hub id or the path of a folder") -> Path | None:
     """Return the folder that a source names, or `None` for a Hub id. Anything else is a `DataError` about `what`."""
     folder = local_folder(source)
     if folder is None and (source.startswith((".", "/", "~")) or source.count("/") != 1):
-        raise DataError(
-            f"{what} is neither a folder here nor a Hub id (org/name); give {or_give}a Hub id or the path of a folder"
-        )
+        raise DataError(f"{what} is neither a folder here nor a Hub id (org/name); give {give}")
     return folder
 
 
