@@ -6,6 +6,7 @@ import pytest
 from prism_hf.evaluation.report import (
     bytes_text,
     evaluation_facts,
+    full_is_best,
     in_words,
     knows_little,
     markdown_table,
@@ -184,11 +185,17 @@ def test_summary_without_rows_or_times():
     [
         (0.10, 10, 10_000, True), (0.18, 10, 10_000, True), (0.20, 10, 10_000, False),
         (0.5, 2, 10_000, True), (0.56, 2, 10_000, False), (0.56, 2, 12, True),  # 12 images: chance may give 0.9
-        (0.001, 1000, 50_000, True), (0.11, 1000, 50_000, False),
+        (1.0, 2, 4, False), (0.001, 1000, 50_000, True), (0.11, 1000, 50_000, False),
     ],
 )  # fmt: skip
 def test_a_score_near_chance_is_known(top1, classes, count, little):
     assert knows_little(top1, classes, count) is little
+
+
+def test_all_real_images_are_a_reference_only_above_the_others():
+    rows = [{"images": "distilled", "mean": 0.6}, {"images": "random_real", "mean": 0.5}]
+    assert [full_is_best([*rows, {"images": "full", "mean": mean}]) for mean in (0.5, 0.6, 0.7)] == [False, False, True]
+    assert not full_is_best(rows)
 
 
 def test_weak_networks_and_an_under_trained_ceiling_are_remarked_on():

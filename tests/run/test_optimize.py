@@ -59,6 +59,15 @@ def test_history_names_its_terms(tiny_recipe, teachers):
     assert mean == pytest.approx(made.synthesis.bn_weight * seen[0]["bn"] / seen[0]["ce"], rel=1e-4)
 
 
+def test_teachers_that_take_turns_are_all_reported(tiny_recipe, teachers):
+    """With `cycle`, every step has one teacher, and a look comes every ten steps."""
+    draws = {"teachers.extras": 3, "teachers.draw_probability": 0.5}  # the defaults: nothing is drawn
+    made = tiny_recipe({"teachers.selection": "cycle", "synthesis.iterations": CHECK_EVERY} | draws)
+    (entry,) = run_one(made, teachers).history
+    assert set(term_ratios([{"history": [entry]}])) == set(made.teachers.synthesis_names)
+    assert len(made.teachers.synthesis_names) > 1
+
+
 def test_a_term_that_rules_gets_one_line_of_advice():
     notes = [
         {"history": [{"ratio a": 85.0, "ratio b": 2.0}, {"ce": 1.0}]},

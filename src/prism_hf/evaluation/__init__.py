@@ -8,6 +8,7 @@ from .report import (
     cosine_text,
     difference,
     evaluation_facts,
+    full_is_best,
     markdown_table,
     percent_text,
     plain_table,

@@ -28,7 +28,13 @@ def knows_little(top1: float, classes: int, count: int) -> bool:
     """
     chance = 1 / classes
     error = math.sqrt(chance * (1 - chance) / max(count, 1))
-    return top1 < chance + max(KNOWS_LITTLE * (1 - chance), 3 * error)
+    return top1 < min(chance + max(KNOWS_LITTLE * (1 - chance), 3 * error), 1)
+
+
+def full_is_best(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the table has students on all real images, and they score above all others."""
+    full = [row["mean"] for row in rows if row["images"] == "full"]
+    return bool(full) and all(min(full) > row["mean"] for row in rows if row["images"] != "full")
 
 
 def remarks_on(
@@ -43,9 +49,7 @@ def remarks_on(
         if knows_little(score, classes, count):
             little = "the column `verifier %` means" if name == verifier else "what it teaches means"
             remarks.append(f"{name} has {100 * score:.1f} % top-1 and chance is {100 / classes:.1f} %, so {little} little.")
-    full = [row["mean"] for row in rows if row["images"] == "full"]
-    others = [row["mean"] for row in rows if row["images"] != "full"]
-    if full and others and full[0] < max(others):
+    if any(row["images"] == "full" for row in rows) and not full_is_best(rows):
         remarks.append(
             "The student on all real images is under-trained, so its score is not an upper reference; raise "
             "evaluation.full_data_epochs."

@@ -11,7 +11,7 @@ from datasets.info import DatasetInfo, DatasetInfosDict
 from huggingface_hub import DatasetCardData
 
 from ..dataset import VIEWS, image_features, read_provenance, view_features
-from ..evaluation import markdown_table, table_rows
+from ..evaluation import full_is_best, markdown_table, table_rows
 from ..recipe import Recipe, dump_recipe, to_dict
 from ..runtime import count_text, map_texts
 from .card import checked_header, class_list, escape, fence_for, license_keys, render, with_header
@@ -74,7 +74,7 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
         "class_count": len(names),
         "class_sizes": class_sizes(names, counts),
         "class_list": class_list(names, counts),
-        "full_is_best": bool(evaluation) and "under-trained" not in evaluation.get("in_words", ""),
+        "full_is_best": full_is_best(evaluation["rows"]) if evaluation else False,
         "part": part_shown(len(names), recipe.synthesis.ipc),
         "provenance": map_texts(facts["provenance"], escape),
         "tables": facts["tables"],

@@ -82,7 +82,7 @@ def optimize(
             if step.number % CHECK_EVERY == 0 or step.number == job.iterations:
                 try:
                     entry = _check(job, settings, step, losses, verifier)
-                    history.append(entry if history else entry | _ratios(settings, step, entry["ce"]))
+                    history.append(entry if history else entry | _ratios(job, settings, step, losses))
                 except NotFiniteError:
                     if checkpoint is not None:
                         checkpoint.save(_state(step, losses, history))
@@ -122,9 +122,18 @@ def _check(
     return entry
 
 
-def _ratios(settings: SynthesisRecipe, step: Step, ce: float) -> dict[str, float]:
-    """Return the weighted BN term of each teacher of a step, as if it were alone, divided by the classification loss."""
-    ratios = {name: settings.bn_weight * float(value) / max(ce, 1e-12) for name, value in step.mismatches.items()}
+def _ratios(job: SynthesisJob, settings: SynthesisRecipe, step: Step, losses: Sequence[Tensor]) -> dict[str, float]:
+    """Return the weighted BN term of each teacher so far, as if it were alone, divided by the classification loss.
+
+    A step with one BN teacher, as in selection `cycle`, has its term in `losses`; the last step has that of every teacher.
+    """
+    rows = torch.stack(list(losses)).cpu().double().tolist()
+    terms: dict[str, tuple[float, float]] = {}
+    for iteration, (ce, bn, *_) in enumerate(rows, step.number - len(rows)):
+        names = job.bn_teachers(iteration)
+        terms |= {name: (bn, ce) for name in names if len(names) == 1}
+    terms |= {name: (float(value), rows[-1][0]) for name, value in step.mismatches.items()}
+    ratios = {name: settings.bn_weight * bn / max(ce, 1e-12) for name, (bn, ce) in terms.items()}
     return {f"{_RATIO}{name}": ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
 
 
