@@ -13,16 +13,19 @@ The second sum and the moving average of the batch statistics come from G-VBSM (
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # the base of 1d, 2d, 3d and synchronized BN
+from torch.overrides import TorchFunctionMode
 
 from ..errors import TeacherError
-from .statistics import STATISTICS, channel_statistics, conv_statistics
+from .moments import Moments, Targets, conv_moments, counts_of, distance, frozen_norm, stacked
+from .statistics import STATISTICS
 
 
 def _is_matched(layer: nn.Module) -> bool:
@@ -40,11 +43,6 @@ def describe_norms(model: nn.Module) -> str:
     return f"norm layers in BN alignment: {parts[0]}; not in it: {parts[1]}"
 
 
-def _as_map(x: Tensor) -> Tensor:
-    """Return the input of a BN layer, (B, C) or (B, C, ...), as (B, C, H, W), with the same statistics per channel."""
-    return x if x.ndim == 4 else x.reshape(*x.shape[:2], -1, 1)
-
-
 class Aligned(NamedTuple):
     """The result of one pass of a BN teacher: logits (B, K), or `None` if the head is skipped, and the alignment loss R."""
 
@@ -56,16 +54,41 @@ class _HeadNotNeeded(Exception):
     """Raised to end a forward pass after the last matched layer, because later layers cannot change R."""
 
 
+class _Term(NamedTuple):
+    """Moments of a batch to compare with their targets."""
+
+    name: str  # prefix of both statistics in a state
+    batch: Moments
+    target: tuple[Tensor, Tensor]
+    weight: float
+    kept: bool  # False for those of a convolution that this pass drops
+
+
 @dataclass
 class _Pass:
     """The state of a running forward pass."""
 
     kept: list[bool]  # for each convolution, whether this pass matches it
-    last: int | None  # number of terms after which the pass ends; `None` runs the whole network
-    terms: list[Tensor] = field(default_factory=list)
-    averages: dict[str, Tensor] = field(default_factory=dict)
+    last: int | None  # number of layers after which the pass ends; `None` runs the whole network
+    terms: list[_Term] = field(default_factory=list)
     norms: int = 0
     convolutions: int = 0
+
+    @property
+    def layers(self) -> int:
+        return self.norms + self.convolutions
+
+
+class _EachNorm(TorchFunctionMode):
+    """Replaces the computation of every BN layer that runs in the block, whatever the class of the layer."""
+
+    def __init__(self, normalize: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self._normalize = normalize
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = self._normalize if function is F.batch_norm else function
+        return call(*args, **(kwargs or {}))
 
 
 class Alignment:
@@ -119,93 +142,123 @@ class Alignment:
         conv = {key: value.to(self._device) for key, value in (conv or {}).items()}
         counted = range(len(conv) // len(STATISTICS))
         self._targets = [{key: conv[f"{number}.{key}"] for key in STATISTICS} for number in counted]
-        self._layers = [*norms, *(m for m in model.modules() if conv and isinstance(m, nn.Conv2d))]
+        self._convolutions = [m for m in model.modules() if conv and isinstance(m, nn.Conv2d)]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._averages: dict[str, Tensor] = {}
-        self._terms: int | None = None  # number of terms in a full pass; set by the first pass
+        self._layers: int | None = None  # number of matched layers in a full pass; set by the first pass
+        self._constants: Targets | None = None
         self._pass: _Pass | None = None
+        self._entered = False
 
     def __enter__(self) -> Self:
-        self._handles = [layer.register_forward_pre_hook(self._record_term) for layer in self._layers]
+        self._handles = [layer.register_forward_pre_hook(self._match_convolution) for layer in self._convolutions]
+        self._entered = True
         return self
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._entered = False
 
     def __call__(self, x: Tensor, *, head: bool = True) -> Aligned:
         """Run the network on x, (B, C, H, W), in its own normalization; without `head`, stop at the last matched layer."""
-        assert self._handles, "Alignment must be used inside a `with` block"
+        assert self._entered, "Alignment must be used inside a `with` block"
         kept = [True] * len(self._targets)
         if self.generator is not None:
             kept = (torch.rand(len(kept), generator=self.generator) >= self.drop).tolist()
         # The first pass always runs the whole network: it counts the layers that are executed.
-        self._pass = current = _Pass(kept, last=None if head else self._terms)
+        self._pass = current = _Pass(kept, last=None if head else self._layers)
         logits: Tensor | None = None
         try:
-            logits = self.model(x)
+            with _EachNorm(self._normalize):
+                logits = self.model(x)
         except _HeadNotNeeded:
             pass
         finally:
             self._pass = None
         if current.convolutions != len(self._targets):
             raise self._misfit(f"expected {len(self._targets)} convolutions, {current.convolutions} ran")
-        self._terms = len(current.terms)
-        self._averages.update(current.averages)
-        total = torch.stack(current.terms).sum()
-        return Aligned(logits if head else None, total / len(current.terms) if self.reduction == "mean" else total)
+        self._layers = current.layers
+        batch = [term.batch for term in current.terms]
+        if self._constants is None or not self._constants.fit(batch):
+            targets, weights = [term.target for term in current.terms], [term.weight for term in current.terms]
+            self._constants = Targets.of(batch, targets, weights)
+        total = distance(batch, self._constants, self._smoothed(current.terms) if self.momentum else None)
+        return Aligned(logits if head else None, total / current.layers if self.reduction == "mean" else total)
 
     def state(self) -> dict[str, Tensor]:
         """Return all moving averages by name; empty before the first successful pass, and always empty with momentum 0."""
-        return dict(self._averages)
+        return {key: value.clone() for key, value in self._averages.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Restore the moving averages that `state` returned."""
         self._averages = {key: value.to(self._device, copy=True) for key, value in state.items()}
 
-    def _record_term(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Compute the term of a layer from its input, just before the layer runs."""
+    def _normalize(
+        self,
+        x: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Run a BN layer, in place of `torch.nn.functional.batch_norm`, and match its input."""
+        current = self._pass
+        if current is None or training or mean is None or var is None:
+            return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+        y, batch = frozen_norm(x, mean, var, weight, bias, eps)
+        multiplier = 1.0 if current.norms else self.first_bn_multiplier
+        current.terms.append(_Term(f"bn.{current.norms}.", batch, (mean, var), multiplier, True))
+        current.norms += 1
+        self._end_if_last(current)
+        return y
+
+    def _match_convolution(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Match the input of a convolution, just before the layer runs."""
         current = self._pass
         if current is None:
             return  # other code runs the network inside the block
-        if isinstance(layer, _BatchNorm):
-            batch = dict(zip(("mean", "var"), channel_statistics(_as_map(inputs[0])), strict=True))
-            target: dict[str, Any] = {"mean": layer.running_mean, "var": layer.running_var}
-            term = self._distance(current, f"bn.{current.norms}", batch, target)
-            if current.norms == 0:
-                term = term * self.first_bn_multiplier
-            current.norms += 1
-        else:
-            number = current.convolutions
-            current.convolutions += 1
-            if number >= len(self._targets):
-                raise self._misfit(f"expected {len(self._targets)} convolutions, more ran")
-            term = torch.zeros((), device=self._device)
-            if current.kept[number]:
-                batch = conv_statistics(inputs[0], self.patch)
-                term = self._distance(current, f"conv.{number}", batch, self._targets[number])
-        current.terms.append(term)
-        if len(current.terms) == current.last:
+        number = current.convolutions
+        if number >= len(self._targets):
+            raise self._misfit(f"expected {len(self._targets)} convolutions, more ran")
+        target, kept = self._targets[number], current.kept[number]
+        pairs = [(target[f"{part}_mean"], target[f"{part}_var"]) for part in ("channel", "patch")]
+        # A dropped convolution is at a distance of zero.
+        batches = (
+            conv_moments(inputs[0], self.patch)
+            if kept
+            else [Moments(*pair, count) for pair, count in zip(pairs, counts_of(inputs[0]), strict=True)]
+        )
+        for part, batch, pair in zip(("channel", "patch"), batches, pairs, strict=True):
+            if len(batch.mean) != len(pair[0]):
+                what = f"conv.{number}.{part}_mean has {len(pair[0])} values, but the input has {len(batch.mean)}"
+                raise self._misfit(what)
+            current.terms.append(_Term(f"conv.{number}.{part}_", batch, pair, 1.0, kept))
+        current.convolutions += 1
+        self._end_if_last(current)
+
+    def _end_if_last(self, current: _Pass) -> None:
+        if current.layers == current.last:
             raise _HeadNotNeeded
 
-    def _distance(self, current: _Pass, layer: str, batch: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
-        """Return the sum of the L2 distances; at exactly zero, PyTorch uses the gradient zero, a valid subgradient."""
-        norms = []
-        for key, value in batch.items():
-            if value.shape != target[key].shape:
-                raise self._misfit(f"{layer}.{key} has {len(target[key])} values, but the input has {len(value)}")
-            compared = self._smoothed(current, f"{layer}.{key}", value) if self.momentum else value
-            norms.append((compared - target[key]).norm())
-        return torch.stack(norms).sum()
+    def _smoothed(self, terms: Sequence[_Term]) -> Tensor:
+        """Update the moving averages and return those of all terms, (2, N); a dropped term returns its own statistics.
 
-    def _smoothed(self, current: _Pass, key: str, batch: Tensor) -> Tensor:
-        """Return the updated moving average, with the gradient of this batch; it is stored only if the pass succeeds."""
-        fixed, past = batch.detach(), self._averages.get(key)
-        # differs: starts at the first batch. The published code intends this too, but a type check makes it start at zero.
-        average = fixed if past is None else self.momentum * past + (1 - self.momentum) * fixed
-        current.averages[key] = average
-        return batch + (average - fixed)
+        differs: an average starts at its first batch. The published code intends this too, but a type check makes it start at
+        zero.
+        """
+        batch, sizes, past = stacked([term.batch for term in terms]), [len(term.batch.mean) for term in terms], []
+        for part, row in zip(("mean", "var"), batch, strict=True):
+            now = zip(terms, row.split(sizes), strict=True)
+            past.append(torch.cat([self._averages.get(t.name + part, v) if t.kept else v for t, v in now]))
+        average = torch.lerp(batch, torch.stack(past), self.momentum)
+        for part, row in zip(("mean", "var"), average, strict=True):
+            now = zip(terms, row.split(sizes), strict=True)
+            self._averages.update({term.name + part: value for term, value in now if term.kept})
+        return average
 
     def _misfit(self, what: str) -> TeacherError:
         return TeacherError(
