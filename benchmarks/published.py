@@ -1,7 +1,7 @@
 """Synthesis steps written as the published implementations compute them: the baselines of throughput.py and gpu.py.
 
-They are literal on purpose: NCHW, eager, whole networks, statistics in two passes, and in `PrismStep` two passes of the logit
-teacher. What only costs time and changes nothing is left out: unused priors, logging, and a verifier.
+They are literal on purpose: NCHW, eager, whole networks, statistics in two passes, and in `PrismStep` two passes of the
+logit teacher. What only costs time and changes nothing is left out: unused priors, logging, and a verifier.
 
 Legend: B images, C channels, H W pixels, G cells of a feature map.
 """
@@ -99,9 +99,7 @@ class GvbsmStep(PrismStep):
 
     MOMENTUM, PATCH = 0.4, 16
 
-    def __init__(
-        self, models: list[nn.Module], images: Tensor, labels: Tensor, targets: list[dict[str, Tensor]]
-    ) -> None:
+    def __init__(self, models: list[nn.Module], images: Tensor, labels: Tensor, targets: list[dict[str, Tensor]]) -> None:
         super().__init__(models, images, labels)
         self.targets, self.averages = targets, [dict[str, Tensor]() for _ in models]
 

@@ -5,9 +5,10 @@
 Variants, one after the other in each round, so that a busy machine slows down all of them:
 
 - published: the step as published code computes it; see published.py.
-- ours: the step of `prism_hf.synthesize`, in float32. ours, bf16: the same with the teachers under autocast. ours, compiled:
-  with --compile on, if asked for.
-- floor: forward pass and input gradient of the same networks, each once, in channels_last; no statistics, view or optimizer.
+- ours: the step of `prism_hf.synthesize`, in float32. "ours, bf16": the same with the teachers under autocast. "ours,
+  compiled": with --compile on, if asked for.
+- floor: forward pass and input gradient of the same networks, each once, in channels_last; without statistics, view and
+  optimizer.
 
 Networks have random weights and running statistics of random images, because the time does not depend on them. Ratios are
 medians over the rounds of the time of `published` divided by that of the variant, by wall time and by the CPU time of the
@@ -259,10 +260,9 @@ def main() -> None:
             measured[f"{name}, {threads} thread{'s' if threads > 1 else ''}"] = {"case": case.__dict__, "variants": facts}
             for variant, row in facts.items():
                 memory = f", {row['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in row else ""
-                sys.stdout.write(
-                    f"{name}, {threads} threads, {variant}: {1000 * row['wall_s']:.0f} ms, ratio wall "
-                    f"{row['ratio_wall']:.2f}, cpu {row['ratio_cpu']:.2f}, {100 * row['share_of_peak']:.0f} % of peak{memory}\n"
-                )
+                ratios = f"ratio wall {row['ratio_wall']:.2f}, cpu {row['ratio_cpu']:.2f}"
+                speed = f"{1000 * row['wall_s']:.0f} ms, {100 * row['share_of_peak']:.0f} % of peak"
+                sys.stdout.write(f"{name}, {threads} threads, {variant}: {ratios}, {speed}{memory}\n")
             sys.stdout.flush()
     if args.record:
         command = f"python benchmarks/throughput.py {' '.join(sys.argv[1:])}"

@@ -18,6 +18,7 @@ from slow_statistics import (
     slow_conv,
     small_teacher,
 )
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from prism_hf.errors import TeacherError
@@ -159,27 +160,28 @@ def test_no_copy_of_an_activation_is_saved(dtype):
     x, saved = torch.randn(4, 5, 6, 6).to(dtype).requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         mismatch(x, norm_layer(dtype=torch.float32))
-    large = {t.untyped_storage().data_ptr() for t in saved if t.numel() > 5}
+    large = {t.untyped_storage().data_ptr() for t in saved if t.numel() > 3 * 5}
     assert large == {x.untyped_storage().data_ptr()}
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_byobnet"])
-def test_hooks_are_removed_after_the_block(tiny_teachers, name):
+def test_layers_are_changed_during_a_pass_only(tiny_teachers, name):
     teacher = tiny_teachers[name]
 
-    def hooks():
-        return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in teacher.model.modules())
+    def changed():
+        return sum("forward" in vars(m) for m in teacher.model.modules())
 
-    before = hooks()
+    inside = []
+    handle = teacher.model.get_classifier().register_forward_hook(lambda *_: inside.append(changed()))
     x = teacher.prepare(batch().detach())
     with Alignment(teacher.model) as align:
-        inside = hooks()
-        align(x, head=False)
-    assert inside > before
-    assert hooks() == before
+        align(x)
+        assert changed() == 0
+    handle.remove()
+    assert inside == [sum(isinstance(m, nn.BatchNorm2d) for m in teacher.model.modules())]
     with pytest.raises(RuntimeError), Alignment(teacher.model) as align:
         align(x[:, :2])
-    assert hooks() == before
+    assert changed() == 0
     with pytest.raises(AssertionError, match="with"):
         align(x)
 
@@ -363,7 +365,8 @@ def took_part(align, x):
     before = align.state()
     align(x)
     keys = [f"conv.{n}.patch_mean" for n in range(3)]
-    return torch.tensor([align.state().get(key) is not before.get(key) for key in keys])
+    after = align.state()
+    return torch.tensor([key in after and not (key in before and torch.equal(after[key], before[key])) for key in keys])
 
 
 def test_convolutions_are_dropped_at_random_and_keep_their_averages(small, tiny_images):
@@ -504,11 +507,9 @@ def test_hooks_of_convolutions_are_removed_after_the_block(small, tiny_images):
 
     x = batch()
     with Alignment(small.model, conv=gathered(small, tiny_images), patch=8) as align:
-        assert hooks() == 3
+        assert hooks() == 2  # one of them runs twice
         align(x)
     assert hooks() == 0
-    with Alignment(small.model, momentum=0.4):
-        assert hooks() == 1
     with pytest.raises(AssertionError, match="with"):
         align(x)
 
@@ -534,6 +535,29 @@ def test_statistics_of_another_size_patch_or_network_give_a_one_line_error(small
     assert "expected 2 convolutions, more ran" in error_of(fewer)
     wider = conv | {"1.channel_mean": torch.zeros(5), "1.channel_var": torch.zeros(5)}
     assert "conv.1.channel_mean has 5 values, but the input has 4" in error_of(wider)
+
+
+class Shifted(nn.BatchNorm2d):
+    """A BN layer with a `forward` of its own."""
+
+    def forward(self, x):
+        return super().forward(x + 1) * 2
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d, Shifted])
+def test_the_output_of_every_kind_of_layer_is_that_of_the_layer(kind):
+    torch.manual_seed(0)
+    layer = kind(3).eval().requires_grad_(False)
+    layer.running_mean, layer.running_var = torch.randn(3), torch.rand(3) + 0.5
+    layer.weight.copy_(torch.randn(3))
+    x = batch().detach().requires_grad_()
+    with Alignment(nn.Sequential(layer)) as align:
+        ours = align(x).logits
+    expected = layer(x)
+    assert torch.equal(ours, expected)
+    weights = torch.randn(expected.shape)
+    (gradient,), (native,) = (torch.autograd.grad((y * weights).sum(), x) for y in (ours, expected))
+    torch.testing.assert_close(gradient, native)
 
 
 # -- BN layers of other kinds -----------------------------------------------------------------------------------------

@@ -20,12 +20,11 @@ from torch import nn
 
 from prism_hf.errors import TeacherError
 from prism_hf.images.pixels import to_reference
+from prism_hf.method.moments import EXACT, Targets, cell_statistics, channel_statistics, conv_moments, distance
 from prism_hf.method.statistics import (
     STATISTICS,
-    channel_statistics,
     conv_statistics,
     gather_statistics,
-    patch_statistics,
     shuffled_batches,
 )
 
@@ -49,36 +48,68 @@ SHAPES = [
 ]
 
 
+def distance_to(x, patch, target):
+    """Return R of a convolution's input, as the product computes it."""
+    batch = conv_moments(x, patch)
+    targets = [(target[f"{part}_mean"], target[f"{part}_var"]) for part in ("channel", "patch")]
+    return distance(batch, Targets.of(batch, targets, [1.0, 0.5]))
+
+
+def slow_distance(x, patch, target):
+    """Return the same from the definition."""
+    norms = {key: (value - target[key].double()).norm() for key, value in slow_conv(x, patch).items()}
+    return norms["channel_mean"] + norms["channel_var"] + 0.5 * (norms["patch_mean"] + norms["patch_var"])
+
+
+def far_from(statistics):
+    generator = torch.Generator().manual_seed(0)
+    return {k: v + torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for k, v in statistics.items()}
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(("shape", "patch"), SHAPES, ids=str)
-def test_statistics_equal_their_definition(shape, patch, dtype, layout):
+def test_statistics_and_the_gradient_of_their_distance_equal_their_definition(shape, patch, dtype, layout):
     x = map_of(*shape, dtype=dtype).detach().contiguous(memory_format=layout).requires_grad_()
     y = x.detach().double().requires_grad_()
     ours, slow = conv_statistics(x, patch), slow_conv(y, patch)
     assert tuple(ours) == STATISTICS
-    for number, key in enumerate(STATISTICS):
+    for key in STATISTICS:
         assert ours[key].dtype == dtype
         assert ours[key].shape == slow[key].shape
         assert close(ours[key], slow[key], TOLERANCE[dtype]), key
-        weights = torch.randn(len(slow[key]), dtype=torch.float64) + number
-        (gradient,) = torch.autograd.grad((ours[key] * weights.to(dtype)).sum(), x, retain_graph=True)
-        (literal,) = torch.autograd.grad((slow[key] * weights).sum(), y, retain_graph=True)
-        assert close(gradient, literal, TOLERANCE[dtype]), key
-        assert gradient.is_contiguous(memory_format=layout)
+    target = far_from(ours)
+    found, expected = distance_to(x, patch, target), slow_distance(y, patch, target)
+    assert close(found, expected, TOLERANCE[dtype])
+    (gradient,) = torch.autograd.grad(3 * found, x)
+    (literal,) = torch.autograd.grad(3 * expected, y)
+    assert close(gradient, literal, TOLERANCE[dtype])
+    assert gradient.is_contiguous(memory_format=layout)
 
 
-def test_statistics_pass_gradcheck():
+def test_the_distance_passes_gradcheck():
     x = map_of(2, 3, 5, 7)
-    assert torch.autograd.gradcheck(channel_statistics, x)
-    assert torch.autograd.gradcheck(lambda t: patch_statistics(t, 2), x)
+    target = far_from(conv_statistics(x, 2))
+    assert torch.autograd.gradcheck(lambda t: distance_to(t, 2, target), x)
+
+
+@each("rows", [1, 100, EXACT // 64, EXACT // 64 + 1, 400])
+def test_channel_statistics_are_exact_for_small_and_large_maps(rows):
+    generator = torch.Generator().manual_seed(rows)
+    x = (torch.randn(rows, 3, 8, 8, generator=generator) * 2 + torch.tensor([0.0, 3.0, 60.0]).view(1, 3, 1, 1)).contiguous(
+        memory_format=torch.channels_last
+    )
+    var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    ours = channel_statistics(x)
+    assert float(((ours[1] - var) / var).abs().max()) < 5e-6
+    assert float(((ours[0] - mean) / var.sqrt()).abs().max()) < 1e-4
 
 
 @each("side", range(1, 40))
 def test_cells_have_the_bounds_of_adaptive_average_pooling(side):
     x, cells = torch.rand(2, 3, side, 20, dtype=torch.float64), (max(1, side // 7), 2)
     expected = nn.functional.adaptive_avg_pool2d(x, cells).mean((0, 1)).flatten()
-    torch.testing.assert_close(patch_statistics(x, 7)[0], expected)
+    torch.testing.assert_close(cell_statistics(x, 7)[0].flatten(), expected)
 
 
 def test_a_mean_far_from_zero_does_not_reduce_precision():
@@ -92,7 +123,7 @@ def test_a_mean_far_from_zero_does_not_reduce_precision():
 def test_a_cell_of_equal_values_has_no_variance():
     x = torch.full((2, 3, 8, 8), 0.3)
     x[..., 4:] = 700.0
-    mean, var = patch_statistics(x, 4)
+    mean, var = (value.flatten() for value in cell_statistics(x, 4))
     torch.testing.assert_close(mean, torch.tensor([0.3, 700, 0.3, 700]), rtol=1e-4, atol=1e-4)
     assert float(var.abs().max()) < 1e-6 * 700**2
 
@@ -106,26 +137,30 @@ def test_half_precision_and_autocast_are_reduced_in_float32():
     for key in STATISTICS:
         assert ours[key].dtype == torch.float32
         assert close(ours[key], slow[key], 1e-5), key
-        (gradient,) = torch.autograd.grad(ours[key].square().sum(), x, retain_graph=True)
-        (literal,) = torch.autograd.grad(slow[key].square().sum(), wide, retain_graph=True)
-        assert gradient.dtype == torch.bfloat16
-        assert close(gradient, literal, 0.02), key
+    target = far_from(ours)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = distance_to(x, 4, target)
+    (gradient,) = torch.autograd.grad(found, x)
+    (literal,) = torch.autograd.grad(slow_distance(wide, 4, target), wide)
+    assert gradient.dtype == torch.bfloat16
+    assert close(gradient, literal, 0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_copy_of_an_activation_is_saved(dtype):
     x = map_of(4, 5, 6, 6).detach().to(dtype).requires_grad_()
-    for mean, _ in (channel_statistics(x), patch_statistics(x, 3)):
-        large = [t for t in mean.grad_fn.saved_tensors if t.numel() > 5]
-        assert [t.untyped_storage().data_ptr() for t in large] == [x.untyped_storage().data_ptr()]
+    channels, cells = conv_moments(x, 3)
+    assert channels.mean.grad_fn is cells.mean.grad_fn
+    large = [t for t in channels.mean.grad_fn.saved_tensors if t.numel() > 5]
+    assert [t.untyped_storage().data_ptr() for t in large] == [x.untyped_storage().data_ptr()]
 
 
 def test_channel_statistics_ignore_positions_and_cell_statistics_ignore_channels():
     x = map_of(3, 4, 8, 8).detach()
     by_place, by_channel = x.flip(0).permute(0, 1, 3, 2), x[:, [2, 0, 3, 1]]
     torch.testing.assert_close(channel_statistics(x), channel_statistics(by_place))
-    torch.testing.assert_close(patch_statistics(x, 4), patch_statistics(by_channel, 4))
-    assert not torch.allclose(patch_statistics(x, 4)[0], patch_statistics(x.flip(2), 4)[0])
+    torch.testing.assert_close(cell_statistics(x, 4), cell_statistics(by_channel, 4))
+    assert not torch.allclose(cell_statistics(x, 4)[0], cell_statistics(x.flip(2), 4)[0])
 
 
 # -- statistics of the real data ----------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 start_images   the real images, or mosaics of real patches, from which the optimization starts
 alignment      the distance between the feature statistics of a batch and those of real data in a frozen network
-statistics     means and variances with closed-form gradients, and their averages over real data
+moments        means and variances of a layer's input, and their distance to targets, with closed-form gradients
+statistics     averages of the statistics of convolution inputs over real data
 densification  a regularizer that makes the images of a class span more directions
 objective      the loss of one step and its gradient, one teacher at a time
 synthesis      the optimization loop: draw a view, compute the gradient, take an Adam step

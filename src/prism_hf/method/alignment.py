@@ -13,23 +13,29 @@ The second sum and the moving average of the batch statistics come from G-VBSM (
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # the base of 1d, 2d, 3d and synchronized BN
-from torch.overrides import TorchFunctionMode
 
 from ..errors import TeacherError
+from ..models import normalized_by
 from .moments import Moments, Targets, conv_moments, counts_of, distance, frozen_norm, stacked
 from .statistics import STATISTICS
 
 
 def _is_matched(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) and layer.running_mean is not None
+
+
+def _scale(layer: _BatchNorm) -> Tensor:
+    """Return the factor of each channel in a BN layer in eval mode, (C,)."""
+    assert layer.running_var is not None
+    scale = (layer.running_var + layer.eps).rsqrt()
+    return scale if layer.weight is None else scale * layer.weight.detach()
 
 
 def describe_norms(model: nn.Module) -> str:
@@ -77,18 +83,6 @@ class _Pass:
     @property
     def layers(self) -> int:
         return self.norms + self.convolutions
-
-
-class _EachNorm(TorchFunctionMode):
-    """Replaces the computation of every BN layer that runs in the block, whatever the class of the layer."""
-
-    def __init__(self, normalize: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self._normalize = normalize
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call = self._normalize if function is F.batch_norm else function
-        return call(*args, **(kwargs or {}))
 
 
 class Alignment:
@@ -142,6 +136,7 @@ class Alignment:
         conv = {key: value.to(self._device) for key, value in (conv or {}).items()}
         counted = range(len(conv) // len(STATISTICS))
         self._targets = [{key: conv[f"{number}.{key}"] for key in STATISTICS} for number in counted]
+        self._scales = {layer: _scale(layer) for layer in norms}
         self._convolutions = [m for m in model.modules() if conv and isinstance(m, nn.Conv2d)]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._averages: dict[str, Tensor] = {}
@@ -170,7 +165,7 @@ class Alignment:
         self._pass = current = _Pass(kept, last=None if head else self._layers)
         logits: Tensor | None = None
         try:
-            with _EachNorm(self._normalize):
+            with normalized_by(list(self._scales), self._normalize):
                 logits = self.model(x)
         except _HeadNotNeeded:
             pass
@@ -194,22 +189,13 @@ class Alignment:
         """Restore the moving averages that `state` returned."""
         self._averages = {key: value.to(self._device, copy=True) for key, value in state.items()}
 
-    def _normalize(
-        self,
-        x: Tensor,
-        mean: Tensor | None,
-        var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        """Run a BN layer, in place of `torch.nn.functional.batch_norm`, and match its input."""
-        current = self._pass
-        if current is None or training or mean is None or var is None:
-            return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-        y, batch = frozen_norm(x, mean, var, weight, bias, eps)
+    def _normalize(self, layer: _BatchNorm, x: Tensor) -> Tensor:
+        """Return the output of a BN layer, and match its input."""
+        current, mean, var = self._pass, layer.running_mean, layer.running_var
+        assert current is not None
+        assert mean is not None
+        assert var is not None
+        y, batch = frozen_norm(x, mean, var, layer.weight, layer.bias, layer.eps, scale=self._scales[layer])
         multiplier = 1.0 if current.norms else self.first_bn_multiplier
         current.terms.append(_Term(f"bn.{current.norms}.", batch, (mean, var), multiplier, True))
         current.norms += 1
@@ -227,11 +213,9 @@ class Alignment:
         target, kept = self._targets[number], current.kept[number]
         pairs = [(target[f"{part}_mean"], target[f"{part}_var"]) for part in ("channel", "patch")]
         # A dropped convolution is at a distance of zero.
-        batches = (
-            conv_moments(inputs[0], self.patch)
-            if kept
-            else [Moments(*pair, count) for pair, count in zip(pairs, counts_of(inputs[0]), strict=True)]
-        )
+        batches: Sequence[Moments] = [Moments(*pair, n) for pair, n in zip(pairs, counts_of(inputs[0]), strict=True)]
+        if kept:
+            batches = conv_moments(inputs[0], self.patch)
         for part, batch, pair in zip(("channel", "patch"), batches, pairs, strict=True):
             if len(batch.mean) != len(pair[0]):
                 what = f"conv.{number}.{part}_mean has {len(pair[0])} values, but the input has {len(batch.mean)}"
@@ -247,8 +231,8 @@ class Alignment:
     def _smoothed(self, terms: Sequence[_Term]) -> Tensor:
         """Update the moving averages and return those of all terms, (2, N); a dropped term returns its own statistics.
 
-        differs: an average starts at its first batch. The published code intends this too, but a type check makes it start at
-        zero.
+        differs: an average starts at its first batch. The published code intends this too, but a type check makes it start
+        at zero.
         """
         batch, sizes, past = stacked([term.batch for term in terms]), [len(term.batch.mean) for term in terms], []
         for part, row in zip(("mean", "var"), batch, strict=True):

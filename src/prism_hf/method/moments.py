@@ -28,11 +28,11 @@ EXACT = 2**13
 
 
 class Moments(NamedTuple):
-    """Mean and biased variance, (D,) each, and the count that divides their gradient. Only for `distance`."""
+    """Mean and biased variance, (D,) each, and the number of values that divides their gradient. Only for `distance`."""
 
     mean: Tensor
     var: Tensor
-    count: int
+    divisor: int
 
 
 def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,25 +85,21 @@ class _Norm(torch.autograd.Function):
     """A BN layer in eval mode and the statistics of its input, in one node: the backward pass reads the input once."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(x, var, weight)
-        ctx.eps = eps
+    def forward(ctx: Any, x: Tensor, scale: Tensor, *layer: Any) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x, scale)
+        mean, var, weight, bias, eps = layer
         y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
         return y, *channel_statistics(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, offset: Tensor, slope: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        x, var, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad_y: Tensor, offset: Tensor, slope: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
         shape = (1, -1, *[1] * (x.ndim - 2))
-        scale = (var + ctx.eps).rsqrt()
-        scale = scale if weight is None else scale * weight
         # In half precision, the two terms of the statistics would suffer from cancellation.
         gradient = torch.addcmul(offset.view(shape), slope.view(shape), x.to(slope.dtype))
         gradient.addcmul_(grad_y, scale.view(shape))
-        return gradient.to(x.dtype), None, None, None, None, None
+        return gradient.to(x.dtype), *[None] * 6
 
 
 class _ConvStatistics(torch.autograd.Function):
@@ -125,7 +121,8 @@ class _ConvStatistics(torch.autograd.Function):
             channel.view(-1, 1, 1) + _pool(cell.view(rows.shape[1], columns.shape[1]), rows, columns)
             for channel, cell in zip((offset, slope), of_cells, strict=True)
         )
-        return torch.addcmul(offset, slope, x.to(slope.dtype)).to(x.dtype), None
+        gradient = torch.empty_like(x, dtype=slope.dtype)  # else the layout would be that of the offset
+        return torch.addcmul(offset, slope, x.to(slope.dtype), out=gradient).to(x.dtype), None
 
 
 class _Distance(torch.autograd.Function):
@@ -158,15 +155,15 @@ class Targets:
     """The constants of `distance` on the device. N is the number of all means, E that of the `Moments`.
 
     Attributes:
-        sizes, each_count: Number of values of each of the moments, and their `count`.
+        sizes, divisors: Number of values of each of the moments, and their divisors.
         values: Target means and variances, (2, N).
         weights: Weight of each distance, (E,).
-        counts: Number of values that each mean is made of, (N,).
+        counts: Divisor of each mean, (N,).
         rows, places: Number of the moments that a value belongs to, and its place in a table with a row for each, (N,).
     """
 
     sizes: list[int]
-    each_count: list[int]
+    divisors: list[int]
     values: Tensor
     weights: Tensor
     counts: Tensor
@@ -176,19 +173,19 @@ class Targets:
     @classmethod
     def of(cls, batch: Sequence[Moments], targets: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> Self:
         """Return the constants for moments of this form."""
-        sizes, each_count = [len(moments.mean) for moments in batch], [moments.count for moments in batch]
+        sizes, divisors = [len(moments.mean) for moments in batch], [moments.divisor for moments in batch]
         values = torch.stack([torch.cat(list(part)) for part in zip(*targets, strict=True)])
         rows = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
         places = torch.cat([torch.arange(size) + max(sizes) * row for row, size in enumerate(sizes)])
         device = values.device
-        counts = values.new_tensor(each_count)[rows.to(device)]
-        return cls(sizes, each_count, values, values.new_tensor(weights), counts, rows.to(device), places.to(device))
+        counts = values.new_tensor(divisors)[rows.to(device)]
+        return cls(sizes, divisors, values, values.new_tensor(weights), counts, rows.to(device), places.to(device))
 
     def fit(self, batch: Sequence[Moments]) -> bool:
         """Return whether the constants are for moments of this form."""
         return all(
-            (len(moments.mean), moments.count) == form
-            for moments, form in zip(batch, zip(self.sizes, self.each_count, strict=True), strict=False)
+            (len(moments.mean), moments.divisor) == form
+            for moments, form in zip(batch, zip(self.sizes, self.divisors, strict=True), strict=False)
         ) and len(batch) == len(self.sizes)
 
 
@@ -207,7 +204,7 @@ def distance(batch: Sequence[Moments], targets: Targets, compared: Tensor | None
 
 def stacked(batch: Sequence[Moments]) -> Tensor:
     """Return all means and variances, (2, N), without a gradient."""
-    return torch.stack([torch.cat([moments[part].detach() for moments in batch]) for part in (0, 1)])
+    return torch.stack([torch.cat([m.mean.detach() for m in batch]), torch.cat([m.var.detach() for m in batch])])
 
 
 @lru_cache(maxsize=256)
@@ -233,15 +230,22 @@ def _all_cuts(x: Tensor, patch: int) -> tuple[Tensor, Tensor]:
 
 
 def frozen_norm(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    scale: Tensor,
 ) -> tuple[Tensor, Moments]:
     """Return the output of a BN layer in eval mode, and the moments of each channel of its input.
 
     The input is (B, C, ...) of any float dtype; the other arguments are running statistics and parameters of the layer,
-    which get no gradient. The output equals that of `torch.nn.functional.batch_norm` bit for bit.
+    which get no gradient, and `scale`, weight / sqrt(var + eps). The output equals that of the layer bit for bit.
     """
-    y, *statistics = _Norm.apply(x, mean, var, weight, bias, eps)
-    return y, Moments(*statistics, x.numel() // x.shape[1])
+    y, batch_mean, batch_var = _Norm.apply(x, scale, mean, var, weight, bias, eps)
+    return y, Moments(batch_mean, batch_var, x.numel() // x.shape[1])
 
 
 def conv_moments(x: Tensor, patch: int) -> tuple[Moments, Moments]:
@@ -255,5 +259,5 @@ def conv_moments(x: Tensor, patch: int) -> tuple[Moments, Moments]:
 
 
 def counts_of(x: Tensor) -> tuple[int, int]:
-    """Return the `count` of both moments of a convolution's input; pooling divides by the number of pixels of a cell."""
+    """Return the divisors of both moments of a convolution's input; pooling divides by the number of pixels of a cell."""
     return x.numel() // x.shape[1], x.shape[0] * x.shape[1]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..images import clamp_, draw_crop, resample
-from ..models import Teacher
+from ..models import FUSED, Teacher
 from ..recipe import SynthesisJob, SynthesisRecipe, SynthesisView
 from .objective import Objective, Precision, Terms
 
@@ -67,7 +67,7 @@ def synthesize(
     """
     labels = torch.tensor(job.classes, device=initial.device)
     pixels = initial.detach().clone().contiguous(memory_format=torch.channels_last).requires_grad_()
-    adam = torch.optim.Adam([pixels], lr=settings.lr, betas=settings.betas)
+    adam = torch.optim.Adam([pixels], lr=settings.lr, betas=settings.betas, fused=pixels.device.type in FUSED)
     generator = torch.Generator().manual_seed(job.seed)
     with Objective(
         job.teachers, settings, teachers, precision=precision, generator=generator, statistics=statistics
@@ -94,7 +94,7 @@ def learning_rate(settings: SynthesisRecipe, iteration: int, iterations: int) ->
     """Return the learning rate of an iteration, counted from 0."""
     if settings.lr_schedule == "constant":
         return settings.lr
-    return settings.lr * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * iteration / iterations, dtype=torch.float64))))
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
 def draw_view(images: Tensor, view: SynthesisView, generator: torch.Generator, *, progress: float = 1.0) -> Tensor:

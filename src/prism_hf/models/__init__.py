@@ -13,6 +13,7 @@ from .facts import (
 )
 from .folder import scored_on, source_facts, store_network
 from .load import load_teacher, load_teachers
+from .norms import normalized_by
 from .squeeze import (
     check_batch,
     check_squeezed,
@@ -24,4 +25,4 @@ from .squeeze import (
     teacher_folder,
 )
 from .teacher import Teacher, check_teacher, classifier_of, penultimate_features
-from .training import AtStep, Batches, ShuffledBatches, fit, score
+from .training import FUSED, AtStep, Batches, ShuffledBatches, fit, score

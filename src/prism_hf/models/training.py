@@ -19,6 +19,8 @@ from ..runtime import Checkpoint, State, raise_if_stopped, told_in_one_line
 
 CHECK_EVERY = 20
 """Steps between checks of the losses; each check waits for the device."""
+FUSED = ("cpu", "cuda")
+"""Devices with a kernel that updates all parameters at once."""
 Schedule = Literal["cosine", "one_cycle"]
 AtStep = Callable[[int], None]
 """Told how many steps of a training are done."""
@@ -93,7 +95,7 @@ class _Training:
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.network, self.what, self.ema, self.step = network, what, ema, 0
         self.device = next(network.parameters()).device
-        self.optimizer = torch.optim.AdamW(groups, lr=lr)
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, fused=self.device.type in FUSED)
         self.scheduler: torch.optim.lr_scheduler.LRScheduler
         if schedule == "one_cycle":
             self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=lr, total_steps=steps)

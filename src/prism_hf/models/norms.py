@@ -1,0 +1,62 @@
+"""BN layers of a frozen network, with another computation in place of `torch.nn.functional.batch_norm`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm  # the base of 1d, 2d, 3d and synchronized BN
+from torch.overrides import TorchFunctionMode
+
+Normalize = Callable[[_BatchNorm, Tensor], Tensor]
+"""A layer and its input -> its output."""
+
+
+@contextmanager
+def normalized_by(layers: Sequence[_BatchNorm], normalize: Normalize) -> Iterator[None]:
+    """Let BN layers in eval mode, with running statistics, compute their output by `normalize` within the block."""
+    replaced = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.__dict__["forward"] = _forward(layer, normalize)
+        yield
+    finally:
+        for layer, forward in zip(layers, replaced, strict=True):
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.__dict__["forward"] = forward
+
+
+def _forward(layer: _BatchNorm, normalize: Normalize) -> Callable[[Tensor], Tensor]:
+    """Return the `forward` of a layer. The two common classes are written out, because interception takes time."""
+    normalized = partial(normalize, layer)
+
+    def with_activation(x: Tensor) -> Tensor:
+        assert isinstance(layer, BatchNormAct2d)
+        activated: Tensor = layer.act(layer.drop(normalized(x)))
+        return activated
+
+    def intercepted(x: Tensor) -> Tensor:
+        with _Intercepted(normalized):
+            return type(layer).forward(layer, x)
+
+    if type(layer).forward is _BatchNorm.forward:
+        return normalized
+    return with_activation if type(layer).forward is BatchNormAct2d.forward else intercepted
+
+
+class _Intercepted(TorchFunctionMode):
+    """Replaces `torch.nn.functional.batch_norm` in the block by a function of its input."""
+
+    def __init__(self, normalized: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._normalized = normalized
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.batch_norm:
+            return self._normalized(args[0] if args else kwargs["input"])
+        return function(*args, **(kwargs or {}))
