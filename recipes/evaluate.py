@@ -9,4 +9,4 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from prism_hf.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(["evaluate", *sys.argv[1:]], prog="accelerate launch recipes/evaluate.py"))
+    sys.exit(main(["evaluate", *sys.argv[1:]], prog="accelerate launch recipes/evaluate.py", is_command_line=True))

@@ -10,4 +10,11 @@ from prism_hf.cli.main import main
 
 if __name__ == "__main__":
     recipe = Path(__file__).parent / "digits" / "prism_ipc10.yaml"
-    sys.exit(main(["distill", *sys.argv[1:]], prog="accelerate launch recipes/prism.py", default_recipe=recipe))
+    sys.exit(
+        main(
+            ["distill", *sys.argv[1:]],
+            prog="accelerate launch recipes/prism.py",
+            is_command_line=True,
+            default_recipe=recipe,
+        )
+    )

@@ -14,8 +14,8 @@ from ..compare import Method, under_one_protocol
 from ..errors import RecipeError
 from ..recipe import Recipe, load_recipe, override_recipe, plan_jobs
 from ..run.folder import check_place, check_source
-from ..runtime import count_text
-from .options import Command, add_compute, quiet, split_overrides, teachers_folder
+from ..runtime import count_text, in_processes
+from .options import Command, add_compute, processes, quiet, split_overrides, teachers_folder
 
 
 def compare(parser: argparse.ArgumentParser) -> Command:
@@ -76,7 +76,8 @@ def _compare(args: argparse.Namespace) -> None:
 
     runs = (methods, students, seeds, folder, teachers_folder(args, folder))
     command = " ".join([args.parser.prog, *map(public_word, args.argv)])
-    table = compare(*runs, threads=args.threads, checkpoint_s=args.checkpoint_every, notes=notes, command=command)
+    with in_processes(processes(args, first.data.size, folder / "work")):
+        table = compare(*runs, threads=args.threads, checkpoint_s=args.checkpoint_every, notes=notes, command=command)
     if table is not None:
         sys.stdout.write(f"{table}\npage: {folder / 'comparison.html'}\n")
 

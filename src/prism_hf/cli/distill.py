@@ -6,8 +6,18 @@ from pathlib import Path
 
 from ..recipe import STAGES, TRACKERS, describe_plan
 from ..run.folder import check_at_once
-from ..runtime import is_first_process
-from .options import NO_CONTROL, Command, add_compute, add_target, push_options, quiet, read_recipe, teachers_folder
+from ..runtime import in_processes, is_first_process
+from .options import (
+    NO_CONTROL,
+    Command,
+    add_compute,
+    add_target,
+    processes,
+    push_options,
+    quiet,
+    read_recipe,
+    teachers_folder,
+)
 from .status import print_status
 
 
@@ -66,19 +76,20 @@ def _distill(args: argparse.Namespace) -> None:
     from ..hub import Target
     from ..run.distill import distill
 
-    result = distill(
-        recipe,
-        folder,
-        teachers=teachers,
-        stage=args.stage,
-        fresh=args.fresh,
-        allow_partial=args.allow_partial,
-        control=args.control,
-        push_to_hub=None if args.repo is None else Target(args.repo, **push_options(args)),
-        log_with=args.log_with,
-        threads=args.threads,
-        checkpoint_s=args.checkpoint_every,
-    )
+    with in_processes(processes(args, recipe.data.size, folder / "work")):
+        result = distill(
+            recipe,
+            folder,
+            teachers=teachers,
+            stage=args.stage,
+            fresh=args.fresh,
+            allow_partial=args.allow_partial,
+            control=args.control,
+            push_to_hub=None if args.repo is None else Target(args.repo, **push_options(args)),
+            log_with=args.log_with,
+            threads=args.threads,
+            checkpoint_s=args.checkpoint_every,
+        )
     if is_first_process():
         made = (result.table, result.dataset and f"dataset: {result.dataset}", result.url)
         sys.stdout.writelines(f"{line}\n" for line in made if line)

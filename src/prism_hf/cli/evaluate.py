@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 from ..errors import RecipeError
+from ..recipe import load_recipe
 from ..run.folder import check_place
-from ..runtime import folder_or_hub_id, is_first_process, read_json
-from .options import NO_CONTROL, Command, add_compute, quiet, split_overrides
+from ..runtime import folder_or_hub_id, in_processes, is_first_process, read_json
+from .options import NO_CONTROL, Command, add_compute, processes, quiet, split_overrides
 
 
 def evaluate(parser: argparse.ArgumentParser) -> Command:
@@ -52,18 +53,25 @@ def _evaluate(args: argparse.Namespace) -> None:
     from ..evaluation import summary
     from ..run.evaluate_dataset import evaluate_dataset
 
-    report, student = evaluate_dataset(
-        sources[0],
-        overrides,
-        revision=args.revision,
-        test=args.test,
-        teachers=args.teachers,
-        folder=args.output,
-        control=args.control,
-        threads=args.threads,
-        checkpoint_s=args.checkpoint_every,
-    )
+    with in_processes(processes(args, _size(sources[0]), args.output / "work" if args.output else None)):
+        report, student = evaluate_dataset(
+            sources[0],
+            overrides,
+            revision=args.revision,
+            test=args.test,
+            teachers=args.teachers,
+            folder=args.output,
+            control=args.control,
+            threads=args.threads,
+            checkpoint_s=args.checkpoint_every,
+        )
     if is_first_process():
         sys.stdout.write(f"{summary(read_json(report))}\nreport: {report}\n")
         if student is not None:
             sys.stdout.write(f"student: {student}\n")
+
+
+def _size(source: str) -> int | None:
+    """Return the side of a dataset's images in pixels, if it is a folder; what is on the Hub is not known yet."""
+    path = Path(source) / "recipe.yaml"
+    return load_recipe(path).data.size if path.is_file() else None

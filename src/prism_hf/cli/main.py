@@ -56,7 +56,18 @@ def parse(
     return parser.parse_args(words)
 
 
-def main(argv: Sequence[str] | None = None, *, prog: str | None = None, default_recipe: Path | None = None) -> int:
-    """Run a command line (see `parse`) and return its exit code."""
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    default_recipe: Path | None = None,
+    is_command_line: bool | None = None,
+) -> int:
+    """Run a command line (see `parse`) and return its exit code.
+
+    `is_command_line` says whether this process was started to run it, so that more processes may be started in the same
+    way; by default, whether `argv` is left out.
+    """
     args = parse(argv, prog=prog, default_recipe=default_recipe)
+    args.is_command_line = argv is None if is_command_line is None else is_command_line
     return run_command(args.run, args)

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import PrismError, RecipeError, StoppedError
 from ..recipe import Recipe, load_recipe
-from ..runtime import EVERY_S, leave_at_once, stopping_cleanly
+from ..run.threads import recorded_threads
+from ..runtime import EVERY_S, best_processes, leave_at_once, stopping_cleanly
 
 NO_CONTROL = "make no random real images to compare with, which saves half of the relabeling"
 Command = Callable[[argparse.Namespace], int | None]
@@ -54,8 +55,17 @@ def quiet() -> None:
 def add_compute(parser: argparse.ArgumentParser) -> None:
     """Add the options of every command that computes."""
     parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads per process; default: cores/processes")
+    several = "processes on this machine; default: one per core for images up to 64 pixels on a CPU, else one"
+    parser.add_argument("--processes", type=_positive, metavar="N", help=several)
     every = f"seconds between checkpoints of long jobs; default: {EVERY_S:g}"
     parser.add_argument("--checkpoint-every", type=_seconds, default=EVERY_S, metavar="SECONDS", help=every)
+
+
+def processes(args: argparse.Namespace, size: int | None, work: Path | None) -> int:
+    """Return the number of processes for images of `size` pixels, after earlier launches in `work`, if both are known."""
+    if args.processes is not None or args.threads is not None or size is None or not args.is_command_line:
+        return args.processes or 1
+    return best_processes(size, None if work is None else recorded_threads(work))
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:

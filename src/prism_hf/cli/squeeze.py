@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..errors import RecipeError
 from ..run.folder import check_place, check_source
-from ..runtime import is_first_process
-from .options import Command, add_compute, quiet, read_recipe, split_overrides
+from ..runtime import in_processes, is_first_process
+from .options import Command, add_compute, processes, quiet, read_recipe, split_overrides
 
 
 def squeeze(parser: argparse.ArgumentParser) -> Command:
@@ -46,12 +46,13 @@ def _squeeze(args: argparse.Namespace) -> None:
     check_architectures(recipe)
     # Only later stages need the folder of a run; teachers are written directly to the output.
     scratch = args.teachers / f".work-{recipe.name}"
-    run = Run(recipe, scratch, args.teachers, make_accelerator(), args.checkpoint_every)
-    notes = check_data(run)
-    use_threads(run.accelerator, run.work, args.threads)
-    for line in notes:
-        run.say(line)
-    squeeze(run)
+    with in_processes(processes(args, recipe.data.size, scratch / "work")):
+        run = Run(recipe, scratch, args.teachers, make_accelerator(), args.checkpoint_every)
+        notes = check_data(run)
+        use_threads(run.accelerator, run.work, args.threads)
+        for line in notes:
+            run.say(line)
+        squeeze(run)
     if is_first_process():
         shutil.rmtree(scratch, ignore_errors=True)
         for name in recipe.squeezed_teachers:

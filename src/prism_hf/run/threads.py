@@ -1,17 +1,20 @@
 """CPU threads per process: by default all cores of the machine, and the same number in every launch in one folder.
 
-The number of threads determines the order of floating-point sums, so the exact bytes of a CPU result depend on it.
+The number of threads determines the order of floating-point sums, so the exact bytes of a CPU result depend on it. Loads
+no torch, so that a command can decide how many processes to start.
 """
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import joblib
-import torch
-from accelerate import Accelerator
 
 from ..errors import OutputError
 from ..runtime import count_text, read_json, write_json
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 THREADS = "threads.json"
 
@@ -32,7 +35,7 @@ def recorded_threads(work: Path) -> int | None:
     return int(read_json(work / THREADS)["threads"]) if (work / THREADS).is_file() else None
 
 
-def use_threads(accelerator: Accelerator, work: Path, threads: int | None) -> int:
+def use_threads(accelerator: "Accelerator", work: Path, threads: int | None) -> int:
     """Set and return the threads of this process: the recorded number, else `threads`, else its share of the cores.
 
     The first launch records the number in `work`. All processes of a launch use the same number.
@@ -43,6 +46,8 @@ def use_threads(accelerator: Accelerator, work: Path, threads: int | None) -> in
     accelerator.wait_for_everyone()
     recorded = recorded_threads(work)
     assert recorded is not None
+    import torch
+
     torch.set_num_threads(recorded)
     return recorded
 

@@ -11,6 +11,7 @@ from .lock import HOLDER, LOCK, check_free, holder_of, holder_text, is_held, loc
 from .logs import log_file
 from .memory import told_in_one_line
 from .plain_yaml import YamlError, dump_yaml, read_yaml
+from .processes import best_processes, in_processes
 from .seeds import derived_seed
 from .stop import EVERY_S, is_first_process, leave_at_once, raise_if_stopped, stopping_cleanly
 from .store import (

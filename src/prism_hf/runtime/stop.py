@@ -26,9 +26,12 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 _LAUNCHERS = ("accelerate", "accelerate-launch", "torchrun")
 _LAUNCHER_MODULES = ("accelerate.commands", "torch.distributed")
 _LAUNCHER_FILES = ("accelerate/commands/launch.py", "torch/distributed/run.py")
+STARTED_BY = "PRISM_HF_STARTED_BY"
+"""Environment variable with the process id of the first process, in those that it has started."""
 _HOW_TO_RESUME = "finished work is kept; run the same command again to resume"
 
 _wanted, _told = threading.Event(), threading.Event()
+_finished = threading.Event()
 _exit_code, _first_at = 0, 0.0
 
 
@@ -61,7 +64,7 @@ def leave_at_once() -> None:
 @contextlib.contextmanager
 def stopping_cleanly() -> Iterator[None]:
     """Make signals set `stop_wanted` in the block, and end the process if it does not react. Main thread only."""
-    global _exit_code
+    global _exit_code, _finished
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -77,10 +80,10 @@ def stopping_cleanly() -> Iterator[None]:
     # The handlers do nothing: the thread that reads the wake-up socket does their work.
     before = {number: signal.signal(number, lambda *_: None) for number in handled}
     old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    finished = threading.Event()
-    threading.Thread(target=_watch_signals, args=(reader, finished), daemon=True).start()
+    finished = _finished = threading.Event()
+    threading.Thread(target=_watch_signals, args=(reader,), daemon=True).start()
     # Checked here, not in the thread: the launcher may die before the thread runs.
-    if _is_launcher(parent := os.getppid()):
+    if _is_launcher(parent := os.getppid()) or os.environ.get(STARTED_BY) == str(parent):
         if is_first_process() and _ignores_ctrl_c(parent):
             sys.stderr.write(f"the launcher runs in the background and ignores SIGINT; to stop: kill -INT {os.getpid()}\n")
         threading.Thread(target=_watch_launcher, args=(parent, finished), daemon=True).start()
@@ -94,7 +97,7 @@ def stopping_cleanly() -> Iterator[None]:
         writer.close()
 
 
-def _watch_signals(reader: socket.socket, finished: threading.Event) -> None:
+def _watch_signals(reader: socket.socket) -> None:
     """Stop on the first signal. A second Ctrl-C ends the process at once."""
     while data := reader.recv(16):
         for number in data:
@@ -103,17 +106,18 @@ def _watch_signals(reader: socket.socket, finished: threading.Event) -> None:
             # One Ctrl-C may reach a process twice: from the terminal, and from a launcher that forwards it.
             if _wanted.is_set() and number == signal.SIGINT and time.monotonic() - _first_at > 1:
                 os._exit(128 + number)
-            _stop(signal.Signals(number).name, 128 + number, finished)
+            stop(signal.Signals(number).name, 128 + number)
     reader.close()
 
 
-def _stop(reason: str, code: int, finished: threading.Event) -> None:
+def stop(reason: str, code: int) -> None:
+    """Ask the program to stop, with this exit code. Loops save their state; a process that takes too long is ended."""
     global _exit_code, _first_at
     if _wanted.is_set():
         return
     _exit_code, _first_at = code, time.monotonic()
     _wanted.set()
-    threading.Thread(target=_end, args=(code, finished), daemon=True).start()
+    threading.Thread(target=_end, args=(code, _finished), daemon=True).start()
     if is_first_process():
         with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
             sys.stderr.write(f"\n{reason}: {_HOW_TO_RESUME}\n")
@@ -131,7 +135,7 @@ def _watch_launcher(parent: int, finished: threading.Event) -> None:
     """Stop when the launcher ends: otherwise, a killed `accelerate launch` would leave its processes running."""
     while not finished.wait(_LAUNCHER_CHECK_S):
         if os.getppid() != parent:
-            _stop("the launcher has ended", 128 + signal.SIGTERM, finished)
+            stop("the launcher has ended", 128 + signal.SIGTERM)
             return
 
 
