@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # the base of 1d, 2d, 3d and synchronized BN
 
 from ..errors import TeacherError
-from ..models import normalized_by
+from ..models import normalized_by, replaced
 from .moments import Moments, Targets, conv_moments, counts_of, distance, frozen_norm, stacked
 from .statistics import STATISTICS
 
@@ -97,6 +97,7 @@ class Alignment:
         conv: The result of `gather_statistics` for this network and `patch`, or `None` to match BN layers only.
         drop: Probability that a pass drops a convolution; its moving averages then stay unchanged.
         generator: CPU generator for `drop`; each pass draws one number per convolution, regardless of the value of `drop`.
+        compiled: Compile the passes with `torch.compile`, unless `drop` is used. The first pass then takes long.
 
     Raises:
         TeacherError: The network has no layer to align. (In the published code, such a teacher dilutes the average.) Also
@@ -119,6 +120,7 @@ class Alignment:
         drop: float = 0.0,
         generator: torch.Generator | None = None,
         name: str = "network",
+        compiled: bool = False,
     ) -> None:
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         if not norms:
@@ -136,8 +138,12 @@ class Alignment:
         conv = {key: value.to(self._device) for key, value in (conv or {}).items()}
         counted = range(len(conv) // len(STATISTICS))
         self._targets = [{key: conv[f"{number}.{key}"] for key in STATISTICS} for number in counted]
+        self._forwards = {layer: normalized_by(layer, self._normalize) for layer in norms}
         self._scales = {layer: _scale(layer) for layer in norms}
         self._convolutions = [m for m in model.modules() if conv and isinstance(m, nn.Conv2d)]
+        self.compiled = compiled and not drop  # each choice of dropped layers would be compiled anew
+        if self.compiled:
+            self._through = torch.compile(self._through)  # type: ignore[method-assign]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._averages: dict[str, Tensor] = {}
         self._layers: int | None = None  # number of matched layers in a full pass; set by the first pass
@@ -162,13 +168,10 @@ class Alignment:
         if self.generator is not None:
             kept = (torch.rand(len(kept), generator=self.generator) >= self.drop).tolist()
         # The first pass always runs the whole network: it counts the layers that are executed.
-        self._pass = current = _Pass(kept, last=None if head else self._layers)
-        logits: Tensor | None = None
+        last = None if head or self.compiled else self._layers
         try:
-            with normalized_by(list(self._scales), self._normalize):
-                logits = self.model(x)
-        except _HeadNotNeeded:
-            pass
+            with replaced(self._forwards):
+                logits, current = self._through(x, kept, last)
         finally:
             self._pass = None
         if current.convolutions != len(self._targets):
@@ -180,6 +183,14 @@ class Alignment:
             self._constants = Targets.of(batch, targets, weights)
         total = distance(batch, self._constants, self._smoothed(current.terms) if self.momentum else None)
         return Aligned(logits if head else None, total / current.layers if self.reduction == "mean" else total)
+
+    def _through(self, x: Tensor, kept: list[bool], last: int | None) -> tuple[Tensor | None, _Pass]:
+        """Run the network; return its logits, and what its layers have left. This part may be compiled."""
+        self._pass = current = _Pass(kept, last)
+        try:
+            return self.model(x), current
+        except _HeadNotNeeded:
+            return None, current
 
     def state(self) -> dict[str, Tensor]:
         """Return all moving averages by name; empty before the first successful pass, and always empty with momentum 0."""

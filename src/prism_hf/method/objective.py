@@ -55,6 +55,7 @@ class Objective:
         precision: Precision = "float32",
         generator: torch.Generator | None = None,
         statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+        compiled: bool = False,
     ) -> None:
         self._settings, self._teachers, self._precision = settings, teachers, precision
         conv = settings.conv
@@ -69,9 +70,11 @@ class Objective:
                 drop=conv.drop if conv else 0.0,
                 generator=generator,
                 name=name,
+                compiled=compiled,
             )
             for name in rule.bn_candidates
         }
+        self._networks = {name: torch.compile(t.model) if compiled else t.model for name, t in teachers.items()}
         self._scales = dict.fromkeys(rule.bn_candidates, 1.0)
         self._stack = ExitStack()
         self.mismatches: dict[str, Tensor] = {}
@@ -135,6 +138,6 @@ class Objective:
         x = teacher.prepare(view)
         with torch.autocast(view.device.type, dtype=torch.bfloat16, enabled=self._precision == "bf16"):
             if not align:
-                return teacher.model(x), None
+                return self._networks[name](x), None
             logits, mismatch = self._alignments[name](x, head=head)
             return logits, mismatch / self._scales[name]

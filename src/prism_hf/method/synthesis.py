@@ -48,6 +48,7 @@ def synthesize(
     precision: Precision = "float32",
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     state: Mapping[str, Tensor] | None = None,
+    compiled: bool = False,
 ) -> Generator[Step, None, None]:
     """Optimize the images of one job and yield after each step; a job with zero iterations yields nothing.
 
@@ -59,6 +60,7 @@ def synthesize(
         precision: `bf16` runs the teachers under autocast.
         statistics: Statistics of each BN teacher from `gather_statistics`; required with `settings.conv`.
         state: A result of `Step.state` to resume from. On the CPU, the images equal those of an uninterrupted run exactly.
+        compiled: Run the teachers through `torch.compile`: slow at first, faster then. Results differ by rounding.
 
     Example:
         >>> for step in synthesize(job, recipe.synthesis, initial, teachers):
@@ -70,7 +72,13 @@ def synthesize(
     adam = torch.optim.Adam([pixels], lr=settings.lr, betas=settings.betas, fused=pixels.device.type in FUSED)
     generator = torch.Generator().manual_seed(job.seed)
     with Objective(
-        job.teachers, settings, teachers, precision=precision, generator=generator, statistics=statistics
+        job.teachers,
+        settings,
+        teachers,
+        precision=precision,
+        generator=generator,
+        statistics=statistics,
+        compiled=compiled,
     ) as objective:
         if settings.bn_reduction == "balanced":
             objective.balance(initial)

@@ -13,7 +13,7 @@ from .facts import (
 )
 from .folder import scored_on, source_facts, store_network
 from .load import load_teacher, load_teachers
-from .norms import normalized_by
+from .norms import normalized_by, replaced
 from .squeeze import (
     check_batch,
     check_squeezed,

@@ -1,6 +1,6 @@
 """BN layers of a frozen network, with another computation in place of `torch.nn.functional.batch_norm`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,28 +11,32 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm  # the base of 1d, 2d, 3d and synchronized BN
 from torch.overrides import TorchFunctionMode
 
+Forward = Callable[[Tensor], Tensor]
 Normalize = Callable[[_BatchNorm, Tensor], Tensor]
 """A layer and its input -> its output."""
 
 
 @contextmanager
-def normalized_by(layers: Sequence[_BatchNorm], normalize: Normalize) -> Iterator[None]:
-    """Let BN layers in eval mode, with running statistics, compute their output by `normalize` within the block."""
-    replaced = [layer.__dict__.get("forward") for layer in layers]
+def replaced(forwards: Mapping[_BatchNorm, Forward]) -> Iterator[None]:
+    """Let layers run these functions instead of their own `forward` within the block."""
+    before = {layer: layer.__dict__.get("forward") for layer in forwards}
     try:
-        for layer in layers:
-            layer.__dict__["forward"] = _forward(layer, normalize)
+        for layer, forward in forwards.items():
+            layer.__dict__["forward"] = forward
         yield
     finally:
-        for layer, forward in zip(layers, replaced, strict=True):
-            if forward is None:
+        for layer, earlier in before.items():
+            if earlier is None:
                 layer.__dict__.pop("forward", None)
             else:
-                layer.__dict__["forward"] = forward
+                layer.__dict__["forward"] = earlier
 
 
-def _forward(layer: _BatchNorm, normalize: Normalize) -> Callable[[Tensor], Tensor]:
-    """Return the `forward` of a layer. The two common classes are written out, because interception takes time."""
+def normalized_by(layer: _BatchNorm, normalize: Normalize) -> Forward:
+    """Return a `forward` for a BN layer in eval mode, with running statistics, that computes its output by `normalize`.
+
+    The two common classes are written out, because interception takes time.
+    """
     normalized = partial(normalize, layer)
 
     def with_activation(x: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ def in_processes(count: int) -> Iterator[None]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared = {key: str(value) for key, value in place.items()}
+    # Accelerate warns if the last one is not set. Each process sets its number of threads itself.
+    shared = {key: str(value) for key, value in place.items()} | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     finished, others = threading.Event(), list[tuple[subprocess.Popen[bytes], IO[bytes]]]()
     for rank in range(1, count):
         own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), STARTED_BY: str(os.getpid())}
@@ -71,7 +72,7 @@ def in_processes(count: int) -> Iterator[None]:
     finally:
         finished.set()
         for key in own:
-            del os.environ[key]
+            os.environ.pop(key, None)
 
 
 def _watch(others: list[tuple[subprocess.Popen[bytes], IO[bytes]]], finished: threading.Event) -> None:
