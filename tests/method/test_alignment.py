@@ -86,8 +86,8 @@ def slow_mismatch(x, layer):
 
 def mismatch(x, layer):
     """Return R of a network that consists of this one layer."""
-    with Alignment(nn.Sequential(layer), first_bn_multiplier=1.0) as align:
-        return align(x).mismatch
+    align = Alignment(nn.Sequential(layer), first_bn_multiplier=1.0)
+    return align(x).mismatch
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -174,16 +174,14 @@ def test_layers_are_changed_during_a_pass_only(tiny_teachers, name):
     inside = []
     handle = teacher.model.get_classifier().register_forward_hook(lambda *_: inside.append(changed()))
     x = teacher.prepare(batch().detach())
-    with Alignment(teacher.model) as align:
-        align(x)
-        assert changed() == 0
+    align = Alignment(teacher.model)
+    align(x)
+    assert changed() == 0
     handle.remove()
     assert inside == [sum(isinstance(m, nn.BatchNorm2d) for m in teacher.model.modules())]
-    with pytest.raises(RuntimeError), Alignment(teacher.model) as align:
+    with pytest.raises(RuntimeError):
         align(x[:, :2])
     assert changed() == 0
-    with pytest.raises(AssertionError, match="with"):
-        align(x)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_byobnet"])
@@ -194,11 +192,11 @@ def test_head_is_skipped_from_the_second_call_on(tiny_teachers, name, reduction)
     handle = teacher.model.get_classifier().register_forward_hook(lambda *_: runs.append(1))
     results = []
     try:
-        with Alignment(teacher.model, reduction=reduction) as align:
-            for head in (True, False, False, True, False):
-                aligned = align(x, head=head)
-                (gradient,) = torch.autograd.grad(aligned.mismatch, x)
-                results.append((aligned, gradient, len(runs)))
+        align = Alignment(teacher.model, reduction=reduction)
+        for head in (True, False, False, True, False):
+            aligned = align(x, head=head)
+            (gradient,) = torch.autograd.grad(aligned.mismatch, x)
+            results.append((aligned, gradient, len(runs)))
     finally:
         handle.remove()
     assert [count for *_, count in results] == [1, 1, 1, 2, 2]
@@ -211,8 +209,8 @@ def test_head_is_skipped_from_the_second_call_on(tiny_teachers, name, reduction)
 def test_first_call_without_head_still_counts_all_layers(tiny_teachers):
     teacher = tiny_teachers["test_resnet"]
     x = teacher.prepare(batch().detach())
-    with Alignment(teacher.model) as align:
-        first, second = align(x, head=False), align(x, head=False)
+    align = Alignment(teacher.model)
+    first, second = align(x, head=False), align(x, head=False)
     assert first.logits is None
     assert torch.equal(first.mismatch, second.mismatch)
 
@@ -227,8 +225,8 @@ def test_the_first_layer_is_the_first_to_run_not_the_first_registered():
             return self.last(self.start(x) * 2).mean((2, 3))
 
     model, x = Backwards().eval().requires_grad_(False), batch().detach()
-    with Alignment(model, first_bn_multiplier=10.0) as align:
-        ours = align(x).mismatch
+    align = Alignment(model, first_bn_multiplier=10.0)
+    ours = align(x).mismatch
     expected = 10 * slow_mismatch(x, model.start) + slow_mismatch(model.start(x) * 2, model.last)
     torch.testing.assert_close(ours, expected)
 
@@ -261,8 +259,7 @@ def test_alignment_equals_the_equation_over_several_batches(tiny_teachers, tiny_
     ours = Alignment(teacher.model, momentum=momentum, conv=conv, patch=8, reduction=reduction, first_bn_multiplier=first)
     for seed in range(3):
         x = teacher.prepare(batch(torch.float64, seed=seed)).detach().requires_grad_()
-        with ours:
-            aligned = ours(x)
+        aligned = ours(x)
         (gradient,) = torch.autograd.grad(aligned.mismatch, x)
         if not momentum:
             slow.past.clear()
@@ -281,8 +278,8 @@ def test_an_average_starts_at_the_first_batch(small, tiny_images):
     conv, x = gathered(small, tiny_images), batch()
     values = []
     for momentum in (0.0, 0.9):
-        with Alignment(small.model, momentum=momentum, conv=conv, patch=8) as align:
-            values.append(align(x).mismatch)
+        align = Alignment(small.model, momentum=momentum, conv=conv, patch=8)
+        values.append(align(x).mismatch)
     assert torch.equal(*values)
 
 
@@ -291,14 +288,14 @@ def test_matching_statistics_give_zero_mismatch_and_zero_gradient(small):
     seen = inputs_of(small.model, x.detach())
     convs = [conv_statistics(value, 8) for layer, value in seen if isinstance(layer, nn.Conv2d)]
     target = {f"{n}.{key}": value for n, values in enumerate(convs) for key, value in values.items()}
-    with Alignment(small.model, conv=target, patch=8, momentum=0.4, first_bn_multiplier=0.0) as align:
-        for _ in range(3):
-            aligned = align(x)
-            (gradient,) = torch.autograd.grad(aligned.mismatch, x)
-            assert aligned.mismatch.item() < 1e-5
-            assert bool(gradient.isfinite().all())
-    with Alignment(small.model, conv=target, patch=8, first_bn_multiplier=0.0) as align:
+    align = Alignment(small.model, conv=target, patch=8, momentum=0.4, first_bn_multiplier=0.0)
+    for _ in range(3):
         aligned = align(x)
+        (gradient,) = torch.autograd.grad(aligned.mismatch, x)
+        assert aligned.mismatch.item() < 1e-5
+        assert bool(gradient.isfinite().all())
+    align = Alignment(small.model, conv=target, patch=8, first_bn_multiplier=0.0)
+    aligned = align(x)
     assert aligned.mismatch.item() == 0
     assert float(torch.autograd.grad(aligned.mismatch, x)[0].abs().max()) == 0
 
@@ -312,8 +309,7 @@ def test_alternating_teachers_have_separate_averages(tiny_teachers, tiny_images)
         return Alignment(tiny_teachers[name].model, momentum=0.4, conv=convs[name], patch=8)
 
     def ask(align, name, seed):
-        with align:
-            return align(tiny_teachers[name].prepare(batch(seed=seed))).mismatch.detach()
+        return align(tiny_teachers[name].prepare(batch(seed=seed))).mismatch.detach()
 
     for start, name in enumerate(names):
         align = make(name)
@@ -339,16 +335,16 @@ def test_a_failed_pass_changes_no_average(small, tiny_images):
             return found
 
     model = Broken().eval()
-    with Alignment(model, momentum=0.4, conv=gathered(small, tiny_images), patch=8) as align:
-        align(batch())
-        before = align.state()
-        model.wrong = True
-        with pytest.raises(OSError, match="gone"):
-            align(batch(seed=1))
-        assert same(align.state(), before)
-        model.wrong = False
+    align = Alignment(model, momentum=0.4, conv=gathered(small, tiny_images), patch=8)
+    align(batch())
+    before = align.state()
+    model.wrong = True
+    with pytest.raises(OSError, match="gone"):
         align(batch(seed=1))
-        assert not same(align.state(), before)
+    assert same(align.state(), before)
+    model.wrong = False
+    align(batch(seed=1))
+    assert not same(align.state(), before)
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
@@ -357,7 +353,8 @@ def test_a_failed_pass_changes_no_average(small, tiny_images):
 
 def dropping(small, conv, drop, seed=0, **settings):
     generator = torch.Generator().manual_seed(seed)
-    return Alignment(small.model, conv=conv, patch=8, drop=drop, generator=generator, **settings), generator
+    settings = {"patch": 8} | settings
+    return Alignment(small.model, conv=conv, drop=drop, generator=generator, **settings), generator
 
 
 def took_part(align, x):
@@ -370,10 +367,8 @@ def took_part(align, x):
 
 
 def test_convolutions_are_dropped_at_random_and_keep_their_averages(small, tiny_images):
-    align, generator = dropping(small, gathered(small, tiny_images, patch=16), 0.3, momentum=0.4)
-    align.patch = 16
-    with align:
-        kept = torch.stack([took_part(align, batch(seed=seed)) for seed in range(300)])
+    align, generator = dropping(small, gathered(small, tiny_images, patch=16), 0.3, momentum=0.4, patch=16)
+    kept = torch.stack([took_part(align, batch(seed=seed)) for seed in range(300)])
     assert abs(float(kept.float().mean()) - 0.7) < 0.05
     assert bool((kept.float().mean(0) < 0.8).all())
     again = torch.Generator().manual_seed(0)
@@ -387,8 +382,7 @@ def test_a_dropped_convolution_has_no_term_but_counts_as_a_layer(small, tiny_ima
     kept = torch.rand(3, generator=torch.Generator().manual_seed(16)) >= 0.5
     assert kept.tolist() == [False, True, True]
     align, _ = dropping(small, conv, 0.5, seed=16, reduction=reduction)
-    with align, Alignment(small.model) as plain:
-        ours, expected = align(x).mismatch, plain(x).mismatch
+    ours, expected = align(x).mismatch, Alignment(small.model)(x).mismatch
     convs = [value for layer, value in inputs_of(small.model, x) if isinstance(layer, nn.Conv2d)]
     for number in (1, 2):
         for key, value in conv_statistics(convs[number], 8).items():
@@ -401,9 +395,8 @@ def test_each_pass_always_draws_one_number_per_convolution(small, tiny_images):
     states = []
     for drop, head in ((0.0, True), (0.0, False), (0.5, False), (0.9, True)):
         align, generator = dropping(small, conv, drop)
-        with align:
-            for _ in range(3):
-                align(x, head=head)
+        for _ in range(3):
+            align(x, head=head)
         states.append(generator.get_state())
     expected = torch.Generator().manual_seed(0)
     torch.rand(9, generator=expected)
@@ -426,19 +419,19 @@ def test_resuming_from_a_state_gives_the_same_bits(tiny_teachers, tiny_images, t
         return mismatch.detach(), torch.autograd.grad(mismatch, x)[0]
 
     generator = torch.Generator().manual_seed(1)
-    with Alignment(teacher.model, conv=conv, generator=generator, **settings) as align:
-        assert align.state() == {}
-        plain = [ask(align, seed) for seed in range(2)]
-        write_tensors(Artifact(tmp_path / "state", "k"), align.state() | {"generator": generator.get_state()})
-        plain += [ask(align, seed) for seed in range(2, 4)]
-        last = align.state()
+    align = Alignment(teacher.model, conv=conv, generator=generator, **settings)
+    assert align.state() == {}
+    plain = [ask(align, seed) for seed in range(2)]
+    write_tensors(Artifact(tmp_path / "state", "k"), align.state() | {"generator": generator.get_state()})
+    plain += [ask(align, seed) for seed in range(2, 4)]
+    last = align.state()
     kept = read_tensors(tmp_path / "state")
     generator = torch.Generator()
     generator.set_state(kept.pop("generator"))
-    with Alignment(teacher.model, conv=conv, generator=generator, **settings) as align:
-        align.restore(kept)
-        assert same(align.state(), kept)
-        resumed = [ask(align, seed) for seed in range(2, 4)]
+    align = Alignment(teacher.model, conv=conv, generator=generator, **settings)
+    align.restore(kept)
+    assert same(align.state(), kept)
+    resumed = [ask(align, seed) for seed in range(2, 4)]
     for ours, theirs in zip(resumed, plain[2:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert same(align.state(), last)
@@ -446,11 +439,11 @@ def test_resuming_from_a_state_gives_the_same_bits(tiny_teachers, tiny_images, t
 
 
 def test_later_passes_do_not_change_a_state(small, tiny_images):
-    with Alignment(small.model, momentum=0.4, conv=gathered(small, tiny_images), patch=8) as align:
-        align(batch())
-        kept = align.state()
-        copies = {key: value.clone() for key, value in kept.items()}
-        align(batch(seed=1))
+    align = Alignment(small.model, momentum=0.4, conv=gathered(small, tiny_images), patch=8)
+    align(batch())
+    kept = align.state()
+    copies = {key: value.clone() for key, value in kept.items()}
+    align(batch(seed=1))
     assert same(kept, copies)
     assert not same(kept, align.state())
 
@@ -467,10 +460,10 @@ def test_head_is_skipped_with_convolutions_too(tiny_teachers, tiny_images, name)
     try:
         conv = gathered(teacher, tiny_images)
         runs.clear()
-        with Alignment(teacher.model, conv=conv, patch=8) as align:
-            for head in (False, False, True, False):
-                aligned = align(x, head=head)
-                results.append((aligned, torch.autograd.grad(aligned.mismatch, x)[0], len(runs)))
+        align = Alignment(teacher.model, conv=conv, patch=8)
+        for head in (False, False, True, False):
+            aligned = align(x, head=head)
+            results.append((aligned, torch.autograd.grad(aligned.mismatch, x)[0], len(runs)))
     finally:
         handle.remove()
     assert [count for *_, count in results] == [1, 1, 2, 2]
@@ -482,9 +475,9 @@ def test_head_is_skipped_with_convolutions_too(tiny_teachers, tiny_images, name)
 
 def test_a_convolution_after_the_last_norm_counts_even_without_the_head(small, tiny_images):
     conv, x = gathered(small, tiny_images), batch()
-    with Alignment(small.model, conv=conv, patch=8, momentum=0.4) as align:
-        first, second = align(x, head=False).mismatch, align(x, head=False).mismatch
-        assert "conv.2.patch_var" in align.state()
+    align = Alignment(small.model, conv=conv, patch=8, momentum=0.4)
+    first, second = align(x, head=False).mismatch, align(x, head=False).mismatch
+    assert "conv.2.patch_var" in align.state()
     torch.testing.assert_close(first, second, rtol=1e-5, atol=0)
 
 
@@ -492,37 +485,21 @@ def test_the_network_may_be_called_otherwise_inside_the_block(small, tiny_images
     conv, x, other = gathered(small, tiny_images), batch(), batch(seed=1)
     values = []
     for asked in (False, True):
-        with Alignment(small.model, conv=conv, patch=8, momentum=0.4) as align:
-            align(x, head=False)
-            if asked:
-                assert small.model(other).shape == (4, 4)
-            values.append((align(other, head=False).mismatch, align.state()))
+        align = Alignment(small.model, conv=conv, patch=8, momentum=0.4)
+        align(x, head=False)
+        if asked:
+            assert small.model(other).shape == (4, 4)
+        values.append((align(other, head=False).mismatch, align.state()))
     assert torch.equal(values[0][0], values[1][0])
     assert same(values[0][1], values[1][1])
-
-
-def test_hooks_of_convolutions_are_removed_after_the_block(small, tiny_images):
-    def hooks():
-        return sum(len(m._forward_pre_hooks) for m in small.model.modules())
-
-    x = batch()
-    with Alignment(small.model, conv=gathered(small, tiny_images), patch=8) as align:
-        assert hooks() == 2  # one of them runs twice
-        align(x)
-    assert hooks() == 0
-    with pytest.raises(AssertionError, match="with"):
-        align(x)
 
 
 def test_statistics_of_another_size_patch_or_network_give_a_one_line_error(small, tiny_images):
     conv, x = gathered(small, tiny_images), batch()
 
     def error_of(conv, x=x, patch=8):
-        with (
-            pytest.raises(TeacherError) as error,
-            Alignment(small.model, conv=conv, patch=patch, name="abc") as align,
-        ):
-            align(x)
+        with pytest.raises(TeacherError) as error:
+            Alignment(small.model, conv=conv, patch=patch, name="abc")(x)
         assert "'abc'" in one_line(error)
         assert not any(m._forward_pre_hooks for m in small.model.modules())
         return str(error.value)
@@ -551,8 +528,8 @@ def test_the_output_of_every_kind_of_layer_is_that_of_the_layer(kind):
     layer.running_mean, layer.running_var = torch.randn(3), torch.rand(3) + 0.5
     layer.weight.copy_(torch.randn(3))
     x = batch().detach().requires_grad_()
-    with Alignment(nn.Sequential(layer)) as align:
-        ours = align(x).logits
+    align = Alignment(nn.Sequential(layer))
+    ours = align(x).logits
     expected = layer(x)
     assert torch.equal(ours, expected)
     weights = torch.randn(expected.shape)
@@ -588,8 +565,8 @@ def test_every_kind_of_batch_norm_is_matched(layer, shape):
     layer.running_mean = torch.randn(3, generator=generator)
     layer.running_var = torch.rand(3, generator=generator) + 0.5
     x = torch.randn(shape, generator=generator)
-    with Alignment(nn.Sequential(layer), first_bn_multiplier=2.0) as alignment:
-        found = alignment(x).mismatch
+    alignment = Alignment(nn.Sequential(layer), first_bn_multiplier=2.0)
+    found = alignment(x).mismatch
     mean, var = biased(x)
     expected = 2 * ((mean - layer.running_mean).norm() + (var - layer.running_var).norm())
     assert float(found) == pytest.approx(float(expected), rel=1e-5)

@@ -176,8 +176,8 @@ def test_objective_equals_the_equation(tiny_recipe, tiny_teachers, dtype, chosen
         "synthesis.first_bn_multiplier": first,
     }
     recipe = tiny_recipe(changes | {"teachers.include_logit": "test_resnet" in chosen})
-    with made_of(recipe, teachers) as objective:
-        terms = objective.backward(view, LABELS, chosen, logit="test_resnet")
+    objective = made_of(recipe, teachers)
+    terms = objective.backward(view, LABELS, chosen, logit="test_resnet")
     literal = batch(dtype)
     ce, bn, loss = slow_objective(teachers, literal, LABELS, "test_resnet", chosen, first=first, **settings)
     loss.backward()
@@ -191,8 +191,8 @@ def test_objective_equals_the_equation(tiny_recipe, tiny_teachers, dtype, chosen
 def test_a_hooked_logit_teacher_outside_s_gives_no_bn_term(tiny_recipe, tiny_teachers):
     view, literal = batch(), batch()
     chosen, settings = ("test_efficientnet",), {"bn_weight": 0.1, "reduction": "sum"}
-    with made_of(tiny_recipe({"synthesis.bn_weight": 0.1}), tiny_teachers) as objective:
-        terms = objective.backward(view, LABELS, chosen, logit="test_resnet")
+    objective = made_of(tiny_recipe({"synthesis.bn_weight": 0.1}), tiny_teachers)
+    terms = objective.backward(view, LABELS, chosen, logit="test_resnet")
     _, bn, loss = slow_objective(tiny_teachers, literal, LABELS, "test_resnet", chosen, first=10.0, **settings)
     loss.backward()
     assert close(terms.bn, bn, 1e-5)
@@ -214,9 +214,9 @@ def test_a_hooked_logit_teacher_outside_s_gives_no_bn_term(tiny_recipe, tiny_tea
 def test_a_recipe_yields_its_equation(tiny_recipe, tiny_teachers, dtype, changes):
     recipe, teachers = tiny_recipe({"synthesis.bn_weight": 0.1, **changes}), of_dtype(tiny_teachers, dtype)
     job, settings, view, literal = plan_jobs(recipe)[0], recipe.synthesis, batch(dtype), batch(dtype)
-    with made_of(recipe, teachers) as objective:
-        terms = objective.backward(view, LABELS, job.bn_teachers(0), logit=job.logit_teacher(0))
-        assert objective.state() == {}
+    objective = made_of(recipe, teachers)
+    terms = objective.backward(view, LABELS, job.bn_teachers(0), logit=job.logit_teacher(0))
+    assert objective.state() == {}
     words = {"reduction": settings.bn_reduction, "first": settings.first_bn_multiplier}
     chosen = (*(["test_resnet"] if recipe.teachers.include_logit else []), *recipe.teachers.bn_pool)
     *_, loss = slow_objective(teachers, literal, LABELS, "test_resnet", chosen, bn_weight=0.1, **words)
@@ -230,10 +230,10 @@ def test_balanced_divides_each_teachers_term_by_its_value_on_the_start_images(ti
     recipe = tiny_recipe({"teachers.extras": 2, "synthesis.bn_reduction": "balanced", "synthesis.bn_weight": 0.5})
     teachers, start, view, literal = of_dtype(tiny_teachers, dtype), batch(dtype, seed=1), batch(dtype), batch(dtype)
     names = tuple(teachers)
-    with made_of(recipe, teachers) as objective:
-        objective.balance(start.detach())
-        at_start = objective.backward(start, LABELS, names, logit="test_resnet")
-        terms = objective.backward(view, LABELS, names, logit="test_resnet")
+    objective = made_of(recipe, teachers)
+    objective.balance(start.detach())
+    at_start = objective.backward(start, LABELS, names, logit="test_resnet")
+    terms = objective.backward(view, LABELS, names, logit="test_resnet")
     assert float(at_start.bn) == pytest.approx(1, rel=1e-6), "every teacher has equal weight at the start"
 
     def term(name, x):
@@ -253,8 +253,8 @@ def test_balanced_divides_each_teachers_term_by_its_value_on_the_start_images(ti
 def test_a_weight_of_zero_leaves_only_the_classification_loss(tiny_recipe, tiny_teachers, changes):
     recipe = tiny_recipe({**changes, "synthesis.bn_weight": 0.0})
     job, view, literal = plan_jobs(recipe)[0], batch(), batch()
-    with made_of(recipe, tiny_teachers) as objective:
-        terms = objective.backward(view, LABELS, job.bn_teachers(0), logit=job.logit_teacher(0))
+    objective = made_of(recipe, tiny_teachers)
+    terms = objective.backward(view, LABELS, job.bn_teachers(0), logit=job.logit_teacher(0))
     teacher = tiny_teachers["test_resnet"]
     F.cross_entropy(teacher.model(teacher.prepare(literal)), LABELS).backward()
     assert float(terms.bn) > 0, "the BN term is still reported"
@@ -287,18 +287,18 @@ def test_gvbsm_equals_the_equation_over_several_iterations(tiny_recipe, tiny_tea
     ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
     slow = SlowGVBSM(names, teachers, settings, statistics, theirs)
     tolerance = TOLERANCE[dtype] * (1 if dtype == torch.float64 else 20)
-    with made_of(recipe, teachers, statistics, ours) as objective:
-        for iteration in range(5):
-            view, literal = batch(dtype, seed=iteration), batch(dtype, seed=iteration)
-            terms = objective.backward(view, LABELS, job.bn_teachers(iteration), logit=job.logit_teacher(iteration))
-            ce, bn, dense, loss = slow(iteration, literal)
-            loss.backward()
-            assert close(terms.ce, ce, tolerance)
-            assert close(terms.bn, bn, tolerance)
-            weight = settings.densification.weight if settings.densification else None
-            assert (terms.densification is None) == (dense is None)
-            assert dense is None or close(weight * terms.densification, dense, tolerance)
-            assert close(view.grad, literal.grad, tolerance), iteration
+    objective = made_of(recipe, teachers, statistics, ours)
+    for iteration in range(5):
+        view, literal = batch(dtype, seed=iteration), batch(dtype, seed=iteration)
+        terms = objective.backward(view, LABELS, job.bn_teachers(iteration), logit=job.logit_teacher(iteration))
+        ce, bn, dense, loss = slow(iteration, literal)
+        loss.backward()
+        assert close(terms.ce, ce, tolerance)
+        assert close(terms.bn, bn, tolerance)
+        weight = settings.densification.weight if settings.densification else None
+        assert (terms.densification is None) == (dense is None)
+        assert dense is None or close(weight * terms.densification, dense, tolerance)
+        assert close(view.grad, literal.grad, tolerance), iteration
     assert math.isfinite(float(loss.detach()))
     smoothed = {key.split("/")[1] for key in objective.state()}
     assert smoothed == (set(names) if settings.momentum else set())
@@ -310,11 +310,11 @@ def test_averages_of_an_earlier_launch_are_continued(tiny_recipe, tiny_teachers,
     for stop in (6, 4):
         views, saved = [batch(seed=n) for n in range(6)], {}
         for part in (range(stop), range(stop, 6)):
-            with made_of(recipe, tiny_teachers, statistics) as objective:
-                objective.restore(saved | {"pixels": batch()})
-                for n in part:
-                    objective.backward(views[n], LABELS, job.bn_teachers(n), logit=job.logit_teacher(n))
-                saved = objective.state()
+            objective = made_of(recipe, tiny_teachers, statistics)
+            objective.restore(saved | {"pixels": batch()})
+            for n in part:
+                objective.backward(views[n], LABELS, job.bn_teachers(n), logit=job.logit_teacher(n))
+            saved = objective.state()
         gradients.append([view.grad for view in views])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -333,9 +333,8 @@ def calls_of(teachers, objective, steps):
 
     handles = [t.model.register_forward_pre_hook(count(n)) for n, t in teachers.items()]
     try:
-        with objective:
-            for chosen, logit in steps:
-                objective.backward(batch(), LABELS, chosen, logit=logit)
+        for chosen, logit in steps:
+            objective.backward(batch(), LABELS, chosen, logit=logit)
     finally:
         for handle in handles:
             handle.remove()
@@ -360,11 +359,11 @@ def test_with_cycle_one_teacher_runs_a_step(tiny_recipe, tiny_teachers, statisti
 def test_teachers_stay_frozen(tiny_recipe, tiny_teachers, statistics):
     before = {n: copy.deepcopy(t.model.state_dict()) for n, t in tiny_teachers.items()}
     recipe = tiny_recipe(FULL)
-    with made_of(recipe, tiny_teachers, statistics) as objective:
-        for name in tiny_teachers:
-            objective.backward(batch(), LABELS, (name,), logit=name)
-    with made_of(tiny_recipe({"synthesis.bn_weight": 0.1}), tiny_teachers) as objective:
-        objective.backward(batch(), LABELS, tuple(tiny_teachers), logit="test_resnet")
+    objective = made_of(recipe, tiny_teachers, statistics)
+    for name in tiny_teachers:
+        objective.backward(batch(), LABELS, (name,), logit=name)
+    objective = made_of(tiny_recipe({"synthesis.bn_weight": 0.1}), tiny_teachers)
+    objective.backward(batch(), LABELS, tuple(tiny_teachers), logit="test_resnet")
     for name, teacher in tiny_teachers.items():
         assert all(torch.equal(v, before[name][k]) for k, v in teacher.model.state_dict().items())
         assert all(p.grad is None for p in teacher.model.parameters())

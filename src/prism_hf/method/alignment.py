@@ -13,9 +13,9 @@ The second sum and the moving average of the batch statistics come from G-VBSM (
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Self
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,74 @@ class _HeadNotNeeded(Exception):
     """Raised to end a forward pass after the last matched layer, because later layers cannot change R."""
 
 
+class _Seen(NamedTuple):
+    """What a matched layer left in a pass: the layer if it is a BN layer, and its moments; none if it was dropped."""
+
+    norm: _BatchNorm | None
+    batch: tuple[Moments, ...]
+    divisors: tuple[int, int] = (1, 1)  # those of a convolution's moments
+
+
+class _Recorder:
+    """Runs a network and collects what its matched layers leave, in execution order.
+
+    Its layers must be `replaced` by `forwards`. `patch` is `None` if only BN layers are matched.
+    """
+
+    def __init__(self, model: nn.Module, patch: int | None) -> None:
+        self._model, self._patch = model, patch
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and _is_matched(m)]
+        convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and patch is not None]
+        self.forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {
+            **{layer: normalized_by(layer, self._normalize) for layer in norms},
+            **{layer: partial(self._convolve, layer) for layer in convolutions},
+        }
+        self._scales = {layer: _scale(layer) for layer in norms}
+        self._seen: list[_Seen] = []
+        self._kept: Sequence[bool] = ()
+        self._last: int | None = None
+
+    def __call__(self, x: Tensor, kept: Sequence[bool], last: int | None) -> tuple[Tensor | None, list[_Seen]]:
+        """Run the network, up to layer number `last` if it is set, without matching the convolutions that are not kept."""
+        self._seen, self._kept, self._last = [], kept, last
+        try:
+            return self._model(x), self._seen
+        except _HeadNotNeeded:
+            return None, self._seen
+
+    def _normalize(self, layer: _BatchNorm, x: Tensor) -> Tensor:
+        """Return the output of a BN layer, and match its input."""
+        mean, var = layer.running_mean, layer.running_var
+        assert mean is not None
+        assert var is not None
+        y, batch = frozen_norm(x, mean, var, layer.weight, layer.bias, layer.eps, scale=self._scales[layer])
+        self._add(_Seen(layer, (batch,)))
+        return y
+
+    def _convolve(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        """Match the input of a convolution, and return its output."""
+        assert self._patch is not None
+        number = sum(seen.norm is None for seen in self._seen)
+        keep = number >= len(self._kept) or self._kept[number]
+        self._add(_Seen(None, conv_moments(x, self._patch) if keep else (), counts_of(x)))
+        output: Tensor = type(layer).forward(layer, x)
+        return output
+
+    def _add(self, seen: _Seen) -> None:
+        self._seen.append(seen)
+        if len(self._seen) == self._last:
+            raise _HeadNotNeeded
+
+
+@lru_cache(maxsize=32)
+def _compiled(model: nn.Module, patch: int | None) -> tuple[_Recorder, Callable[..., Any]]:
+    """Return a recorder and its compiled form, the same for all jobs: compiling takes minutes."""
+    # Every network counts as a recompilation of the same code; above the limit, PyTorch goes back to slow execution.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    recorder = _Recorder(model, patch)
+    return recorder, torch.compile(recorder.__call__)
+
+
 class _Term(NamedTuple):
     """Moments of a batch to compare with their targets."""
 
@@ -70,23 +138,8 @@ class _Term(NamedTuple):
     kept: bool  # False for those of a convolution that this pass drops
 
 
-@dataclass
-class _Pass:
-    """The state of a running forward pass."""
-
-    kept: list[bool]  # for each convolution, whether this pass matches it
-    last: int | None  # number of layers after which the pass ends; `None` runs the whole network
-    terms: list[_Term] = field(default_factory=list)
-    norms: int = 0
-    convolutions: int = 0
-
-    @property
-    def layers(self) -> int:
-        return self.norms + self.convolutions
-
-
 class Alignment:
-    """The alignment loss R of a frozen network, computed by forward hooks that are active inside a `with` block.
+    """The alignment loss R of a frozen network.
 
     Args:
         model: A network in eval mode with at least one BatchNorm layer with running statistics.
@@ -104,8 +157,8 @@ class Alignment:
             raised by a pass if `conv` does not match the input.
 
     Example:
-        >>> with Alignment(model) as align:
-        ...     logits, mismatch = align(images)
+        >>> align = Alignment(model)
+        >>> logits, mismatch = align(images)
     """
 
     def __init__(
@@ -138,59 +191,29 @@ class Alignment:
         conv = {key: value.to(self._device) for key, value in (conv or {}).items()}
         counted = range(len(conv) // len(STATISTICS))
         self._targets = [{key: conv[f"{number}.{key}"] for key in STATISTICS} for number in counted]
-        self._forwards = {layer: normalized_by(layer, self._normalize) for layer in norms}
-        self._scales = {layer: _scale(layer) for layer in norms}
-        self._convolutions = [m for m in model.modules() if conv and isinstance(m, nn.Conv2d)]
+        self._recorder = _Recorder(model, patch if conv else None)
+        self._record: Callable[..., tuple[Tensor | None, list[_Seen]]] = self._recorder
         self.compiled = compiled and not drop  # each choice of dropped layers would be compiled anew
         if self.compiled:
-            self._through = torch.compile(self._through)  # type: ignore[method-assign]
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+            self._recorder, self._record = _compiled(model, patch if conv else None)
         self._averages: dict[str, Tensor] = {}
         self._layers: int | None = None  # number of matched layers in a full pass; set by the first pass
         self._constants: Targets | None = None
-        self._pass: _Pass | None = None
-        self._entered = False
-
-    def __enter__(self) -> Self:
-        self._handles = [layer.register_forward_pre_hook(self._match_convolution) for layer in self._convolutions]
-        self._entered = True
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._entered = False
 
     def __call__(self, x: Tensor, *, head: bool = True) -> Aligned:
         """Run the network on x, (B, C, H, W), in its own normalization; without `head`, stop at the last matched layer."""
-        assert self._entered, "Alignment must be used inside a `with` block"
         kept = [True] * len(self._targets)
         if self.generator is not None:
             kept = (torch.rand(len(kept), generator=self.generator) >= self.drop).tolist()
         # The first pass always runs the whole network: it counts the layers that are executed.
-        last = None if head or self.compiled else self._layers
-        try:
-            with replaced(self._forwards):
-                logits, current = self._through(x, kept, last)
-        finally:
-            self._pass = None
-        if current.convolutions != len(self._targets):
-            raise self._misfit(f"expected {len(self._targets)} convolutions, {current.convolutions} ran")
-        self._layers = current.layers
-        batch = [term.batch for term in current.terms]
+        with replaced(self._recorder.forwards):
+            logits, seen = self._record(x, kept, None if head or self.compiled else self._layers)
+        self._layers, terms = len(seen), self._terms(seen)
+        batch = [term.batch for term in terms]
         if self._constants is None or not self._constants.fit(batch):
-            targets, weights = [term.target for term in current.terms], [term.weight for term in current.terms]
-            self._constants = Targets.of(batch, targets, weights)
-        total = distance(batch, self._constants, self._smoothed(current.terms) if self.momentum else None)
-        return Aligned(logits if head else None, total / current.layers if self.reduction == "mean" else total)
-
-    def _through(self, x: Tensor, kept: list[bool], last: int | None) -> tuple[Tensor | None, _Pass]:
-        """Run the network; return its logits, and what its layers have left. This part may be compiled."""
-        self._pass = current = _Pass(kept, last)
-        try:
-            return self.model(x), current
-        except _HeadNotNeeded:
-            return None, current
+            self._constants = Targets.of(batch, [term.target for term in terms], [term.weight for term in terms])
+        total = distance(batch, self._constants, self._smoothed(terms) if self.momentum else None)
+        return Aligned(logits if head else None, total / len(seen) if self.reduction == "mean" else total)
 
     def state(self) -> dict[str, Tensor]:
         """Return all moving averages by name; empty before the first successful pass, and always empty with momentum 0."""
@@ -200,44 +223,32 @@ class Alignment:
         """Restore the moving averages that `state` returned."""
         self._averages = {key: value.to(self._device, copy=True) for key, value in state.items()}
 
-    def _normalize(self, layer: _BatchNorm, x: Tensor) -> Tensor:
-        """Return the output of a BN layer, and match its input."""
-        current, mean, var = self._pass, layer.running_mean, layer.running_var
-        assert current is not None
-        assert mean is not None
-        assert var is not None
-        y, batch = frozen_norm(x, mean, var, layer.weight, layer.bias, layer.eps, scale=self._scales[layer])
-        multiplier = 1.0 if current.norms else self.first_bn_multiplier
-        current.terms.append(_Term(f"bn.{current.norms}.", batch, (mean, var), multiplier, True))
-        current.norms += 1
-        self._end_if_last(current)
-        return y
-
-    def _match_convolution(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Match the input of a convolution, just before the layer runs."""
-        current = self._pass
-        if current is None:
-            return  # other code runs the network inside the block
-        number = current.convolutions
-        if number >= len(self._targets):
-            raise self._misfit(f"expected {len(self._targets)} convolutions, more ran")
-        target, kept = self._targets[number], current.kept[number]
-        pairs = [(target[f"{part}_mean"], target[f"{part}_var"]) for part in ("channel", "patch")]
-        # A dropped convolution is at a distance of zero.
-        batches: Sequence[Moments] = [Moments(*pair, n) for pair, n in zip(pairs, counts_of(inputs[0]), strict=True)]
-        if kept:
-            batches = conv_moments(inputs[0], self.patch)
-        for part, batch, pair in zip(("channel", "patch"), batches, pairs, strict=True):
-            if len(batch.mean) != len(pair[0]):
-                what = f"conv.{number}.{part}_mean has {len(pair[0])} values, but the input has {len(batch.mean)}"
-                raise self._misfit(what)
-            current.terms.append(_Term(f"conv.{number}.{part}_", batch, pair, 1.0, kept))
-        current.convolutions += 1
-        self._end_if_last(current)
-
-    def _end_if_last(self, current: _Pass) -> None:
-        if current.layers == current.last:
-            raise _HeadNotNeeded
+    def _terms(self, seen: Sequence[_Seen]) -> list[_Term]:
+        """Return the terms of R with their targets and weights."""
+        terms, norms, convolutions = list[_Term](), 0, 0
+        for norm, batches, divisors in seen:
+            if norm is not None:
+                assert norm.running_mean is not None
+                assert norm.running_var is not None
+                weight, target = 1.0 if norms else self.first_bn_multiplier, (norm.running_mean, norm.running_var)
+                terms.append(_Term(f"bn.{norms}.", batches[0], target, weight, True))
+                norms += 1
+                continue
+            if convolutions >= len(self._targets):
+                raise self._misfit(f"expected {len(self._targets)} convolutions, more ran")
+            targets = self._targets[convolutions]
+            # A dropped convolution is at a distance of zero.
+            pairs = [(targets[f"{part}_mean"], targets[f"{part}_var"]) for part in ("channel", "patch")]
+            kept, unchanged = bool(batches), [Moments(*p, n) for p, n in zip(pairs, divisors, strict=True)]
+            for part, batch, pair in zip(("channel", "patch"), batches or unchanged, pairs, strict=True):
+                if len(batch.mean) != len(pair[0]):
+                    numbers = f"{len(pair[0])} values, but the input has {len(batch.mean)}"
+                    raise self._misfit(f"conv.{convolutions}.{part}_mean has {numbers}")
+                terms.append(_Term(f"conv.{convolutions}.{part}_", batch, pair, 1.0, kept))
+            convolutions += 1
+        if convolutions != len(self._targets):
+            raise self._misfit(f"expected {len(self._targets)} convolutions, {convolutions} ran")
+        return terms
 
     def _smoothed(self, terms: Sequence[_Term]) -> Tensor:
         """Update the moving averages and return those of all terms, (2, N); a dropped term returns its own statistics.

@@ -11,8 +11,7 @@ each step, S = {p}, R includes convolution statistics and uses moving averages, 
 """
 
 from collections.abc import Mapping
-from contextlib import ExitStack
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +39,7 @@ class Terms(NamedTuple):
 
 
 class Objective:
-    """The objective of one synthesis job; the hooks of its BN teachers are active inside a `with` block.
+    """The objective of one synthesis job.
 
     `rule` names the teachers that may be drawn. `precision` applies to their passes; pixels, statistics and losses stay in
     float32. `generator` draws which convolutions a step drops. For the other arguments, see `synthesize`.
@@ -76,16 +75,7 @@ class Objective:
         }
         self._networks = {name: torch.compile(t.model) if compiled else t.model for name, t in teachers.items()}
         self._scales = dict.fromkeys(rule.bn_candidates, 1.0)
-        self._stack = ExitStack()
         self.mismatches: dict[str, Tensor] = {}
-
-    def __enter__(self) -> Self:
-        for alignment in self._alignments.values():
-            self._stack.enter_context(alignment)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
 
     @torch.no_grad()
     def balance(self, initial: Tensor) -> None:

@@ -71,7 +71,7 @@ def synthesize(
     pixels = initial.detach().clone().contiguous(memory_format=torch.channels_last).requires_grad_()
     adam = torch.optim.Adam([pixels], lr=settings.lr, betas=settings.betas, fused=pixels.device.type in FUSED)
     generator = torch.Generator().manual_seed(job.seed)
-    with Objective(
+    objective = Objective(
         job.teachers,
         settings,
         teachers,
@@ -79,23 +79,23 @@ def synthesize(
         generator=generator,
         statistics=statistics,
         compiled=compiled,
-    ) as objective:
-        if settings.bn_reduction == "balanced":
-            objective.balance(initial)
-        done = 0 if state is None else _restore(state, pixels, adam, generator, objective)
-        for iteration in range(done, job.iterations):
-            adam.param_groups[0]["lr"] = lr = learning_rate(settings, iteration, job.iterations)
-            view = draw_view(pixels, settings.view, generator, progress=iteration / max(job.iterations - 1, 1))
-            leaf = view.detach().requires_grad_()
-            terms = objective.backward(leaf, labels, job.bn_teachers(iteration), logit=job.logit_teacher(iteration))
-            adam.zero_grad(set_to_none=True)
-            view.backward(leaf.grad)
-            adam.step()
-            if settings.clamp:
-                clamp_(pixels.data)
-            number = iteration + 1
-            state_of = partial(_state, number, pixels, adam, generator, objective)
-            yield Step(number, pixels.detach(), terms, objective.mismatches, lr, state_of)
+    )
+    if settings.bn_reduction == "balanced":
+        objective.balance(initial)
+    done = 0 if state is None else _restore(state, pixels, adam, generator, objective)
+    for iteration in range(done, job.iterations):
+        adam.param_groups[0]["lr"] = lr = learning_rate(settings, iteration, job.iterations)
+        view = draw_view(pixels, settings.view, generator, progress=iteration / max(job.iterations - 1, 1))
+        leaf = view.detach().requires_grad_()
+        terms = objective.backward(leaf, labels, job.bn_teachers(iteration), logit=job.logit_teacher(iteration))
+        adam.zero_grad(set_to_none=True)
+        view.backward(leaf.grad)
+        adam.step()
+        if settings.clamp:
+            clamp_(pixels.data)
+        number = iteration + 1
+        state_of = partial(_state, number, pixels, adam, generator, objective)
+        yield Step(number, pixels.detach(), terms, objective.mismatches, lr, state_of)
 
 
 def learning_rate(settings: SynthesisRecipe, iteration: int, iterations: int) -> float:

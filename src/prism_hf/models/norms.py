@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # the base of 1d, 2d, 3d and synchronized BN
 from torch.overrides import TorchFunctionMode
 
@@ -17,7 +17,7 @@ Normalize = Callable[[_BatchNorm, Tensor], Tensor]
 
 
 @contextmanager
-def replaced(forwards: Mapping[_BatchNorm, Forward]) -> Iterator[None]:
+def replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     """Let layers run these functions instead of their own `forward` within the block."""
     before = {layer: layer.__dict__.get("forward") for layer in forwards}
     try:
