@@ -49,6 +49,8 @@ def distill(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start over")
     parser.add_argument("--no-control", dest="control", action="store_false", help=NO_CONTROL)
     parser.add_argument("--allow-partial", action="store_true", help="package the finished images even if some jobs failed")
+    compiled = "run the teachers through torch.compile in synthesis: slow at first, faster then; default: auto"
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help=compiled)
     parser.add_argument("--log-with", metavar="|".join(TRACKERS), help="log losses, verifier accuracy and images")
     parser.add_argument("--push-to-hub", dest="repo", metavar="REPO", help="publish the dataset; creates REPO if missing")
     add_target(parser)
@@ -88,6 +90,7 @@ def _distill(args: argparse.Namespace) -> None:
             push_to_hub=None if args.repo is None else Target(args.repo, **push_options(args)),
             log_with=args.log_with,
             threads=args.threads,
+            compile=args.compile,
             checkpoint_s=args.checkpoint_every,
         )
     if is_first_process():

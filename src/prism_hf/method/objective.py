@@ -11,6 +11,7 @@ each step, S = {p}, R includes convolution statistics and uses moving averages, 
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -126,7 +127,8 @@ class Objective:
         """Return the logits of one teacher if `head` is set, and its R if `align` is set; otherwise `None`."""
         teacher = self._teachers[name]
         x = teacher.prepare(view)
-        with torch.autocast(view.device.type, dtype=torch.bfloat16, enabled=self._precision == "bf16"):
+        half = torch.autocast(view.device.type, dtype=torch.bfloat16) if self._precision == "bf16" else nullcontext()
+        with half:
             if not align:
                 return self._networks[name](x), None
             logits, mismatch = self._alignments[name](x, head=head)

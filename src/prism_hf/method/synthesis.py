@@ -71,15 +71,8 @@ def synthesize(
     pixels = initial.detach().clone().contiguous(memory_format=torch.channels_last).requires_grad_()
     adam = torch.optim.Adam([pixels], lr=settings.lr, betas=settings.betas, fused=pixels.device.type in FUSED)
     generator = torch.Generator().manual_seed(job.seed)
-    objective = Objective(
-        job.teachers,
-        settings,
-        teachers,
-        precision=precision,
-        generator=generator,
-        statistics=statistics,
-        compiled=compiled,
-    )
+    make = partial(Objective, job.teachers, settings, teachers, generator=generator)
+    objective = make(precision=precision, statistics=statistics, compiled=compiled)
     if settings.bn_reduction == "balanced":
         objective.balance(initial)
     done = 0 if state is None else _restore(state, pixels, adam, generator, objective)

@@ -186,13 +186,14 @@ def _batches(split: ImageSplit, settings: SqueezeRecipe, seed: int, device: torc
     size, count = settings.batch_size, len(split)
 
     def make(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        images = to_reference(split.images(rows))
+        images = to_reference(split.images(rows).to(device))
         view = draw_views(len(rows), images.shape[-1], generator, crop_scale=settings.crop_scale, flip=settings.flip)
         images = resample(images, view.crop, view.flip)
-        _, std = reference_mean_std(images.shape[1])
-        strength = settings.noise_std * torch.rand((len(rows), 1, 1, 1), generator=generator) / std
-        images = images + strength * torch.randn(images.shape, generator=generator)
-        return _as_rgb(images.to(device)), labels[rows].to(device)
+        _, std = reference_mean_std(images.shape[1], like=images)
+        # Drawn on the CPU, so that the numbers are the same on any device.
+        strength = settings.noise_std * torch.rand((len(rows), 1, 1, 1), generator=generator).to(device) / std
+        images = images + strength * torch.randn(images.shape, generator=generator).to(device)
+        return _as_rgb(images), labels[rows].to(device)
 
     # Only full batches, because BatchNorm learns its statistics from them.
     parts = [range(start, start + size) for start in range(0, count - size + 1, size)]

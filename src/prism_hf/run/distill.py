@@ -64,6 +64,7 @@ def distill(
     push_to_hub: Target | str | None = None,
     log_with: str | None = None,
     threads: int | None = None,
+    compile: str = "auto",
     checkpoint_s: float = EVERY_S,
 ) -> Distilled:
     """Distill a dataset into a folder, as `prism-hf distill` does; the same call resumes an interrupted run.
@@ -81,6 +82,7 @@ def distill(
         log_with: Log losses and images to `tensorboard`, `wandb` or `trackio`.
         threads: CPU threads per process. The exact bytes of a result depend on it. Default: the number that the run was
             started with; for a new run, the cores of the machine divided by the number of processes on it.
+        compile: Run the teachers through `torch.compile` in synthesis: `on`, `off` or `auto`. Results differ by rounding.
         checkpoint_s: Seconds between checkpoints of a long job.
 
     Raises:
@@ -98,7 +100,7 @@ def distill(
         check_threads(folder / "work", threads)
     accelerator = make_accelerator(folder, log_with=log_with)
     root = Path(teachers or folder / "teachers")
-    run = Run(recipe, folder, root, accelerator, checkpoint_s, allow_partial, with_control=control)
+    run = Run(recipe, folder, root, accelerator, checkpoint_s, allow_partial, control, compile)
     return _distill(run, stage, target, threads, fresh=fresh)
 
 

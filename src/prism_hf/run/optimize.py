@@ -57,6 +57,7 @@ def optimize(
     checkpoint: Checkpoint | None = None,
     precision: Precision = "float32",
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+    compiled: bool = False,
 ) -> JobResult:
     """Run all steps of one job, starting from its checkpoint if there is one; see `synthesize`.
 
@@ -73,7 +74,8 @@ def optimize(
     pixels = initial if state is None else state["pixels"].to(initial.device)
     losses = [] if state is None else list(state["losses"].to(initial.device))
     history: History = [] if saved is None else list(saved.notes["history"])
-    steps = synthesize(job, settings, initial, teachers, precision=precision, statistics=statistics, state=state)
+    begin = partial(synthesize, job, settings, initial, teachers, precision=precision, compiled=compiled)
+    steps = begin(statistics=statistics, state=state)
     batch = f"a batch of {len(job.classes)} images and teachers {', '.join(job.teachers.synthesis_names)}"
     with told_in_one_line(f"job {job.id}: {batch}", _NO_MEMORY), closing(steps):
         for step in steps:

@@ -53,6 +53,7 @@ def synthesize(run: Run) -> None:
             f"synthesize: {count_text(resumed, 'job')} to resume from a checkpoint, {len(missing) - resumed} to start; "
             f"{run.precision}, a checkpoint every {run.checkpoint_s:g} s"
         )
+        run.say(f"synthesize: {run.compile_reason}")
         rows, statistics = _prepare(run)
 
     run.share(
@@ -167,7 +168,16 @@ def _one_job(run: Run, job: SynthesisJob, rows: np.ndarray | None, statistics: S
         values = {f"synthesis/{key}": value for key, value in entry.items() if key != "step"}
         run.accelerator.log(values | {"synthesis/job": job.id}, step=before + done)
 
-    attempt = partial(optimize, job, run.recipe.synthesis, initial, teachers, statistics=statistics, on_check=on_check)
+    attempt = partial(
+        optimize,
+        job,
+        run.recipe.synthesis,
+        initial,
+        teachers,
+        statistics=statistics,
+        on_check=on_check,
+        compiled=run.compiled,
+    )
     for precision in dict.fromkeys((run.precision, "float32")):
         checkpoint = Checkpoint(run.artifacts.checkpoint(job, precision), run.checkpoint_s)
         try:
