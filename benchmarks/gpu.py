@@ -1,112 +1,115 @@
-"""Benchmark of one synthesis step on a GPU against a plain implementation: speed, memory, precision.
+"""Measure on a GPU everything that is marked *not yet run*, in under ten minutes, and write one JSON.
 
-    python benchmarks/gpu.py --record benchmarks/results/gpu_step.json
+    python benchmarks/gpu.py --record benchmarks/results/gpu.json
+    python benchmarks/gpu.py --device cpu --toy      # tries the command itself; its numbers mean nothing
 
-The cases match ImageNet-1K: 224 pixels, batches of 100 images, one teacher (SRe2L) or three (PRISM). The networks have
-random weights, because the time does not depend on them. Each round runs every variant once; results are medians over the
-rounds. `plain` does what published implementations do; see step_time.py.
+Parts: the synthesis step at ImageNet's size (throughput.py: 224 pixels, batches of 100; and the four small networks),
+relabeling and students (relabel.py), and a small recipe with one and with two processes, whose images must agree. A part
+that fails is recorded with its message, and the others still run.
 """
 
 import argparse
-import statistics
+import json
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import machine
+import numpy as np
 import torch
-from step_time import NORM, network, plain_step
 
-from prism_hf.method.objective import Objective
-from prism_hf.models.teacher import Teacher
-from prism_hf.recipe import SynthesisRecipe, TeachersRecipe
-from prism_hf.runtime import write_json
+from prism_hf.runtime import read_tensors, write_json
 
-CASES = {
-    "SRe2L: resnet18": ("resnet18",),
-    "PRISM: resnet18 + mobilenetv2_100 + efficientnet_b0": ("resnet18", "mobilenetv2_100", "efficientnet_b0"),
-}
-
-
-@contextmanager
-def variants(
-    names: tuple[str, ...], batch: int, size: int, device: torch.device
-) -> Iterator[dict[str, Callable[[], None]]]:
-    """Yield the steps to time: plain and ours in float32, and ours in bf16."""
-    torch.manual_seed(0)
-    images = torch.randn(batch, 3, size, size, device=device)
-    labels = torch.randint(10, (batch,), device=device)
-    plain = [network(name, torch.contiguous_format).to(device) for name in names]
-    ours = {
-        name: Teacher(name, network(name, torch.channels_last).to(device), *NORM, size, 10, name, "none", None, "", None)
-        for name in names
-    }
-    rule, settings = TeachersRecipe(logit=names[0], bn_pool=names[1:]), SynthesisRecipe(ipc=1, bn_weight=0.01)
-    with Objective(rule, settings, ours) as full, Objective(rule, settings, ours, precision="bf16") as half:
-
-        def step(objective: Objective) -> None:
-            leaf = images.detach().clone().contiguous(memory_format=torch.channels_last).requires_grad_()
-            objective.backward(leaf, labels, names)
-
-        yield {
-            "plain, float32": lambda: plain_step(plain, images, labels),
-            "ours, float32": lambda: step(full),
-            "ours, bf16": lambda: step(half),
-        }
+HERE = Path(__file__).resolve().parent
+STEPS_PER_IMAGE = 2550
+"""Mean iterations per image of the published ImageNet-1K schedule at 10 images per class: 4000 - 500 * (slot mod 8)."""
+TINY = (
+    "synthesis.iterations=20", "squeeze.epochs=1", "relabel.epochs=2", "evaluation.seeds=[0]", "evaluation.epochs=2",
+    "evaluation.full_data_epochs=0",
+)  # fmt: skip
+LIMIT_S = 240
+"""Longest time of a part."""
 
 
-def measure(
-    names: tuple[str, ...], batch: int, size: int, rounds: int, device: torch.device
-) -> dict[str, dict[str, float]]:
-    """Return the median seconds, image-iterations per second, speedup over plain, and peak bytes of each variant."""
-    seconds: dict[str, list[float]] = {}
-    peak: dict[str, int] = {}
-    with variants(names, batch, size, device) as steps:
-        for number in range(rounds + 3):
-            for label, step in steps.items():
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                held, began = torch.cuda.memory_allocated(), time.perf_counter()
-                step()
-                torch.cuda.synchronize()
-                if number >= 3:  # the first rounds include kernel selection
-                    seconds.setdefault(label, []).append(time.perf_counter() - began)
-                peak[label] = torch.cuda.max_memory_allocated() - held
-    medians = {label: statistics.median(values) for label, values in seconds.items()}
-    return {
-        label: {
-            "seconds_per_step": median,
-            "image_iterations_per_second": batch / median,
-            "times_plain": medians["plain, float32"] / median,
-            "peak_bytes": peak[label],
-        }
-        for label, median in medians.items()
-    }
+def run(*words: str) -> None:
+    """Run a Python command, and raise an error with its last line if it fails."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1])
+
+
+def recorded(script: str, *options: str) -> dict:
+    """Return the JSON that another benchmark records."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        run(str(HERE / script), *options, "--record", str(path))
+        return json.loads(path.read_text())
+
+
+def step(device: str, toy: bool) -> dict:
+    """Return the speed of the steps, and the seconds per image of the published schedule that follow from them."""
+    options = ["--device", device, "--threads", "8", "--memory", "--variants", "published", "ours", "ours, bf16", "floor"]
+    options += ["--cases", "small20"] if toy else ["--cases", "resnet18", "three", "--batch", "100"]
+    result = recorded("throughput.py", *options, "--rounds", "1" if toy else "8")
+    for case in result["cases"].values():
+        for facts in case["variants"].values():
+            facts["projected_s_per_image"] = STEPS_PER_IMAGE / facts["image_iterations_per_s"]
+    return result
+
+
+def compiled(device: str, toy: bool) -> dict:
+    """Return the speed of compiled steps; the first ones take minutes."""
+    options = ["--device", device, "--threads", "8", "--variants", "published", "ours", "ours, compiled"]
+    options += ["--cases", "small20"] if toy else ["--cases", "three", "--batch", "100"]
+    return recorded("throughput.py", *options, "--rounds", "1" if toy else "8")
+
+
+def relabel(device: str, toy: bool) -> dict:
+    """Return the speed of relabeling and of students."""
+    return recorded("relabel.py", "--device", device, *(["--toy"] if toy else []))
+
+
+def processes(device: str, toy: bool) -> dict:
+    """Return the largest difference between the images of a run with one process and with two, in levels of 255."""
+    if device != "cpu" and torch.cuda.device_count() < 2:
+        raise RuntimeError("not yet run: needs two GPUs")
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--main_process_port", "0", "--num_processes", "2"]
+    images = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, words in (("one", []), ("two", launch)):
+            output = ["--output", f"{folder}/{name}", "--teachers", f"{folder}/teachers", "--threads", "1"]
+            run(*words, str(HERE.parent / "recipes" / "prism.py"), *TINY, *output)
+            files = sorted(Path(folder, name, "work", "jobs").glob("job-?????.safetensors"))
+            images.append(np.concatenate([read_tensors(path)["images_uint8"].numpy().astype(int) for path in files]))
+    return {"images": len(images[0]), "largest_difference": int(np.abs(images[0] - images[1]).max())}
 
 
 def main() -> None:
-    """Measure and print all cases."""
+    """Run all parts and record them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--toy", action="store_true", help="the smallest sizes")
     parser.add_argument("--record", type=Path)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("expected a CUDA device, found none; use step_time.py to measure on the CPU")
-    device = torch.device("cuda")
-    cases = {label: measure(names, args.batch, args.size, args.rounds, device) for label, names in CASES.items()}
-    for label, case in cases.items():
-        for variant, facts in case.items():
-            rate, ratio = facts["image_iterations_per_second"], facts["times_plain"]
-            sys.stdout.write(f"{label}; {variant}: {rate:.0f} image-iterations/s, {ratio:.2f} x plain, ")
-            sys.stdout.write(f"{facts['peak_bytes'] / 1e9:.2f} GB\n")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise SystemExit("expected a CUDA device, found none; --device cpu --toy tries the command")
+    name = "cpu" if args.device == "cpu" else torch.cuda.get_device_name()
+    parts: dict[str, dict] = {}
+    for part in (step, relabel, processes, compiled):
+        started = time.perf_counter()
+        try:
+            parts[part.__name__] = part(args.device, args.toy)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            parts[part.__name__] = {"error": str(error)}
+        parts[part.__name__]["seconds"] = round(time.perf_counter() - started, 1)
+        sys.stdout.write(f"{part.__name__}: {json.dumps(parts[part.__name__])[:300]}\n")
+        sys.stdout.flush()
     if args.record:
-        command = f"python benchmarks/gpu.py --batch {args.batch} --size {args.size} --rounds {args.rounds}"
-        facts = {"command": command, "device": torch.cuda.get_device_name(), **machine.facts(), "cases": cases}
-        write_json(args.record, facts)
+        command = f"python benchmarks/gpu.py {' '.join(sys.argv[1:])}"
+        write_json(args.record, {"command": command, "device": name, **machine.facts(), "parts": parts})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import re
 import sys
 import textwrap
 from pathlib import Path
+from statistics import median
 
 import fashion
 
@@ -16,6 +17,7 @@ from prism_hf.evaluation.report import cosine_text, markdown_table, percent_text
 from prism_hf.hub.dataset_card import render_card
 from prism_hf.recipe.yaml_file import load_recipe, parse_recipe
 
+ROWS = ("distilled, soft", "random_real, soft", "distilled, hard", "random_real, hard")
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -37,7 +39,7 @@ def rendered() -> dict[Path, str]:
         if recipe.name in recorded:
             facts = recorded[recipe.name]["card_facts"]
             files[ROOT / "cards" / f"{recipe.name}.md"] = render_card(facts, parse_recipe(facts["recipe"]))
-    for name in ("README.md", "docs/method.md", "docs/reproduction.md", "docs/reliability.md", "docs/comparison.md"):
+    for name in ("README.md", "docs/method.md", "docs/reproduction.md", "docs/reliability.md", "docs/comparison.md", "docs/performance.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         files[ROOT / name] = MARKERS.sub(lambda m: m[1] + wrapped(section(m["name"], recorded)) + m[3], text)
     return files
@@ -63,13 +65,17 @@ def section(name: str, recorded: dict[str, dict]) -> str:
     if name in fashion.SECTIONS:
         source = fashion.SOURCES.get(name, name)
         return fashion.SECTIONS[name](recorded[source]) + "\n" if source in recorded else "*not yet run*\n"
-    if name in RELIABILITY and name not in recorded:
+    if name not in recorded:
         return "*not yet run*\n"
     result = recorded[name]
     if name in RELIABILITY:
         return f"{RELIABILITY[name](result)}\n\n`{result['command']}`\n"
-    if name == "step_time":
-        return step_times(result)
+    if name == "throughput":
+        return throughput(result)
+    if name == "main_job":
+        return main_job(result)
+    if name == "relabel":
+        return relabel(result)
     if name == "gpu_step":
         return gpu_steps(result)
     if name == "gpu_digits":
@@ -120,12 +126,45 @@ def gpu_digits(result: dict) -> str:
     )
 
 
-def step_times(result: dict) -> str:
-    """Return the median ratio of the plain step time to ours, for each case."""
-    rows = [(label, f"{case['median_ratio']:.2f}") for label, case in result["cases"].items()]
-    hardware = result["hardware"]
-    device = f"{hardware['device']}, {hardware['threads']} thread"
-    return markdown_table([("case", f"speedup over plain ({device})"), *rows]) + f"\n\n`{result['command']}`\n"
+def throughput(result: dict) -> str:
+    """Return the speed and memory of one step relative to the published one, for each case and variant."""
+    titles = {
+        "resnet18": "ResNet-18, 224 px",
+        "three": "ResNet-18, MobileNetV2, EfficientNet-B0, 224 px",
+        "small20": "4 small networks, 32 px",
+        "small100": "4 small networks, 32 px",
+        "gvbsm": "G-VBSM in full, the three networks, 224 px",
+        "gvbsm-small": "G-VBSM in full, the small networks, 32 px",
+    }
+    rows = []
+    for label, case in result["cases"].items():
+        name, threads = label.split(", ")
+        facts = dict(case["variants"])
+        base = facts.pop("published")
+        ratios = [f"{facts[key]['ratio_cpu']:.2f}" if key in facts else "-" for key in ("ours", "ours, bf16", "floor")]
+        memory = f"{facts['ours']['peak_bytes'] / base['peak_bytes']:.2f}" if "peak_bytes" in base else "-"
+        rate, share = f"{facts['ours']['image_iterations_per_s']:.0f}", f"{100 * facts['ours']['share_of_peak']:.0f} %"
+        rows.append((f"{titles[name]}, batch {case['case']['batch']}", threads, *ratios, memory, rate, share))
+    head = ("case", "CPU", "ours", "ours, bf16", "floor", "memory, ours / published", "image-iterations / s", "of peak")
+    cpu = result["hardware"]["cpu"]
+    return f"{markdown_table([head, *rows])}\n\n`{result['command']}` ({cpu})\n"
+
+
+def main_job(result: dict) -> str:
+    """Return the seconds of the README's main command before and after, by stage."""
+    stages = list(next(iter(result["runs"].values()))[0]["stages"])
+    rows = []
+    for name, runs in result["runs"].items():
+        seconds = [f"{median(run['stages'][stage] for run in runs):.0f}" for stage in stages]
+        scores = [f"{100 * median(sum(run['top1'][row]) / len(run['top1'][row]) for run in runs):.1f}" for row in ROWS]
+        rows.append((name, *seconds, f"{median(run['seconds'] for run in runs):.0f}", *scores))
+    head = ("commit", *(f"{stage}, s" for stage in stages), "whole command, s", *(f"{row}, top-1 %" for row in ROWS))
+    share = ", ".join(f"{value:.2f}" for value in result["share_of_time"])
+    cpu, cores = result["hardware"]["cpu"], result["hardware"]["cores"]
+    return (
+        f"{markdown_table([head, *rows])}\n\nTime after / before in each round: {share}. Medians over rounds; before: "
+        f"{result['before']}.\n\n`{result['command']}` ({cpu}, {cores} cores)\n"
+    )
 
 
 def kills_table(result: dict) -> str:

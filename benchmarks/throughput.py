@@ -233,6 +233,26 @@ def measure(name: str, case: Case, variants: tuple[str, ...], threads: int, args
     return facts
 
 
+def plot(cases: dict[str, dict], path: Path) -> None:
+    """Draw the ratios to `published` of all cases as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    variants = [name for name in VARIANTS if all(name in case["variants"] for case in cases.values())]
+    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    width = 0.8 / len(variants)
+    for number, variant in enumerate(variants):
+        places = [place + (number - (len(variants) - 1) / 2) * width for place in range(len(cases))]
+        axes.bar(places, [case["variants"][variant]["ratio_cpu"] for case in cases.values()], width, label=variant)
+    axes.set_xticks(range(len(cases)), [name.replace(", ", "\n") for name in cases], fontsize=8)
+    axes.set_ylabel("speed / published step")
+    axes.axhline(1, color="black", linewidth=0.6)
+    axes.legend(ncols=len(variants), fontsize=8, frameon=False, loc="upper left")
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
     """Measure, print, and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -246,6 +266,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="measure peak memory too")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     cases = {name: CASES[name] for name in args.cases}
     if args.batch:
@@ -264,6 +285,8 @@ def main() -> None:
                 speed = f"{1000 * row['wall_s']:.0f} ms, {100 * row['share_of_peak']:.0f} % of peak"
                 sys.stdout.write(f"{name}, {threads} threads, {variant}: {ratios}, {speed}{memory}\n")
             sys.stdout.flush()
+    if args.plot:
+        plot(measured, args.plot)
     if args.record:
         command = f"python benchmarks/throughput.py {' '.join(sys.argv[1:])}"
         write_json(args.record, {"command": command, **machine.facts(), "cases": json.loads(json.dumps(measured))})
