@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import machine
@@ -105,21 +106,18 @@ def steps_of(case: Case, variants: tuple[str, ...], device: torch.device) -> dic
         momentum=0.4 if gvbsm else 0.0,
         densification=Densification() if gvbsm else None,
     )
-    rule = TeachersRecipe(
-        logit=case.networks[0],
-        bn_pool=case.networks[1:],
-        extras=len(case.networks) - 1,
-        draw_probability=1.0,
-        selection="cycle" if gvbsm else "per_slot",
-    )
+    drawn = {"selection": "cycle"} if gvbsm else {"extras": len(case.networks) - 1, "draw_probability": 1.0}
+    rule = TeachersRecipe(logit=case.networks[0], bn_pool=case.networks[1:], **drawn)
     job = SynthesisJob(0, tuple(labels), tuple(range(case.batch)), FOREVER, 0, "slot0", rule, 0)
 
     def ours(**options: object) -> Callable[[], object]:
         generator = synthesize(job, settings, images, teachers, statistics=targets, **options)
         return lambda: next(generator)
 
+    turns = cycle([[model] for model in last] if gvbsm else [last])
+
     def floor() -> None:
-        for model in last[:1] if gvbsm else last:
+        for model in next(turns):
             x = images.detach().clone(memory_format=torch.channels_last).requires_grad_()
             F.cross_entropy(model(x), on_device).backward()
 
