@@ -1,4 +1,5 @@
 import re
+import time
 from collections import Counter
 
 import pytest
@@ -219,15 +220,41 @@ def test_description_reflects_each_change(tiny_recipe, changes, line):
     assert base[line] != changed[line]
 
 
-@pytest.mark.parametrize("selection", ["per_slot", "per_iteration"])
-def test_description_counts_the_draws(tiny_recipe, selection):
-    made = tiny_recipe(POOL | {"teachers.selection": selection, "synthesis.iterations": 11})
+def test_description_counts_the_draws(tiny_recipe):
+    made = tiny_recipe(POOL | {"synthesis.iterations": 11})
     jobs = plan_jobs(made)
     counts = Counter(name for job in jobs for i in range(job.iterations) for name in job.bn_teachers(i))
     text = describe_plan(made)
     assert "steps     22 in total (66 image-iterations)" in text
     for name in made.teachers.synthesis_names:
         assert f"BN        {name}: in {counts[name]} of 22 steps" in text
+
+
+@each(
+    "extras, probability, pool, percent",
+    [(3, 0.5, 3, 50), (3, 0.5, 4, 38), (3, 1.0, 4, 75), (5, 0.5, 1, 97), (1, 0.3, 2, 15), (2, 0.0, 2, 0), (0, 0.5, 2, 0)],
+)
+def test_description_expects_the_draws_of_each_iteration(tiny_recipe, extras, probability, pool, percent):
+    """5 draws with probability 0.5 each fill a pool of one teacher in 1 - 0.5**5 of the steps."""
+    rule = {"extras": extras, "draw_probability": probability, "bn_pool": list("abcd"[:pool]), "selection": "per_iteration"}
+    made = tiny_recipe({f"teachers.{key}": value for key, value in rule.items()} | {"synthesis.iterations": 1000})
+    job = plan_jobs(made)[0]
+    counts = Counter(name for i in range(1000) for name in job.bn_teachers(i))
+    assert all(abs(counts[name] / 1000 - percent / 100) < 0.05 for name in "abcd"[:pool])
+    told = re.findall(r"BN        [abcd]: in (about )?([\d,]+) of 2,000 steps \((\d+)%\)", describe_plan(made))
+    assert [(bool(about), int(share)) for about, _, share in told] == [(percent > 0, percent)] * pool
+
+
+def test_ten_million_images_are_planned_in_little_time_and_memory(tiny_recipe):
+    """100,000 jobs of 100 images, of which those of a slot share their tuples. A tenth of them is planned here."""
+    sizes = {"data.num_classes": 1000, "synthesis.ipc": 1000, "synthesis.batch_size": 100}
+    made = tiny_recipe(POOL | sizes | {"teachers.selection": "per_iteration", "synthesis.iterations": 4000})
+    jobs = plan_jobs(made)
+    assert len(jobs) == 10_000
+    assert len({id(values) for job in jobs for values in (job.classes, job.slots)}) == 10 + 1000
+    started = time.process_time()
+    assert "in about 20,000,000 of 40,000,000 steps (50%)" in describe_plan(made)
+    assert time.process_time() - started < 5, "40 million draws take minutes"
 
 
 def test_description_of_a_cycle_counts_the_turns(tiny_recipe):

@@ -12,7 +12,7 @@ from prism_hf.errors import NotFiniteError, StoppedError, SynthesisError
 from prism_hf.images.pixels import reference_mean_std, to_uint8
 from prism_hf.method import synthesis
 from prism_hf.method.objective import Objective
-from prism_hf.run.optimize import CHECK_EVERY, optimize, ratio_lines, term_ratios
+from prism_hf.run.optimize import CHECK_EVERY, history_tensors, optimize, ratio_lines, ratios_in, term_ratios
 from prism_hf.runtime import stop as interruption
 from prism_hf.runtime.checkpoint import Checkpoint
 from prism_hf.runtime.store import Artifact
@@ -52,7 +52,8 @@ def test_history_names_its_terms(tiny_recipe, teachers):
     assert [entry["step"] for entry in seen] == [CHECK_EVERY, CHECK_EVERY + 3]
     terms = {"step", "ce", "bn", "grad", "lr"}
     assert [set(entry) - terms for entry in seen][1:] == [set()]
-    ratios = term_ratios([{"history": seen}])
+    ratios = ratios_in(seen[0])
+    assert ratios_in(seen[1]) == {}
     assert set(seen[0]) - terms == {f"ratio {name}" for name in ratios}
     # The BN term is the mean over the teachers of the step.
     mean = sum(ratios.values()) / len(ratios)
@@ -64,16 +65,24 @@ def test_teachers_that_take_turns_are_all_reported(tiny_recipe, teachers):
     draws = {"teachers.extras": 3, "teachers.draw_probability": 0.5}  # the defaults: nothing is drawn
     made = tiny_recipe({"teachers.selection": "cycle", "synthesis.iterations": CHECK_EVERY} | draws)
     (entry,) = run_one(made, teachers).history
-    assert set(term_ratios([{"history": [entry]}])) == set(made.teachers.synthesis_names)
+    assert set(ratios_in(entry)) == set(made.teachers.synthesis_names)
     assert len(made.teachers.synthesis_names) > 1
 
 
+def test_a_history_becomes_one_tensor_per_value():
+    history = [{"step": 10, "ce": 0.1, "ratio a": 3.0}, {"step": 13, "ce": 1 / 3, "verifier_top1": 0.5}]
+    tensors = history_tensors(history)
+    assert {key: value.tolist() for key, value in tensors.items() if key != "history/verifier_top1"} == {
+        "history/step": [10.0, 13.0],
+        "history/ce": [0.1, 1 / 3],
+    }
+    assert tensors["history/verifier_top1"].isnan().tolist() == [True, False]
+    assert history_tensors([]) == {}
+
+
 def test_a_term_that_rules_gets_one_line_of_advice():
-    notes = [
-        {"history": [{"ratio a": 85.0, "ratio b": 2.0}, {"ce": 1.0}]},
-        {"history": [{"ratio b": 4.0}]},
-        {"history": []},
-    ]
+    # A job of an earlier version has a history in its notes instead.
+    notes = [{"ratios": {"a": 85.0, "b": 2.0}}, {"ratios": {"b": 4.0}}, {"ratios": {}}, {"history": [{"ratio b": 9.0}]}]
     ratios = term_ratios(notes)
     assert ratios == {"a": 85.0, "b": 3.0}
     first, advice = ratio_lines(ratios, 0.01)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import time
@@ -11,7 +12,7 @@ import pytest
 from pipeline import PYTHON, file_limit, quiet_env
 
 from prism_hf.runtime import share_loop as module
-from prism_hf.runtime.share_loop import Progress, share, unfinished
+from prism_hf.runtime.share_loop import Progress, deal, share, unfinished
 
 
 @dataclass
@@ -98,6 +99,56 @@ def test_processes_finish_at_about_the_same_time(tmp_path, monkeypatch, world):
     work = [[sizes[task] for task in share] for share in shares]
     assert all(steps == sorted(steps, reverse=True) for steps in work)
     assert max(map(sum, work)) - min(map(sum, work)) <= max(sizes)
+
+
+def mixes():
+    """Return lists of task sizes, each with the most processes for which they can be divided evenly."""
+    rng = random.Random(0)
+    yield [4000 - 500 * (number // 10 % 8) for number in range(100)], 33  # ImageNet, 10 images per class: a ladder
+    yield [4000 - 500 * (number // 10 % 8) for number in range(800)], 64
+    yield [rng.randint(1, 1000) for _ in range(200)], 64
+    yield [int(1000 * rng.lognormvariate(0, 1)) for _ in range(600)], 64
+    yield [300] * 130 + [200] * 300, 51
+    yield [7] * 640, 44
+    yield [10_000] + [100] * 1000, 64  # the longest task is the limit
+    yield [4, 30, 9, 16], 4
+
+
+def test_processes_finish_within_five_percent_of_the_ideal():
+    for costs, most in mixes():
+        for world in range(1, most + 1):
+            hands = deal(costs, world)
+            assert sorted(number for hand in hands for number in hand) == list(range(len(costs)))
+            ideal = max(sum(costs) / world, max(costs))
+            busiest = max(sum(costs[number] for number in hand) for hand in hands)
+            assert busiest <= 1.05 * ideal, (len(costs), world, busiest / ideal)
+
+
+def test_the_longest_task_comes_first_and_tasks_without_cost_are_divided_too():
+    assert deal([1, 5, 3, 2, 9], 2) == [[4, 0], [1, 2, 3]]
+    assert [len(hand) for hand in deal([0] * 7, 3)] == [3, 2, 2]
+    assert deal([2.5], 2) == [[0], []]
+
+
+def test_a_cost_orders_the_tasks_and_sizes_count_the_progress(tmp_path):
+    seen = []
+    order = loop(
+        tmp_path, [1, 2, 3], size=lambda _: 10, cost=lambda task: task % 3, do=lambda *_: seen.append(read(tmp_path)),
+        steps="step",
+    )  # fmt: skip
+    assert order == [2, 1, 3]
+    assert [(note["done"], note["of"]) for note in seen] == [(0, 30), (10, 30), (20, 30)]
+
+
+def test_skipped_steps_are_in_the_file_at_once(tmp_path):
+    seen = []
+
+    def work(_, progress):
+        progress.skip(30)
+        seen.append(read(tmp_path)["done"])
+
+    loop(tmp_path, [1], do=work, size=lambda _: 100, steps="step")
+    assert seen == [30]
 
 
 def test_unfinished_tasks_are_returned_in_order():

@@ -20,6 +20,7 @@ from .squeeze import (
     clear_scratch,
     is_squeezed,
     read_squeezed,
+    squeeze_operations,
     squeeze_steps,
     squeeze_teacher,
     teacher_folder,

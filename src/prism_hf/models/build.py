@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import RecipeError
 
@@ -71,3 +72,10 @@ def check_network(name: str, *, num_classes: int, channels: int, size: int) -> n
     if logits.shape != (2, num_classes):
         raise RecipeError(f"network {name!r} returns logits of shape {tuple(logits.shape)}, expected (2, {num_classes})")
     return network
+
+
+def operations(name: str, *, num_classes: int, channels: int, size: int) -> int:
+    """Return the number of floating-point operations of a network for one image, from one pass over a blank image."""
+    with seeded(0, torch.device("cpu")), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        build_network(name, num_classes=num_classes, channels=channels).eval()(torch.zeros(1, channels, size, size))
+    return counter.get_total_flops()

@@ -19,7 +19,7 @@ from ..errors import DamagedError, TeacherError
 from ..images import ImageSplit, SourceData, draw_views, reference_mean_std, resample, to_reference
 from ..recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
 from ..runtime import EVERY_S, Artifact, Checkpoint, clear_drafts, derived_seed, is_held, waited_for
-from .build import build_network, seeded
+from .build import build_network, operations, seeded
 from .facts import SqueezeSettings, TeacherFacts
 from .folder import is_stored, scored_on, source_facts, store_network
 from .teacher import digest_of_tensors
@@ -89,6 +89,12 @@ def check_batch(recipe: Recipe, data: SourceData) -> None:
 def squeeze_steps(recipe: Recipe, data: SourceData) -> int:
     """Return the number of training steps of a squeezed teacher."""
     return recipe.squeeze.epochs * (len(data.train) // recipe.squeeze.batch_size)
+
+
+def squeeze_operations(recipe: Recipe, name: str) -> int:
+    """Return the operations of a squeezed teacher for one image. All take the same steps, but not the same time."""
+    data, architecture = recipe.data, name.removeprefix(SQUEEZE_PREFIX)
+    return operations(architecture, num_classes=data.num_classes, channels=3, size=data.size)
 
 
 def squeeze_teacher(

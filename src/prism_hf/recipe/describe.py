@@ -1,25 +1,25 @@
 """A description of a run and its disk space, from the recipe alone."""
 
 from collections import Counter
+from collections.abc import Sequence
+from math import comb
 
 from ..runtime import count_text, size_text
-from .plan import plan_jobs
+from .plan import SynthesisJob, plan_jobs
 from .schema import Recipe
+from .sections import TeachersRecipe
 
 VIEW_ROW_BYTES = 32
 """Bytes of one view in addition to its logits: two crops, a mix box, indices and flags (before compression)."""
+
+COUNTED = 10_000
+"""Draws of BN teachers that a description counts one by one."""
 
 
 def describe_plan(recipe: Recipe, *, control: bool = True) -> str:
     """Describe what a run will do, from the recipe alone, for `--dry-run`; without `control`, as `--no-control` does."""
     jobs, data, teachers, relabel = plan_jobs(recipe), recipe.data, recipe.teachers, recipe.relabel
-    drawn: Counter[str] = Counter()
-    for job in jobs:
-        if teachers.selection == "per_slot":
-            drawn.update(dict.fromkeys(job.bn_teachers(0), job.iterations))
-        else:
-            for iteration in range(job.iterations):
-                drawn.update(job.bn_teachers(iteration))
+    exact, drawn = _steps_of_teachers(teachers, jobs)
     steps = sum(job.iterations for job in jobs)
     image_steps = sum(job.iterations * len(job.classes) for job in jobs)
     views = recipe.num_images * relabel.epochs
@@ -36,7 +36,9 @@ def describe_plan(recipe: Recipe, *, control: bool = True) -> str:
         f"logit     {'none (method random)' if random else logit}",
     ]
     for name in teachers.synthesis_names if steps else ():
-        lines.append(f"BN        {name}: in {drawn[name]:,} of {count_text(steps, 'step')} ({drawn[name] / steps:.0%})")
+        count = round(drawn[name])
+        about = "" if exact or count in (0, steps) else "about "
+        lines.append(f"BN        {name}: in {about}{count:,} of {count_text(steps, 'step')} ({drawn[name] / steps:.0%})")
     with_control = control and not random
     if random:
         control_text = "none: these are random real images, the control that other methods are compared with"
@@ -55,6 +57,29 @@ def describe_plan(recipe: Recipe, *, control: bool = True) -> str:
         + f"; {size_text(cache_needed(recipe, control=with_control))} in the cache of `datasets` to train students",
     ]
     return "\n".join(lines)
+
+
+def _steps_of_teachers(rule: TeachersRecipe, jobs: Sequence[SynthesisJob]) -> tuple[bool, dict[str, float]]:
+    """Return the number of steps with each BN teacher, and whether it is exact. With many draws, it is the expectation."""
+    first = {job.draw_key: job for job in reversed(jobs)} if rule.selection == "per_slot" else {}
+    exact = rule.selection == "cycle" or 0 < len(first) <= COUNTED
+    drawn, total = dict.fromkeys(rule.synthesis_names, 0.0), sum(job.iterations for job in jobs)
+    if not exact:
+        return exact, dict.fromkeys(rule.bn_pool, total * _chance(rule)) | {rule.logit: total * rule.include_logit}
+    names = {key: job.bn_teachers(0) for key, job in first.items()}
+    for (key, iterations), count in Counter((job.draw_key, job.iterations) for job in jobs).items():
+        for turn, name in enumerate(names.get(key, rule.synthesis_names)):
+            # With `cycle`, the teachers take turns.
+            drawn[name] += count * (iterations if names else len(range(turn, iterations, len(drawn))))
+    return exact, drawn
+
+
+def _chance(rule: TeachersRecipe) -> float:
+    """Return the probability that a teacher of the pool is drawn: the expected number of teachers drawn, per teacher."""
+    extras, chance, pool = rule.extras, rule.draw_probability, len(rule.bn_pool)
+    # A draw that succeeds after the pool is empty adds nothing.
+    few = [comb(extras, wins) * chance**wins * (1 - chance) ** (extras - wins) for wins in range(min(pool, extras + 1))]
+    return 1 - sum((pool - wins) / pool * value for wins, value in enumerate(few))
 
 
 def space_needed(recipe: Recipe, *, processes: int = 1, control: bool = True) -> dict[str, int]:

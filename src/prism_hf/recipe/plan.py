@@ -1,7 +1,9 @@
 """The plan of a run: images per batch, their teachers and their seeds, all determined by the recipe alone."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 from ..runtime import derived_seed
 from .schema import Recipe
@@ -13,7 +15,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 """Experiment trackers that can record losses and images, through Accelerate."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SynthesisJob:
     """One batch of images to optimize. Its result does not depend on rank, process count, job order or interruptions."""
 
@@ -56,8 +58,7 @@ def plan_jobs(recipe: Recipe) -> list[SynthesisJob]:
     """
     jobs: list[SynthesisJob] = []
     ladder = recipe.synthesis.ladder
-    for draw_key, images in _batches(recipe):
-        classes, slots = zip(*images, strict=True)
+    for draw_key, classes, slots in _batches(recipe):
         fewer = ladder.step * (slots[0] % ladder.period) if ladder else 0
         jobs.append(
             SynthesisJob(
@@ -74,23 +75,46 @@ def plan_jobs(recipe: Recipe) -> list[SynthesisJob]:
     return jobs
 
 
-def _batches(recipe: Recipe) -> list[tuple[str, list[tuple[int, int]]]]:
-    """Return the name of the teacher draw and the (class, slot) of each image, for each batch."""
-    synthesis, ipc = recipe.synthesis, recipe.synthesis.ipc
+Images = tuple[tuple[int, ...], tuple[int, ...]]
+"""The class and the slot of each image of a batch."""
 
-    def batches(slots: range) -> list[list[tuple[int, int]]]:
-        # Class-major: if batch_size is below the size of a group of slots, the images of a class stay together.
-        order = [(c, s) for c in range(recipe.data.num_classes) for s in slots]
-        size = len(order) if recipe.method == "random" else synthesis.batch_size
-        return [order[part.start : part.stop] for part in batch_ranges(len(order), size)]
 
+def _batches(recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Yield the name of the teacher draw, and the class and slot of each image, for each batch.
+
+    Equal tuples are one object: a plan of ten million images has few different ones.
+    """
+    synthesis, ipc, classes = recipe.synthesis, recipe.synthesis.ipc, recipe.data.num_classes
     if recipe.method == "random":
-        return [("random", batch) for batch in batches(range(ipc))]
-    if synthesis.batch_order == "within_class":
-        return [(f"batch{number}", batch) for number, batch in enumerate(batches(range(ipc)))]
-    firsts = range(0, ipc, synthesis.slots_per_batch)
-    groups = [range(first, min(first + synthesis.slots_per_batch, ipc)) for first in firsts]
-    return [(f"slot{slots.start}", batch) for slots in groups for batch in batches(slots)]
+        for images in _class_major(classes, ipc, classes * ipc):
+            yield ("random", *images)
+    elif synthesis.batch_order == "within_class":
+        for number, images in enumerate(_class_major(classes, ipc, synthesis.batch_size)):
+            yield (f"batch{number}", *images)
+    else:
+        group: list[Images] = []
+        for first in range(0, ipc, synthesis.slots_per_batch):
+            count = min(synthesis.slots_per_batch, ipc - first)
+            if first == 0 or count < synthesis.slots_per_batch:  # only the last group can be smaller
+                group = _class_major(classes, count, synthesis.batch_size)
+            moved = {slots: tuple(first + slot for slot in slots) for slots in {slots for _, slots in group}}
+            for labels, slots in group:
+                yield f"slot{first}", labels, moved[slots]
+
+
+def _class_major(classes: int, count: int, size: int) -> list[Images]:
+    """Return the batches of `size` images of slots 0..count-1 of every class.
+
+    Class-major: if `size` is below the size of a group of slots, the images of a class stay together.
+    """
+    slots, known, batches = tuple(range(count)), {}, []
+    for part in batch_ranges(classes * count, size):
+        labels = range(part.start // count, (part.stop - 1) // count + 1)
+        spans = [(c, max(part.start - c * count, 0), min(part.stop - c * count, count)) for c in labels]
+        of_class = tuple(chain.from_iterable(repeat(c, stop - start) for c, start, stop in spans))
+        of_slot = tuple(chain.from_iterable(slots[start:stop] for _, start, stop in spans))
+        batches.append((known.setdefault(of_class, of_class), known.setdefault(of_slot, of_slot)))
+    return batches
 
 
 def batch_ranges(count: int, size: int) -> list[range]:

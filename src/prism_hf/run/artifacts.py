@@ -1,7 +1,7 @@
 """Files that the stages of a run exchange in DIR/work. Each has a name, and a key that identifies what it was made from.
 
 start.npy                          start images chosen by a teacher, (N, C, H, W) uint8
-jobs/job-N.safetensors             images of one synthesis job, (B, C, H, W) uint8
+jobs/job-N.safetensors             images of one synthesis job, (B, C, H, W) uint8, and its loss history, (n,) float64 each
 jobs/job-N.checkpoint.safetensors  state of an unfinished job
 jobs/job-N.failed.safetensors      state of a failed job, at the step where a value was NaN or infinite
 SET/data/, SET/views/              shards of both tables, exactly as they are published
@@ -15,6 +15,7 @@ SET is `distilled` or `random_real`.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -58,10 +59,13 @@ class Artifacts:
     train_content: str  # digest of the training data
     class_names: Sequence[str]
     weights: Mapping[str, str]  # SHA-256 of each teacher's weights
+    _fingerprints: dict[tuple[str, ...], str] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def _key(self, kind: str, sections: Sequence[str], teachers: Sequence[str], *parts: object) -> str:
-        weights = {name: self.weights[name] for name in teachers}
-        return digest([kind, self.recipe.fingerprint(*sections), self.train_content, weights, *parts])[:16]
+        weights, known = {name: self.weights[name] for name in teachers}, self._fingerprints
+        if (named := tuple(sections)) not in known:  # a run has thousands of keys and few fingerprints
+            known[named] = self.recipe.fingerprint(*named)
+        return digest([kind, known[named], self.train_content, weights, *parts])[:16]
 
     @property
     def start(self) -> Artifact:
@@ -72,7 +76,7 @@ class Artifacts:
         key = self._key("start", ("data", "squeeze"), (self.recipe.teachers.logit,), *settings)
         return Artifact(self.folder / "start.npy", key)
 
-    @property
+    @cached_property
     def _synthesis_key(self) -> str:
         names = self.recipe.teachers.synthesis_names
         return self._key("synthesis", ("method", "data", "teachers", "squeeze", "synthesis"), names)

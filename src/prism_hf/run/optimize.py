@@ -37,7 +37,7 @@ class JobResult:
 
     The history has one dict per `CHECK_EVERY` steps: `step`, `ce`, `bn`, `grad` (largest absolute gradient of a pixel),
     `lr`, `densification` if it is on, and `verifier_top1` at the steps where the verifier scored the images. The first
-    entry also has `ratio NAME` for each BN teacher: its weighted BN term, divided by the classification loss.
+    entry also has `ratio NAME` for each BN teacher; see `ratios_in`.
     """
 
     images_uint8: Tensor  # (B, C, H, W)
@@ -139,13 +139,24 @@ def _ratios(job: SynthesisJob, settings: SynthesisRecipe, step: Step, losses: Se
     return {f"{_RATIO}{name}": ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
 
 
+def ratios_in(entry: Mapping[str, float]) -> dict[str, float]:
+    """Return the weighted BN term of each teacher, divided by the classification loss, if a history entry has them."""
+    return {key.removeprefix(_RATIO): value for key, value in entry.items() if key.startswith(_RATIO)}
+
+
+def history_tensors(history: History) -> dict[str, Tensor]:
+    """Return a history as one tensor per value, (n,) float64, NaN where an entry has none; without the ratios."""
+    names = dict.fromkeys(name for entry in history for name in entry if not name.startswith(_RATIO))
+    columns = {name: [entry.get(name, math.nan) for entry in history] for name in names}
+    return {f"history/{name}": torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
+
+
 def term_ratios(notes: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the median ratio of each BN teacher over the notes of finished jobs; see `JobResult`."""
+    """Return the median ratio of each BN teacher over the notes of finished jobs; see `ratios_in`."""
     found: dict[str, list[float]] = defaultdict(list)
     for note in notes:
-        for key, value in (note.get("history") or [{}])[0].items():
-            if key.startswith(_RATIO):
-                found[key.removeprefix(_RATIO)].append(value)
+        for name, value in note.get("ratios", {}).items():  # jobs of earlier versions have none
+            found[name].append(value)
     return {name: statistics.median(values) for name, values in sorted(found.items())}
 
 

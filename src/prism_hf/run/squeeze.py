@@ -8,6 +8,7 @@ from ..models import (
     clear_scratch,
     is_squeezed,
     read_squeezed,
+    squeeze_operations,
     squeeze_steps,
     squeeze_teacher,
     teacher_folder,
@@ -27,8 +28,8 @@ def squeeze(run: Run) -> None:
 
     names = run.recipe.squeezed_teachers
     steps = squeeze_steps(run.recipe, run.data) if names else 1
-    is_done, size = partial(_is_trained, run), lambda _: steps
-    run.share("squeeze", names, is_done=is_done, do=train, unit="teacher", size=size, steps="step")
+    is_done, size, cost = partial(_is_trained, run), (lambda _: steps), partial(squeeze_operations, run.recipe)
+    run.share("squeeze", names, is_done=is_done, do=train, unit="teacher", size=size, cost=cost, steps="step")
     scores = run.squeezed_top1
     for name, top1 in scores.items():
         run.say(f"squeeze: {name} has {100 * top1:.1f} % top-1 accuracy on the test data")

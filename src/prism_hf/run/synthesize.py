@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from ..runtime import (
 )
 from .artifacts import job_file, read_failed
 from .context import Run, log_picture
-from .optimize import CHECK_EVERY, optimize, ratio_lines, term_ratios
+from .optimize import CHECK_EVERY, history_tensors, optimize, ratio_lines, ratios_in, term_ratios
 
 log = logging.getLogger(__name__)
 SEED = 0
@@ -45,6 +45,13 @@ def synthesize(run: Run) -> None:
     """Optimize every unfinished job. Jobs that fail raise a `SynthesisError` unless `run.allow_partial`."""
     rows: np.ndarray | None = None
     statistics: Statistics = {}
+    told = False
+
+    def first_look(ratios: Mapping[str, float]) -> None:
+        nonlocal told
+        for line in [] if told else ratio_lines(ratios, run.recipe.synthesis.bn_weight):
+            run.say(line)
+            told = True
 
     def prepare(missing: list[SynthesisJob]) -> None:
         nonlocal rows, statistics
@@ -60,18 +67,27 @@ def synthesize(run: Run) -> None:
         "synthesize",
         plan_jobs(run.recipe),
         is_done=partial(_is_finished, run),
-        do=lambda job, progress: _one_job(run, job, rows, statistics, progress),
+        do=lambda job, progress: _one_job(run, job, rows, statistics, progress, first_look),
         prepare=prepare,
         unit="job",
         name=lambda job: f"job {job.id}",
         size=lambda job: job.iterations,
+        cost=_network_passes,
         steps="step",
     )
     _tell_failed(run)
     files = [job_file(run.work, job.id) for job in plan_jobs(run.recipe)]
-    ratios = term_ratios(read_proof(path).notes for path in files if is_finished(path))
-    for line in ratio_lines(ratios, run.recipe.synthesis.bn_weight):
-        run.say(line)
+    if run.accelerator.is_main_process:
+        ratios = term_ratios(read_proof(path).notes for path in files if is_finished(path))
+        for line in ratio_lines(ratios, run.recipe.synthesis.bn_weight):
+            run.say(line)
+
+
+def _network_passes(job: SynthesisJob) -> int:
+    """Return the network passes of a job, counted for each image: a step may have one teacher or several."""
+    # Over many iterations, other selections use each teacher equally often in every job.
+    drawn = job.bn_teachers(0) if job.teachers.selection == "per_slot" else ()
+    return job.iterations * len(job.classes) * len({job.teachers.logit, *drawn})
 
 
 def _is_finished(run: Run, job: SynthesisJob) -> bool:
@@ -149,8 +165,18 @@ def _tell_failed(run: Run) -> None:
         )
 
 
-def _one_job(run: Run, job: SynthesisJob, rows: np.ndarray | None, statistics: Statistics, progress: Progress) -> None:
-    """Optimize one job and save its images. If it fails in a lower precision, retry it in float32."""
+def _one_job(
+    run: Run,
+    job: SynthesisJob,
+    rows: np.ndarray | None,
+    statistics: Statistics,
+    progress: Progress,
+    first_look: Callable[[Mapping[str, float]], None],
+) -> None:
+    """Optimize one job and save its images. If it fails in a lower precision, retry it in float32.
+
+    `first_look` is called with the ratio of each BN teacher after the first check.
+    """
     initial = _initial_images(run, job, rows).to(run.accelerator.device)
     teachers = run.teachers(run.recipe.teachers.synthesis_names)
     before = progress.count  # trackers need steps that increase from job to job
@@ -162,9 +188,7 @@ def _one_job(run: Run, job: SynthesisJob, rows: np.ndarray | None, statistics: S
         # Steps beyond one check interval were done by an earlier launch.
         progress.skip(max(0, new - CHECK_EVERY))
         progress.advance(min(new, CHECK_EVERY))
-        if job.id == 0 and len(ratios := term_ratios([{"history": [entry]}])):  # only the first entry has them
-            for line in ratio_lines(ratios, run.recipe.synthesis.bn_weight):
-                log.info(line)
+        first_look(ratios_in(entry))  # later entries have none
         values = {f"synthesis/{key}": value for key, value in entry.items() if key != "step"}
         run.accelerator.log(values | {"synthesis/job": job.id}, step=before + done)
 
@@ -191,9 +215,10 @@ def _one_job(run: Run, job: SynthesisJob, rows: np.ndarray | None, statistics: S
             "logit_top1": result.logit_top1,
             "verifier_top1": result.verifier_top1,
             "precision": precision,
-            "history": result.history,
+            "ratios": ratios_in(result.history[0]) if result.history else {},
         }
-        write_tensors(run.artifacts.job(job), {"images_uint8": result.images_uint8}, notes)
+        tensors = {"images_uint8": result.images_uint8} | history_tensors(result.history)
+        write_tensors(run.artifacts.job(job), tensors, notes)
         run.artifacts.forget_unfinished(job)
         return
 
@@ -205,8 +230,9 @@ def _give_up(run: Run, job: SynthesisJob, checkpoint: Checkpoint, precision: str
     state = checkpoint.load()
     assert state is not None
     if is_last:
-        notes = {"job": job.id, "reason": reason, "precision": precision, "state": dict(state.notes)}
-        write_tensors(run.artifacts.failed(job), state.tensors, notes)
+        notes = {"job": job.id, "reason": reason, "precision": precision, "step": state.notes["step"]}
+        tensors = {**state.tensors, **history_tensors(state.notes["history"])}
+        write_tensors(run.artifacts.failed(job), tensors, notes)
     checkpoint.clear()
 
 

@@ -1,5 +1,6 @@
 """The loop over independent tasks: skip finished ones, log the count, split over processes, show progress, wait."""
 
+import heapq
 import logging
 import os
 import socket
@@ -34,12 +35,14 @@ def share(
     prepare: Callable[[list[T]], None] = lambda _: None,
     name: Callable[[T], str] = str,
     size: Callable[[T], int] = lambda _: 1,
+    cost: Callable[[T], float] | None = None,
     steps: str = "",
     title: str = "",
 ) -> None:
     """Do all unfinished tasks, divided over the processes. Return on every process when all tasks are done.
 
-    - `tasks` are the same on every process. The largest by `size` run first, so that the processes finish together.
+    - `tasks` are the same on every process. They are dealt so that the processes finish together; see `deal`.
+    - `size` is the number of steps of a task, for the progress. `cost` is its time in any unit, if steps differ in time.
     - `is_done` is called by each process for its share of the tasks; all checks end before any process starts to work.
     - `do` may report its progress in steps; a task that reports nothing is counted when it ends.
     - `prepare` is called on every process with the unfinished tasks, if there are any.
@@ -53,7 +56,8 @@ def share(
         log.info("%s: %s done, %d to do", stage, done, len(missing))
     if missing:
         prepare(missing)
-        mine = sorted(missing, key=size, reverse=True)[accelerator.process_index :: accelerator.num_processes]
+        hands = deal([(cost or size)(task) for task in missing], accelerator.num_processes)
+        mine = [missing[number] for number in hands[accelerator.process_index]]
         path, total = notes / f"progress-{accelerator.process_index}.json", sum(map(size, mine))
         progress = Progress(path, stage, total, steps or unit, title, tell=accelerator.is_main_process and not title)
         try:
@@ -64,6 +68,39 @@ def share(
         finally:
             progress.close()
     accelerator.wait_for_everyone()
+
+
+def deal(costs: Sequence[float], world: int) -> list[list[int]]:
+    """Divide tasks over processes so that the busiest one has little to do; return the numbers of the tasks of each.
+
+    The longest tasks come first, each to the process with the least work. If that leaves one process with more than 2 %
+    above the ideal, tasks are also packed below a limit of work, first fit, with ever better limits. Deterministic.
+    """
+    order = sorted(range(len(costs)), key=lambda number: -costs[number])
+    heap: list[tuple[float, int, int]] = [(0.0, 0, rank) for rank in range(world)]
+    hands: list[list[int]] = [[] for _ in range(world)]
+    for number in order:
+        work, count, rank = heap[0]
+        hands[rank].append(number)
+        heapq.heapreplace(heap, (work + costs[number], count + 1, rank))  # the count deals out tasks that cost nothing
+    low, high = max(sum(costs) / world, max(costs, default=0.0)), max(heap)[0]
+    while high > 1.02 * low:
+        limit = (low + high) / 2
+        packed = _packed(costs, order, world, limit)
+        low, high, hands = (limit, high, hands) if packed is None else (low, limit, packed)
+    return hands
+
+
+def _packed(costs: Sequence[float], order: Sequence[int], world: int, limit: float) -> list[list[int]] | None:
+    """Put each task on the first process that stays within the limit; `None` if a task fits on no process."""
+    work, hands = [0.0] * world, [[] for _ in range(world)]
+    for number in order:
+        rank = next((rank for rank, value in enumerate(work) if value + costs[number] <= limit), None)
+        if rank is None:
+            return None
+        work[rank] += costs[number]
+        hands[rank].append(number)
+    return hands
 
 
 def unfinished(accelerator: Accelerator, tasks: Sequence[T], is_done: Callable[[T], bool]) -> list[T]:
@@ -104,6 +141,8 @@ class Progress:
         """Count steps that are not needed or were done by an earlier launch; the speed estimate ignores them."""
         self._skipped += steps
         self._bar.update(steps)
+        if steps:
+            self._write()
 
     def reach(self, step: int) -> None:
         """Move to a step of the current task. The first call of a task tells the steps that an earlier launch did."""
