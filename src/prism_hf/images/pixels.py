@@ -8,6 +8,7 @@ channel), so that published learning rates keep their meaning whatever normaliza
 
 import io
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -26,10 +27,18 @@ UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.De
 ImageFormat = Literal["png", "webp", "jpeg"]
 
 
+@lru_cache(maxsize=64)
+def _constants(channels: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the numbers of `reference_mean_std` on a device, made once: a copy at every step would keep it waiting."""
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(device, dtype) for v in REFERENCE[channels])
+    return mean, std
+
+
 def reference_mean_std(channels: int, *, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of the reference normalization, each (1, C, 1, 1), in [0, 1] pixel units."""
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in REFERENCE[channels])
-    return (mean, std) if like is None else (mean.to(like), std.to(like))
+    if like is None:
+        return _constants(channels, torch.device("cpu"), torch.float32)
+    return _constants(channels, like.device, like.dtype)
 
 
 def to_reference(images_uint8: Tensor) -> Tensor:

@@ -4,25 +4,36 @@ For one image, this equals `torch.nn.functional.interpolate(crop, mode="bilinear
 Legend: B images, C channels, H W pixels of the source, S side of the result.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 
-def axis_matrix(start: Tensor, length: Tensor, in_size: int, out_size: int) -> Tensor:
+def axis_matrix(
+    start: Tensor, length: Tensor, in_size: int, out_size: int, *, flip: Tensor | None = None, roll: int = 0
+) -> Tensor:
     """Return the matrix that crops [start, start + length) of an axis and resizes it from `in_size` to `out_size` pixels.
 
     Start and length are (B,) int64. The result is (B, out_size, in_size) float32 on their device; rows sum to 1. The filter
     is a triangle, widened for shrinking (antialiasing) and renormalized at the borders, as in PyTorch's
-    `interpolate(..., mode="bilinear", antialias=True)`.
+    `interpolate(..., mode="bilinear", antialias=True)`. Then the axis is reversed where `flip`, (B,) bool, is true, and
+    moved by `roll` pixels with wrap-around.
     """
     start, length = start.double().view(-1, 1, 1), length.double().view(-1, 1, 1)
+    place = (torch.arange(out_size, device=start.device) - roll).remainder(out_size).view(1, -1, 1)
+    if flip is not None:
+        place = torch.where(flip.view(-1, 1, 1), out_size - 1 - place, place)
     scale = length / out_size
-    support = scale.clamp(min=1)
-    center = (torch.arange(out_size, device=start.device, dtype=torch.float64).view(1, -1, 1) + 0.5) * scale
-    pixel = torch.arange(in_size, device=start.device, dtype=torch.float64).view(1, 1, -1) - start
-    weight = (1 - (pixel + 0.5 - center).abs() / support).clamp(min=0)
-    weight = weight * ((pixel >= 0) & (pixel < length))
-    return (weight / weight.sum(-1, keepdim=True)).float()
+    center = start + (place.double() + 0.5) * scale
+    # Only the few pixels near the center have a weight; a full table of distances would cost more than the resampling.
+    reach = max(1, math.ceil(in_size / out_size))
+    pixel = (center - 0.5).round() + torch.arange(-reach, reach + 1, device=start.device)
+    weight = (1 - (pixel + 0.5 - center).abs() / scale.clamp(min=1)).clamp(min=0)
+    weight = weight * ((pixel >= start) & (pixel < start + length))
+    weight = (weight / weight.sum(-1, keepdim=True)).float()
+    matrix = weight.new_zeros(len(weight), out_size, in_size)
+    return matrix.scatter_add_(2, pixel.clamp(0, in_size - 1).long(), weight)
 
 
 def resample(
@@ -35,8 +46,6 @@ def resample(
     """
     out_size = out_size or images.shape[-1]
     crop, flip = crop.to(images.device), flip.to(images.device)
-    rows = axis_matrix(crop[:, 0], crop[:, 2], images.shape[-2], out_size)
-    columns = axis_matrix(crop[:, 1], crop[:, 3], images.shape[-1], out_size)
-    columns = torch.where(flip.view(-1, 1, 1), columns.flip(1), columns)
-    rows, columns = rows.roll(roll[0], dims=1), columns.roll(roll[1], dims=1)
+    rows = axis_matrix(crop[:, 0], crop[:, 2], images.shape[-2], out_size, roll=roll[0])
+    columns = axis_matrix(crop[:, 1], crop[:, 3], images.shape[-1], out_size, flip=flip, roll=roll[1])
     return rows.unsqueeze(1).to(images) @ images @ columns.mT.unsqueeze(1).to(images)

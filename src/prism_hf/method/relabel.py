@@ -23,17 +23,13 @@ def combine_logits(logits: Tensor, rule: str, weights: Sequence[float] | None = 
 
     `norm_balanced_mean` (G-VBSM, arXiv 2311.17950, as used by PRISM) rescales each teacher's (B, K) matrix to the mean
     Frobenius norm over all teachers, then averages. `weighted` takes one weight per teacher, divided by the sum of weights.
-
-    Raises:
-        TeacherError: The rule is `norm_balanced_mean`, and all logits of a teacher are zero.
+    If all logits of a teacher are zero, its norm cannot be balanced, and the result is NaN.
     """
     match rule:
         case "mean":
             return logits.mean(0)
         case "norm_balanced_mean":
             norms = logits.flatten(1).norm(dim=1)
-            if not bool((norms > 0).all()):
-                raise TeacherError("all logits of a teacher are zero, so its norm cannot be balanced; use ensemble mean")
             return (logits * (norms.mean() / norms).view(-1, 1, 1)).mean(0)
         case "weighted":
             assert weights is not None
@@ -42,21 +38,31 @@ def combine_logits(logits: Tensor, rule: str, weights: Sequence[float] | None = 
     raise ValueError(f"unknown ensemble rule {rule!r}")
 
 
-@torch.no_grad()
 def ask_teachers(images: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe) -> Tensor:
     """Return the combined raw logits of a batch: reference normalization (B, C, H, W) -> (B, K) float16 on the CPU.
 
     Raises:
         TeacherError: A logit is not finite, or does not fit into float16.
     """
+    return _checked(_labels(images, teachers, settings), teachers)
+
+
+@torch.no_grad()
+def _labels(images: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe) -> Tensor:
+    """Return the result of `ask_teachers` on the device, without waiting for it."""
     logits = torch.stack([teacher.logits(images).float() for teacher in teachers])
-    label = combine_logits(logits, settings.ensemble, settings.weights).half().cpu()
-    if not bool(label.isfinite().all()):
+    return combine_logits(logits, settings.ensemble, settings.weights).half()
+
+
+def _checked(labels: Tensor, teachers: Sequence[Teacher]) -> Tensor:
+    """Return labels on the CPU, after waiting for them, or raise a `TeacherError`."""
+    labels = labels.cpu()
+    if not bool(labels.isfinite().all()):
         raise TeacherError(
-            f"teachers {', '.join(t.name for t in teachers)} return logits that exceed float16 (65504) or are not finite; "
-            "they cannot label these images"
+            f"teachers {', '.join(t.name for t in teachers)} return logits that exceed float16 (65504), are not finite, or "
+            "are all zero; they cannot label these images"
         )
-    return label
+    return labels
 
 
 def relabel_batches(
@@ -70,6 +76,20 @@ def relabel_batches(
         Columns of B rows in training order: `epoch` and `batch` int32, the columns of `views.to_columns`, and
         `teacher_logits` (B, K) float16.
     """
+    last = None
+    for columns, labels in _asked(epoch, images_uint8, teachers, settings, seed):
+        # A batch is given away when the next one is on its way, so that a GPU labels while its caller writes.
+        if last is not None:
+            yield last[0] | {"teacher_logits": _checked(last[1], teachers).numpy()}
+        last = columns, labels
+    assert last is not None
+    yield last[0] | {"teacher_logits": _checked(last[1], teachers).numpy()}
+
+
+def _asked(
+    epoch: int, images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe, seed: int
+) -> Iterator[tuple[dict[str, np.ndarray], Tensor]]:
+    """Yield the other columns and the labels on the device, batch by batch, without waiting for the device."""
     device, size, rule = teachers[0].device, images_uint8.shape[-1], settings.view
     generator = torch.Generator().manual_seed(derived_seed(seed, "relabel", epoch))
     order = torch.randperm(len(images_uint8), generator=generator)
@@ -80,9 +100,7 @@ def relabel_batches(
         )
         augmented = apply_views(to_reference(images_uint8[rows].to(device)), view)
         columns = {"epoch": np.full(len(rows), epoch, np.int32), "batch": np.full(len(rows), number, np.int32)}
-        columns |= to_columns(view, rows)
-        columns["teacher_logits"] = ask_teachers(augmented, teachers, settings).numpy()
-        yield columns
+        yield columns | to_columns(view, rows), _labels(augmented, teachers, settings)
 
 
 def relabel_epoch(

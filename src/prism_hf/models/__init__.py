@@ -12,6 +12,7 @@ from .facts import (
     read_facts,
 )
 from .folder import scored_on, source_facts, store_network
+from .folding import folded
 from .load import load_teacher, load_teachers
 from .norms import normalized_by, replaced
 from .squeeze import (

@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -53,13 +54,10 @@ class Teacher:
 
         Gray images are copied to all channels of the teacher; the gradients of the copies add up.
         """
-        reference_mean, reference_std = reference_mean_std(images.shape[1], like=images)
-        if self.order is not None and images.shape[1] > 1:
-            images, reference_mean, reference_std = (
-                part[:, self.order] for part in (images, reference_mean, reference_std)
-            )
-        mean, std = (torch.tensor(v).to(images).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        x = torch.addcmul((reference_mean - mean) / std, images, reference_std / std)
+        order = None if self.order is None or images.shape[1] == 1 else self.order
+        x = images if order is None else images[:, order]
+        shift, scale = _from_reference(self.mean, self.std, order, images.shape[1], images.device, images.dtype)
+        x = torch.addcmul(shift, x, scale)
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
         return x.contiguous(memory_format=torch.channels_last)
@@ -67,6 +65,24 @@ class Teacher:
     def logits(self, images: Tensor) -> Tensor:
         """Return raw logits, (B, K), of images in the reference normalization, (B, C, H, W)."""
         return self.model(self.prepare(images))
+
+
+@lru_cache(maxsize=256)
+def _from_reference(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    order: tuple[int, ...] | None,
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return shift and scale, (1, C, 1, 1) on the device, from the reference normalization to another one. Made once."""
+    like = torch.empty(0, device=device, dtype=dtype)
+    reference_mean, reference_std = (
+        part if order is None else part[:, order] for part in reference_mean_std(channels, like=like)
+    )
+    own_mean, own_std = (torch.tensor(values).to(like).view(1, -1, 1, 1) for values in (mean, std))
+    return (reference_mean - own_mean) / own_std, reference_std / own_std
 
 
 def check_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int) -> None:

@@ -15,6 +15,7 @@ from ..errors import DataError, StageError
 from ..evaluation import LABELS
 from ..images import decode, encode, to_reference
 from ..method import ask_teachers, real_rows, relabel_batches
+from ..models import folded
 from ..recipe import SynthesisJob, batch_ranges, plan_jobs
 from ..runtime import Progress, open_rows, raise_if_stopped, read_proof, read_row, told_in_one_line, unfinished, write_rows
 from .artifacts import ImageSet, ShardTask, job_file, read_failed
@@ -106,7 +107,7 @@ def _image_rows(run: Run, images: ImageSet, shard: Shard, progress: Progress) ->
 def _labeled(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> Iterator[ImageRows]:
     """Encode images, and label the decoded ones, in the batches of the recipe."""
     settings, rule, channels = run.recipe.relabel, run.recipe.packaging, run.recipe.data.channels
-    teachers = list(run.teachers(settings.teachers).values())
+    teachers = list(map(folded, run.teachers(settings.teachers).values()))
     with ThreadPoolExecutor() as pool:
         for batch in batch_ranges(len(images), settings.batch_size):
             if batch.start not in shard.rows:
@@ -147,7 +148,7 @@ def _decoded(run: Run, images: ImageSet) -> Iterator[Tensor]:
 
 def _view_rows(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> Iterator[pa.Table]:
     settings, pixels = run.recipe.relabel, open_rows(run.artifacts.pixels(images).path)
-    teachers = list(run.teachers(settings.teachers).values())
+    teachers = list(map(folded, run.teachers(settings.teachers).values()))
     for epoch in shard.rows:
         with _enough_memory(run, settings.batch_size):
             batches = _until_stopped(relabel_batches(epoch, pixels, teachers, settings, seed=run.recipe.seed))
