@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,6 +231,17 @@ def test_each_job_and_precision_has_its_own_files(tmp_path):
     made += [files.checkpoint(job, precision) for job in jobs for precision in ("float32", "bf16")]
     assert len({file.path for file in made}) == 8
     assert len({file.key for file in made}) == 6, "a failed job has the same inputs as a finished one"
+
+
+def test_keys_and_proofs_of_many_jobs_take_little_time(tmp_path):
+    files, job, shard = artifacts(tmp_path), plan_jobs(tiny())[0], Shard("train-0.parquet", range(3))
+    images = ImageSet(DISTILLED, ((0, 0, 0, 0),), "key of the images")
+    files.job(job).write_bytes(b"images")
+    started = time.process_time()
+    for _ in range(1000):
+        assert files.job(job).is_whole()
+        files.shard(images, VIEWS, shard)
+    assert time.process_time() - started < 1.5, "with a fingerprint for each key, 5 s"
 
 
 def test_jobs_finished_by_an_earlier_version_are_kept(finished_run, copied):

@@ -9,7 +9,7 @@ from pipeline import mtimes, one_line, run_in, tiny
 from safetensors.torch import load_file, save_file
 
 from prism_hf.errors import DamagedError, StageError
-from prism_hf.models.squeeze import teacher_folder
+from prism_hf.models.squeeze import squeeze_operations, teacher_folder
 from prism_hf.run.distill import run_stages
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -58,3 +58,9 @@ def test_the_score_of_each_squeezed_teacher_is_returned(finished_run):
     assert set(scores) == {NAME, "squeeze:test_byobnet"}
     assert all(0 <= value <= 1 for value in scores.values())
     assert json.loads((finished_run / "work" / "squeezed.json").read_text()) == scores
+
+
+def test_the_teacher_that_takes_longest_is_trained_first():
+    """All take the same number of steps; what a step costs differs several times."""
+    costs = {name: squeeze_operations(tiny(), f"squeeze:{name}") for name in ("test_byobnet", "resnet18", "resnet34")}
+    assert 0 < costs["test_byobnet"] < costs["resnet18"] < 0.6 * costs["resnet34"]

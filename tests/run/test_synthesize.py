@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from each import product, rest_slow
-from pipeline import RECIPE, TINY, launch, make, mtimes, run_in, sha_tree
+from pipeline import RECIPE, TINY, launch, make, mtimes, run_in, sha_tree, tiny
 
 from prism_hf.dataset.reader import load_distilled
 from prism_hf.errors import StageError, StoppedError, SynthesisError
@@ -232,6 +232,25 @@ def test_a_run_that_ends_in_a_job_resumes_to_the_same_bytes(finished_run, undist
     resumed = "1 job" if checkpoints else "0 jobs"
     assert f"synthesize: {resumed} to resume from a checkpoint, " in caplog.text
     assert sha_tree(jobs) == expected
+
+
+def test_the_seal_of_a_job_is_small_and_its_history_is_beside_the_images(finished_run, tmp_path, caplog):
+    """The ratios are told once at the first look, whichever job comes first, and once at the end."""
+    folder = tmp_path / "run"
+    (folder / "work" / "jobs").mkdir(parents=True)
+    for path in (finished_run / "work" / "jobs").glob("job-00000.safetensors*"):
+        shutil.copy2(path, folder / "work" / "jobs")  # an earlier launch did job 0
+    with caplog.at_level("INFO", "prism_hf"):
+        make(folder, finished_run / "teachers", wanted=("synthesize",))
+    assert "synthesize: 1 of 2 jobs done, 1 to do" in caplog.messages
+    assert sum("at the first look: squeeze:" in line for line in caplog.messages) == 2
+    path = job_file(folder / "work", 1)
+    notes = read_proof(path).notes
+    assert set(notes) == {"job", "logit_top1", "verifier_top1", "precision", "ratios"}
+    assert all(name.startswith("squeeze:") and value > 0 for name, value in notes["ratios"].items())
+    tensors = read_tensors(path)
+    assert tensors["history/step"].tolist() == [plan_jobs(tiny())[1].iterations]
+    assert {"images_uint8", "history/ce", "history/bn", "history/grad", "history/lr"} <= set(tensors)
 
 
 def test_a_finished_job_recomputes_no_step(finished_run, tmp_path, caplog):

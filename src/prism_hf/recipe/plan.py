@@ -107,7 +107,8 @@ def _class_major(classes: int, count: int, size: int) -> list[Images]:
 
     Class-major: if `size` is below the size of a group of slots, the images of a class stay together.
     """
-    slots, known, batches = tuple(range(count)), {}, []
+    slots, batches = tuple(range(count)), []
+    known: dict[tuple[int, ...], tuple[int, ...]] = {}
     for part in batch_ranges(classes * count, size):
         labels = range(part.start // count, (part.stop - 1) // count + 1)
         spans = [(c, max(part.start - c * count, 0), min(part.stop - c * count, count)) for c in labels]

@@ -130,7 +130,7 @@ class Artifacts:
 def job_file(folder: Path, job: int, kind: str = "") -> Path:
     """Return the path of a job's images in DIR/work, or of its state if `kind` is `checkpoint` or `failed`."""
     suffix = f".{kind}" if kind else ""
-    return folder / "jobs" / f"job-{job:05d}{suffix}.safetensors"
+    return folder / f"jobs/job-{job:05d}{suffix}.safetensors"
 
 
 def read_failed(folder: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +46,7 @@ def synthesize(run: Run) -> None:
     rows: np.ndarray | None = None
     statistics: Statistics = {}
     told = False
+    unfinished = {path.name.split(".")[0] for path in (run.work / "jobs").glob("job-*.*.safetensors*")}
 
     def first_look(ratios: Mapping[str, float]) -> None:
         nonlocal told
@@ -66,7 +67,7 @@ def synthesize(run: Run) -> None:
     run.share(
         "synthesize",
         plan_jobs(run.recipe),
-        is_done=partial(_is_finished, run),
+        is_done=partial(_is_finished, run, unfinished),
         do=lambda job, progress: _one_job(run, job, rows, statistics, progress, first_look),
         prepare=prepare,
         unit="job",
@@ -90,10 +91,12 @@ def _network_passes(job: SynthesisJob) -> int:
     return job.iterations * len(job.classes) * len({job.teachers.logit, *drawn})
 
 
-def _is_finished(run: Run, job: SynthesisJob) -> bool:
+def _is_finished(run: Run, unfinished: Collection[str], job: SynthesisJob) -> bool:
+    """Return whether a job is finished. `unfinished` has the names of jobs with a checkpoint or the state of a failure."""
     if not run.artifacts.job(job).is_whole():
         return False
-    run.artifacts.forget_unfinished(job)  # left over if a process was killed right after it finished the job
+    if job_file(run.work, job.id).stem in unfinished:
+        run.artifacts.forget_unfinished(job)  # left over if a process was killed right after it finished the job
     return True
 
 

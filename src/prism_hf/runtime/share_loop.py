@@ -93,7 +93,8 @@ def deal(costs: Sequence[float], world: int) -> list[list[int]]:
 
 def _packed(costs: Sequence[float], order: Sequence[int], world: int, limit: float) -> list[list[int]] | None:
     """Put each task on the first process that stays within the limit; `None` if a task fits on no process."""
-    work, hands = [0.0] * world, [[] for _ in range(world)]
+    work = [0.0] * world
+    hands: list[list[int]] = [[] for _ in range(world)]
     for number in order:
         rank = next((rank for rank, value in enumerate(work) if value + costs[number] <= limit), None)
         if rank is None:

@@ -189,12 +189,13 @@ class Artifact:
         A file with an unchanged size and modification time is not read again.
         """
         proof = read_proof(self.path)
-        if not self.path.is_file():
-            raise DamagedError(f"{self.path} is missing")
-        stat = self.path.stat()
+        name = str(self.path)  # not a `Path`, because hashing and joining thousands of paths takes seconds
+        if not os.path.isfile(name):
+            raise DamagedError(f"{name} is missing")
+        stat = os.stat(name)
         if stat.st_size != proof.bytes:
             raise DamagedError(f"{self.path} has {stat.st_size} bytes, expected {proof.bytes}")
-        if _sha256_as_of(self.path, stat.st_mtime_ns, stat.st_size) != proof.sha256:
+        if _sha256_as_of(name, stat.st_mtime_ns, stat.st_size) != proof.sha256:
             raise DamagedError(f"{self.path} was changed after it was written")
         if proof.key != self.key:
             raise DamagedError(f"{self.path} was made from another recipe, or from other data, teachers or settings")
@@ -217,19 +218,19 @@ class Artifact:
 
 def seal_of(path: Path) -> Path:
     """Return the path of a file's seal."""
-    return path.with_name(path.name + SEAL)
+    return Path(f"{path}{SEAL}")
 
 
 def is_finished(path: Path) -> bool:
     """Return whether a file has a seal. Only `Artifact.check` verifies that the file is unchanged."""
-    return seal_of(path).is_file()
+    return os.path.isfile(f"{path}{SEAL}")
 
 
 def read_proof(path: Path) -> Proof:
     """Return the content of a file's seal, or raise a `DamagedError`. The file itself is not read."""
-    seal = seal_of(path)
+    seal = f"{path}{SEAL}"
     try:
-        stat = seal.stat()
+        stat = os.stat(seal)
         return _proof_as_of(seal, stat.st_ino, stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise DamagedError(f"{seal} is not readable ({type(error).__name__})") from error
@@ -237,9 +238,9 @@ def read_proof(path: Path) -> Proof:
 
 # Several stages read the seal of every job.
 @lru_cache(maxsize=2**16)
-def _proof_as_of(seal: Path, inode: int, mtime_ns: int, size: int) -> Proof:
+def _proof_as_of(seal: str, inode: int, mtime_ns: int, size: int) -> Proof:
     try:
-        facts = read_json(seal)
+        facts = read_json(Path(seal))
         sha256, notes = facts.pop("sha256"), dict(facts["notes"])
         proof = Proof(notes.pop("key"), facts["file_sha256"], facts["bytes"], notes)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -264,8 +265,8 @@ def digest(value: object) -> str:
 
 
 @lru_cache(maxsize=2**16)
-def _sha256_as_of(path: Path, mtime_ns: int, size: int) -> str:
-    return sha256_of(path)
+def _sha256_as_of(path: str, mtime_ns: int, size: int) -> str:
+    return sha256_of(Path(path))
 
 
 def set_aside(path: Path) -> Path:
