@@ -15,6 +15,7 @@ from prism_hf.errors import DeviceMemoryError, StageError, StoppedError
 from prism_hf.images.pixels import decode, to_reference
 from prism_hf.method.relabel import ask_teachers
 from prism_hf.method.start_images import real_rows
+from prism_hf.models.folding import folded
 from prism_hf.recipe.plan import plan_jobs
 from prism_hf.run.artifacts import job_file
 from prism_hf.run.distill import run_stages
@@ -61,7 +62,8 @@ def counted(run, at=None, act=None):
         if len(calls) == at:
             act()
 
-    run.teachers(run.recipe.relabel.teachers)["squeeze:test_byobnet"].model.register_forward_pre_hook(hook)
+    teacher = run.teachers(run.recipe.relabel.teachers)["squeeze:test_byobnet"]
+    folded(teacher).model.register_forward_pre_hook(hook)
     return calls
 
 
@@ -176,7 +178,7 @@ def test_the_teachers_label_the_packaged_bytes(finished_run, tmp_path, image_for
     optimized = torch.stack(jobs, dim=1).flatten(0, 1)
     assert torch.equal(shipped, optimized) == (image_format == "png")
     assert torch.equal(open_rows(folder / "work" / "distilled" / "pixels.npy"), shipped)
-    teachers = list(run.teachers(run.recipe.relabel.teachers).values())
+    teachers = [folded(teacher) for teacher in run.teachers(run.recipe.relabel.teachers).values()]
     labels = [ask_teachers(to_reference(batch), teachers, run.recipe.relabel) for batch in shipped.split(10)]
     stored = np.stack(table["teacher_logits"].to_numpy(zero_copy_only=False))
     assert np.array_equal(stored, torch.cat(labels).numpy())

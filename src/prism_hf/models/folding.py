@@ -33,10 +33,11 @@ def folded(teacher: Teacher) -> Teacher:
     if not pairs:
         return teacher
     for convolution, norm in pairs.items():
-        fused = fuse_conv_bn_eval(model.get_submodule(convolution), model.get_submodule(norm))
-        layer = model.get_submodule(norm)
+        before, layer = model.get_submodule(convolution), model.get_submodule(norm)
+        assert isinstance(before, nn.Conv2d)
+        assert isinstance(layer, nn.BatchNorm2d)
         rest = nn.Sequential(layer.drop, layer.act) if isinstance(layer, BatchNormAct2d) else nn.Identity()
-        model.set_submodule(convolution, fused)
+        model.set_submodule(convolution, fuse_conv_bn_eval(before, layer))
         model.set_submodule(norm, rest.eval())
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     expected, found = teacher.logits(images), candidate.logits(images)
