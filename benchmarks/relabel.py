@@ -134,7 +134,7 @@ def main() -> None:
         "relabel, resnet18, 224 px": lambda: relabel_pair(("resnet18",), 224, 50, device),
         "relabel, resnet18 + mobilenetv2_100, 224 px": lambda: relabel_pair(THREE[:2], 224, 50, device),
         "relabel, test_resnet, 32 px": lambda: relabel_pair(("test_resnet",), 32, 50, device),
-        "student, test_resnet, 32 px, batch 25": lambda: student_pair("test_resnet", 32, 25, device),
+        "student, test_resnet, 32 px, batch 24": lambda: student_pair("test_resnet", 32, 24, device),
         "student, test_resnet, 32 px, batch 100": lambda: student_pair("test_resnet", 32, 100, device),
     }
     cases = {}
