@@ -40,7 +40,9 @@ def folded(teacher: Teacher) -> Teacher:
         model.set_submodule(convolution, fuse_conv_bn_eval(before, layer))
         model.set_submodule(norm, rest.eval())
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    expected, found = teacher.logits(images), candidate.logits(images)
+    # TF32 would round more than the tolerance.
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        expected, found = teacher.logits(images), candidate.logits(images)
     if float((found - expected).abs().max()) > _TOLERANCE * float(expected.std()):
         log.info("teacher %s: BN layers are not folded, because that changed its logits", teacher.name)
         return teacher

@@ -95,19 +95,23 @@ def distill(
     recipe = override_recipe(recipe, overrides) if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     target = Target(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
     folder = Path(output)
-    _check_at_once(recipe, folder, stage, target, fresh=fresh)
+    _check_at_once(recipe, folder, stage, target, compile, fresh=fresh)
     if not fresh:
         check_threads(folder / "work", threads)
     accelerator = make_accelerator(folder, log_with=log_with)
-    root = Path(teachers or folder / "teachers")
-    run = Run(recipe, folder, root, accelerator, checkpoint_s, allow_partial, control, compile)
+    places = (folder, Path(teachers or folder / "teachers"))
+    run = Run(recipe, *places, accelerator, checkpoint_s, allow_partial, control, compile)
     return _distill(run, stage, target, threads, fresh=fresh)
 
 
-def _check_at_once(recipe: Recipe, folder: Path, stage: str | None, target: Target | None, *, fresh: bool) -> None:
+def _check_at_once(
+    recipe: Recipe, folder: Path, stage: str | None, target: Target | None, compile: str, *, fresh: bool
+) -> None:
     """Check everything that needs neither data nor teachers."""
     if stage is not None and stage not in STAGES:
         raise RecipeError(f"stage {stage!r} is unknown; use one of {', '.join(STAGES)}")
+    if compile not in ("auto", "on", "off"):
+        raise RecipeError(f"compile is {compile!r}; use auto, on or off")
     if target is not None and stage in ("squeeze", "synthesize", "relabel"):
         raise HubError(f"--stage {stage} does not make a dataset to push; omit --stage, or push after --stage package")
     check_folder(folder, recipe, fresh=fresh)

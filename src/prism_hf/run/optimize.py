@@ -93,10 +93,16 @@ def optimize(
                 on_check(history[-1])
             if checkpoint is not None:
                 checkpoint.tick(partial(_state, step, losses, history))
-        # Same memory format as in the steps: a teacher may round differently in another one.
-        images_uint8 = to_uint8(pixels.contiguous(memory_format=torch.channels_last))
-        logit_top1 = _top1(teachers[job.teachers.logit], images_uint8, job)
-        verifier_top1 = None if verifier is None else _top1(verifier, images_uint8, job)
+        return _result(job, pixels, history, teachers[job.teachers.logit], verifier)
+
+
+def _result(
+    job: SynthesisJob, pixels: Tensor, history: History, logit_teacher: Teacher, verifier: Teacher | None
+) -> JobResult:
+    # Same memory format as in the steps: a teacher may round differently in another one.
+    images_uint8 = to_uint8(pixels.contiguous(memory_format=torch.channels_last))
+    logit_top1 = _top1(logit_teacher, images_uint8, job)
+    verifier_top1 = None if verifier is None else _top1(verifier, images_uint8, job)
     return JobResult(images_uint8.cpu().contiguous(), history, logit_top1, verifier_top1)
 
 

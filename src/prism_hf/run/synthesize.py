@@ -33,7 +33,7 @@ from ..runtime import (
 )
 from .artifacts import job_file, read_failed
 from .context import Run, log_picture
-from .optimize import CHECK_EVERY, history_tensors, optimize, ratio_lines, ratios_in, term_ratios
+from .optimize import CHECK_EVERY, JobResult, history_tensors, optimize, ratio_lines, ratios_in, term_ratios
 
 log = logging.getLogger(__name__)
 SEED = 0
@@ -187,8 +187,8 @@ def _one_job(
 
     def on_check(entry: dict[str, float]) -> None:
         nonlocal done
-        new, done = int(entry["step"]) - done, int(entry["step"])
-        # Steps beyond one check interval were done by an earlier launch.
+        # A retry in float32 begins anew. Steps beyond one check interval were done by an earlier launch.
+        new, done = max(0, int(entry["step"]) - done), max(done, int(entry["step"]))
         progress.skip(max(0, new - CHECK_EVERY))
         progress.advance(min(new, CHECK_EVERY))
         first_look(ratios_in(entry))  # later entries have none
@@ -213,17 +213,22 @@ def _one_job(
             _give_up(run, job, checkpoint, precision, str(error))
             continue
         log_picture(run.accelerator, "synthesis/images", grid(result.images_uint8, 1), step=before + done)
-        notes = {
-            "job": job.id,
-            "logit_top1": result.logit_top1,
-            "verifier_top1": result.verifier_top1,
-            "precision": precision,
-            "ratios": ratios_in(result.history[0]) if result.history else {},
-        }
-        tensors = {"images_uint8": result.images_uint8} | history_tensors(result.history)
-        write_tensors(run.artifacts.job(job), tensors, notes)
-        run.artifacts.forget_unfinished(job)
+        _save(run, job, result, precision)
         return
+
+
+def _save(run: Run, job: SynthesisJob, result: JobResult, precision: str) -> None:
+    """Save the images and the history of a finished job, and forget its checkpoints."""
+    notes = {
+        "job": job.id,
+        "logit_top1": result.logit_top1,
+        "verifier_top1": result.verifier_top1,
+        "precision": precision,
+        "ratios": ratios_in(result.history[0]) if result.history else {},
+    }
+    tensors = {"images_uint8": result.images_uint8} | history_tensors(result.history)
+    write_tensors(run.artifacts.job(job), tensors, notes)
+    run.artifacts.forget_unfinished(job)
 
 
 def _give_up(run: Run, job: SynthesisJob, checkpoint: Checkpoint, precision: str, reason: str) -> None:
