@@ -96,11 +96,10 @@ def distill(
     target = Target(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
     folder = Path(output)
     _check_at_once(recipe, folder, stage, target, compile, fresh=fresh)
-    if not fresh:
-        check_threads(folder / "work", threads)
+    check_threads(folder / "work", None if fresh else threads)
     accelerator = make_accelerator(folder, log_with=log_with)
-    places = (folder, Path(teachers or folder / "teachers"))
-    run = Run(recipe, *places, accelerator, checkpoint_s, allow_partial, control, compile)
+    root = Path(teachers or folder / "teachers")
+    run = Run(recipe, folder, root, accelerator, checkpoint_s, allow_partial, control, compile)
     return _distill(run, stage, target, threads, fresh=fresh)
 
 
