@@ -1,15 +1,24 @@
 """The work of a step, counted: no pass, copy or wait for the device that is not needed. Nothing here measures time."""
 
+import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from job_starts import first_job
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prism_hf.dataset.reader import DistilledDataset
+from prism_hf.evaluation.students import _view_batches
+from prism_hf.images.views import from_columns
 from prism_hf.method import synthesize
 from prism_hf.method.alignment import Alignment
+from prism_hf.method.relabel import _asked, relabel_epoch
+from prism_hf.models.squeeze import _batches as teacher_batches
 from prism_hf.models.teacher import Teacher
+from prism_hf.models.training import _Training
+from prism_hf.recipe import override_recipe
 
 NAMES = ("test_resnet", "test_efficientnet", "test_byobnet")
 
@@ -104,8 +113,6 @@ def test_alignment_saves_no_activation_that_the_network_does_not_save(name):
 @pytest.mark.parametrize("change", [{}, {"synthesis.momentum": 0.4}, {"synthesis.bn_reduction": "mean"}], ids=str)
 def test_no_step_waits_for_the_device(many, change):
     """Tensors on the `meta` device have no values: reading one, or mixing devices, is an error."""
-    from prism_hf.recipe import override_recipe
-
     job, settings, initial = first_job(override_recipe(many, change))
     steps = synthesize(job, settings, initial.to("meta"), teachers_on("meta", 4))
     for number, step in zip((1, 2, 3), steps, strict=False):
@@ -122,3 +129,65 @@ def test_the_meta_device_refuses_a_read(many):
     first.register_forward_hook(lambda _, __, logits: logits * float(logits.sum()))
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         next(synthesize(job, settings, initial.to("meta"), teachers))
+
+
+META = torch.device("meta")
+
+
+def test_no_batch_of_labels_waits_for_the_device(many, tiny_images):
+    teachers = list(teachers_on("meta", 4).values())
+    settings = override_recipe(many, {"relabel.view.mix": "cutmix", "relabel.batch_size": 4}).relabel
+    batches = list(_asked(0, tiny_images, teachers, settings, 0))
+    assert sum(len(columns["epoch"]) for columns, _ in batches) == len(tiny_images)
+    assert all(labels.device == META and labels.dtype == torch.float16 for _, labels in batches)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+def test_no_step_of_training_waits_for_the_device(schedule):
+    with META:
+        network = timm.create_model("test_resnet", num_classes=4)
+    training = _Training(network, "x", steps=9, lr=1e-3, weight_decay=0.01, schedule=schedule, ema=0.0)
+    images, labels = torch.rand(4, 3, 32, 32, device=META), torch.zeros(4, dtype=torch.int64, device=META)
+    for _ in range(3):
+        training.advance(
+            F.cross_entropy, torch.rand(4, 3, 32, 32, device=META), [torch.zeros(4, dtype=torch.int64, device=META)]
+        )
+    assert training.step == 3
+    assert all(loss.device == META for loss in training.losses)
+
+
+def test_no_batch_for_a_student_waits_for_the_device(many, tiny_teachers, tiny_images):
+    settings = override_recipe(many, {"relabel.view.mix": "cutmix"}).relabel
+    columns = relabel_epoch(0, tiny_images, [tiny_teachers["test_resnet"]], settings, seed=0)
+
+    def views(_, rows):
+        part = slice(rows.start, rows.stop)
+        return from_columns(columns)[part], torch.from_numpy(columns["teacher_logits"])[part]
+
+    labels = torch.zeros(len(tiny_images), dtype=torch.int64)
+    images = torch.zeros(len(tiny_images), 4)
+    source = DistilledDataset(tiny_images, labels, tuple("abcd"), images, 1, views, 1, 1, None, "toy")
+    for per_image in (False, True):
+        batches = list(_view_batches(source, 1, 4, META, 0, 1, per_image=per_image))
+        assert all(tensor.device == META for batch in batches for tensor in batch)
+
+
+class Table:
+    """Real images in memory."""
+
+    def __init__(self, images):
+        self.table, self.labels = images, np.zeros(len(images), np.int64)
+
+    def __len__(self):
+        return len(self.table)
+
+    def images(self, rows):
+        return self.table[rows]
+
+
+def test_no_batch_for_a_teacher_waits_for_the_device(many, tiny_images):
+    split = Table(tiny_images)
+    settings = override_recipe(many, {"squeeze.batch_size": 3, "squeeze.epochs": 1}).squeeze
+    batches = list(teacher_batches(split, settings, 0, META))
+    assert len(batches) == len(tiny_images) // 3
+    assert all(tensor.device == META for batch in batches for tensor in batch)
