@@ -247,7 +247,7 @@ def plot(cases: dict[str, dict], path: Path) -> None:
     axes.set_xticks(range(len(cases)), [name.replace(", ", "\n") for name in cases], fontsize=8)
     axes.set_ylabel("speed / published step")
     axes.axhline(1, color="black", linewidth=0.6)
-    axes.legend(ncols=len(variants), fontsize=8, frameon=False, loc="upper left")
+    axes.legend(ncols=len(variants), fontsize=8, frameon=False, loc="upper right")
     figure.savefig(path, dpi=130)
 
 
