@@ -31,6 +31,10 @@ def _is_matched(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) and layer.running_mean is not None
 
 
+def _matched_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and _is_matched(m)]
+
+
 def _scale(layer: _BatchNorm) -> Tensor:
     """Return the factor of each channel in a BN layer in eval mode, (C,)."""
     assert layer.running_var is not None
@@ -76,7 +80,7 @@ class _Recorder:
 
     def __init__(self, model: nn.Module, patch: int | None) -> None:
         self._model, self._patch = model, patch
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and _is_matched(m)]
+        norms = _matched_norms(model)
         convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and patch is not None]
         self.forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {
             **{layer: normalized_by(layer, self._normalize) for layer in norms},
@@ -86,10 +90,11 @@ class _Recorder:
         self._seen: list[_Seen] = []
         self._kept: Sequence[bool] = ()
         self._last: int | None = None
+        self._convolutions = 0
 
     def __call__(self, x: Tensor, kept: Sequence[bool], last: int | None) -> tuple[Tensor | None, list[_Seen]]:
         """Run the network, up to layer number `last` if it is set, without matching the convolutions that are not kept."""
-        self._seen, self._kept, self._last = [], kept, last
+        self._seen, self._kept, self._last, self._convolutions = [], kept, last, 0
         try:
             return self._model(x), self._seen
         except _HeadNotNeeded:
@@ -107,8 +112,8 @@ class _Recorder:
     def _convolve(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
         """Match the input of a convolution, and return its output."""
         assert self._patch is not None
-        number = sum(seen.norm is None for seen in self._seen)
-        keep = number >= len(self._kept) or self._kept[number]
+        keep = self._convolutions >= len(self._kept) or self._kept[self._convolutions]
+        self._convolutions += 1
         self._add(_Seen(None, conv_moments(x, self._patch) if keep else (), counts_of(x)))
         output: Tensor = type(layer).forward(layer, x)
         return output
@@ -175,7 +180,7 @@ class Alignment:
         name: str = "network",
         compiled: bool = False,
     ) -> None:
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        norms = _matched_norms(model)
         if not norms:
             folded = any(re.search("Rep|MobileOne", type(m).__name__) for m in model.modules())
             why = " (its BN layers were folded into convolutions for deployment; use the weights from training)"

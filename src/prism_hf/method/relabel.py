@@ -60,7 +60,7 @@ def _checked(labels: Tensor, teachers: Sequence[Teacher]) -> Tensor:
     if not bool(labels.isfinite().all()):
         raise TeacherError(
             f"teachers {', '.join(t.name for t in teachers)} return logits that exceed float16 (65504), are not finite, or "
-            "are all zero (which ensemble mean bears); they cannot label these images"
+            "are all zero; they cannot label these images (if the logits of one are all zero, use ensemble mean)"
         )
     return labels
 
