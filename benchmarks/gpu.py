@@ -3,9 +3,9 @@
     python benchmarks/gpu.py --record benchmarks/results/gpu.json
     python benchmarks/gpu.py --device cpu --toy      # tries the command itself; its numbers mean nothing
 
-Parts: the synthesis step at ImageNet's size (throughput.py: 224 pixels, batches of 100; and the four small networks),
-relabeling and students (relabel.py), and a small recipe with one and with two processes, whose images must agree. A part
-that fails is recorded with its message, and the others still run.
+Parts: the synthesis step at ImageNet's size (throughput.py: 224 pixels, batches of 100) and of the four small
+networks, relabeling and students (relabel.py), and a small recipe with one and with two processes, whose images must agree.
+A part that fails is recorded with its message, and the others still run.
 """
 
 import argparse
@@ -34,36 +34,50 @@ LIMIT_S = 240
 
 
 def run(*words: str) -> None:
-    """Run a Python command, and raise an error with its last line if it fails."""
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    """Run a Python command, and raise an error with its last line if it fails or takes too long."""
+    try:
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"took more than {LIMIT_S} s") from None
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1])
 
 
 def recorded(script: str, *options: str) -> dict:
-    """Return the JSON that another benchmark records."""
+    """Return the JSON that another benchmark records, with an error in it if not all of it was measured."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        run(str(HERE / script), *options, "--record", str(path))
+        try:
+            run(str(HERE / script), *options, "--record", str(path))
+        except RuntimeError as error:
+            if not path.is_file():
+                raise
+            return json.loads(path.read_text()) | {"error": str(error)}
         return json.loads(path.read_text())
 
 
-def step(device: str, toy: bool) -> dict:
-    """Return the speed of the steps, and the seconds per image of the published schedule that follow from them."""
-    options = ["--device", device, "--threads", "8", "--memory", "--variants", "published", "ours", "ours, bf16", "floor"]
-    options += ["--cases", "small20"] if toy else ["--cases", "resnet18", "three", "--batch", "100"]
-    result = recorded("throughput.py", *options, "--rounds", "1" if toy else "8")
+def speeds(device: str, cases: list[str], *variants: str, toy: bool) -> dict:
+    """Return the speeds of steps, and the seconds per image of the published schedule that follow from them."""
+    options = ["--device", device, "--threads", "8", "--memory", "--variants", "published", *variants, "--cases", *cases]
+    result = recorded("throughput.py", *options, *([] if toy else ["--batch", "100"]), "--rounds", "1" if toy else "10")
     for case in result["cases"].values():
         for facts in case["variants"].values():
             facts["projected_s_per_image"] = STEPS_PER_IMAGE / facts["image_iterations_per_s"]
     return result
 
 
-def compiled(device: str, toy: bool) -> dict:
-    """Return the speed of compiled steps; the first ones take minutes."""
-    options = ["--device", device, "--threads", "8", "--variants", "published", "ours", "ours, compiled"]
-    options += ["--cases", "small20"] if toy else ["--cases", "three", "--batch", "100"]
-    return recorded("throughput.py", *options, "--rounds", "1" if toy else "8")
+def step(device: str, toy: bool) -> dict:
+    """Return the speed of steps at ImageNet's size; compiling takes half a minute per network."""
+    cases = ["small20"] if toy else ["resnet18", "three"]
+    variants = ["ours", "ours, no graphs", "ours, bf16", "floor", "floor, bf16"]
+    if not toy:  # on a CPU, compiling takes minutes
+        variants.append("ours, bf16, compiled")
+    return speeds(device, cases, *variants, toy=toy)
+
+
+def small(device: str, toy: bool) -> dict:
+    """Return the speed of steps of small networks."""
+    return speeds(device, ["small20" if toy else "small100"], "ours", "ours, no graphs", "ours, bf16", "floor", toy=toy)
 
 
 def relabel(device: str, toy: bool) -> dict:
@@ -98,18 +112,18 @@ def main() -> None:
         raise SystemExit("expected a CUDA device, found none; --device cpu --toy tries the command")
     name = "cpu" if args.device == "cpu" else torch.cuda.get_device_name()
     parts: dict[str, dict] = {}
-    for part in (step, relabel, processes, compiled):
+    for part in (relabel, small, processes, step):
         started = time.perf_counter()
         try:
             parts[part.__name__] = part(args.device, args.toy)
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
+        except RuntimeError as error:
             parts[part.__name__] = {"error": str(error)}
         parts[part.__name__]["seconds"] = round(time.perf_counter() - started, 1)
         sys.stdout.write(f"{part.__name__}: {json.dumps(parts[part.__name__])[:300]}\n")
         sys.stdout.flush()
-    if args.record:
-        command = f"python benchmarks/gpu.py {' '.join(sys.argv[1:])}"
-        write_json(args.record, {"command": command, "device": name, **machine.facts(), "parts": parts})
+        if args.record:  # after each part: a later one may not end
+            command = f"python benchmarks/gpu.py {' '.join(sys.argv[1:])}"
+            write_json(args.record, {"command": command, "device": name, **machine.facts(), "parts": parts})
 
 
 if __name__ == "__main__":

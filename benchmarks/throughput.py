@@ -5,10 +5,10 @@
 Variants, one after the other in each round, so that a busy machine slows down all of them:
 
 - published: the step as published code computes it; see published.py.
-- ours: the step of `prism_hf.synthesize`, in float32. "ours, bf16": the same with the teachers under autocast. "ours,
-  compiled": with --compile on, if asked for.
-- floor: forward pass and input gradient of the same networks, each once, in channels_last; without statistics, view and
-  optimizer.
+- ours: the step of `prism_hf.synthesize`, in float32. "ours, bf16": the same with the teachers under autocast. If asked
+  for: "ours, compiled" and "ours, bf16, compiled" with --compile on, "ours, no graphs" with --compile off.
+- floor (and "floor, bf16"): forward pass and input gradient of the same networks, each once, in channels_last; without
+  statistics, view and optimizer.
 
 Networks have random weights and running statistics of random images, because the time does not depend on them. Ratios are
 medians over the rounds of the time of `published` divided by that of the variant, by wall time and by the CPU time of the
@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prism_hf.method import gather_statistics, synthesize
-from prism_hf.models import Teacher
+from prism_hf.models import Teacher, frozen
 from prism_hf.recipe import SynthesisJob, SynthesisRecipe, TeachersRecipe
 from prism_hf.recipe.synthesis import ConvStatistics, Densification
 from prism_hf.runtime import write_json
@@ -44,7 +45,7 @@ from prism_hf.runtime import write_json
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = ("test_resnet", "test_byobnet", "test_efficientnet", "regnetx_002")
 THREE = ("resnet18", "mobilenetv2_100", "efficientnet_b0")
-SKIPPED, ROUNDS = 2, 5
+SKIPPED, ROUNDS = 4, 5
 FOREVER = 10**9
 """Iterations of the measured job: more than are ever run."""
 
@@ -67,7 +68,9 @@ CASES = {
     "gvbsm": Case(THREE, 224, 16, "gvbsm"),
     "gvbsm-small": Case(SMALL, 32, 100, "gvbsm"),
 }
-VARIANTS = ("published", "ours", "ours, bf16", "ours, compiled", "floor")
+VARIANTS = (
+    "published", "ours", "ours, bf16", "ours, compiled", "ours, bf16, compiled", "ours, no graphs", "floor", "floor, bf16"
+)  # fmt: skip
 
 
 def network(name: str, images: torch.Tensor) -> nn.Module:
@@ -89,7 +92,7 @@ def steps_of(case: Case, variants: tuple[str, ...], device: torch.device) -> dic
     labels = [number * 10 // case.batch for number in range(case.batch)]
     on_device = torch.tensor(labels, device=device)
     models = [network(name, images[:8]) for name in case.networks]
-    last = [model.to(memory_format=torch.channels_last) for model in (network(n, images[:8]) for n in case.networks)]
+    last = [frozen(network(name, images[:8])) for name in case.networks]
     teachers = {
         name: Teacher(name, model, MEAN, STD, case.size, 10, name, "none", None, "", None)
         for name, model in zip(case.networks, last, strict=True)
@@ -116,10 +119,12 @@ def steps_of(case: Case, variants: tuple[str, ...], device: torch.device) -> dic
 
     turns = cycle([[model] for model in last] if gvbsm else [last])
 
-    def floor() -> None:
+    def floor(half: bool = False) -> None:
         for model in next(turns):
             x = images.detach().clone(memory_format=torch.channels_last).requires_grad_()
-            F.cross_entropy(model(x), on_device).backward()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+                logits = model(x)
+            F.cross_entropy(logits.float(), on_device).backward()
 
     if gvbsm:
         wanted = [{key: value.to(device) for key, value in targets[name].items()} for name in case.networks]
@@ -130,7 +135,10 @@ def steps_of(case: Case, variants: tuple[str, ...], device: torch.device) -> dic
         "published": lambda: published,
         "ours": ours,
         "ours, bf16": lambda: ours(precision="bf16"),
-        "ours, compiled": lambda: ours(compiled=True),
+        "ours, compiled": lambda: ours(compile="on"),
+        "ours, bf16, compiled": lambda: ours(compile="on", precision="bf16"),
+        "ours, no graphs": lambda: ours(compile="off"),
+        "floor, bf16": lambda: partial(floor, half=True),
         "floor": lambda: floor,
     }
     return {name: makers[name]() for name in variants}
@@ -185,9 +193,10 @@ def peak_memory(case: Case, variant: str, device: torch.device) -> int:
     """Return the peak bytes of three steps above those before the first one. Call it in a process of its own on a CPU."""
     step = steps_of(case, (variant,), device)[variant]
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        for _ in range(3):
+        for _ in range(4):
             step()
         return torch.cuda.max_memory_allocated() - before
     before, status = psutil.Process().memory_info().rss, Path("/proc/self/status")
@@ -198,8 +207,10 @@ def peak_memory(case: Case, variant: str, device: torch.device) -> int:
     return int(line.split()[1]) * 1024 - before
 
 
-def memory_in_child(name: str, variant: str, args: argparse.Namespace) -> int:
-    """Return `peak_memory`, measured in a fresh process."""
+def memory_of(name: str, case: Case, variant: str, args: argparse.Namespace) -> int:
+    """Return `peak_memory`; on a CPU, measured in a fresh process."""
+    if args.device != "cpu":
+        return peak_memory(case, variant, torch.device(args.device))
     command = [sys.executable, __file__, "--cases", name, "--memory-of", variant, "--device", args.device]
     command += ["--batch", str(args.batch)] if args.batch else []
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -227,7 +238,7 @@ def measure(name: str, case: Case, variants: tuple[str, ...], threads: int, args
             "share_of_peak": useful / statistics.median(walls) / peak,
         }
         if args.memory and threads == args.threads[0]:
-            facts[variant]["peak_bytes"] = memory_in_child(name, variant, args)
+            facts[variant]["peak_bytes"] = memory_of(name, case, variant, args)
     return facts
 
 
@@ -283,11 +294,11 @@ def main() -> None:
                 speed = f"{1000 * row['wall_s']:.0f} ms, {100 * row['share_of_peak']:.0f} % of peak"
                 sys.stdout.write(f"{name}, {threads} threads, {variant}: {ratios}, {speed}{memory}\n")
             sys.stdout.flush()
+        if args.record:  # after each case: a later one may not end
+            command = f"python benchmarks/throughput.py {' '.join(sys.argv[1:])}"
+            write_json(args.record, {"command": command, **machine.facts(), "cases": json.loads(json.dumps(measured))})
     if args.plot:
         plot(measured, args.plot)
-    if args.record:
-        command = f"python benchmarks/throughput.py {' '.join(sys.argv[1:])}"
-        write_json(args.record, {"command": command, **machine.facts(), "cases": json.loads(json.dumps(measured))})
 
 
 if __name__ == "__main__":

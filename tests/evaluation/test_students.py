@@ -248,7 +248,7 @@ def test_hard_labels_use_the_classes(student, toy):
 
 def test_student_learns_the_images(tiny_recipe, toy):
     # After many passes over the same two epochs of views, the student must agree with the stored logits.
-    again = dataclasses.replace(toy, num_epochs=30, views=lambda epoch, rows: toy.views(epoch % 2, rows))
+    again = dataclasses.replace(toy, num_epochs=60, views=lambda epoch, rows: toy.views(epoch % 2, rows))
     settings = dataclasses.replace(settings_of(tiny_recipe), epochs=None)
     network = train_student(again, settings, labels="soft", seed=0, device=CPU)
     rows, logits = toy.epoch(0)

@@ -14,7 +14,7 @@ MACHINERY = {
     "os", "io", "json", "time", "pathlib", "shutil", "tempfile", "logging", "threading", "signal", "multiprocessing",
     "subprocess", "socket", "urllib", "accelerate", "datasets", "huggingface_hub", "safetensors", "filelock", "tqdm",
 }  # fmt: skip
-OURS = {"errors", "images", "method", "models", "recipe", "runtime.derived_seed"}
+OURS = {"errors", "images", "method", "models", "recipe", "runtime.derived_seed", "runtime.to_device", "runtime.Replayed"}
 
 
 def imported(path):

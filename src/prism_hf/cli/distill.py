@@ -49,7 +49,7 @@ def distill(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start over")
     parser.add_argument("--no-control", dest="control", action="store_false", help=NO_CONTROL)
     parser.add_argument("--allow-partial", action="store_true", help="package the finished images even if some jobs failed")
-    compiled = "run the teachers through torch.compile in synthesis: slow at first, faster then; default: auto"
+    compiled = "on: run the teachers of synthesis through torch.compile; auto (default): replay CUDA graphs on a GPU"
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help=compiled)
     parser.add_argument("--log-with", metavar="|".join(TRACKERS), help="log losses, verifier accuracy and images")
     parser.add_argument("--push-to-hub", dest="repo", metavar="REPO", help="publish the dataset; creates REPO if missing")

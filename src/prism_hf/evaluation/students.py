@@ -34,7 +34,7 @@ from ..models import (
     store_network,
 )
 from ..recipe import EvaluationRecipe, RelabelView, batch_ranges
-from ..runtime import Checkpoint, derived_seed
+from ..runtime import Checkpoint, derived_seed, to_device
 
 log = logging.getLogger(__name__)
 Labels = Literal["soft", "hard", "image"]
@@ -161,8 +161,8 @@ def train_on_real(
 
     def make(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         drawn = draw_views(len(rows), split.size, generator, crop_scale=view.crop_scale, flip=view.flip)
-        images = to_reference(split.images(rows).to(device))
-        return resample(images, drawn.crop, drawn.flip), labels[rows].to(device)
+        images = to_reference(to_device(split.images(rows), device))
+        return resample(images, drawn.crop, drawn.flip), to_device(labels[rows], device)
 
     parts, epochs = batch_ranges(len(split), settings.batch_size), settings.full_data_epochs
     generator = torch.Generator().manual_seed(derived_seed(seed, "full data"))
@@ -223,8 +223,8 @@ def _view_batches(
             first, second = source.teacher_logits[rows.image_index], source.teacher_logits[partner]
             logits = torch.lerp(second.float(), first.float(), weight.view(-1, 1))
         shares = class_shares(source.labels[rows.image_index], source.labels[partner], weight, classes)
-        views = rows.replay(images, lambda picked: to_reference(picked.to(device)))
-        yield views, logits.to(device, torch.float32), shares.to(device)
+        views = rows.replay(images, lambda picked: to_reference(to_device(picked, device)))
+        yield views, to_device(logits, device).float(), to_device(shares, device)
 
 
 def keep_student(

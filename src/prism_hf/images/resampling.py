@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..runtime import to_device
+
 
 def axis_matrix(
     start: Tensor, length: Tensor, in_size: int, out_size: int, *, flip: Tensor | None = None, roll: int = 0
@@ -45,7 +47,7 @@ def resample(
     `roll` is the number of pixels to move down and right, with wrap-around.
     """
     out_size = out_size or images.shape[-1]
-    crop, flip = crop.to(images.device), flip.to(images.device)
+    crop, flip = to_device(crop, images.device), to_device(flip, images.device)
     rows = axis_matrix(crop[:, 0], crop[:, 2], images.shape[-2], out_size, roll=roll[0])
     columns = axis_matrix(crop[:, 1], crop[:, 3], images.shape[-1], out_size, flip=flip, roll=roll[1])
     return rows.unsqueeze(1).to(images) @ images @ columns.mT.unsqueeze(1).to(images)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime import to_device
 from .resampling import resample
 
 _ASPECT = (3 / 4, 4 / 3)
@@ -99,24 +100,25 @@ def apply_views(images: Tensor, view: View, partners: Tensor | None = None, part
     Mix partners are the images of the batch at `view.mix_with`, unless they are given with their own crops and flips.
     """
     cropped = resample(images, view.crop, view.flip)
-    mixed = view.mix_with >= 0
-    if not bool(mixed.any()):
+    if not bool((view.mix_with >= 0).any()):
         return cropped
     if partners is None or partner_view is None:
-        partner = cropped[view.mix_with.clamp(min=0).to(cropped.device)]
+        partner = cropped[to_device(view.mix_with.clamp(min=0), cropped.device)]
     else:
         partner = resample(partners, partner_view.crop, partner_view.flip)
-    return torch.lerp(partner, cropped, _own_share(view, cropped.shape[-1]).to(cropped))
+    return torch.lerp(partner, cropped, _own_share(view, cropped.shape[-1], cropped.device).to(cropped))
 
 
-def _own_share(view: View, size: int) -> Tensor:
+def _own_share(view: View, size: int, device: torch.device) -> Tensor:
     """Return the weight of the image itself per pixel, (B, 1, S, S) float32: 0 in a CutMix box, constant for a blend."""
-    top, left, height, width = view.mix_box.view(-1, 4, 1, 1).unbind(1)
-    y, x = torch.arange(size).view(1, -1, 1), torch.arange(size).view(1, 1, -1)
+    box, weight = to_device(view.mix_box, device), to_device(view.mix_weight, device)
+    top, left, height, width = box.view(-1, 4, 1, 1).unbind(1)
+    pixels = torch.arange(size, device=device)
+    y, x = pixels.view(1, -1, 1), pixels.view(1, 1, -1)
     inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
-    is_box = (view.mix_box[:, 2] * view.mix_box[:, 3] > 0).view(-1, 1, 1)
+    is_box = (box[:, 2] * box[:, 3] > 0).view(-1, 1, 1)
     # An empty CutMix box has weight 1. A blend has an empty box and a weight below 1.
-    share = torch.where(is_box, (~inside).float(), view.mix_weight.view(-1, 1, 1))
+    share = torch.where(is_box, (~inside).float(), weight.view(-1, 1, 1))
     return share.unsqueeze(1)
 
 
@@ -156,7 +158,7 @@ class ViewRows:
         `prepare` converts them to float on the device of the views. By default, the table already has that form.
         """
         rows = (self.image_index, self.view.mix_with.clamp(min=0))
-        own, partners = (prepare(images[index.to(images.device)]) for index in rows)
+        own, partners = (prepare(images[to_device(index, images.device)]) for index in rows)
         return apply_views(own, self.view, partners, self.partner)
 
 

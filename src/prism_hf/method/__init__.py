@@ -14,7 +14,7 @@ None of these modules deals with files, locks, checkpoints, progress reports, st
 """
 
 from .alignment import Alignment, describe_norms
-from .objective import Precision
+from .objective import Compile, Precision
 from .relabel import ask_teachers, relabel_batches, relabel_epoch
 from .soft_labels import class_shares, soft_label_loss
 from .start_images import SCORED, check_candidates, choose_start_images, real_rows

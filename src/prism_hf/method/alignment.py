@@ -220,6 +220,11 @@ class Alignment:
         total = distance(batch, self._constants, self._smoothed(terms) if self.momentum else None)
         return Aligned(logits if head else None, total / len(seen) if self.reduction == "mean" else total)
 
+    @property
+    def repeats(self) -> bool:
+        """Whether each pass does the same work and keeps no state, so that a GPU can replay it."""
+        return not self.momentum and not self.drop
+
     def state(self) -> dict[str, Tensor]:
         """Return all moving averages by name; empty before the first successful pass, and always empty with momentum 0."""
         return {key: value.clone() for key, value in self._averages.items()}

@@ -27,6 +27,10 @@ EXACT = 2**13
 """Values over which the CPU's kernel for one channel is exact enough: the variance to 2e-6 of itself."""
 
 
+_TINY = 1e-12
+"""Smallest scale of a channel where a kernel divides by it; below it, the output of the layer does not change."""
+
+
 class Moments(NamedTuple):
     """Mean and biased variance, (D,) each, and the number of values that divides their gradient. Only for `distance`."""
 
@@ -48,6 +52,9 @@ def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of each channel, (B, C, ...) of any float dtype -> (C,) each, without a gradient."""
+    if x.is_cuda and _is_channels_last(x):
+        # Sums in float32. On an H100, twice as fast as `torch.var_mean`, and without a float32 copy of half precision.
+        return torch.batch_norm_update_stats(x, None, None, 0.0)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if x.device.type != "cpu":
         return _mean_var(x)
@@ -59,6 +66,10 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     by_column = _mean_var(rows.reshape(-1, width * channels))
     mean, var = _mean_var(torch.cat([value.view(width, channels) for value in by_column], dim=1))
     return mean[:channels], mean[channels:] + var[:channels]
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not torch.compiler.is_compiling()
 
 
 def cell_statistics(x: Tensor, patch: int) -> tuple[Tensor, Tensor]:
@@ -95,11 +106,21 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, offset: Tensor, slope: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        # In half precision, the two terms of the statistics would suffer from cancellation.
-        gradient = torch.addcmul(offset.view(shape), slope.view(shape), x.to(slope.dtype))
-        gradient.addcmul_(grad_y, scale.view(shape))
-        return gradient.to(x.dtype), *[None] * 6
+        return _gradient(x, grad_y, scale, offset, slope), *[None] * 6
+
+
+def _gradient(x: Tensor, grad_y: Tensor, scale: Tensor, offset: Tensor, slope: Tensor) -> Tensor:
+    """Return `offset + slope * x + scale * grad_y`, whose numbers per channel are (C,) in at least float32."""
+    if x.is_cuda and _is_channels_last(x) and _is_channels_last(grad_y):
+        # The kernel of synchronized batch norm computes (grad_y - a - (x - 0) * b * 1) * scale in one pass.
+        scale = torch.where(scale.abs() < _TINY, _TINY, scale)
+        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+        count = torch.ones(1, dtype=torch.int32, device=x.device)
+        return torch.batch_norm_backward_elemt(grad_y, x, zero, one, scale, offset / -scale, slope / -scale, count)
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    # In half precision, the two terms of the statistics would suffer from cancellation.
+    gradient = torch.addcmul(offset.view(shape), slope.view(shape), x.to(slope.dtype))
+    return gradient.addcmul_(grad_y, scale.view(shape)).to(x.dtype)
 
 
 class _ConvStatistics(torch.autograd.Function):

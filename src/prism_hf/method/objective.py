@@ -10,20 +10,25 @@ SRe2L (arXiv 2306.13092) is the special case of an empty BN pool, S = {p}. In G-
 each step, S = {p}, R includes convolution statistics and uses moving averages, and there is a densification term.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Literal, NamedTuple
+from weakref import proxy
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models import Teacher
+from ..models import Teacher, with_bf16_weights
 from ..recipe import SynthesisRecipe, TeachersRecipe
+from ..runtime import Replayed
 from .alignment import Alignment
 from .densification import densification
 
 Precision = Literal["float32", "bf16"]
+Compile = Literal["auto", "on", "off"]
+Outputs = tuple[Tensor | None, ...]
 _SMALLEST = 1e-12
 
 
@@ -55,13 +60,16 @@ class Objective:
         precision: Precision = "float32",
         generator: torch.Generator | None = None,
         statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
-        compiled: bool = False,
+        compile: Compile = "auto",
     ) -> None:
         self._settings, self._teachers, self._precision = settings, teachers, precision
-        conv = settings.conv
+        conv, compiled = settings.conv, compile == "on"
+        models = {name: t.model for name, t in teachers.items() if name in rule.synthesis_names}
+        if precision == "bf16":
+            models = {name: with_bf16_weights(model) for name, model in models.items()}
         self._alignments = {
             name: Alignment(
-                teachers[name].model,
+                models[name],
                 reduction="mean" if settings.bn_reduction == "mean" else "sum",
                 first_bn_multiplier=settings.first_bn_multiplier,
                 momentum=settings.momentum,
@@ -74,7 +82,10 @@ class Objective:
             )
             for name in rule.bn_candidates
         }
-        self._networks = {name: torch.compile(t.model) if compiled else t.model for name, t in teachers.items()}
+        self._networks = {name: torch.compile(model) if compiled else model for name, model in models.items()}
+        on_gpu = all(teachers[name].device.type == "cuda" for name in models)
+        self._pool = torch.cuda.graph_pool_handle() if on_gpu and compile != "off" else None
+        self._replayed: dict[tuple[str, bool, int], Replayed] = {}
         self._scales = dict.fromkeys(rule.bn_candidates, 1.0)
         self.mismatches: dict[str, Tensor] = {}
 
@@ -106,30 +117,47 @@ class Objective:
         self.mismatches = {}
         ce, bn, dense = torch.zeros((), device=view.device), torch.zeros((), device=view.device), None
         for name in dict.fromkeys((logit, *bn_teachers)):
-            logits, mismatch = self._run(name, view, head=name == logit, align=name in bn_teachers)
-            loss = torch.zeros((), device=view.device)
+            shared_by = len(bn_teachers) if name in bn_teachers else 0
+            gradient, own_ce, mismatch = self._pass(name, name == logit, shared_by)(view, labels)
+            assert gradient is not None
+            view.grad = gradient if view.grad is None else view.grad + gradient
             if mismatch is not None:
-                loss = loss + self._settings.bn_weight / len(bn_teachers) * mismatch
-                self.mismatches[name] = mismatch.detach()
-                bn = bn + mismatch.detach() / len(bn_teachers)
-            if logits is not None:
-                ce = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
-                loss, ce = loss + ce, ce.detach()
-            loss.backward()
+                self.mismatches[name] = mismatch
+                bn = bn + mismatch / len(bn_teachers)
+            ce = ce if own_ce is None else own_ce
+        assert view.grad is not None
         if (prior := self._settings.densification) is not None:
             dense = densification(view, labels, temperature=prior.temperature, size=prior.size)
-            (prior.weight * dense).backward()
+            view.grad = view.grad + torch.autograd.grad(prior.weight * dense, view)[0]
             dense = dense.detach()
-        assert view.grad is not None
         return Terms(ce, bn, torch.linalg.vector_norm(view.grad, ord=torch.inf), dense)
 
-    def _run(self, name: str, view: Tensor, *, head: bool, align: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Return the logits of one teacher if `head` is set, and its R if `align` is set; otherwise `None`."""
-        teacher = self._teachers[name]
-        x = teacher.prepare(view)
+    def _pass(self, name: str, head: bool, shared_by: int) -> Callable[[Tensor, Tensor], Outputs]:
+        """Return `_gradient` for one teacher and these terms, on a GPU as a CUDA graph."""
+        if self._pool is None or (shared_by and not self._alignments[name].repeats):
+            return partial(self._gradient, name, head, shared_by)
+        # Without a strong reference to itself, the objective and the memory of its graphs are freed at the end of a job.
+        plain = partial(Objective._gradient, proxy(self), name, head, shared_by)
+        return self._replayed.setdefault((name, head, shared_by), Replayed(plain, self._pool, f"teacher {name}"))
+
+    def _gradient(self, name: str, head: bool, shared_by: int, view: Tensor, labels: Tensor) -> Outputs:
+        """Return the gradient of one teacher's terms at the view, the cross-entropy if `head` is set, and R of the teacher.
+
+        `shared_by` is |S|, or 0 if the teacher is not in S.
+        """
+        teacher, leaf = self._teachers[name], view.detach().requires_grad_()
+        x, loss, ce, mismatch = teacher.prepare(leaf), torch.zeros((), device=view.device), None, None
         half = torch.autocast(view.device.type, dtype=torch.bfloat16) if self._precision == "bf16" else nullcontext()
         with half:
-            if not align:
-                return self._networks[name](x), None
-            logits, mismatch = self._alignments[name](x, head=head)
-            return logits, mismatch / self._scales[name]
+            if shared_by:
+                logits, mismatch = self._alignments[name](x, head=head)
+            else:
+                logits = self._networks[name](x)
+        if mismatch is not None:
+            mismatch = mismatch / self._scales[name]
+            loss = loss + self._settings.bn_weight / shared_by * mismatch
+        if logits is not None:
+            ce = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+            loss = loss + ce
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return gradient, None if ce is None else ce.detach(), None if mismatch is None else mismatch.detach()

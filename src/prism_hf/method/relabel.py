@@ -15,7 +15,7 @@ from ..errors import TeacherError
 from ..images import apply_views, draw_views, to_columns, to_reference
 from ..models import Teacher
 from ..recipe import RelabelRecipe, batch_ranges
-from ..runtime import derived_seed
+from ..runtime import derived_seed, to_device
 
 
 def combine_logits(logits: Tensor, rule: str, weights: Sequence[float] | None = None) -> Tensor:
@@ -33,7 +33,7 @@ def combine_logits(logits: Tensor, rule: str, weights: Sequence[float] | None = 
             return (logits * (norms.mean() / norms).view(-1, 1, 1)).mean(0)
         case "weighted":
             assert weights is not None
-            share = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
+            share = to_device(torch.tensor(weights, dtype=logits.dtype), logits.device)
             return torch.einsum("t,tbk->bk", share / share.sum(), logits)
     raise ValueError(f"unknown ensemble rule {rule!r}")
 
@@ -98,7 +98,7 @@ def _asked(
         view = draw_views(
             len(rows), size, generator, crop_scale=rule.crop_scale, flip=rule.flip, mix=rule.mix, mix_alpha=rule.mix_alpha
         )
-        augmented = apply_views(to_reference(images_uint8[rows].to(device)), view)
+        augmented = apply_views(to_reference(to_device(images_uint8[rows], device)), view)
         columns = {"epoch": np.full(len(rows), epoch, np.int32), "batch": np.full(len(rows), number, np.int32)}
         yield columns | to_columns(view, rows), _labels(augmented, teachers, settings)
 

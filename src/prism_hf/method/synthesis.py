@@ -16,7 +16,7 @@ from torch import Tensor
 from ..images import clamp_, draw_crop, resample
 from ..models import FUSED, Teacher
 from ..recipe import SynthesisJob, SynthesisRecipe, SynthesisView
-from .objective import Objective, Precision, Terms
+from .objective import Compile, Objective, Precision, Terms
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ def synthesize(
     precision: Precision = "float32",
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     state: Mapping[str, Tensor] | None = None,
-    compiled: bool = False,
+    compile: Compile = "auto",
 ) -> Generator[Step, None, None]:
     """Optimize the images of one job and yield after each step; a job with zero iterations yields nothing.
 
@@ -60,7 +60,8 @@ def synthesize(
         precision: `bf16` runs the teachers under autocast.
         statistics: Statistics of each BN teacher from `gather_statistics`; required with `settings.conv`.
         state: A result of `Step.state` to resume from. On the CPU, the images equal those of an uninterrupted run exactly.
-        compiled: Run the teachers through `torch.compile`: slow at first, faster then. Results differ by rounding.
+        compile: `on` runs the teachers through `torch.compile`: slow at first, faster then; results differ by rounding.
+            `auto` replays their passes as CUDA graphs on a GPU; `off` does not.
 
     Example:
         >>> for step in synthesize(job, recipe.synthesis, initial, teachers):
@@ -72,7 +73,7 @@ def synthesize(
     adam = torch.optim.Adam([pixels], lr=settings.lr, betas=settings.betas, fused=pixels.device.type in FUSED)
     generator = torch.Generator().manual_seed(job.seed)
     make = partial(Objective, job.teachers, settings, teachers, generator=generator)
-    objective = make(precision=precision, statistics=statistics, compiled=compiled)
+    objective = make(precision=precision, statistics=statistics, compile=compile)
     if settings.bn_reduction == "balanced":
         objective.balance(initial)
     done = 0 if state is None else _restore(state, pixels, adam, generator, objective)

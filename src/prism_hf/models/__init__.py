@@ -14,7 +14,7 @@ from .facts import (
 from .folder import scored_on, source_facts, store_network
 from .folding import folded
 from .load import load_teacher, load_teachers
-from .norms import normalized_by, replaced
+from .norms import frozen, normalized_by, replaced, with_bf16_weights
 from .squeeze import (
     check_batch,
     check_squeezed,

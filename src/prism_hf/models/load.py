@@ -15,6 +15,7 @@ from ..errors import TeacherError
 from ..runtime import Facts, stray_link
 from .build import LogitsOnly
 from .download import ADAPTER, CONFIG, INDEX, PROCESSORS, WEIGHTS, ModelFiles, ShardIndex, fetch
+from .norms import frozen
 from .processor import PixelMap, pixel_map
 from .teacher import Teacher, digest_of_tensors
 
@@ -89,7 +90,7 @@ def load_teacher(name: str, *, device: torch.device, squeezed: Mapping[str, Path
     # The libraries draw random initial weights first; this must not change the caller's random state.
     with torch.random.fork_rng(devices=[]):
         teacher = _load(name, squeezed or {})
-    teacher.model.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    frozen(teacher.model.to(device))
     return teacher
 
 

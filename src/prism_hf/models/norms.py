@@ -1,12 +1,14 @@
-"""BN layers of a frozen network, with another computation in place of `torch.nn.functional.batch_norm`."""
+"""Layers of a frozen network in another form: BN layers with another computation, convolutions with bf16 weights."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # the base of 1d, 2d, 3d and synchronized BN
 from torch.overrides import TorchFunctionMode
@@ -14,6 +16,18 @@ from torch.overrides import TorchFunctionMode
 Forward = Callable[[Tensor], Tensor]
 Normalize = Callable[[_BatchNorm, Tensor], Tensor]
 """A layer and its input -> its output."""
+
+
+_KEEP_INPUT = (nn.Hardtanh, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Mish)
+"""Activations whose gradient needs their input: in place, they copy it first, which saves nothing."""
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """Make a network a teacher, in place: eval mode, channels_last, no gradients of parameters, no needless copies."""
+    for layer in model.modules():
+        if isinstance(layer, _KEEP_INPUT):
+            layer.inplace = False
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 @contextmanager
@@ -64,3 +78,13 @@ class _Intercepted(TorchFunctionMode):
         if function is F.batch_norm:
             return self._normalized(args[0] if args else kwargs["input"])
         return function(*args, **(kwargs or {}))
+
+
+@lru_cache(maxsize=32)
+def with_bf16_weights(model: nn.Module) -> nn.Module:
+    """Return a copy for autocast, with the same results: autocast would round frozen weights again at every pass."""
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if type(layer) in (nn.Conv2d, Conv2dSame, nn.Linear):
+            layer.to(torch.bfloat16)
+    return model

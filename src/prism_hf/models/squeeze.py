@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import DamagedError, TeacherError
 from ..images import ImageSplit, SourceData, draw_views, reference_mean_std, resample, to_reference
 from ..recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
-from ..runtime import EVERY_S, Artifact, Checkpoint, clear_drafts, derived_seed, is_held, waited_for
+from ..runtime import EVERY_S, Artifact, Checkpoint, clear_drafts, derived_seed, is_held, to_device, waited_for
 from .build import build_network, operations, seeded
 from .facts import SqueezeSettings, TeacherFacts
 from .folder import is_stored, scored_on, source_facts, store_network
@@ -192,14 +192,14 @@ def _batches(split: ImageSplit, settings: SqueezeRecipe, seed: int, device: torc
     size, count = settings.batch_size, len(split)
 
     def make(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        images = to_reference(split.images(rows).to(device))
+        images = to_reference(to_device(split.images(rows), device))
         view = draw_views(len(rows), images.shape[-1], generator, crop_scale=settings.crop_scale, flip=settings.flip)
         images = resample(images, view.crop, view.flip)
         _, std = reference_mean_std(images.shape[1], like=images)
         # Drawn on the CPU, so that the numbers are the same on any device.
-        strength = settings.noise_std * torch.rand((len(rows), 1, 1, 1), generator=generator).to(device) / std
-        images = images + strength * torch.randn(images.shape, generator=generator).to(device)
-        return _as_rgb(images), labels[rows].to(device)
+        strength = settings.noise_std * to_device(torch.rand((len(rows), 1, 1, 1), generator=generator), device) / std
+        images = images + strength * to_device(torch.randn(images.shape, generator=generator), device)
+        return _as_rgb(images), to_device(labels[rows], device)
 
     # Only full batches, because BatchNorm learns its statistics from them.
     parts = [range(start, start + size) for start in range(0, count - size + 1, size)]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..errors import DamagedError, RecipeError, StageError
 from ..images import SourceData, load_source
-from ..method import Precision, describe_norms
+from ..method import Compile, Precision, describe_norms
 from ..models import Teacher, check_teacher, is_squeezed, load_teacher, read_squeezed, teacher_folder
 from ..recipe import STAGES, TRACKERS, DataRecipe, Recipe
 from ..runtime import EVERY_S, read_json, share, write_json
@@ -58,7 +58,7 @@ class Run:
     checkpoint_s: float = EVERY_S  # seconds between checkpoints of a long job
     allow_partial: bool = False  # continue without the jobs that failed
     with_control: bool = True  # also make random real images, as every run outside a comparison does
-    compile: str = "auto"  # run the teachers of synthesis through `torch.compile`: `on`, `off` or `auto`
+    compile: Compile = "auto"  # how the passes of teachers are sped up in synthesis; see `synthesize`
     title: str = ""  # name of the run in front of its stage in the progress bar, if it is one of many
     loaded: Loaded = field(default_factory=Loaded)
 
@@ -173,24 +173,19 @@ class Run:
         return "bf16" if self.accelerator.mixed_precision == "bf16" else "float32"
 
     @property
-    def compiled(self) -> bool:
-        """Whether synthesis runs its teachers through `torch.compile`. `auto` does not yet: see `compile_reason`."""
-        return self.compile == "on"
-
-    @property
     def compile_reason(self) -> str:
         """The decision on compilation and its reason, for the log."""
         if self.compile != "auto":
             return f"compilation is {self.compile} (--compile)"
-        why = "it is not yet measured on this device"
-        if self.accelerator.device.type == "cpu":
-            why = "it takes a minute per teacher, and made small networks faster but mobile networks slower on CPUs"
+        if self.accelerator.device.type == "cuda":
+            return "teachers are replayed as CUDA graphs (--compile off: step by step; on: compiled first)"
+        why = "it takes a minute per teacher, and made small networks faster but mobile networks slower on CPUs"
         return f"compilation is off (auto: {why}; --compile on tries it)"
 
     @property
     def hardware(self) -> dict[str, object]:
         """Device, threads, precision and compilation, which can change a result through rounding."""
-        threads, compiled = torch.get_num_threads(), {"compiled": True} if self.compiled else {}
+        threads, compiled = torch.get_num_threads(), {"compiled": True} if self.compile == "on" else {}
         return {"device": self.accelerator.device.type, "threads": threads, "precision": self.precision, **compiled}
 
     def share(self, stage: str, tasks: Sequence[T], **options: Any) -> None:

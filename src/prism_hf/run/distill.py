@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from ..errors import HubError, RecipeError
 from ..evaluation import summary
 from ..hub import Target, bundle_of, check_here, check_target, publish, reserve
+from ..method import Compile
 from ..recipe import STAGES, Overrides, Recipe, flat_values, load_recipe, override_recipe, public_recipe
 from ..runtime import EVERY_S, check_free, count_text, log_file, raise_if_stopped, read_json, write_json
 from .context import Run, make_accelerator
@@ -64,7 +65,7 @@ def distill(
     push_to_hub: Target | str | None = None,
     log_with: str | None = None,
     threads: int | None = None,
-    compile: str = "auto",
+    compile: Compile = "auto",
     checkpoint_s: float = EVERY_S,
 ) -> Distilled:
     """Distill a dataset into a folder, as `prism-hf distill` does; the same call resumes an interrupted run.
@@ -82,7 +83,8 @@ def distill(
         log_with: Log losses and images to `tensorboard`, `wandb` or `trackio`.
         threads: CPU threads per process. The exact bytes of a result depend on it. Default: the number that the run was
             started with; for a new run, the cores of the machine divided by the number of processes on it.
-        compile: Run the teachers through `torch.compile` in synthesis: `on`, `off` or `auto`. Results differ by rounding.
+        compile: `on` runs the teachers of synthesis through `torch.compile`; results differ by rounding. `auto` replays
+            their passes as CUDA graphs on a GPU; `off` does not.
         checkpoint_s: Seconds between checkpoints of a long job.
 
     Raises:

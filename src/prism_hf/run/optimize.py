@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import NotFiniteError
 from ..images import to_reference, to_uint8
-from ..method import Precision, Step, synthesize
+from ..method import Compile, Precision, Step, synthesize
 from ..models import Teacher
 from ..recipe import SynthesisJob, SynthesisRecipe
 from ..runtime import Checkpoint, State, told_in_one_line
@@ -57,7 +57,7 @@ def optimize(
     checkpoint: Checkpoint | None = None,
     precision: Precision = "float32",
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
-    compiled: bool = False,
+    compile: Compile = "auto",
 ) -> JobResult:
     """Run all steps of one job, starting from its checkpoint if there is one; see `synthesize`.
 
@@ -74,7 +74,7 @@ def optimize(
     pixels = initial if state is None else state["pixels"].to(initial.device)
     losses = [] if state is None else list(state["losses"].to(initial.device))
     history: History = [] if saved is None else list(saved.notes["history"])
-    begin = partial(synthesize, job, settings, initial, teachers, precision=precision, compiled=compiled)
+    begin = partial(synthesize, job, settings, initial, teachers, precision=precision, compile=compile)
     steps = begin(statistics=statistics, state=state)
     batch = f"a batch of {len(job.classes)} images and teachers {', '.join(job.teachers.synthesis_names)}"
     with told_in_one_line(f"job {job.id}: {batch}", _NO_MEMORY), closing(steps):

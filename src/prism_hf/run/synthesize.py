@@ -203,7 +203,7 @@ def _one_job(
         teachers,
         statistics=statistics,
         on_check=on_check,
-        compiled=run.compiled,
+        compile=run.compile,
     )
     for precision in dict.fromkeys((run.precision, "float32")):
         checkpoint = Checkpoint(run.artifacts.checkpoint(job, precision), run.checkpoint_s)

@@ -54,15 +54,17 @@ from .untrusted import (
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, State
+    from .graphs import Replayed
     from .hub_client import BRIEF, PAUSES, SHORT, UNREACHABLE, again, explain, hub_name
     from .share_loop import Progress, share, unfinished
-    from .tensors import open_rows, read_row, read_tensors, write_rows, write_tensors
+    from .tensors import open_rows, read_row, read_tensors, to_device, write_rows, write_tensors
 
 _LATER = {
     "checkpoint": "Checkpoint State",
+    "graphs": "Replayed",
     "hub_client": "BRIEF PAUSES SHORT UNREACHABLE again explain hub_name",
     "share_loop": "Progress share unfinished",
-    "tensors": "open_rows read_row read_tensors write_rows write_tensors",
+    "tensors": "open_rows read_row read_tensors to_device write_rows write_tensors",
 }
 
 

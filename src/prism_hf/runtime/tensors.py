@@ -56,3 +56,10 @@ def open_rows(path: Path) -> Tensor:
     """Memory-map a table that `write_rows` wrote: the kernel loads pages on access, and may drop them again."""
     # Copy on write: torch does not accept a read-only array.
     return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device without waiting: a copy from pageable memory waits for all work of a GPU."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
