@@ -59,7 +59,15 @@ def recorded(script: str, *options: str) -> dict:
 def speeds(device: str, cases: list[str], *variants: str, toy: bool) -> dict:
     """Return the speeds of steps, and the seconds per image of the published schedule that follow from them."""
     options = ["--device", device, "--threads", "8", "--memory", "--variants", "published", *variants, "--cases", *cases]
-    result = recorded("throughput.py", *options, *([] if toy else ["--batch", "100"]), "--rounds", "1" if toy else "10")
+    result = recorded(
+        "throughput.py",
+        *options,
+        *([] if toy else ["--batch", "100"]),
+        "--rounds",
+        "1" if toy else "10",
+        "--repeat",
+        "1" if toy else "5",
+    )
     for case in result["cases"].values():
         for facts in case["variants"].values():
             facts["projected_s_per_image"] = STEPS_PER_IMAGE / facts["image_iterations_per_s"]
@@ -112,7 +120,7 @@ def main() -> None:
         raise SystemExit("expected a CUDA device, found none; --device cpu --toy tries the command")
     name = "cpu" if args.device == "cpu" else torch.cuda.get_device_name()
     parts: dict[str, dict] = {}
-    for part in (relabel, small, processes, step):
+    for part in (step, relabel, small, processes):
         started = time.perf_counter()
         try:
             parts[part.__name__] = part(args.device, args.toy)

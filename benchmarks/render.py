@@ -77,7 +77,7 @@ def section(name: str, recorded: dict[str, dict]) -> str:
         return main_job(result)
     if name == "relabel":
         return relabel_speed(result)
-    if name == "gpu_step":
+    if name == "gpu":
         return gpu_steps(result)
     if name == "gpu_digits":
         return gpu_digits(result)
@@ -101,21 +101,30 @@ def printed(result: dict) -> str:
     return f"It takes about {minutes:.0f} minutes on {hardware['cores']} CPU cores and prints\n\n```text\n{table}\n```\n"
 
 
+TITLES = {
+    "resnet18": "ResNet-18, 224 px",
+    "three": "ResNet-18, MobileNetV2, EfficientNet-B0, 224 px",
+    "small20": "4 small networks, 32 px",
+    "small100": "4 small networks, 32 px",
+    "gvbsm": "G-VBSM in full, the three networks, 224 px",
+    "gvbsm-small": "G-VBSM in full, the small networks, 32 px",
+}
+"""The cases of throughput.py."""
+
+
 def gpu_steps(result: dict) -> str:
-    """Return the speed and memory of one step on a GPU, for the plain step and ours."""
-    rows = [
-        (
-            label,
-            variant,
-            f"{facts['image_iterations_per_second']:,.0f}",
-            f"{facts['times_plain']:.2f}",
-            f"{facts['peak_bytes'] / 1e9:.1f} GB",
-        )
-        for label, case in result["cases"].items()
-        for variant, facts in case.items()
-    ]
-    header = ("case", f"step ({result['device']})", "image-iterations / s", "speedup over plain", "peak memory")
-    return markdown_table([header, *rows]) + f"\n\n`{result['command']}`\n"
+    """Return the speed and memory of steps on a GPU, for the published step, ours, and the floor."""
+    rows = []
+    for part in result["parts"].values():
+        for label, case in part.get("cases", {}).items():
+            if "variants" not in case:  # relabeling
+                continue
+            title = f"{TITLES[label.split(', ')[0]]}, batch {case['case']['batch']}"
+            for variant, facts in case["variants"].items():
+                speed, memory = f"{facts['image_iterations_per_s']:,.0f}", f"{facts['peak_bytes'] / 1e9:.1f} GB"
+                rows.append((title, variant, speed, f"{facts['ratio_wall']:.2f}", memory))
+    header = ("case", f"step ({result['device']})", "image-iterations / s", "speed / published", "peak memory")
+    return f"{markdown_table([header, *rows])}\n\n`{result['command']}`. {result.get('note', '')}\n"
 
 
 def gpu_digits(result: dict) -> str:
@@ -129,14 +138,6 @@ def gpu_digits(result: dict) -> str:
 
 def throughput(result: dict) -> str:
     """Return the speed and memory of one step relative to the published one, for each case and variant."""
-    titles = {
-        "resnet18": "ResNet-18, 224 px",
-        "three": "ResNet-18, MobileNetV2, EfficientNet-B0, 224 px",
-        "small20": "4 small networks, 32 px",
-        "small100": "4 small networks, 32 px",
-        "gvbsm": "G-VBSM in full, the three networks, 224 px",
-        "gvbsm-small": "G-VBSM in full, the small networks, 32 px",
-    }
     rows = []
     for label, case in result["cases"].items():
         name, threads = label.split(", ")
@@ -145,7 +146,7 @@ def throughput(result: dict) -> str:
         ratios = [f"{facts[key]['ratio_cpu']:.2f}" if key in facts else "-" for key in ("ours", "ours, bf16", "floor")]
         memory = f"{facts['ours']['peak_bytes'] / base['peak_bytes']:.2f}" if "peak_bytes" in base else "-"
         rate, share = f"{facts['ours']['image_iterations_per_s']:.0f}", f"{100 * facts['ours']['share_of_peak']:.0f} %"
-        rows.append((f"{titles[name]}, batch {case['case']['batch']}", threads, *ratios, memory, rate, share))
+        rows.append((f"{TITLES[name]}, batch {case['case']['batch']}", threads, *ratios, memory, rate, share))
     head = ("case", "CPU", "ours", "ours, bf16", "floor", "memory, ours / published", "image-iterations / s", "of peak")
     cpu = result["hardware"]["cpu"]
     return f"{markdown_table([head, *rows])}\n\n`{result['command']}` ({cpu})\n"
