@@ -83,8 +83,7 @@ def distill(
         log_with: Log losses and images to `tensorboard`, `wandb` or `trackio`.
         threads: CPU threads per process. The exact bytes of a result depend on it. Default: the number that the run was
             started with; for a new run, the cores of the machine divided by the number of processes on it.
-        compile: `on` runs the teachers of synthesis through `torch.compile`; results differ by rounding. `auto` replays
-            their passes as CUDA graphs on a GPU; `off` does not.
+        compile: How the passes of the teachers are sped up: `auto`, `on` or `off`; see `prism_hf.synthesize`.
         checkpoint_s: Seconds between checkpoints of a long job.
 
     Raises:
