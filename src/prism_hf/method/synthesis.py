@@ -60,8 +60,7 @@ def synthesize(
         precision: `bf16` runs the teachers under autocast.
         statistics: Statistics of each BN teacher from `gather_statistics`; required with `settings.conv`.
         state: A result of `Step.state` to resume from. On the CPU, the images equal those of an uninterrupted run exactly.
-        compile: `on` runs the teachers through `torch.compile`: slow at first, faster then; results differ by rounding.
-            `auto` replays their passes as CUDA graphs on a GPU; `off` does not.
+        compile: `on` compiles the teachers (results differ by rounding), `auto` replays CUDA graphs on a GPU, `off` neither.
 
     Example:
         >>> for step in synthesize(job, recipe.synthesis, initial, teachers):
