@@ -60,7 +60,7 @@ def synthesize(
         precision: `bf16` runs the teachers under autocast.
         statistics: Statistics of each BN teacher from `gather_statistics`; required with `settings.conv`.
         state: A result of `Step.state` to resume from. On the CPU, the images equal those of an uninterrupted run exactly.
-        compile: `on` compiles the teachers (results differ by rounding), `auto` replays CUDA graphs on a GPU, `off` neither.
+        compile: `on` compiles the teachers (results differ by rounding), `auto` replays CUDA graphs on a GPU.
 
     Example:
         >>> for step in synthesize(job, recipe.synthesis, initial, teachers):
