@@ -6,7 +6,7 @@ from collections import defaultdict
 import numpy as np
 
 from ..errors import DataError
-from ..recipe import DataRecipe
+from ..recipe import NO_IMAGES, DataRecipe
 from .open_source import files_used
 from .source import ImageSplit, SourceData
 
@@ -18,6 +18,8 @@ Digests = dict[int, bytes]
 
 def describe_source(data: SourceData, recipe: DataRecipe) -> str:
     """Return a line on what is used of the data: images, classes, columns and files."""
+    if recipe.source == NO_IMAGES:
+        return f"data: no real images, {data.num_classes:,} classes named by the logit teacher"
     counts = f"{len(data.train):,} training and {len(data.test):,} test images of {data.num_classes:,} classes"
     used, left = files_used(recipe)
     files = "".join(f", {count:,} in {split!r}" for split, count in used.items())
@@ -34,6 +36,8 @@ def faults_of(data: SourceData, recipe: DataRecipe) -> list[str]:
     Raises:
         DataError: More than `MOST_SHARED` of the test images are also training images.
     """
+    if recipe.source == NO_IMAGES:
+        return []
     _, left = files_used(recipe)
     warnings = [f"files in no split, which are not used: {len(left):,}, such as {left[0]!r}"] if left else []
     pixels = []

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..recipe import DataRecipe
+from ..recipe import NO_IMAGES, DataRecipe
 from ..runtime import local_folder, raise_if_stopped
+from .classes import choose_classes, find_classes, names_of
 from .columns import (
     class_names,
     file_bytes,
@@ -39,7 +40,8 @@ _CACHE_BYTES = 2**31
 class ImageSplit:
     """The labeled images of one split, resized to squares of `size` pixels with 1 or 3 channels.
 
-    `names` are the class names, by default those of the label column. Image files must be in `homes`, since a table can
+    `names` are the class names, by default those of the label column. With `chosen`, only images of these classes are used,
+    numbered by their place in it. Image files must be in `homes`, since a table can
     name any file on this machine. `name` is the split name, for errors. See `from_pil` for the other arguments.
     """
 
@@ -53,15 +55,21 @@ class ImageSplit:
         channels: int,
         name: str,
         names: Sequence[str] | None = None,
+        chosen: Sequence[int] | None = None,
         homes: tuple[Path, ...] = (),
         background: str = "white",
         white_level: float | None = None,
     ) -> None:
+        labels = read_labels(rows, label_column, names or class_names(rows, label_column), name)
+        if chosen is not None:
+            kept = np.flatnonzero(np.isin(labels, chosen))
+            places = {number: place for place, number in enumerate(chosen)}
+            rows, labels = rows.select(kept), np.array([places[label] for label in labels[kept].tolist()], dtype=np.int64)
+        self.labels = labels
         self._cells, self._image_column = image_cells(rows, image_column), image_column
         self.columns = (image_column, label_column)
         self.size, self.channels, self.name, self._homes = size, channels, name, homes
         self._convert = partial(from_pil, channels=channels, size=size, background=background, white_level=white_level)
-        self.labels = read_labels(rows, label_column, names or class_names(rows, label_column), name)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -162,18 +170,42 @@ def load_source(recipe: DataRecipe) -> SourceData:
     train = open_split(recipe, recipe.train_split)
     image_column = find_image_column(train, recipe)
     label_column = find_label_column(train, recipe, image_column)
-    names = class_names(train, label_column, recipe.num_classes)
+    names = class_names(train, label_column, recipe.num_classes if recipe.classes is None else None)
+    chosen = None
+    if recipe.classes is not None:
+        chosen = choose_classes(recipe.classes, names, f"data.source {recipe.source!r}", DataError)
     if recipe.validation_fraction:
         labels = read_labels(train, label_column, names, recipe.train_split)
         train, test = hold_out(train, labels, names, recipe.validation_fraction)
     assert test is not None
     return SourceData(
-        train=_checked_split(train, image_column, label_column, names, recipe, recipe.train_split),
-        test=_checked_split(test, image_column, label_column, names, recipe, recipe.test_split),
-        class_names=names,
+        train=_checked_split(train, image_column, label_column, names, recipe, recipe.train_split, chosen),
+        test=_checked_split(test, image_column, label_column, names, recipe, recipe.test_split, chosen),
+        class_names=names if chosen is None else names_of(chosen, names),
         revision=source_revision(train),
         on_hub=recipe.source != "digits" and local_folder(recipe.source) is None,
     )
+
+
+def no_images(recipe: DataRecipe, names: Sequence[str]) -> SourceData:
+    """Return data without images, for a recipe with `source: none`. `names` are the classes that its teachers know.
+
+    Raises:
+        DataError: A class is not one of them, or there are more than the recipe says.
+    """
+    chosen = tuple(range(len(names)))
+    if recipe.classes is not None:
+        chosen = choose_classes(recipe.classes, names, "the logit teacher", DataError)
+    elif len(names) != recipe.num_classes:
+        raise DataError(
+            f"data.num_classes is {recipe.num_classes}, but the logit teacher has {len(names)} classes; set data.classes "
+            "to distill a part of them"
+        )
+    own = names_of(chosen, names) if recipe.classes is not None else tuple(names)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(own))})
+    rows = datasets.Dataset.from_dict({"image": [], "label": []}, features=features)
+    empty = _checked_split(rows, "image", "label", own, recipe, NO_IMAGES)
+    return SourceData(train=empty, test=empty, class_names=own, revision=None)
 
 
 def count_classes(recipe: DataRecipe) -> int:
@@ -184,9 +216,18 @@ def count_classes(recipe: DataRecipe) -> int:
 
 
 def _checked_split(
-    rows: datasets.Dataset, image: str, label: str, names: Sequence[str], recipe: DataRecipe, split: str
+    rows: datasets.Dataset,
+    image: str,
+    label: str,
+    names: Sequence[str],
+    recipe: DataRecipe,
+    split: str,
+    chosen: Sequence[int] | None = None,
 ) -> ImageSplit:
-    """Return a split, checked to have the columns, class order and label range of the training data."""
+    """Return a split, checked to have the columns, class order and label range of the training data.
+
+    Only the images of the `chosen` classes are used, if set.
+    """
     missing = [column for column in (image, label) if column not in rows.features]
     if missing:
         raise DataError(f"split {split!r} of {recipe.source!r} has no column {missing[0]!r}, which the training split has")
@@ -201,6 +242,7 @@ def _checked_split(
         image_column=image,
         label_column=label,
         names=names,
+        chosen=chosen,
         size=recipe.size,
         channels=recipe.channels,
         name=split,
@@ -211,9 +253,16 @@ def _checked_split(
 
 
 def load_test_split(recipe: DataRecipe, source: str, split: str, names: Sequence[str]) -> ImageSplit:
-    """Load another test set for the same classes, from a Hub id or a folder, at the recipe's working size."""
+    """Load another test set, from a Hub id or a folder, at the recipe's working size.
+
+    If it has more classes, or others in between, those of `names` are found by WordNet id or name.
+    """
     other = replace(recipe, source=source, config=None, revision=None, test_split=split, validation_fraction=0.0)
     rows = open_split(other, split)
     image_column = find_image_column(rows, other)
     label_column = find_label_column(rows, other, image_column)
+    feature = rows.features[label_column]
+    if isinstance(feature, datasets.ClassLabel) and len(feature.names) > len(names):
+        chosen = find_classes(names, feature.names, f"the test data {source!r}", DataError)
+        return _checked_split(rows, image_column, label_column, feature.names, other, split, chosen)
     return _checked_split(rows, image_column, label_column, names, other, split)

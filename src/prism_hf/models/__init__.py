@@ -26,5 +26,5 @@ from .squeeze import (
     squeeze_teacher,
     teacher_folder,
 )
-from .teacher import Teacher, check_teacher, classifier_of, penultimate_features
+from .teacher import Teacher, classifier_of, fit_teacher, penultimate_features
 from .training import FUSED, AtStep, Batches, ShuffledBatches, fit, score

@@ -1,6 +1,6 @@
 """Build networks from scratch: timm architectures and transformers model types."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import timm
@@ -30,6 +30,21 @@ class LogitsOnly(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
         return self.model(pixel_values=x).logits
+
+
+class SomeLogits(nn.Module):
+    """A classifier that returns the logits of some of its classes: images (B, C, H, W) -> (B, number of them)."""
+
+    chosen: Tensor
+
+    def __init__(self, model: nn.Module, chosen: Sequence[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("chosen", torch.tensor(chosen), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the chosen classes, in their order."""
+        return self.model(x).index_select(1, self.chosen)
 
 
 def build_network(name: str, *, num_classes: int, channels: int) -> nn.Module:

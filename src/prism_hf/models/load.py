@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from timm.data import resolve_model_data_config
 
 from ..errors import TeacherError
+from ..images import imagenet_classes
 from ..runtime import Facts, stray_link
 from .build import LogitsOnly
 from .download import ADAPTER, CONFIG, INDEX, PROCESSORS, WEIGHTS, ModelFiles, ShardIndex, fetch
@@ -167,6 +168,7 @@ def _from_timm(source: str, name: str, files: ModelFiles, overlay: dict[str, str
         model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay)
         config, cfg = resolve_model_data_config(model), model.pretrained_cfg
         classes, labels = int(model.num_classes), cfg.get("label_names") or []
+        of_imagenet = overlay is not None or "in1k" in str(cfg.get("tag") or "")
     except Exception as error:  # an untrusted config.json sets constructor arguments, so any error can occur
         raise _cannot_load(name, error) from error
     if classes != cfg["num_classes"]:
@@ -177,6 +179,8 @@ def _from_timm(source: str, name: str, files: ModelFiles, overlay: dict[str, str
         )
     numbered = labels if isinstance(labels, dict) else dict(enumerate(labels))
     names = _label_names(numbered, classes, name) if labels else []
+    if not names and of_imagenet and classes == len(imagenet_classes()):
+        names = [label for _, label in imagenet_classes()]
     return Teacher(
         name=name,
         model=model,

@@ -1,11 +1,9 @@
 """A teacher: a frozen image classifier with its own normalization, input size and license."""
 
 import hashlib
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -13,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import TeacherError
-from ..images import reference_mean_std, to_reference
+from ..images import find_classes, plain_name, reference_mean_std, to_reference
+from .build import SomeLogits
+from .norms import frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,44 +85,44 @@ def _from_reference(
     return (reference_mean - own_mean) / own_std, reference_std / own_std
 
 
-def check_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int) -> None:
-    """Refuse a teacher that does not fit the data.
+def fit_teacher(teacher: Teacher, *, class_names: Sequence[str], channels: int) -> Teacher:
+    """Return a teacher with the logits of these classes, in this order. It is the same one if it has them already.
+
+    Classes are matched by WordNet id or name. A teacher without class names must have as many classes as the data.
 
     Raises:
-        TeacherError: A different number of classes, the same labels in another order, or too few input channels.
+        TeacherError: A class that the teacher does not know, too few classes, or too few input channels.
     """
-    if teacher.num_classes != len(class_names):
-        raise TeacherError(
-            f"teacher {teacher.name!r} has {teacher.num_classes} classes, but the data has {len(class_names)}; "
-            "use a teacher of this dataset, or squeeze one"
-        )
     if len(teacher.mean) < channels:
         raise TeacherError(
             f"teacher {teacher.name!r} takes images of 1 channel, but the data has {channels}; set data.channels"
         )
-    if teacher.label_names is not None:
-        _check_order(teacher.name, teacher.label_names, class_names)
+    own, where = teacher.label_names, f"teacher {teacher.name!r}"
+    if own is None or (len(own) == len(class_names) and _agree(own, class_names)):
+        if teacher.num_classes != len(class_names):
+            raise TeacherError(
+                f"{where} has {teacher.num_classes} classes without names, but the data has {len(class_names)}; use a "
+                "teacher of this dataset, squeeze one, or one whose config names its classes"
+            )
+        return teacher
+    chosen = find_classes(class_names, own, where, TeacherError)
+    if len(set(chosen)) < len(chosen):
+        twice = next(number for place, number in enumerate(chosen) if number in chosen[:place])
+        names = " and ".join(repr(class_names[place]) for place, number in enumerate(chosen) if number == twice)
+        raise TeacherError(f"{where} has one class {own[twice]!r} for {names} of the data; use another teacher")
+    model = frozen(SomeLogits(teacher.model, chosen).to(teacher.device))
+    names_of = tuple(own[number] for number in chosen)
+    return replace(teacher, model=model, num_classes=len(chosen), label_names=names_of)
 
 
-def _check_order(name: str, labels: Sequence[str], class_names: Sequence[str]) -> None:
-    """Refuse a name of the data that has another number here, whatever its case and the signs between its words."""
-    own, data = list(map(_plain, labels)), list(map(_plain, class_names))
-    if len(set(own)) < len(own) or len(set(data)) < len(data):  # some differ only in case or signs, such as A and a
-        own, data = list(labels), list(class_names)
-    repeated = {label for names in (own, data) for label, count in Counter(names).items() if count > 1}
-    numbers = {label: number for number, label in enumerate(own) if label not in repeated}
-    moved = [number for number, label in enumerate(data) if numbers.get(label, number) != number]
-    if moved:
-        first = moved[0]
-        raise TeacherError(
-            f"teacher {name!r} lists its labels in another order: class {first} is {labels[first]!r}, but "
-            f"{class_names[first]!r} in the data; reorder the data's ClassLabel, or use another teacher"
-        )
-
-
-def _plain(label: str) -> str:
-    """Return a class name for comparisons: composed Unicode, without case, spaces, `_` and `-`."""
-    return re.sub(r"[\s_-]+", "", unicodedata.normalize("NFC", label)).casefold()
+def _agree(own: Sequence[str], data: Sequence[str]) -> bool:
+    """Return whether no class of one list has another number in the other, whatever its case and the signs in it."""
+    plain, others = list(map(plain_name, own)), list(map(plain_name, data))
+    if len(set(plain)) < len(plain) or len(set(others)) < len(others):  # some differ only in case or signs, such as A and a
+        plain, others = list(own), list(data)
+    repeated = {label for names in (plain, others) for label, count in Counter(names).items() if count > 1}
+    numbers = {label: number for number, label in enumerate(plain) if label not in repeated}
+    return all(numbers.get(label, number) == number for number, label in enumerate(others))
 
 
 @torch.no_grad()

@@ -1,9 +1,19 @@
 """Recipes: their sections, value ranges, YAML files and plans. This package does not need torch."""
 
 from .describe import VIEW_ROW_BYTES, cache_needed, describe_plan, space_needed
+from .named_classes import NAMED_CLASSES
 from .plan import STAGES, TRACKERS, SynthesisJob, batch_ranges, plan_jobs
 from .schema import SQUEEZE_PREFIX, Recipe, to_dict
-from .sections import DataRecipe, EvaluationRecipe, RelabelRecipe, RelabelView, SqueezeRecipe, TeachersRecipe
+from .sections import (
+    NO_IMAGES,
+    ClassPart,
+    DataRecipe,
+    EvaluationRecipe,
+    RelabelRecipe,
+    RelabelView,
+    SqueezeRecipe,
+    TeachersRecipe,
+)
 from .shipped import shipped_recipes, title_of
 from .synthesis import SynthesisRecipe, SynthesisView
 from .yaml_file import (

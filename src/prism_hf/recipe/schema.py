@@ -14,6 +14,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from .sections import (
+    NO_IMAGES,
     STRICT,
     DataRecipe,
     EvaluationRecipe,
@@ -117,8 +118,25 @@ def _check_unused(recipe: Recipe) -> None:
         for section, used in ((recipe.synthesis, ("ipc",)), (recipe.teachers, ("logit", "verifier"))):
             unused = [field.name for field in dataclasses.fields(section) if field.name not in used]
             refuse_unused(section, unused, "method random optimizes nothing")
+    if recipe.data.source == NO_IMAGES:
+        _check_no_images(recipe)
     if recipe.packaging.image_format == "webp" and recipe.data.channels == 1:
         raise ValueError("packaging.image_format webp has no gray mode, and data.channels is 1; use png")
+
+
+def _check_no_images(recipe: Recipe) -> None:
+    """Refuse everything that needs real images in a recipe without any."""
+    synthesis, teachers = recipe.synthesis, recipe.squeezed_teachers
+    uses = {
+        "method random ships real images": recipe.method == "random",
+        f"teacher {teachers[0] if teachers else ''} is trained on them; name pretrained teachers": bool(teachers),
+        f"synthesis.init {synthesis.init} starts from them; use noise": synthesis.init != "noise",
+        "synthesis.conv compares with their statistics; remove it": synthesis.conv is not None,
+        "data.validation_fraction holds some of them out; remove it": recipe.data.validation_fraction > 0,
+    }
+    for use, found in uses.items():
+        if found:
+            raise ValueError(f"data.source is none, so there are no real images, but {use}")
 
 
 def _check_counts(recipe: Recipe) -> None:
@@ -171,6 +189,7 @@ _ADDED: dict[str, object] = {
     "method": "synthesize",
     "data.background": "white",
     "data.white_level": None,
+    "data.classes": None,
     "squeeze.seed": None,
     "synthesis.momentum": 0.0,
     "synthesis.conv": None,

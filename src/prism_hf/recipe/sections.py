@@ -7,6 +7,8 @@ from PIL import ImageColor
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from .named_classes import NAMED_CLASSES
+
 MOST = 2**31 - 1  # the tables store counts as int32
 STRICT = ConfigDict(strict=True, extra="forbid")
 
@@ -21,6 +23,9 @@ AtLeastTwo = Annotated[int, Field(ge=2, le=MOST)]
 Index = Annotated[int, Field(ge=0, le=MOST)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the range of torch.manual_seed
 Name = Annotated[str, Field(min_length=1)]
+ClassPart = Literal["imagenette", "imagewoof", "imagenet-100"] | Annotated[tuple[Name | Index, ...], Field(min_length=2)]
+NO_IMAGES = "none"
+"""The source of a recipe that needs no real images."""
 
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -58,10 +63,15 @@ def refuse_unused(section: Any, names: Iterable[str], why: str) -> None:
 class DataRecipe:
     """The real dataset: its location, its columns, and the working size."""
 
-    source: Name  # `digits` (inside scikit-learn), a Hub id, or a local folder (Parquet, ImageFolder, save_to_disk)
+    # `digits` (inside scikit-learn), a Hub id, a local folder (Parquet, ImageFolder, save_to_disk), or `none`: no real
+    # images, only teachers, who name the classes; then there is no control, and no student is scored.
+    source: Name
     num_classes: AtLeastTwo  # required, so that a plan can be made without the data; checked against the data
     size: Annotated[int, Field(ge=8, lt=2**15)]  # side of the square working image in pixels; the tables store int16
     channels: Literal[1, 3] = 3  # 1 (gray) or 3 (RGB) for the synthetic images
+    # A part of the classes: names, WordNet ids or numbers, or `imagenette`, `imagewoof`, `imagenet-100`. Teachers that know
+    # more classes are used with the logits of these. `null`: all classes of the source.
+    classes: ClassPart | None = None
     config: Name | None = None  # Hub config of the source
     revision: Name | None = None  # Hub revision of the source; `null` uses the newest and records its commit
     train_split: Name = "train"  # for start images, squeeze, the random-real control and the diversity reference
@@ -75,6 +85,12 @@ class DataRecipe:
     # for 16-bit integers, 1.0 for floats; then 32-bit integers and 16-bit images that use at most 14 bits are refused.
     white_level: Positive | None = None
     license: Name = "unknown"  # license or terms of the source, for the card
+
+    def __post_init__(self) -> None:
+        if self.classes is not None:
+            chosen = NAMED_CLASSES[self.classes] if isinstance(self.classes, str) else self.classes
+            if len(chosen) != self.num_classes:
+                raise ValueError(f"classes has {len(chosen)} classes, num_classes is {self.num_classes}; set it to that")
 
     @property
     def tested_on(self) -> str:

@@ -26,11 +26,11 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
-from ..errors import DamagedError, RecipeError, StageError
-from ..images import SourceData, load_source
+from ..errors import DamagedError, RecipeError, StageError, TeacherError
+from ..images import SourceData, load_source, no_images
 from ..method import Compile, Precision, describe_norms
-from ..models import Teacher, check_teacher, is_squeezed, load_teacher, read_squeezed, teacher_folder
-from ..recipe import STAGES, TRACKERS, DataRecipe, Recipe
+from ..models import Teacher, fit_teacher, is_squeezed, load_teacher, read_squeezed, teacher_folder
+from ..recipe import NO_IMAGES, STAGES, TRACKERS, DataRecipe, Recipe
 from ..runtime import EVERY_S, read_json, share, write_json
 from .artifacts import TIMES, Artifacts
 
@@ -64,8 +64,8 @@ class Run:
 
     @property
     def wants_control(self) -> bool:
-        """True if the run makes a control. A dataset of random real images needs none, since it is one itself."""
-        return self.with_control and self.recipe.method != "random"
+        """True if the run makes a control. There is none without real images, nor for random real images themselves."""
+        return self.with_control and self.recipe.method != "random" and self.recipe.data.source != NO_IMAGES
 
     @property
     def dataset(self) -> Path:
@@ -89,7 +89,8 @@ class Run:
         # because the libraries lock their caches.
         wanted = self.recipe.data
         if wanted not in self.loaded.data:
-            self.loaded.data[wanted] = load_source(wanted)
+            none = wanted.source == NO_IMAGES
+            self.loaded.data[wanted] = no_images(wanted, self._known_classes()) if none else load_source(wanted)
         return self.loaded.data[wanted]
 
     def teachers(self, names: Sequence[str]) -> dict[str, Teacher]:
@@ -107,11 +108,19 @@ class Run:
                     f"the weights in {folder} were changed after they were written; run --stage squeeze to set them "
                     "aside and train again"
                 )
-            check_teacher(teacher, class_names=self.data.class_names, channels=self.recipe.data.channels)
+            teacher = fit_teacher(teacher, class_names=self.data.class_names, channels=self.recipe.data.channels)
             self.loaded.teachers[name, folder] = teacher
             if name in self.recipe.bn_candidates:
                 self.say(f"teacher {name}: {describe_norms(teacher.model)}")
         return self.loaded.teachers[name, folder]
+
+    def _known_classes(self) -> Sequence[str]:
+        """Return the classes of the logit teacher, which names them if there are no real images."""
+        name = self.recipe.teachers.logit
+        names = load_teacher(name, device=torch.device("cpu")).label_names
+        if names is None:
+            raise TeacherError(f"data.source is none, but teacher {name!r} does not name its classes; use another one")
+        return names
 
     def _folder_of(self, name: str) -> Path | None:
         """Return the folder of a `squeeze:` teacher that was trained on this data; `None` for other teachers."""
