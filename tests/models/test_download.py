@@ -22,7 +22,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 from prism_hf.errors import TeacherError
 from prism_hf.models import download
 from prism_hf.models.load import load_teacher
-from prism_hf.models.teacher import check_teacher
+from prism_hf.models.teacher import fit_teacher
 from prism_hf.runtime.hub_client import BRIEF
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def test_a_timm_teacher_from_the_hub_equals_the_stored_one(server, transport, ti
     assert teacher.weights_sha256 == sha256(f"local-dir:{timm_folder}")
     assert (teacher.name, teacher.revision, teacher.license) == (name, commit, "mit")
     assert (teacher.mean, teacher.label_names, teacher.architecture) == ((0.1, 0.2, 0.3), NAMES, "test_byobnet")
-    check_teacher(teacher, class_names=NAMES, channels=3)
+    fit_teacher(teacher, class_names=NAMES, channels=3)
     stored = load_file(snapshot(commit) / "model.safetensors")
     model = teacher.model.state_dict()
     assert all(torch.equal(stored[key], model[key]) for key in model)
@@ -638,8 +638,8 @@ def test_a_missing_head_is_not_initialized_at_random(server, tmp_path, transform
 
 def test_the_check_reports_another_number_of_classes(server, timm_folder):
     create(server, timm_folder)
-    with pytest.raises(TeacherError, match="has 3 classes, but the data has 10"):
-        check_teacher(load_teacher(f"hf-hub:{REPO}", device=CPU), class_names=[*"abcdefghij"], channels=3)
+    with pytest.raises(TeacherError, match="class 'a' is not one of the 3 classes"):
+        fit_teacher(load_teacher(f"hf-hub:{REPO}", device=CPU), class_names=[*"abcdefghij"], channels=3)
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from prism_hf.images.pixels import to_reference
 from prism_hf.images.source import load_source
 from prism_hf.models.load import load_teacher
 from prism_hf.models.squeeze import is_squeezed, squeeze_teacher, teacher_folder
-from prism_hf.models.teacher import check_teacher
+from prism_hf.models.teacher import fit_teacher
 from prism_hf.run.preflight import check_architectures
 
 CPU, NAME = torch.device("cpu"), "squeeze:test_efficientnet"
@@ -88,7 +88,7 @@ def test_a_teacher_of_an_older_version_still_loads(squeezed, tmp_path):
 def test_timm_transformers_and_prism_give_equal_logits(squeezed):
     recipe, folder, _ = squeezed
     teacher = load_squeezed(NAME, recipe, folder.parent, device=CPU)
-    check_teacher(teacher, class_names=[str(n) for n in range(10)], channels=1)
+    fit_teacher(teacher, class_names=[str(n) for n in range(10)], channels=1)
     assert teacher.label_names == tuple("0123456789")
     assert teacher.size == 8
     gray = load_source(recipe.data).test.images(range(5))

@@ -110,6 +110,8 @@ def evaluation_facts(
 def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return sentences on whether the distilled images beat random real ones, with the standard error of the difference."""
     by_key = {(row["images"], row["labels"]): row for row in rows}
+    if not rows:
+        return "No student was scored."
     sentences, unsure = [], False
     for labels in ("soft", "image", "hard"):
         distilled, control = by_key.get(("distilled", labels)), by_key.get(("random_real", labels))
@@ -169,15 +171,16 @@ def table_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
     names = LABELS | evaluation.get("names", {})
     lines: list[tuple[str, ...]] = [header]
     spread = any(row["std"] is not None for row in evaluation["rows"])  # else the text around the table says "1 seed"
-    for row in evaluation["rows"]:
+    scored = evaluation["rows"]
+    for row in scored or [{"images": name, "labels": "-"} for name in evaluation["sets"]]:
         facts = evaluation["sets"].get(row["images"], {})
         similarity = facts.get("intra_class_similarity") or {}
         lines.append(
             (
                 names[row["images"]],
-                str(row["count"]),
+                str(row["count"]) if scored else str(facts["count"]),
                 row["labels"],
-                top1_text(row, remark=spread),
+                top1_text(row, remark=spread) if scored else "-",
                 bytes_text(facts.get("image_bytes")),
                 bytes_text(facts.get("label_bytes")) if row["labels"] == "soft" else "-",
                 cosine_text(similarity.get("mean")),
@@ -204,10 +207,13 @@ def summary(report: Mapping[str, Any]) -> str:
     """Return the results for a terminal: table, summary in words, and times."""
     evaluation = report["evaluation"]
     seeds = evaluation["rows"][0]["seeds"] if evaluation["rows"] else []
-    parts = [
-        f"{report['recipe']}: student {evaluation['student']}, {count_text(len(seeds), 'seed')}, "
+    protocol = (
+        f"student {evaluation['student']}, {count_text(len(seeds), 'seed')}, "
         f"{count_text(evaluation['epochs'], 'epoch')} (last), "
-        f"{evaluation['test_count']} {evaluation.get('tested_on', 'test images')}",
+        f"{evaluation['test_count']} {evaluation.get('tested_on', 'test images')}"
+    )
+    parts = [
+        f"{report['recipe']}: {protocol if seeds else 'no students'}",
         plain_table(table_rows(evaluation)),
         evaluation["in_words"],
     ]

@@ -133,12 +133,14 @@ def set_facts(
     """Return the facts about a set that need no training, for report.json; unknown values are `None`.
 
     Returns:
-        For a packaged dataset, `image_bytes` (encoded), `label_bytes` (including views) and `verifier_top1`, the fraction
-        of its images that the verifier classifies correctly; `intra_class_similarity` in the features of the network.
+        `count`, the number of images. For a packaged dataset, `image_bytes` (encoded), `label_bytes` (including views) and
+        `verifier_top1`, the fraction of its images that the verifier classifies correctly. `intra_class_similarity` in the
+        features of the network.
     """
     packaged = source if isinstance(source, DistilledDataset) else None
     similarity = similarity_of_batches(features_of(network, source) if network else (), num_classes)
     return {
+        "count": len(source.labels),
         "image_bytes": packaged.image_bytes if packaged else None,
         "label_bytes": packaged.label_bytes if packaged else None,
         "verifier_top1": _agreement(verifier, packaged, device) if packaged and verifier else None,

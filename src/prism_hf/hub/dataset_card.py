@@ -12,7 +12,7 @@ from huggingface_hub import DatasetCardData
 
 from ..dataset import VIEWS, image_features, read_provenance, view_features
 from ..evaluation import full_is_best, markdown_table, table_rows
-from ..recipe import Recipe, dump_recipe, to_dict
+from ..recipe import NO_IMAGES, Recipe, dump_recipe, to_dict
 from ..runtime import count_text, map_texts
 from .card import checked_header, class_list, escape, fence_for, license_keys, render, with_header
 from .citations import CITATIONS
@@ -70,6 +70,7 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
         "r": map_texts(to_dict(recipe), escape),
         "student": student if re.fullmatch(r"\w+", student) else "resnet18",
         "source": escape(source_name(facts)),
+        "no_images": recipe.data.source == NO_IMAGES,
         "source_version": _source_version(facts),
         "class_count": len(names),
         "class_sizes": class_sizes(names, counts),
@@ -104,8 +105,8 @@ def render_control_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
 def source_name(facts: Mapping[str, Any]) -> str:
     """Return the name of the real data: a Hub id, or that of a local folder without the folders above it."""
     name = facts["recipe"]["data"]["source"]
-    if name == "digits":
-        return "scikit-learn's digits"
+    if name in ("digits", NO_IMAGES):
+        return "scikit-learn's digits" if name == "digits" else "no real images"
     # Early versions did not record whether the source is on the Hub.
     local = facts["provenance"]["source"].get("on_hub") is False
     return f"the local folder {PurePath(name).name or name}" if local else name

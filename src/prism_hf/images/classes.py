@@ -64,7 +64,7 @@ def find_classes(wanted: Sequence[str], names: Sequence[str], where: str, error:
 
 
 def names_of(chosen: Sequence[int], names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of chosen classes; a name that ImageNet has twice, "crane", gets its WordNet id: "crane (n02012849)"."""
+    """Return the names of chosen classes; a name that ImageNet has twice gets its WordNet id: "crane (n02012849)"."""
     ids = wordnet_ids(names)
     unclear = {number for number in chosen if ids[number] is not None and _wordnet_id(names[number]) is None}
     return tuple(f"{names[n]} ({ids[n]})" if n in unclear else names[n] for n in chosen)
@@ -76,8 +76,8 @@ def _lookup(table: dict[str, set[int]], keys: Sequence[str]) -> set[int]:
 
 @lru_cache(maxsize=64)
 def _tables(names: tuple[str, ...]) -> list[dict[str, set[int]]]:
-    """Return the numbers by WordNet id, by full name, and by each of several names."""
-    tables: list[dict[str, set[int]]] = [defaultdict(set) for _ in range(3)]
+    """Return the numbers of the classes by each kind of key; see `_keys`."""
+    tables: list[dict[str, set[int]]] = [defaultdict(set) for _ in range(4)]
     for number, keys in enumerate(_keys(names)):
         for table, part in zip(tables, keys, strict=True):
             for key in part:
@@ -85,10 +85,10 @@ def _tables(names: tuple[str, ...]) -> list[dict[str, set[int]]]:
     return [dict(table) for table in tables]
 
 
-def _keys(names: tuple[str, ...]) -> list[tuple[list[str], list[str], list[str]]]:
-    """Return the WordNet id if it is known, the full name, and the separate names of each class."""
+def _keys(names: tuple[str, ...]) -> list[tuple[list[str], ...]]:
+    """Return the keys of each class, best first: WordNet id if known, name, plain name, and each of several names."""
     return [
-        ([] if wordnet_id is None else [wordnet_id], [plain_name(name)], _parts(name))
+        ([] if wordnet_id is None else [wordnet_id], [name], [plain_name(name)], _parts(name))
         for name, wordnet_id in zip(names, wordnet_ids(names), strict=True)
     ]
 

@@ -165,6 +165,8 @@ def load_source(recipe: DataRecipe) -> SourceData:
     Raises:
         DataError: Not found, no image or label column, or a different number of classes.
     """
+    if recipe.source == NO_IMAGES:
+        raise DataError("data.source is none, so there are no real images; give test data (--test DATA:SPLIT)")
     # A held-out part of the training split replaces the test split, which is then never opened.
     test = None if recipe.validation_fraction else open_split(recipe, recipe.test_split)
     train = open_split(recipe, recipe.train_split)

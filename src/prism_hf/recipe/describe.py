@@ -7,7 +7,7 @@ from math import comb
 from ..runtime import count_text, size_text
 from .plan import SynthesisJob, plan_jobs
 from .schema import Recipe
-from .sections import TeachersRecipe
+from .sections import NO_IMAGES, TeachersRecipe
 
 VIEW_ROW_BYTES = 32
 """Bytes of one view in addition to its logits: two crops, a mix box, indices and flags (before compression)."""
@@ -26,9 +26,10 @@ def describe_plan(recipe: Recipe, *, control: bool = True) -> str:
     labels = views * (2 * data.num_classes + VIEW_ROW_BYTES)
     random = recipe.method == "random"
     logit = "each teacher in turn" if teachers.selection == "cycle" else teachers.logit
+    source = "no real images" if data.source == NO_IMAGES else data.source
     lines = [
         f"{recipe.name} (fingerprint {recipe.fingerprint()})",
-        f"data      {data.source}: {data.num_classes} classes, {data.channels} x {data.size} x {data.size}",
+        f"data      {source}: {data.num_classes} classes, {data.channels} x {data.size} x {data.size}",
         f"images    {recipe.num_images} ({recipe.synthesis.ipc} per class), "
         + ("real images drawn at random" if random else f"init {recipe.synthesis.init}"),
         f"jobs      {len(jobs)} of up to {max(len(j.classes) for j in jobs)} images, {recipe.synthesis.batch_order}",
@@ -39,8 +40,10 @@ def describe_plan(recipe: Recipe, *, control: bool = True) -> str:
         count = round(drawn[name])
         about = "" if exact or count in (0, steps) else "about "
         lines.append(f"BN        {name}: in {about}{count:,} of {count_text(steps, 'step')} ({drawn[name] / steps:.0%})")
-    with_control = control and not random
-    if random:
+    with_control = control and not random and data.source != NO_IMAGES
+    if data.source == NO_IMAGES:
+        control_text = "none: there are no real images"
+    elif random:
         control_text = "none: these are random real images, the control that other methods are compared with"
     else:
         control_text = "as many random real images, relabeled by the same teachers" if control else "none (--no-control)"

@@ -28,7 +28,7 @@ from ..evaluation import (
 from ..hub import draw_diversity
 from ..images import ImageSplit
 from ..models import Teacher, scored_on, source_facts
-from ..recipe import plan_jobs, to_dict
+from ..recipe import NO_IMAGES, plan_jobs, to_dict
 from ..runtime import Progress, is_finished, read_proof, write_json
 from .artifacts import job_file, read_failed
 from .context import Run
@@ -48,7 +48,8 @@ def evaluate(run: Run) -> None:
         sources: dict[str, Source] = {"distilled": distilled}
         if run.wants_control and run.control.is_dir():
             sources["random_real"] = load_distilled(run.control)
-    sources["full"] = run.data.train
+    if run.recipe.data.source != NO_IMAGES:
+        sources["full"] = run.data.train
     keep = partial(
         keep_student,
         folder=run.folder / "student",
@@ -66,6 +67,9 @@ def evaluate(run: Run) -> None:
 def left_out(run: Run, sources: Mapping[str, Source]) -> dict[str, str]:
     """Return the rows that are not computed, each with the reason."""
     recipe, reasons = run.recipe, {}
+    if recipe.data.source == NO_IMAGES:
+        why = "the recipe has no real images (data.source: none)"
+        return {"all students": f"{why}; `prism-hf evaluate DATASET --test DATA:SPLIT` scores them", "random real": why}
     if recipe.method == "random":
         reasons["random real"] = NO_CONTROL
     elif not run.with_control:
@@ -92,7 +96,8 @@ def fill_table(
     `judge` is the verifier, or the logit teacher if there is none. `missing` has the reason for each unavailable row.
     """
     recipe, classes = run.recipe, run.recipe.data.num_classes
-    tasks = student_tasks(sources, test, recipe.evaluation, recipe.relabel.view, folder, num_classes=classes)
+    protocol, view = recipe.evaluation, recipe.relabel.view
+    tasks = student_tasks(sources, test, protocol, view, folder, num_classes=classes) if len(test) else []
     train_students(run, tasks, keep=keep)
     verifier, reasons = judge if recipe.teachers.verifier else None, left_out(run, sources) | dict(missing)
     return collect(run, tasks, sources, left_out=reasons, verifier=verifier, network=judge)
@@ -131,14 +136,15 @@ def collect(
     distilled, settings = sources["distilled"], run.recipe.evaluation
     assert isinstance(distilled, DistilledDataset)
     classes, device = len(distilled.class_names), run.accelerator.device
-    rows, count, name = read_scores(tasks), len(tasks[0].test), verifier.name if verifier else None
+    rows, name = read_scores(tasks), verifier.name if verifier else None
+    count = len(tasks[0].test) if tasks else 0
     return evaluation_facts(
         rows=rows,
         sets={
             name: set_facts(source, verifier=verifier, network=network, num_classes=classes, device=device)
             for name, source in sources.items()
         },
-        student=tasks[0].settings.student,
+        student=tasks[0].settings.student if tasks else settings.student,
         epochs=settings.epochs or distilled.num_epochs,
         test_count=count,
         verifier=name,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OutputError, RecipeError
-from ..recipe import Recipe, differing_keys, dump_recipe, load_recipe
+from ..recipe import NO_IMAGES, Recipe, differing_keys, dump_recipe, load_recipe
 from ..runtime import (
     DRAFT,
     HOLDER,
@@ -39,7 +39,7 @@ def check_at_once(recipe: Recipe, folder: Path, teachers: Path, *, fresh: bool =
 
 def check_source(source: str, name: str) -> None:
     """Raise a `DataError` if a source is not `digits`, a folder, or a Hub id. The message names what has set it."""
-    if source != "digits":
+    if source not in ("digits", NO_IMAGES):
         folder_or_hub_id(source, f"{name} {source!r}", give="`digits`, a Hub id or the path of a folder")
 
 

@@ -107,7 +107,9 @@ def _fill(run: Run, images: ImageSet, draft: Path, partial: Mapping[str, object]
 
 
 def _images_per_class(run: Run) -> list[int]:
-    return [len(rows) for rows in run.data.train.rows_by_class(run.data.num_classes)]
+    """Return the number of training images of each class; none if there are no real images."""
+    counts = [len(rows) for rows in run.data.train.rows_by_class(run.data.num_classes)]
+    return counts if any(counts) else []
 
 
 def _copy(source: Path, target: Path) -> None:

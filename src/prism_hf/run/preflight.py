@@ -12,7 +12,7 @@ from ..errors import OutputError, RecipeError, StageError, TeacherError
 from ..images import ImageSplit, describe_source, faults_of
 from ..method import Alignment, check_candidates, real_rows
 from ..models import Teacher, check_batch, check_network, classifier_of
-from ..recipe import SQUEEZE_PREFIX, STAGES, Recipe, cache_needed, space_needed
+from ..recipe import NO_IMAGES, SQUEEZE_PREFIX, STAGES, Recipe, cache_needed, space_needed
 from ..runtime import local_folder, read_json, size_text, write_json
 from .context import Run
 from .folder import check_place
@@ -139,7 +139,7 @@ def check_verifier(recipe: Recipe, loaded: Mapping[str, Teacher]) -> None:
 
 def check_apart(folder: Path, source: str) -> None:
     """Refuse an output folder inside the data folder: the next launch would read the output as data."""
-    data = None if source == "digits" else local_folder(source)
+    data = None if source in ("digits", NO_IMAGES) else local_folder(source)
     if data is not None and folder.resolve().is_relative_to(data.resolve()):
         raise OutputError(f"output {str(folder)!r} is inside the data {source!r}; use another folder (--output DIR)")
 
