@@ -88,6 +88,7 @@ ADDED = {
     "data.background": {"data.background": "#808080"},
     "data.white_level": {"data.white_level": 4095},
     "data.classes": {"data.classes": [0, 1, 2]},
+    "data.class_logits": {"data.class_logits": "full", "data.classes": [0, 1]},
     "squeeze.seed": {"squeeze.seed": 0},
     "synthesis.momentum": {"synthesis.momentum": 0.4},
     "synthesis.conv": {"synthesis.conv": {}},

@@ -182,7 +182,7 @@ def table_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 row["labels"],
                 top1_text(row, remark=spread) if scored else "-",
                 bytes_text(facts.get("image_bytes")),
-                bytes_text(facts.get("label_bytes")) if row["labels"] == "soft" else "-",
+                bytes_text(facts.get("label_bytes")) if row["labels"] == "soft" or not scored else "-",
                 cosine_text(similarity.get("mean")),
                 percent_text(facts.get("verifier_top1")),
             )

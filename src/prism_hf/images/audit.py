@@ -42,7 +42,7 @@ def faults_of(data: SourceData, recipe: DataRecipe) -> list[str]:
     warnings = [f"files in no split, which are not used: {len(left):,}, such as {left[0]!r}"] if left else []
     pixels = []
     for split in (data.train, data.test):
-        counts = np.bincount(split.labels, minlength=data.num_classes)
+        counts = np.bincount(split.labels, minlength=data.distilled_classes)
         if not counts.all():
             name = data.class_names[int(np.argmin(counts))]
             warnings.append(f"classes without images in split {split.name!r}: {(counts == 0).sum():,}, such as {name!r}")

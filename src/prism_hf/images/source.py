@@ -152,11 +152,17 @@ class SourceData:
     class_names: tuple[str, ...]
     revision: str | None
     on_hub: bool = False
+    part: int | None = None  # number of classes that are distilled, the first ones; `None` for all
 
     @property
     def num_classes(self) -> int:
         """The number of classes, K."""
         return len(self.class_names)
+
+    @property
+    def distilled_classes(self) -> int:
+        """The number of classes that are distilled, which are the first ones."""
+        return self.num_classes if self.part is None else self.part
 
 
 def load_source(recipe: DataRecipe) -> SourceData:
@@ -183,10 +189,24 @@ def load_source(recipe: DataRecipe) -> SourceData:
     return SourceData(
         train=_checked_split(train, image_column, label_column, names, recipe, recipe.train_split, chosen),
         test=_checked_split(test, image_column, label_column, names, recipe, recipe.test_split, chosen),
-        class_names=names if chosen is None else names_of(chosen, names),
+        class_names=names if chosen is None else _named(recipe, chosen, names),
         revision=source_revision(train),
         on_hub=recipe.source != "digits" and local_folder(recipe.source) is None,
+        part=None if chosen is None else len(chosen),
     )
+
+
+def _named(recipe: DataRecipe, chosen: Sequence[int], names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the chosen classes and, with all logits, of the others after them.
+
+    Raises:
+        DataError: The number of names is not that of the recipe.
+    """
+    others = [number for number in range(len(names)) if number not in set(chosen)]
+    own = names_of([*chosen, *others] if recipe.class_logits == "full" else chosen, names)
+    if len(own) != recipe.num_classes:
+        raise DataError(f"data.num_classes is {recipe.num_classes}, but there are {len(own)} classes; set it to that")
+    return own
 
 
 def no_images(recipe: DataRecipe, names: Sequence[str]) -> SourceData:
@@ -203,11 +223,11 @@ def no_images(recipe: DataRecipe, names: Sequence[str]) -> SourceData:
             f"data.num_classes is {recipe.num_classes}, but the logit teacher has {len(names)} classes; set data.classes "
             "to distill a part of them"
         )
-    own = names_of(chosen, names) if recipe.classes is not None else tuple(names)
+    own = _named(recipe, chosen, names) if recipe.classes is not None else tuple(names)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(own))})
     rows = datasets.Dataset.from_dict({"image": [], "label": []}, features=features)
     empty = _checked_split(rows, "image", "label", own, recipe, NO_IMAGES)
-    return SourceData(train=empty, test=empty, class_names=own, revision=None)
+    return SourceData(train=empty, test=empty, class_names=own, revision=None, part=len(chosen))
 
 
 def count_classes(recipe: DataRecipe) -> int:

@@ -85,8 +85,8 @@ def choose_rows(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *
 
 def _classes(data: SourceData, ipc: int) -> list[np.ndarray]:
     """Return the rows of each class in ascending order; raise a `DataError` if a class has fewer than `ipc` images."""
-    by_class = data.train.rows_by_class(data.num_classes)
-    for name, rows in zip(data.class_names, by_class, strict=True):
+    by_class = data.train.rows_by_class(data.distilled_classes)
+    for name, rows in zip(data.class_names, by_class, strict=False):
         if len(rows) < ipc:
             raise DataError(
                 f"class {name!r} has {len(rows)} training images, but ipc is {ipc}; lower ipc (init noise needs no real "
@@ -145,7 +145,7 @@ def mosaics(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, se
     assert mosaic is not None
     check_candidates(data, settings)
     images: list[Tensor] = []
-    for label, rows in enumerate(split.rows_by_class(data.num_classes)):
+    for label, rows in enumerate(split.rows_by_class(data.distilled_classes)):
         generator = torch.Generator().manual_seed(derived_seed(seed, "mosaic", label))
         drawn = torch.randperm(len(rows), generator=generator)[: mosaic.candidates].sort().values
         crops = draw_crop(len(drawn) * mosaic.crops, split.size, mosaic.crop_scale, generator)
@@ -161,7 +161,7 @@ def check_candidates(data: SourceData, settings: SynthesisRecipe) -> None:
     if mosaic is None:
         return
     needed = mosaic.grid**2 * ipc
-    for name, rows in zip(data.class_names, data.train.rows_by_class(data.num_classes), strict=True):
+    for name, rows in zip(data.class_names, data.train.rows_by_class(data.distilled_classes), strict=False):
         shortage = f"it has only {len(rows)} images; lower"
         if len(rows) >= mosaic.candidates:
             shortage = f"synthesis.mosaic.candidates is {mosaic.candidates}; raise it, or lower"

@@ -27,9 +27,12 @@ def describe_plan(recipe: Recipe, *, control: bool = True) -> str:
     random = recipe.method == "random"
     logit = "each teacher in turn" if teachers.selection == "cycle" else teachers.logit
     source = "no real images" if data.source == NO_IMAGES else data.source
+    classes = f"{data.num_classes} classes"
+    if data.distilled_classes < data.num_classes:
+        classes = f"{data.distilled_classes} of {classes}"
     lines = [
         f"{recipe.name} (fingerprint {recipe.fingerprint()})",
-        f"data      {source}: {data.num_classes} classes, {data.channels} x {data.size} x {data.size}",
+        f"data      {source}: {classes}, {data.channels} x {data.size} x {data.size}",
         f"images    {recipe.num_images} ({recipe.synthesis.ipc} per class), "
         + ("real images drawn at random" if random else f"init {recipe.synthesis.init}"),
         f"jobs      {len(jobs)} of up to {max(len(j.classes) for j in jobs)} images, {recipe.synthesis.batch_order}",

@@ -84,7 +84,7 @@ def _batches(recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...], tuple[int, 
 
     Equal tuples are one object: a plan of ten million images has few different ones.
     """
-    synthesis, ipc, classes = recipe.synthesis, recipe.synthesis.ipc, recipe.data.num_classes
+    synthesis, ipc, classes = recipe.synthesis, recipe.synthesis.ipc, recipe.data.distilled_classes
     if recipe.method == "random":
         for images in _class_major(classes, ipc, classes * ipc):
             yield ("random", *images)

@@ -67,7 +67,7 @@ class Recipe:
     @property
     def num_images(self) -> int:
         """The number of distilled images."""
-        return self.synthesis.ipc * self.data.num_classes
+        return self.synthesis.ipc * self.data.distilled_classes
 
     @property
     def squeezed_teachers(self) -> tuple[str, ...]:
@@ -158,7 +158,7 @@ def _check_counts(recipe: Recipe) -> None:
         return
     found = [key if isinstance(present[key], dict) else f"{key} is {present[key]}" for key in wrong]
     if (wanted.get("synthesis.slots_per_batch") or 0) > synthesis.slots_per_batch:
-        limit = synthesis.slots_per_batch * recipe.data.num_classes
+        limit = synthesis.slots_per_batch * recipe.data.distilled_classes
         found[0] = f"synthesis.batch_size is {synthesis.batch_size}, more than the {limit} images of slots_per_batch"
     too_long = found.pop() + f" but relabel stores {stored} epochs of views" if wrong[-1].startswith("evaluation") else ""
     too_many = f"{', '.join(found)} but there are {images} images ({synthesis.ipc} per class)" if found else ""
@@ -169,7 +169,7 @@ def _check_counts(recipe: Recipe) -> None:
 
 def _fitting_batches(recipe: Recipe) -> dict[str, int | None]:
     """Return values of the synthesis that fit the number of images; those that fit already are unchanged."""
-    synthesis, classes = recipe.synthesis, recipe.data.num_classes
+    synthesis, classes = recipe.synthesis, recipe.data.distilled_classes
     if synthesis.batch_order == "within_class":
         return {"synthesis.batch_size": min(synthesis.batch_size, recipe.num_images)}
     slots, size = synthesis.slots_per_batch, synthesis.batch_size
@@ -190,6 +190,7 @@ _ADDED: dict[str, object] = {
     "data.background": "white",
     "data.white_level": None,
     "data.classes": None,
+    "data.class_logits": "restrict",
     "squeeze.seed": None,
     "synthesis.momentum": 0.0,
     "synthesis.conv": None,

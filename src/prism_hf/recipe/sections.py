@@ -69,9 +69,11 @@ class DataRecipe:
     num_classes: AtLeastTwo  # required, so that a plan can be made without the data; checked against the data
     size: Annotated[int, Field(ge=8, lt=2**15)]  # side of the square working image in pixels; the tables store int16
     channels: Literal[1, 3] = 3  # 1 (gray) or 3 (RGB) for the synthetic images
-    # A part of the classes: names, WordNet ids or numbers, or `imagenette`, `imagewoof`, `imagenet-100`. Teachers that know
-    # more classes are used with the logits of these. `null`: all classes of the source.
+    # A part of the classes: names, WordNet ids or numbers, or `imagenette`, `imagewoof`, `imagenet-100`. `null`: all.
     classes: ClassPart | None = None
+    # How teachers that know more classes are used. `restrict`: only with the logits of the part, so the softmax is over
+    # it, and num_classes is its size. `full`: with all logits, those of the part first, and num_classes counts all.
+    class_logits: Literal["restrict", "full"] = "restrict"
     config: Name | None = None  # Hub config of the source
     revision: Name | None = None  # Hub revision of the source; `null` uses the newest and records its commit
     train_split: Name = "train"  # for start images, squeeze, the random-real control and the diversity reference
@@ -88,9 +90,18 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         if self.classes is not None:
-            chosen = NAMED_CLASSES[self.classes] if isinstance(self.classes, str) else self.classes
-            if len(chosen) != self.num_classes:
-                raise ValueError(f"classes has {len(chosen)} classes, num_classes is {self.num_classes}; set it to that")
+            part, all_of_them = self.distilled_classes, self.num_classes
+            if part > all_of_them or (part < all_of_them and self.class_logits == "restrict"):
+                raise ValueError(f"classes has {part} classes, num_classes is {all_of_them}; set it to that")
+        elif self.class_logits == "full":
+            raise ValueError("class_logits belongs to classes; remove it, or set classes too")
+
+    @property
+    def distilled_classes(self) -> int:
+        """The number of classes that get images: all, or the part in `classes`. Their labels are the first ones."""
+        if self.classes is None:
+            return self.num_classes
+        return len(NAMED_CLASSES[self.classes] if isinstance(self.classes, str) else self.classes)
 
     @property
     def tested_on(self) -> str:

@@ -168,7 +168,7 @@ def _hardware(run: Run, images: ImageSet) -> dict[str, object]:
 def _draw_grid(run: Run, images: ImageSet, draft: Path) -> None:
     """Draw a grid of the first classes and slots. Missing images are white."""
     data, slots = run.recipe.data, min(run.recipe.synthesis.ipc, MAX_SLOTS)
-    classes = min(data.num_classes, MAX_CLASSES)
+    classes = min(data.distilled_classes, MAX_CLASSES)
     canvas = torch.full((classes * slots, data.channels, data.size, data.size), 255, dtype=torch.uint8)
     pixels = decoded_images(run, images)
     for row, (label, slot, *_) in enumerate(images.origins):
