@@ -90,6 +90,7 @@ ADDED = {
     "data.classes": {"data.classes": [0, 1, 2]},
     "data.class_logits": {"data.class_logits": "full", "data.classes": [0, 1]},
     "squeeze.seed": {"squeeze.seed": 0},
+    "squeeze.input_size": {"squeeze.input_size": "own"},
     "synthesis.momentum": {"synthesis.momentum": 0.4},
     "synthesis.conv": {"synthesis.conv": {}},
     "synthesis.densification": {"synthesis.densification": {}},

@@ -26,5 +26,6 @@ from .squeeze import (
     squeeze_teacher,
     teacher_folder,
 )
+from .start import architecture_of, input_size_of
 from .teacher import Teacher, classifier_of, fit_teacher, penultimate_features
 from .training import FUSED, AtStep, Batches, ShuffledBatches, fit, score

@@ -37,6 +37,15 @@ class SqueezeSettings(Facts):
     epochs: int | None = None
 
 
+class StartFacts(Facts):
+    """The pretrained network that a teacher was fine-tuned from; a local folder is named by its last part."""
+
+    name: str
+    license: str
+    revision: str | None
+    weights_sha256: str
+
+
 class TeacherFacts(Facts):
     """The contents of squeeze.json; earlier versions did not write the fields that may be `None`."""
 
@@ -50,12 +59,22 @@ class TeacherFacts(Facts):
     test_count: int | None = None
     channels: int | None = None
     source: SourceFacts | None = None
+    start: StartFacts | None = None
     test: ScoredOn | None = None
     settings: SqueezeSettings
     fingerprint: str
     test_top1: Share
     weights_sha256: str | None = None
     wall_time_s: float
+
+    @property
+    def license(self) -> str:
+        """The license of the weights: that of the data, from which they are derived, and of a pretrained start."""
+        assert self.source is not None
+        if self.start is None or self.start.license == self.source.license:
+            return self.source.license
+        version = "" if self.start.revision is None else f" at {self.start.revision}"
+        return f"{self.source.license} (data) and {self.start.license} (weights of {self.start.name}{version})"
 
     @property
     def title(self) -> str:

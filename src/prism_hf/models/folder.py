@@ -22,6 +22,7 @@ from ..runtime import draft_folder, read_json, swap_folder, writing
 from .build import build_network, seeded
 from .facts import ScoredOn, SourceFacts, StudentFacts, TeacherFacts
 
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 _ORIGIN = ("tag", "url", "file", "hf_hub_id", "hf_hub_filename", "source", "origin_url", "paper_name", "paper_ids", "notes")
 
 
@@ -37,13 +38,15 @@ def store_network(
     *,
     size: int,
     class_names: Sequence[str],
+    mean_std: MeanStd | None = None,
     replace: bool = False,
 ) -> None:
     """Write a complete folder under a temporary name, then rename it, so that readers never see a partial folder.
 
-    A finished network in `folder` is kept unless `replace` is set. The network takes images of `size` pixels in the
-    reference normalization. A student with 1 channel is widened to RGB: three copies of a gray image give the same output
-    as the gray image did. A teacher already takes RGB. The license is that of the data, from which weights are derived.
+    A finished network in `folder` is kept unless `replace` is set. The network takes images of `size` pixels with this mean
+    and standard deviation, by default those of the reference normalization. A student with 1 channel is widened to RGB:
+    three copies of a gray image give the same output as the gray image did. A teacher already takes RGB. The license is
+    that of the data, from which weights are derived, and of a pretrained start.
 
     Raises:
         RecipeError: The network is not a timm architecture, or cannot be widened.
@@ -59,7 +62,8 @@ def store_network(
     channels = facts.channels if isinstance(facts, StudentFacts) else 3
     if channels == 1:
         network = _widened(network, architecture, size, len(class_names))
-    config = _config(network, size, channels, class_names, source.license)
+    license = facts.license if isinstance(facts, TeacherFacts) else source.license
+    config = _config(network, size, channels, class_names, license, mean_std or REFERENCE[channels])
     draft = draft_folder(folder)
     try:
         with writing(folder):
@@ -72,8 +76,10 @@ def store_network(
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _config(network: nn.Module, size: int, channels: int, class_names: Sequence[str], license: str) -> dict[str, object]:
-    mean, std = REFERENCE[channels]
+def _config(
+    network: nn.Module, size: int, channels: int, class_names: Sequence[str], license: str, mean_std: MeanStd
+) -> dict[str, object]:
+    mean, std = mean_std
     copies = 3 // channels
     return {
         "num_classes": len(class_names),

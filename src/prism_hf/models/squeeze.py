@@ -4,6 +4,7 @@ A squeezed teacher is a model folder (see `folder`). Its name contains a fingerp
 """
 
 import hashlib
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -19,20 +20,22 @@ from ..errors import DamagedError, TeacherError
 from ..images import ImageSplit, SourceData, draw_views, reference_mean_std, resample, to_reference
 from ..recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
 from ..runtime import EVERY_S, Artifact, Checkpoint, clear_drafts, derived_seed, is_held, to_device, waited_for
-from .build import build_network, operations, seeded
+from .build import operations, seeded
 from .facts import SqueezeSettings, TeacherFacts
 from .folder import is_stored, scored_on, source_facts, store_network
-from .teacher import digest_of_tensors
+from .start import architecture_of, input_size_of, start_facts, untrained_teacher
+from .teacher import Teacher, digest_of_tensors
 from .training import AtStep, ShuffledBatches, fit, score
 
 
 def teacher_folder(name: str, recipe: Recipe, root: Path) -> Path:
     """Return the folder of a `squeeze:` teacher, named by architecture and a fingerprint of data, settings and seed."""
-    architecture = name.removeprefix(SQUEEZE_PREFIX)
+    start = name.removeprefix(SQUEEZE_PREFIX)
     # Recipes with different seeds share teachers if their seed for squeezing is the same.
     shared = replace(recipe, seed=_seed(recipe), squeeze=replace(recipe.squeeze, seed=None))
-    text = f"{architecture}/{shared.fingerprint('data', 'squeeze')}"
-    return root / f"{architecture}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    text = f"{start}/{shared.fingerprint('data', 'squeeze')}"
+    short = re.sub(r"\W+", "-", start.rstrip("/").rpartition("/")[2]).strip("-")
+    return root / f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _seed(recipe: Recipe) -> int:
@@ -93,8 +96,8 @@ def squeeze_steps(recipe: Recipe, data: SourceData) -> int:
 
 def squeeze_operations(recipe: Recipe, name: str) -> int:
     """Return the operations of a squeezed teacher for one image. All take the same steps, but not the same time."""
-    data, architecture = recipe.data, name.removeprefix(SQUEEZE_PREFIX)
-    return operations(architecture, num_classes=data.num_classes, channels=3, size=data.size)
+    size = input_size_of(name, recipe)
+    return operations(architecture_of(name), num_classes=recipe.data.num_classes, channels=3, size=size)
 
 
 def squeeze_teacher(
@@ -148,29 +151,30 @@ def _train_and_store(
     device: torch.device,
     at_step: AtStep,
 ) -> TeacherFacts:
-    architecture, started = name.removeprefix(SQUEEZE_PREFIX), time.perf_counter()
+    start, started = name.removeprefix(SQUEEZE_PREFIX), time.perf_counter()
     source, settings = source_facts(recipe, data), recipe.squeeze
     seed, steps = _seed(recipe), squeeze_steps(recipe, data)
-    derived = derived_seed(seed, "squeeze", architecture)
+    derived = derived_seed(seed, "squeeze", start)
     with seeded(derived, device):
-        network = build_network(architecture, num_classes=data.num_classes, channels=3)
-        network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        teacher = untrained_teacher(name, recipe)
+        teacher.model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         network = fit(
-            network,
-            _batches(data.train, settings, derived, device),
+            teacher.model,
+            _batches(data.train, settings, derived, teacher),
             F.cross_entropy,
             steps=steps,
             lr=settings.lr,
             weight_decay=settings.weight_decay,
             schedule="one_cycle",
-            what=f"squeeze: teacher {architecture}",
+            what=f"squeeze: teacher {start}",
             checkpoint=checkpoint,
             at_step=at_step,
         )
     facts = TeacherFacts(
         kind="teacher",
         teacher=name,
-        architecture=architecture,
+        architecture=teacher.architecture,
+        start=start_facts(name),
         train_content=data.train.content,
         train_count=len(data.train),
         test_count=len(data.test),
@@ -179,16 +183,17 @@ def _train_and_store(
         test=scored_on(recipe),
         settings=SqueezeSettings(seed=seed, data=source.id, steps=steps, epochs=settings.epochs),
         fingerprint=folder.name.rpartition("-")[2],
-        test_top1=score(lambda x: network(_as_rgb(x)), data.test, device=device),
+        test_top1=score(lambda x: network(teacher.prepare(x)), data.test, device=device),
         weights_sha256=digest_of_tensors(network.state_dict()),
         wall_time_s=round(time.perf_counter() - started, 2),
     )
-    store_network(network, folder, facts, size=recipe.data.size, class_names=data.class_names)
+    mean_std = (teacher.mean, teacher.std)
+    store_network(network, folder, facts, size=teacher.size, class_names=data.class_names, mean_std=mean_std)
     return facts
 
 
-def _batches(split: ImageSplit, settings: SqueezeRecipe, seed: int, device: torch.device) -> ShuffledBatches:
-    labels = torch.from_numpy(split.labels)
+def _batches(split: ImageSplit, settings: SqueezeRecipe, seed: int, teacher: Teacher) -> ShuffledBatches:
+    labels, device = torch.from_numpy(split.labels), teacher.device
     size, count = settings.batch_size, len(split)
 
     def make(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -199,18 +204,8 @@ def _batches(split: ImageSplit, settings: SqueezeRecipe, seed: int, device: torc
         # Drawn on the CPU, so that the numbers are the same on any device.
         strength = settings.noise_std * to_device(torch.rand((len(rows), 1, 1, 1), generator=generator), device) / std
         images = images + strength * to_device(torch.randn(images.shape, generator=generator), device)
-        return _as_rgb(images), to_device(labels[rows], device)
+        return teacher.prepare(images), to_device(labels[rows], device)
 
     # Only full batches, because BatchNorm learns its statistics from them.
     parts = [range(start, start + size) for start in range(0, count - size + 1, size)]
     return ShuffledBatches(parts, settings.epochs, torch.Generator().manual_seed(seed), make, count=count)
-
-
-def _as_rgb(images: Tensor) -> Tensor:
-    """Convert images from their reference normalization to the RGB reference normalization of squeezed teachers.
-
-    Gray images are copied to three channels, so that the stored teacher takes ordinary RGB input.
-    """
-    mean, std = reference_mean_std(images.shape[1], like=images)
-    rgb_mean, rgb_std = reference_mean_std(3, like=images)
-    return ((images * std + mean) - rgb_mean) / rgb_std

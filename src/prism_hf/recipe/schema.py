@@ -29,6 +29,7 @@ from .synthesis import SynthesisRecipe
 
 SQUEEZE_PREFIX = "squeeze:"
 MOST_IMAGES = 10**7  # a plan lists every image
+_SQUEEZED = re.compile(rf"{SQUEEZE_PREFIX}(\w+(\.\w+)?|(hf-hub|hf_hub|local-dir):.+)")
 _RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)
 """Names that Windows reserves for devices, with any extension."""
 
@@ -109,8 +110,11 @@ def _check_names(recipe: Recipe) -> None:
     if _RESERVED.fullmatch(recipe.name.split(".")[0]) or recipe.name.endswith("."):
         raise ValueError(f"name {recipe.name!r} is not a valid folder name on every operating system; choose another one")
     for name in recipe.squeezed_teachers:
-        if not re.fullmatch(r"\w+", name.removeprefix(SQUEEZE_PREFIX)):
-            raise ValueError(f"teacher {name!r} is not squeeze:ARCHITECTURE; a timm name has only letters, digits and _")
+        if not _SQUEEZED.fullmatch(name):
+            raise ValueError(
+                f"teacher {name!r} is not squeeze:ARCHITECTURE, or squeeze: and a pretrained timm name, hf-hub:ORG/NAME or "
+                "local-dir:PATH"
+            )
 
 
 def _check_unused(recipe: Recipe) -> None:
@@ -192,6 +196,7 @@ _ADDED: dict[str, object] = {
     "data.classes": None,
     "data.class_logits": "restrict",
     "squeeze.seed": None,
+    "squeeze.input_size": "recipe",
     "synthesis.momentum": 0.0,
     "synthesis.conv": None,
     "synthesis.densification": None,

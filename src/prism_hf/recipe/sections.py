@@ -114,7 +114,8 @@ class TeachersRecipe:
     """The teachers of each loss, which PRISM decouples. An empty `bn_pool` gives SRe2L (one teacher for both losses).
 
     A teacher is `squeeze:<timm architecture>` (trained on this recipe's data), a timm name (`resnet18.tv_in1k`),
-    `hf-hub:org/name@revision`, `local-dir:path`, or `transformers:org/name`.
+    `hf-hub:org/name@revision`, `local-dir:path`, or `transformers:org/name`. `squeeze:` and one of these names, except for
+    transformers, fine-tunes that network on this recipe's data.
     """
 
     logit: Name  # the only teacher of the classification loss
@@ -157,7 +158,10 @@ class TeachersRecipe:
 
 @dataclass(frozen=True, config=STRICT)
 class SqueezeRecipe:
-    """Training of the `squeeze:` teachers (SRe2L stage 1): AdamW, one-cycle learning rate, crops and pixel noise."""
+    """Training of the `squeeze:` teachers (SRe2L stage 1): AdamW, one-cycle learning rate, crops and pixel noise.
+
+    Pretrained networks want fewer epochs and a lower learning rate, such as 5 and 1.0e-3.
+    """
 
     epochs: Count = 14
     batch_size: AtLeastTwo = 64  # the incomplete last batch of an epoch is dropped (BN statistics)
@@ -166,6 +170,8 @@ class SqueezeRecipe:
     crop_scale: CropScale = (0.6, 1.0)
     flip: bool = False  # horizontally, with probability 0.5
     noise_std: NonNegative = 0.1  # largest standard deviation of Gaussian noise, in [0, 1] pixel units; drawn per image
+    # Side of the input of teachers that start from pretrained weights: data.size, or that of these weights.
+    input_size: Literal["recipe", "own"] = "recipe"
     # `null` uses the recipe's seed. With a separate seed, recipes with different seeds can share their teachers.
     seed: Seed | None = None
 

@@ -11,8 +11,8 @@ import timm
 from ..errors import OutputError, RecipeError, StageError, TeacherError
 from ..images import ImageSplit, describe_source, faults_of
 from ..method import Alignment, check_candidates, real_rows
-from ..models import Teacher, check_batch, check_network, classifier_of
-from ..recipe import NO_IMAGES, SQUEEZE_PREFIX, STAGES, Recipe, cache_needed, space_needed
+from ..models import Teacher, architecture_of, check_batch, check_network, classifier_of, input_size_of
+from ..recipe import NO_IMAGES, STAGES, Recipe, cache_needed, space_needed
 from ..runtime import local_folder, read_json, size_text, write_json
 from .context import Run
 from .folder import check_place
@@ -125,7 +125,7 @@ def check_verifier(recipe: Recipe, loaded: Mapping[str, Teacher]) -> None:
         return
 
     def architecture(teacher: str) -> str:
-        return loaded[teacher].architecture if teacher in loaded else teacher.removeprefix(SQUEEZE_PREFIX)
+        return loaded[teacher].architecture if teacher in loaded else architecture_of(teacher)
 
     for teacher in recipe.teachers.synthesis_names:
         if architecture(teacher) == architecture(name):
@@ -147,10 +147,11 @@ def check_apart(folder: Path, source: str) -> None:
 def check_architectures(recipe: Recipe) -> None:
     """Raise a `TeacherError` before any training if a `squeeze:` architecture is not in timm or not usable in its role."""
     for name in recipe.squeezed_teachers:
-        architecture = name.removeprefix(SQUEEZE_PREFIX)
+        architecture = architecture_of(name)
         if not timm.is_model(architecture):
             raise TeacherError(f"teacher {name!r}: timm has no such architecture; timm.list_models() lists all")
-        network = check_network(architecture, num_classes=recipe.data.num_classes, channels=3, size=recipe.data.size)
+        size = input_size_of(name, recipe)
+        network = check_network(architecture, num_classes=recipe.data.num_classes, channels=3, size=size)
         if name in recipe.bn_candidates:
             Alignment(network, name=name)
         if name == (recipe.teachers.verifier or recipe.teachers.logit) and classifier_of(network) is None:
