@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from pipeline import mtimes, one_line, tiny
+from pipeline import mtimes, one_line, save_timm, tiny
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from prism_hf.errors import TeacherError
+from prism_hf.errors import RecipeError, TeacherError
 from prism_hf.images.pixels import to_reference
 from prism_hf.images.source import load_source
 from prism_hf.models.load import load_teacher
@@ -196,3 +196,62 @@ def test_unknown_architectures_and_large_batches_give_a_one_line_error(tmp_path)
         train(tmp_path, "squeeze.batch_size=2000")
     assert "1347" in one_line(error)
     assert not any(tmp_path.iterdir())
+
+
+# -- pretrained starts ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    facts = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 24, 24], "license": "mit"}
+    return save_timm(tmp_path_factory.mktemp("start") / "net", "test_byobnet", classes=7, **facts)
+
+
+def test_a_teacher_can_start_from_pretrained_weights(start, tmp_path):
+    name = f"squeeze:local-dir:{start}"
+    recipe, folder, report = train(
+        tmp_path, "squeeze.lr=1e-12", "squeeze.weight_decay=0", f"teachers.logit={name}", name=name
+    )
+    teacher = load_teacher(name, device=CPU, squeezed={name: folder})
+    before, after = timm.create_model(f"local-dir:{start}", pretrained=True).state_dict(), teacher.model.state_dict()
+    kept = [key for key in before if not key.startswith("head.") and "running" not in key and "num_batches" not in key]
+    assert len(kept) > 10
+    for key in kept:
+        torch.testing.assert_close(after[key], before[key], rtol=1e-4, atol=1e-6)
+    assert (teacher.mean, teacher.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), "the input of the start is kept"
+    assert (teacher.size, teacher.num_classes, teacher.architecture) == (8, 10, "test_byobnet")
+    assert folder.name.startswith("net-")
+    assert report.start.name == "local-dir:net", "the path stays private"
+    assert report.start.license == "mit"
+    assert report.start.weights_sha256 == load_teacher(f"local-dir:{start}", device=CPU).weights_sha256
+    assert teacher.license == f"{recipe.data.license} (data) and mit (weights of local-dir:net)"
+    assert str(start.parent) not in "".join(path.read_text() for path in folder.glob("*.json"))
+    fit_teacher(teacher, class_names=[str(n) for n in range(10)], channels=1)
+
+
+def test_the_score_of_a_fine_tuned_teacher_is_that_of_the_stored_one(start, tmp_path):
+    name = f"squeeze:local-dir:{start}"
+    recipe, folder, report = train(
+        tmp_path, "squeeze.input_size=own", "squeeze.epochs=2", f"teachers.logit={name}", name=name
+    )
+    teacher = load_teacher(name, device=CPU, squeezed={name: folder})
+    assert teacher.size == 24
+    test = load_source(recipe.data).test
+    answers = teacher.logits(to_reference(test.images(range(len(test))))).argmax(1)
+    assert float((answers == torch.from_numpy(test.labels)).float().mean()) == pytest.approx(report.test_top1, abs=0.003)
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("squeeze:nonsense.a1_in1k", "timm has no such architecture"),
+    ("squeeze:resnet18.nonsense", "timm has no weights with that name"),
+    ("squeeze:local-dir:/no/such/folder", "config.json"),
+])  # fmt: skip
+def test_a_start_that_cannot_be_loaded_is_refused_before_training(name, words):
+    with pytest.raises(TeacherError) as error:
+        check_architectures(tiny(*FAST, f"teachers.logit={name}"))
+    assert words in one_line(error)
+
+
+def test_a_transformers_start_is_refused():
+    with pytest.raises(RecipeError, match="is not squeeze:ARCHITECTURE, or squeeze: and a pretrained timm name"):
+        tiny("teachers.logit=squeeze:transformers:org/name")

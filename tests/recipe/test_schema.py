@@ -35,6 +35,7 @@ FINGERPRINTS = {
     "fashion/sre2l_ipc10.yaml": "a851d387e0da21fc",
     "imagenet/gvbsm_ipc10.yaml": "7c70a9b871401f0b",
     "imagenet/prism_ipc10.yaml": "dca32f265e589435",
+    "imagenet/lite_ipc1.yaml": "726ef7837eb10289",
     "imagenet/sre2l_ipc10.yaml": "2ced85799ecdb389",
 }
 """What is recorded in published datasets; no change of the code may change them."""
@@ -88,7 +89,7 @@ ADDED = {
     "data.background": {"data.background": "#808080"},
     "data.white_level": {"data.white_level": 4095},
     "data.classes": {"data.classes": [0, 1, 2]},
-    "data.class_logits": {"data.class_logits": "full", "data.classes": [0, 1]},
+    "data.class_logits": {"data.class_logits": "full"},
     "squeeze.seed": {"squeeze.seed": 0},
     "squeeze.input_size": {"squeeze.input_size": "own"},
     "synthesis.momentum": {"synthesis.momentum": 0.4},
@@ -100,6 +101,7 @@ ADDED = {
     "evaluation.label_epochs": {"evaluation.label_epochs": 1},
 }
 BESIDE = {
+    "data.class_logits": {"data.classes": [0, 1, 2]},
     "synthesis.densification": {"synthesis.slots_per_batch": 2},
     "synthesis.mosaic": {"synthesis.init": "mosaic", "synthesis.mosaic": {}},
     "synthesis.easiest": {"synthesis.init": "real_kmeans"},

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import DamagedError, TeacherError
 from ..images import ImageSplit, SourceData, draw_views, reference_mean_std, resample, to_reference
-from ..recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe
+from ..recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe, without_folders
 from ..runtime import EVERY_S, Artifact, Checkpoint, clear_drafts, derived_seed, is_held, to_device, waited_for
 from .build import operations, seeded
 from .facts import SqueezeSettings, TeacherFacts
@@ -172,7 +172,7 @@ def _train_and_store(
         )
     facts = TeacherFacts(
         kind="teacher",
-        teacher=name,
+        teacher=without_folders(name),
         architecture=teacher.architecture,
         start=start_facts(name),
         train_content=data.train.content,

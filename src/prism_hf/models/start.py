@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import TeacherError
 from ..images import REFERENCE
-from ..recipe import SQUEEZE_PREFIX, Recipe
+from ..recipe import SQUEEZE_PREFIX, Recipe, without_folders
 from .build import build_network
 from .facts import StartFacts
 from .load import load_teacher
@@ -89,6 +89,6 @@ def start_facts(name: str) -> StartFacts | None:
     source = pretrained_start(name)
     if source is None:
         return None
-    start, scheme = load_start(source), source.partition(":")[0]
-    public = f"local-dir:{source.rstrip('/').rpartition('/')[2]}" if scheme == "local-dir" else source
-    return StartFacts(name=public, license=start.license, revision=start.revision, weights_sha256=start.weights_sha256)
+    start = load_start(source)
+    public, sha256 = without_folders(source), start.weights_sha256
+    return StartFacts(name=public, license=start.license, revision=start.revision, weights_sha256=sha256)

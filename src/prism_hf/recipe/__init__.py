@@ -25,4 +25,5 @@ from .yaml_file import (
     override_recipe,
     parse_recipe,
     public_recipe,
+    without_folders,
 )

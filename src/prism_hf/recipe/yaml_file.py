@@ -86,7 +86,7 @@ def parse_recipe(values: object, overrides: Overrides = (), *, origin: str = "re
 
 def public_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe to publish: absolute local paths of data and teachers are cut to their last part."""
-    return parse_recipe(map_texts(to_dict(recipe), _without_folders), origin=f"{recipe.name}, to be published")
+    return parse_recipe(map_texts(to_dict(recipe), without_folders), origin=f"{recipe.name}, to be published")
 
 
 def flat_values(recipe: Recipe) -> dict[str, object]:
@@ -191,7 +191,7 @@ def _keys_of(section: Sequence[str]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-def _without_folders(text: str) -> str:
+def without_folders(text: str) -> str:
     """Cut an absolute path, also after a scheme (`local-dir:`), to its last part. Return other text and URLs unchanged."""
     if "://" in text:
         return text
