@@ -17,7 +17,7 @@ from prism_hf.evaluation.report import cosine_text, markdown_table, percent_text
 from prism_hf.hub.dataset_card import render_card
 from prism_hf.recipe.yaml_file import load_recipe, parse_recipe
 
-PAGES = ("method", "reproduction", "reliability", "comparison", "performance")
+PAGES = ("imagenet", "method", "reproduction", "reliability", "comparison", "performance")
 ROWS = ("distilled, soft", "random_real, soft", "distilled, hard", "random_real, hard")
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -81,6 +81,8 @@ def section(name: str, recorded: dict[str, dict]) -> str:
         return gpu_steps(result)
     if name == "gpu_digits":
         return gpu_digits(result)
+    if name == "imagenet-lite":
+        return imagenet_lite(result)
     report = result["report"]
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["wall_time_s"].items())
     hardware = result["hardware"]
@@ -125,6 +127,24 @@ def gpu_steps(result: dict) -> str:
                 rows.append((title, variant, speed, f"{facts['ratio_wall']:.2f}", memory))
     header = ("case", f"step ({result['device']})", "image-iterations / s", "speed / published", "peak memory")
     return f"{markdown_table([header, *rows])}\n\n`{result['command']}`. {result.get('note', '')}\n"
+
+
+def imagenet_lite(result: dict) -> str:
+    """Return the scores of images made with real ImageNet teachers from noise."""
+    rows = [
+        (
+            method,
+            f"{100 * facts['top1']:.0f}",
+            f"{100 * facts['top5']:.0f}",
+            f"{facts['similarity']:.2f}",
+            f"{facts['s_per_image']:.0f}",
+        )
+        for method, facts in result["methods"].items()
+    ]
+    head = ("method", "held-out top-1 %, of 1000", "held-out top-5 %", "intra-class cos", "s per image")
+    images = f"{result['classes']} classes, {result['ipc']} images each, {result['iterations']} iterations"
+    hardware = f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores, shared with other work"
+    return f"{markdown_table([head, *rows])}\n\n{images}. `{result['command'].strip()}` ({hardware})\n"
 
 
 def gpu_digits(result: dict) -> str:

@@ -76,7 +76,7 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
         "class_sizes": class_sizes(names, counts),
         "class_list": class_list(names, counts),
         "full_is_best": full_is_best(evaluation["rows"]) if evaluation else False,
-        "part": part_shown(len(names), recipe.synthesis.ipc),
+        "part": part_shown(recipe.data.distilled_classes, recipe.synthesis.ipc),
         "provenance": map_texts(facts["provenance"], escape),
         "tables": facts["tables"],
         "table": markdown_table(table_rows(evaluation)) if evaluation else "",

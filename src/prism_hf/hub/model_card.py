@@ -64,9 +64,11 @@ def _of_teacher(facts: TeacherFacts, config: NetworkConfig) -> dict[str, Any]:
     """Return the fields of a teacher's card; facts written by earlier versions have only the name of the data."""
     fields, settings = facts.model_dump(), facts.settings
     source = {"id": settings.data, "on_hub": False, "revision": None, "license": config.pretrained_cfg.license}
+    if facts.source is not None:
+        source = fields["source"] | {"license": facts.license}
     return fields | {
         "architecture": facts.architecture or config.architecture,
-        "source": fields["source"] or source,
+        "source": source,
         "test": fields["test"] or {"id": settings.data, "split": None},
         "seed": settings.seed,
         "epochs": settings.epochs,
