@@ -81,6 +81,8 @@ def section(name: str, recorded: dict[str, dict]) -> str:
         return gpu_steps(result)
     if name == "gpu_digits":
         return gpu_digits(result)
+    if name == "teacher-pool":
+        return teacher_pool(result)
     if name == "imagenet-lite":
         return imagenet_lite(result)
     report = result["report"]
@@ -127,6 +129,23 @@ def gpu_steps(result: dict) -> str:
                 rows.append((title, variant, speed, f"{facts['ratio_wall']:.2f}", memory))
     header = ("case", f"step ({result['device']})", "image-iterations / s", "speed / published", "peak memory")
     return f"{markdown_table([header, *rows])}\n\n`{result['command']}`. {result.get('note', '')}\n"
+
+
+def teacher_pool(result: dict) -> str:
+    """Return the networks that can be teachers."""
+    rows = [
+        (
+            name,
+            facts["license"],
+            str(facts["bn_layers"]),
+            str(facts["size"]),
+            f"{facts['mean'][0]:g}",
+            f"{facts['parameters'] / 1e6:.1f}",
+        )
+        for name, facts in result["teachers"].items()
+    ]
+    head = ("teacher (Hub id: timm/NAME)", "license", "BN layers", "input", "mean, red", "million parameters")
+    return f"{markdown_table([head, *rows])}\n\n`{result['command']}`\n"
 
 
 def imagenet_lite(result: dict) -> str:

@@ -1,4 +1,5 @@
 import copy
+import html
 import re
 from pathlib import Path
 
@@ -108,6 +109,22 @@ def test_the_card_shows_the_table_the_teachers_and_the_recipe(packed, facts):
     assert [t.info for t in fenced] == ["python", "python", "bash", "yaml", "bibtex"]
     assert yaml.safe_load(fenced[3].content) == yaml.safe_load((packed[0] / "recipe.yaml").read_text())
     assert body.count("<details>") == body.count("</details>") == 2
+
+
+@each("name, license, sentence", [
+    ("resnet18.a1_in1k", "apache-2.0", ""),
+    ("res2net50.in1k", "unknown", "The license of res2net50.in1k is unknown; ask its authors"),
+    ("hf-hub:org/net", "cc-by-nc-4.0", "The license of hf-hub:org/net forbids commercial use"),
+    ("hf-hub:org/net", "other, non-commercial", "forbids commercial use"),
+    ("squeeze:resnet18", "unknown", ""),
+])  # fmt: skip
+def test_teachers_with_an_unknown_or_non_commercial_license_are_named(packed, facts, name, license, sentence):
+    _, recipe = packed
+    changed = copy.deepcopy(facts)
+    changed["provenance"]["teachers"][0] |= {"name": name, "license": license}
+    text = " ".join(html.unescape(render_card(changed, recipe)).replace("\\", "").split())
+    assert sentence in text
+    assert ("forbids commercial use" in text or "is unknown; ask" in text) == bool(sentence)
 
 
 def test_without_a_report_the_card_says_not_yet_run(packed, facts):

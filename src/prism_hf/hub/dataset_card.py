@@ -12,9 +12,9 @@ from huggingface_hub import DatasetCardData
 
 from ..dataset import VIEWS, image_features, read_provenance, view_features
 from ..evaluation import full_is_best, markdown_table, table_rows
-from ..recipe import NO_IMAGES, Recipe, dump_recipe, to_dict
+from ..recipe import NO_IMAGES, SQUEEZE_PREFIX, Recipe, dump_recipe, to_dict
 from ..runtime import count_text, map_texts
-from .card import checked_header, class_list, escape, fence_for, license_keys, render, with_header
+from .card import checked_header, class_list, escape, fence_for, license_keys, render, slug, with_header
 from .citations import CITATIONS
 from .figures import part_shown
 from .merge import block_of
@@ -64,6 +64,7 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
     """
     evaluation, recipe_yaml, student = facts["evaluation"], dump_recipe(recipe), recipe.evaluation.student
     names, counts = facts["class_names"], facts["provenance"]["source"].get("images_per_class", [])
+    shown = recipe.data.distilled_classes if recipe.data.class_logits == "full" else len(names)
     values = {
         "placeholder": _PLACEHOLDER.format(recipe.name),
         "name": recipe.name,  # needs no escaping: a recipe name has only letters, digits, dots, dashes and underscores
@@ -76,7 +77,8 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
         "class_sizes": class_sizes(names, counts),
         "class_list": class_list(names, counts),
         "full_is_best": full_is_best(evaluation["rows"]) if evaluation else False,
-        "part": part_shown(recipe.data.distilled_classes, recipe.synthesis.ipc),
+        "restricted": _restricted(facts["provenance"]["teachers"]),
+        "part": part_shown(shown, recipe.synthesis.ipc),
         "provenance": map_texts(facts["provenance"], escape),
         "tables": facts["tables"],
         "table": markdown_table(table_rows(evaluation)) if evaluation else "",
@@ -118,6 +120,17 @@ def _source_version(facts: Mapping[str, Any]) -> str:
     version = {"config": data["config"], "revision": source.get("revision") or data["revision"]}
     parts = [f"{key} {escape(value)}" for key, value in version.items() if value is not None]
     return f" ({', '.join(parts)})" if parts else ""
+
+
+def _restricted(teachers: Sequence[Mapping[str, Any]]) -> str:
+    """Return a sentence on teachers, not trained for this set, whose license is unknown or forbids commercial use."""
+    licenses = {t["name"]: slug(t["license"]) for t in teachers if not t["name"].startswith(SQUEEZE_PREFIX)}
+    unknown = [escape(name) for name, license in licenses.items() if license in ("unknown", "other")]
+    limited = [escape(name) for name, license in licenses.items() if re.search(r"(^|-)nc(-|$)|non-?commercial", license)]
+    parts = [f"The license of {', '.join(unknown)} is unknown; ask its authors before you use this set."] if unknown else []
+    if limited:
+        parts.append(f"The license of {', '.join(limited)} forbids commercial use, which may extend to this set.")
+    return " ".join(parts)
 
 
 def class_sizes(names: Sequence[str], counts: Sequence[int]) -> str:

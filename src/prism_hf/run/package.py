@@ -174,7 +174,13 @@ def _draw_grid(run: Run, images: ImageSet, draft: Path) -> None:
     for row, (label, slot, *_) in enumerate(images.origins):
         if label < classes and slot < slots:
             canvas[label * slots + slot] = pixels[row]
-    draw_grid(draft / "assets" / "grid.png", canvas, run.data.class_names[: data.distilled_classes], slots, ipc=run.recipe.synthesis.ipc)
+    draw_grid(
+        draft / "assets" / "grid.png",
+        canvas,
+        run.data.class_names[: data.distilled_classes],
+        slots,
+        ipc=run.recipe.synthesis.ipc,
+    )
     steps = sum(job.iterations for job in plan_jobs(run.recipe))
     log_picture(run.accelerator, "distilled", grid(canvas, slots), step=steps)
 
