@@ -18,6 +18,14 @@ from prism_hf.recipe.yaml_file import parse_recipe
 
 torch.set_num_threads(1)
 
+LONGEST = ("test_readme.py", "test_no_images.py::test_real_imagenet")
+
+
+def pytest_collection_modifyitems(items):
+    """Start the longest tests first: at the end, one worker would wait for the other one."""
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
+
+
 TINY = {
     "name": "tiny",
     "seed": 0,

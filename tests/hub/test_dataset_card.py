@@ -119,8 +119,7 @@ def test_the_card_shows_the_table_the_teachers_and_the_recipe(packed, facts):
     ("squeeze:resnet18", "unknown", ""),
 ])  # fmt: skip
 def test_teachers_with_an_unknown_or_non_commercial_license_are_named(packed, facts, name, license, sentence):
-    _, recipe = packed
-    changed = copy.deepcopy(facts)
+    recipe, changed = packed[1], copy.deepcopy(facts)
     changed["provenance"]["teachers"][0] |= {"name": name, "license": license}
     text = " ".join(html.unescape(render_card(changed, recipe)).replace("\\", "").split())
     assert sentence in text

@@ -189,3 +189,20 @@ def test_no_batch_for_a_teacher_waits_for_the_device(many, tiny_images):
     batches = list(teacher_batches(split, settings, 0, META))
     assert len(batches) == len(tiny_images) // 3
     assert all(tensor.device == META for batch in batches for tensor in batch)
+
+
+@pytest.mark.slow
+def test_a_compiled_teacher_serves_all_jobs_without_recompilation(tiny_recipe):
+    recipe = tiny_recipe({"teachers.logit": "squeeze:test_resnet", "teachers.bn_pool": [], "teachers.extras": 3})
+    recipe = override_recipe(recipe, {"synthesis.iterations": 3, "synthesis.ipc": 2})
+    teachers = {"squeeze:test_resnet": teachers_on("cpu", 3)["squeeze:test_resnet"]}
+    last, counters = {}, torch._dynamo.utils.counters
+    for number in range(2):
+        job, settings, initial = first_job(recipe, number)
+        for compile in ("off", "on"):
+            counters.clear()
+            steps = list(synthesize(job, settings, initial, teachers, compile=compile))
+            last[compile] = steps[-1].pixels
+            compiled = counters["stats"]["unique_graphs"]
+            assert (compiled > 0) == (compile == "on" and number == 0), (number, compile, compiled)
+        torch.testing.assert_close(last["on"], last["off"], rtol=0, atol=0.02)
