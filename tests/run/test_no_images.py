@@ -65,7 +65,7 @@ def test_teachers_alone_make_a_dataset(teachers, tmp_path, part, names, capsys):
     report = json.loads((tmp_path / "out" / "report.json").read_text())["evaluation"]
     assert report["rows"] == []
     assert report["sets"]["distilled"]["verifier_top1"] is not None
-    assert set(report["left_out"]) == {"all students", "random real"}
+    assert set(report["left_out"]) == {"all students", "random real", "all real"}
 
 
 def test_a_class_that_one_teacher_does_not_know_is_refused_before_the_work(teachers, tmp_path, capsys):

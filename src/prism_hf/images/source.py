@@ -172,7 +172,7 @@ def load_source(recipe: DataRecipe) -> SourceData:
         DataError: Not found, no image or label column, or a different number of classes.
     """
     if recipe.source == NO_IMAGES:
-        raise DataError("data.source is none, so there are no real images; give test data (--test DATA:SPLIT)")
+        raise DataError("data.source is none, so there are no real images; name test images with --test DATA:SPLIT")
     # A held-out part of the training split replaces the test split, which is then never opened.
     test = None if recipe.validation_fraction else open_split(recipe, recipe.test_split)
     train = open_split(recipe, recipe.train_split)
@@ -277,14 +277,14 @@ def _checked_split(
 def load_test_split(recipe: DataRecipe, source: str, split: str, names: Sequence[str]) -> ImageSplit:
     """Load another test set, from a Hub id or a folder, at the recipe's working size.
 
-    If it has more classes, or others in between, those of `names` are found by WordNet id or name.
+    If it lists other classes or another order, those of `names` are found by WordNet id or name.
     """
     other = replace(recipe, source=source, config=None, revision=None, test_split=split, validation_fraction=0.0)
     rows = open_split(other, split)
     image_column = find_image_column(rows, other)
     label_column = find_label_column(rows, other, image_column)
     feature = rows.features[label_column]
-    if isinstance(feature, datasets.ClassLabel) and len(feature.names) > len(names):
+    if isinstance(feature, datasets.ClassLabel) and tuple(feature.names) != tuple(names):
         chosen = find_classes(names, feature.names, f"the test data {source!r}", DataError)
         return _checked_split(rows, image_column, label_column, feature.names, other, split, chosen)
     return _checked_split(rows, image_column, label_column, names, other, split)

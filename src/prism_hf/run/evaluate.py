@@ -69,7 +69,7 @@ def left_out(run: Run, sources: Mapping[str, Source]) -> dict[str, str]:
     recipe, reasons = run.recipe, {}
     if recipe.data.source == NO_IMAGES:
         why = "the recipe has no real images (data.source: none)"
-        return {"all students": f"{why}; `prism-hf evaluate DATASET --test DATA:SPLIT` scores them", "random real": why}
+        return {"random real": why, "all real": why}
     if recipe.method == "random":
         reasons["random real"] = NO_CONTROL
     elif not run.with_control:
@@ -100,6 +100,10 @@ def fill_table(
     tasks = student_tasks(sources, test, protocol, view, folder, num_classes=classes) if len(test) else []
     train_students(run, tasks, keep=keep)
     verifier, reasons = judge if recipe.teachers.verifier else None, left_out(run, sources) | dict(missing)
+    if not tasks:
+        reasons["all students"] = (
+            "there are no test images; `prism-hf evaluate DATASET --test DATA:SPLIT` scores them on yours"
+        )
     return collect(run, tasks, sources, left_out=reasons, verifier=verifier, network=judge)
 
 
