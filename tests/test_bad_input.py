@@ -447,10 +447,10 @@ TEACHERS = {
     "a negative input size": ("local-dir:bad", ["input_size"], cfg(input_size=[3, -1, -1])),
     "label names that are a number": ("local-dir:bad", ["label_names"], cfg(label_names=3)),
     "more classes": ("local-dir:bad", ["7 classes", "the data has 3"], lambda here: save_timm(here / "bad", classes=7)),
-    "labels in another order": (
+    "a class that it does not know": (
         "local-dir:bad",
-        ["another order", "'cat'", "'ant'"],
-        lambda here: save_timm(here / "bad", names=NAMES[::-1]),
+        ["class 'bee'", "3 classes of teacher"],
+        lambda here: save_timm(here / "bad", names=("cat", "dog", "ant")),
     ),
     "no BatchNorm": (
         "local-dir:bad",
@@ -932,7 +932,7 @@ EVALUATE = {
     "no such student": ("set --student nonsense", RecipeError, ["nonsense"]),
     "no such test data": ("set --test ./gone", DataError, ["./gone", "neither a folder here nor a Hub id"]),
     "no such test split": ("set --test pictures:nope", DataError, ["'nope'"]),
-    "test data of other classes": ("set --test digits", DataError, ["'test'", "different order or number"]),
+    "test data of other classes": ("set --test digits", DataError, ["class 'ant'", "10 classes of the test data 'digits'"]),
 }
 
 CASES |= {

@@ -174,7 +174,7 @@ def test_summary_shows_table_words_gaps_and_times(evaluation):
 
 def test_summary_without_rows_or_times():
     empty = evaluation_facts(rows=(), sets={}, student="s", epochs=1, test_count=2)
-    assert "s, 0 seeds" in summary({"recipe": "r", "evaluation": empty})
+    assert "r: no students" in summary({"recipe": "r", "evaluation": empty})
 
 
 # -- numbers that mean little -----------------------------------------------------------------------------------------

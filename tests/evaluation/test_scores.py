@@ -138,7 +138,7 @@ def test_sizes_of_each_dataset_need_no_network(source):
     assert (facts["distilled"]["image_bytes"], facts["random_real"]["label_bytes"]) == (100, 201)
     assert facts["distilled"]["verifier_top1"] is None
     nothing = {"image_bytes": None, "label_bytes": None, "verifier_top1": None}
-    assert facts["full"] == nothing | {"intra_class_similarity": {"mean": None, "per_class": [None] * 10}}
+    assert facts["full"] == nothing | {"count": 1347} | {"intra_class_similarity": {"mean": None, "per_class": [None] * 10}}
 
 
 def test_the_verifier_scores_images_and_measures_similarity(source):

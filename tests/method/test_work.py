@@ -186,7 +186,8 @@ class Table:
 def test_no_batch_for_a_teacher_waits_for_the_device(many, tiny_images):
     split = Table(tiny_images)
     settings = override_recipe(many, {"squeeze.batch_size": 3, "squeeze.epochs": 1}).squeeze
-    batches = list(teacher_batches(split, settings, 0, META))
+    teacher = next(iter(teachers_on("meta", 4).values()))
+    batches = list(teacher_batches(split, settings, 0, teacher))
     assert len(batches) == len(tiny_images) // 3
     assert all(tensor.device == META for batch in batches for tensor in batch)
 
