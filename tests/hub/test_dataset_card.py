@@ -117,6 +117,8 @@ def test_the_card_shows_the_table_the_teachers_and_the_recipe(packed, facts):
     ("hf-hub:org/net", "cc-by-nc-4.0", "The license of hf-hub:org/net forbids commercial use"),
     ("hf-hub:org/net", "other, non-commercial", "forbids commercial use"),
     ("squeeze:resnet18", "unknown", ""),
+    ("squeeze:hf-hub:org/net", "mit (data) and unknown (weights of hf-hub:org/net)", "hf-hub:org/net is unknown; ask"),
+    ("squeeze:a.b", "mit (data) and cc-by-nc-4.0 (weights of a.b)", "The license of squeeze:a.b forbids commercial use"),
 ])  # fmt: skip
 def test_teachers_with_an_unknown_or_non_commercial_license_are_named(packed, facts, name, license, sentence):
     recipe, changed = packed[1], copy.deepcopy(facts)

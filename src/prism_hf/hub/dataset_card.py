@@ -123,9 +123,13 @@ def _source_version(facts: Mapping[str, Any]) -> str:
 
 
 def _restricted(teachers: Sequence[Mapping[str, Any]]) -> str:
-    """Return a sentence on teachers, not trained for this set, whose license is unknown or forbids commercial use."""
-    licenses = {t["name"]: slug(t["license"]) for t in teachers if not t["name"].startswith(SQUEEZE_PREFIX)}
-    unknown = [escape(name) for name, license in licenses.items() if license in ("unknown", "other")]
+    """Return a sentence on teachers whose license, or that of their pretrained start, is unknown or non-commercial."""
+    licenses = {teacher["name"]: slug(teacher["license"]) for teacher in teachers}
+    unknown = [
+        escape(name)
+        for name, license in licenses.items()
+        if "unknown-weights-of" in license or (license in ("unknown", "other") and not name.startswith(SQUEEZE_PREFIX))
+    ]
     limited = [escape(name) for name, license in licenses.items() if re.search(r"(^|-)nc(-|$)|non-?commercial", license)]
     parts = [f"The license of {', '.join(unknown)} is unknown; ask its authors before you use this set."] if unknown else []
     if limited:
