@@ -58,7 +58,8 @@ def main() -> None:
     sys.stdout.write(f"after / before: {statistics.median(shares):.2f}\n")
     if args.record:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=args.before, capture_output=True, text=True)
-        facts = {"command": f"python benchmarks/main_job.py --before CHECKOUT --rounds {args.rounds}", **machine.facts()}
+        command = f"python benchmarks/main_job.py --before CHECKOUT --rounds {args.rounds}{' --alone' * args.alone}"
+        facts = {"command": command, **machine.facts()}
         write_json(args.record, facts | {"before": commit.stdout.strip(), "runs": runs, "share_of_time": shares})
 
 
