@@ -124,7 +124,7 @@ def _source_version(facts: Mapping[str, Any]) -> str:
 
 def _restricted(teachers: Sequence[Mapping[str, Any]]) -> str:
     """Return a sentence on teachers whose license, or that of their pretrained start, is unknown or non-commercial."""
-    licenses = {teacher["name"]: slug(teacher["license"]) for teacher in teachers}
+    licenses = {teacher["name"]: slug(teacher.get("license", "")) for teacher in teachers}
     unknown = [
         escape(name)
         for name, license in licenses.items()
