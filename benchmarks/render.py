@@ -71,20 +71,8 @@ def section(name: str, recorded: dict[str, dict]) -> str:
     result = recorded[name]
     if name in RELIABILITY:
         return f"{RELIABILITY[name](result)}\n\n`{result['command']}`\n"
-    if name == "throughput":
-        return throughput(result)
-    if name == "main_job":
-        return main_job(result)
-    if name == "relabel":
-        return relabel_speed(result)
-    if name == "gpu":
-        return gpu_steps(result)
-    if name == "gpu_digits":
-        return gpu_digits(result)
-    if name == "teacher-pool":
-        return teacher_pool(result)
-    if name == "imagenet-lite":
-        return imagenet_lite(result)
+    if name in WHOLE:
+        return WHOLE[name](result)
     report = result["report"]
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["wall_time_s"].items())
     hardware = result["hardware"]
@@ -288,6 +276,18 @@ RELIABILITY = {
     "precision_gpu": precision_table,
     "refusals": refusals_table,
 }
+
+
+WHOLE = {
+    "throughput": throughput,
+    "main_job": main_job,
+    "relabel": relabel_speed,
+    "gpu": gpu_steps,
+    "gpu_digits": gpu_digits,
+    "teacher-pool": teacher_pool,
+    "imagenet-lite": imagenet_lite,
+}
+"""Sections that name their command themselves."""
 
 
 def comparison(recorded: dict[str, dict]) -> list[tuple[str, ...]]:

@@ -15,7 +15,6 @@ import machine
 import timm
 from torch import nn
 
-from prism_hf.models import frozen
 from prism_hf.runtime import write_json
 
 POOL = (
@@ -28,7 +27,7 @@ POOL = (
 
 def facts_of(name: str) -> dict[str, object]:
     """Return what timm knows about a network, and its numbers of BN layers and parameters."""
-    cfg, model = timm.get_pretrained_cfg(name), frozen(timm.create_model(name.partition(".")[0]))
+    cfg, model = timm.get_pretrained_cfg(name), timm.create_model(name.partition(".")[0])
     assert cfg is not None
     return {
         "hub_id": cfg.hf_hub_id,

@@ -107,8 +107,10 @@ def render_control_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
 def source_name(facts: Mapping[str, Any]) -> str:
     """Return the name of the real data: a Hub id, or that of a local folder without the folders above it."""
     name = facts["recipe"]["data"]["source"]
-    if name in ("digits", NO_IMAGES):
-        return "scikit-learn's digits" if name == "digits" else "no real images"
+    if name == "digits":
+        return "scikit-learn's digits"
+    if name == NO_IMAGES:
+        return "no real images"
     # Early versions did not record whether the source is on the Hub.
     local = facts["provenance"]["source"].get("on_hub") is False
     return f"the local folder {PurePath(name).name or name}" if local else name

@@ -202,8 +202,9 @@ def _named(recipe: DataRecipe, chosen: Sequence[int], names: Sequence[str]) -> t
     Raises:
         DataError: The number of names is not that of the recipe.
     """
-    others = [number for number in range(len(names)) if number not in set(chosen)]
-    own = names_of([*chosen, *others] if recipe.class_logits == "full" else chosen, names)
+    part = set(chosen)
+    others = [number for number in range(len(names)) if recipe.class_logits == "full" and number not in part]
+    own = names_of([*chosen, *others], names)
     if len(own) != recipe.num_classes:
         raise DataError(f"data.num_classes is {recipe.num_classes}, but there are {len(own)} classes; set it to that")
     return own

@@ -136,9 +136,12 @@ class Objective:
         """Return `_gradient` for one teacher and these terms, on a GPU as a CUDA graph."""
         if self._pool is None or (shared_by and not self._alignments[name].repeats):
             return partial(self._gradient, name, head, shared_by)
-        # Without a strong reference to itself, the objective and the memory of its graphs are freed at the end of a job.
-        plain = partial(Objective._gradient, proxy(self), name, head, shared_by)
-        return self._replayed.setdefault((name, head, shared_by), Replayed(plain, self._pool, f"teacher {name}"))
+        key = name, head, shared_by
+        if key not in self._replayed:
+            # Without a strong reference to itself, the objective and the memory of its graphs are freed after a job.
+            plain = partial(Objective._gradient, proxy(self), *key)
+            self._replayed[key] = Replayed(plain, self._pool, f"teacher {name}")
+        return self._replayed[key]
 
     def _gradient(self, name: str, head: bool, shared_by: int, view: Tensor, labels: Tensor) -> Outputs:
         """Return the gradient of one teacher's terms at the view, the cross-entropy if `head` is set, and R of the teacher.

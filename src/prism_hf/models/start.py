@@ -8,7 +8,6 @@ import copy
 from functools import lru_cache
 
 import torch
-from torch import nn
 
 from ..errors import TeacherError
 from ..images import REFERENCE
@@ -62,26 +61,14 @@ def untrained_teacher(name: str, recipe: Recipe) -> Teacher:
         TeacherError: See `load_start`.
     """
     classes, source = recipe.data.num_classes, pretrained_start(name)
+    architecture = architecture_of(name)
     if source is None:
-        architecture = name.removeprefix(SQUEEZE_PREFIX)
-        network = build_network(architecture, num_classes=classes, channels=3)
-        return _teacher(name, network, architecture, REFERENCE[3], recipe.data.size, classes)
-    start = load_start(source)
-    network = copy.deepcopy(start.model).requires_grad_(True)
-    network.reset_classifier(classes)  # type: ignore[operator]
-    size = input_size_of(name, recipe)
-    return _teacher(name, network, start.architecture, (start.mean, start.std), size, classes)
-
-
-def _teacher(
-    name: str,
-    network: nn.Module,
-    architecture: str,
-    mean_std: tuple[tuple[float, ...], tuple[float, ...]],
-    size: int,
-    classes: int,
-) -> Teacher:
-    return Teacher(name, network, *mean_std, size, classes, architecture, "", None, "", None)
+        network, (mean, std) = build_network(architecture, num_classes=classes, channels=3), REFERENCE[3]
+    else:
+        start = load_start(source)
+        network, (mean, std) = copy.deepcopy(start.model).requires_grad_(True), (start.mean, start.std)
+        network.reset_classifier(classes)  # type: ignore[operator]
+    return Teacher(name, network, mean, std, input_size_of(name, recipe), classes, architecture, "", None, "", None)
 
 
 def start_facts(name: str) -> StartFacts | None:
