@@ -135,7 +135,7 @@ PYTHON = sys.executable
 
 
 def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", epochs=3, ipc=3, names=None, shard_mb=500,
-              classes=None, seed=0, name=None):  # fmt: skip
+              classes=None, seed=0, name=None, overrides=()):  # fmt: skip
     """Write a dataset folder with tables but without provenance and card; return its contents."""
     from prism_hf.dataset.writer import ImageRows, build_dataset
     from prism_hf.images.pixels import decode, encode
@@ -148,7 +148,7 @@ def small_set(folder, *, channels=1, size=12, mix="cutmix", image_format="png", 
         f"data.channels={channels}", f"data.size={size}", f"data.num_classes={len(names)}", f"synthesis.ipc={ipc}",
         f"relabel.epochs={epochs}", "relabel.batch_size=2", "synthesis.batch_size=2", f"relabel.view.mix={mix}",
         f"packaging.image_format={image_format}", f"packaging.shard_megabytes={shard_mb}",
-        *([f"name={name}"] if name else []),
+        *([f"name={name}"] if name else []), *overrides,
     )  # fmt: skip
     pixels = torch.randint(256, (count, channels, size, size), dtype=torch.uint8, generator=generator)
     encoded = [encode(image, image_format, jpeg_quality=90) for image in pixels]

@@ -6,7 +6,7 @@ import pytest
 from pipeline import tiny
 
 from prism_hf.dataset.format import image_group_rows, image_shards, view_group_rows, view_shards
-from prism_hf.recipe.describe import VIEW_ROW_BYTES
+from prism_hf.recipe import VIEW_ROW_BYTES
 from prism_hf.recipe.plan import batch_ranges
 
 MOST = 8192
@@ -77,5 +77,5 @@ def test_there_are_at_most_as_many_image_shards_as_batches():
 def test_a_row_group_holds_about_four_megabytes_and_at_least_one_row():
     assert image_group_rows(recipe(classes=10, size=32, channels=3)) == 4 * 2**20 // (3 * 32 * 32 + 20)
     assert image_group_rows(recipe(size=2048)) == 1
-    assert view_group_rows(1000) == 4 * 2**20 // (2000 + VIEW_ROW_BYTES)
+    assert view_group_rows(2000 + VIEW_ROW_BYTES) == 4 * 2**20 // (2000 + VIEW_ROW_BYTES)
     assert view_group_rows(10**7) == 1

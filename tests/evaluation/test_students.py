@@ -14,7 +14,7 @@ from prism_hf.dataset.reader import DistilledDataset
 from prism_hf.errors import DataError, StoppedError
 from prism_hf.evaluation import students
 from prism_hf.evaluation.scores import student_tasks
-from prism_hf.evaluation.students import ROWS, keep_student, label_bytes, train_on_real, train_student
+from prism_hf.evaluation.students import ROWS, keep_student, label_bytes, label_order, train_on_real, train_student
 from prism_hf.images.pixels import to_reference
 from prism_hf.images.source import ImageSplit
 from prism_hf.images.views import apply_views, from_columns
@@ -128,7 +128,9 @@ def packed_once(tmp_path_factory):
 
 
 def view_batches(source, epochs, batch_size, *, start=0, recorded=None, per_image=False):
-    return students._view_batches(source, epochs, batch_size, CPU, start, recorded or epochs, per_image=per_image)
+    order = [epoch % (recorded or epochs) for epoch in range(epochs)]
+    for views, shares, logits in students._view_batches(source, order, batch_size, CPU, start, per_image=per_image, seed=0):
+        yield views, logits, shares
 
 
 @pytest.mark.parametrize("batch_size", [4, 5, 21, 100])  # 21 = 4 * 5 + 1: the last image joins the previous batch
@@ -278,6 +280,61 @@ def test_more_label_epochs_than_the_folder_contains_raise_an_error(tiny_recipe, 
     settings = tiny_recipe({"relabel.epochs": 9, "evaluation.label_epochs": 3, "evaluation.epochs": 50}).evaluation
     with pytest.raises(DataError, match="has 2 epochs of views, evaluation.label_epochs is 3"):
         train_student(toy, settings, labels="soft", seed=0, device=CPU)
+
+
+def order_of(source, **changes):
+    settings = dataclasses.replace(source.recipe.evaluation, epochs=None, **changes)
+    return label_order(source, settings, 0)
+
+
+def pruned(source, stored, epochs):
+    relabel = dataclasses.replace(source.recipe.relabel, epochs=epochs, stored_epochs=stored)
+    return dataclasses.replace(source, num_epochs=stored, recipe=dataclasses.replace(source.recipe, relabel=relabel))
+
+
+def test_stored_epochs_are_used_again_in_an_order_of_the_seed(packed_once):
+    source = pruned(packed_once, 4, 18)
+    order = order_of(source)
+    assert order[:4] == [0, 1, 2, 3]
+    turns = [order[start : start + 4] for start in range(0, 16, 4)]
+    assert all(sorted(turn) == [0, 1, 2, 3] for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > 1
+    assert len(order) == 18
+    assert order == order_of(source)
+    others = [label_order(source, dataclasses.replace(source.recipe.evaluation, epochs=None), seed) for seed in range(4)]
+    assert len({tuple(each) for each in others}) > 1
+    assert order_of(packed_once) == [0, 1, 2, 3]
+
+
+def test_hard_labels_are_in_the_middle(packed_once):
+    assert order_of(packed_once, hard_epochs=2) == [0, None, None, 1]
+    assert order_of(packed_once, hard_epochs=3) == [0, None, None, None]
+    twice = order_of(pruned(packed_once, 2, 9), hard_epochs=5)
+    assert twice[2:7] == [None] * 5
+    assert set(twice[7:]) == {0, 1}
+
+
+def test_hard_epochs_use_classes_and_views_of_their_own(packed_once):
+    order = [None, None]
+    batches = list(students._view_batches(packed_once, order, 7, CPU, 0, per_image=False, seed=0))
+    assert [len(batch) for batch in batches] == [2] * 6, "views and class shares, no logits"
+    whole = torch.cat([views for views, _ in batches])
+    assert not torch.equal(whole[:21], whole[21:]), "another epoch has other views"
+    again = list(students._view_batches(packed_once, order, 7, CPU, 4, per_image=False, seed=0))
+    same_batches(again, batches[4:])
+    other = next(students._view_batches(packed_once, order, 7, CPU, 0, per_image=False, seed=1))
+    assert not torch.equal(other[0], batches[0][0])
+    settings = dataclasses.replace(packed_once.recipe.evaluation, epochs=None, hard_epochs=2, batch_size=7)
+    changed = other_logits(packed_once)
+    with_hard = [train_student(each, settings, labels="soft", seed=0, device=CPU) for each in (packed_once, changed)]
+    assert not same(*(student.state_dict() for student in with_hard)), "two epochs use the stored logits"
+
+
+def test_hard_epochs_need_the_rules_of_the_views(packed_once):
+    source = dataclasses.replace(packed_once, recipe=None)
+    settings = dataclasses.replace(packed_once.recipe.evaluation, epochs=None, hard_epochs=2)
+    with pytest.raises(DataError, match=r"no recipe\.yaml, whose relabel\.view evaluation\.hard_epochs needs"):
+        train_student(source, settings, labels="soft", seed=0, device=CPU)
 
 
 @pytest.mark.parametrize("labels", ["soft", "image"])

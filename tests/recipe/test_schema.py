@@ -112,12 +112,19 @@ ADDED = {
     "synthesis.easiest": {"synthesis.easiest": 0.5},
     "synthesis.view.curriculum": {"synthesis.view.curriculum": "cosine"},
     "evaluation.label_epochs": {"evaluation.label_epochs": 1},
+    "evaluation.hard_epochs": {"evaluation.hard_epochs": 1},
+    "relabel.codec": {"relabel.codec": "int4"},
+    "relabel.top_k": {"relabel.codec": "topk", "relabel.top_k": 2, "evaluation.loss": "kl"},
+    "relabel.stored_epochs": {"relabel.stored_epochs": 1},
+    "relabel.budget": {"relabel.budget": "1GB"},
 }
+TOP = {"relabel.codec": "topk", "relabel.top_k": 1, "evaluation.loss": "kl"}
 BESIDE = {
     "data.class_logits": {"data.classes": [0, 1, 2]},
     "synthesis.densification": {"synthesis.slots_per_batch": 2},
     "synthesis.mosaic": {"synthesis.init": "mosaic", "synthesis.mosaic": {}},
     "synthesis.easiest": {"synthesis.init": "real_kmeans"},
+    "relabel.top_k": TOP,
 }
 LEAVES = leaves(parse_recipe(yaml.safe_load((ROOT / "recipes/digits/prism_ipc10.yaml").read_text())))
 for section, names in {
@@ -307,6 +314,22 @@ def test_the_error_for_a_wrong_value_names_the_key(tiny_recipe, key, value):
             "synthesis.batch_size is 7 but there are 6",
         ),
         ({"evaluation.epochs": 3}, "evaluation.epochs is 3 but relabel stores 2"),
+        ({"evaluation.epochs": 4, "evaluation.hard_epochs": 1}, "evaluation.epochs is 4 but relabel stores 2"),
+        ({"evaluation.hard_epochs": 2}, "evaluation.hard_epochs is 2, but a student trains for 2 epochs; lower it"),
+        ({"relabel.stored_epochs": 3}, "stored_epochs is 3, epochs is 2; lower it"),
+        ({"relabel.stored_epochs": 1, "evaluation.label_epochs": 2}, "evaluation.label_epochs is 2 but relabel stores"),
+        ({"relabel.codec": "topk"}, "top_k belongs to codec topk: set both or neither"),
+        ({"relabel.top_k": 1}, "top_k belongs to codec topk: set both or neither"),
+        ({"relabel.codec": "topk", "relabel.top_k": 1}, "but evaluation.loss mse_ce compares all; use int8 or int4"),
+        (TOP | {"evaluation.loss": "cosine"}, "but evaluation.loss cosine compares all; use int8 or int4"),
+        (TOP | {"relabel.top_k": 3}, "relabel.top_k is 3, data.num_classes is 3; lower it"),
+        ({"relabel.budget": "150"}, "relabel.budget: must be a size such as 150MB, got '150'"),
+        ({"relabel.budget": "-1MB"}, "must be a size such as 150MB"),
+        ({"relabel.budget": "1MB", "relabel.codec": "int4"}, "relabel.budget chooses how labels are stored, so codec"),
+        (
+            {"relabel.budget": "9kB"},
+            "relabel.budget 9kB does not hold one epoch of labels; 6 images of 3 classes need 12.5 kB",
+        ),
         ({"evaluation.seeds": [1, 1]}, "seeds must differ"),
         ({"evaluation.label_epochs": 3}, "evaluation.label_epochs is 3 but relabel stores 2"),
         ({"evaluation.label_epochs": 3, "evaluation.epochs": 2}, "evaluation.label_epochs is 3"),

@@ -1,5 +1,6 @@
 """The stage relabel: both tables of every dataset, shard by shard; here with one epoch per shard."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -11,7 +12,8 @@ from each import product, rest_slow
 from pipeline import make, mtimes, one_line, run_in, save_timm, sha_tree
 
 from prism_hf.dataset import format as cutting
-from prism_hf.errors import DeviceMemoryError, StageError, StoppedError
+from prism_hf.dataset.reader import load_distilled
+from prism_hf.errors import DataError, DeviceMemoryError, StageError, StoppedError, TeacherError
 from prism_hf.images.pixels import decode, to_reference
 from prism_hf.method.relabel import ask_teachers
 from prism_hf.method.start_images import real_rows
@@ -19,6 +21,7 @@ from prism_hf.models.folding import folded
 from prism_hf.recipe.plan import plan_jobs
 from prism_hf.run.artifacts import job_file
 from prism_hf.run.distill import run_stages
+from prism_hf.run.evaluate import with_labels
 from prism_hf.run.relabel import image_sets
 from prism_hf.runtime import stop
 from prism_hf.runtime.store import seal_of
@@ -95,6 +98,42 @@ def test_epochs_do_not_depend_on_the_sharding(finished_run, labeled, tmp_path, m
     for part in ("dataset", "control"):
         assert pq.read_table(folder / part / "views").equals(pq.read_table(labeled / part / "views"))
         assert sha_tree(folder / part / "data") == sha_tree(labeled / part / "data")
+
+
+# -- codecs -----------------------------------------------------------------------------------------------------------
+
+
+def test_labels_that_are_not_stored_are_computed_again_bit_for_bit(finished_run, labeled, tmp_path):
+    folder = tmp_path / "run"
+    run = begun(finished_run, folder, FOUR, "relabel.codec=seed")
+    asked = counted(run)
+    run_stages(run, ("relabel", "package"))
+    assert len(asked) == 2 * 2, "only the images themselves are labeled"
+    stored = load_distilled(labeled / "dataset")
+    bare = load_distilled(folder / "dataset")
+    assert (bare.codec, bare.label_bytes < stored.label_bytes) == ("seed", True)
+    again = with_labels(run, bare)
+    for epoch in (0, 3, 1):
+        ours, theirs = again.epoch(epoch), stored.epoch(epoch)
+        assert torch.equal(ours[1], theirs[1])
+        assert torch.equal(ours[0].view.crop, theirs[0].view.crop)
+    part = range(10, 20)
+    assert torch.equal(again.views(2, part)[1], stored.views(2, part)[1])
+    other = dataclasses.replace(bare, recipe=dataclasses.replace(bare.recipe, seed=5))
+    with pytest.raises(DataError, match="views of epoch 0 are not those that its recipe"):
+        with_labels(run, other).epoch(0)
+    changed = dataclasses.replace(bare, teacher_weights={"squeeze:test_byobnet": "0" * 64})
+    with pytest.raises(TeacherError, match="has other weights than provenance"):
+        with_labels(run, changed)
+
+
+def test_fewer_stored_epochs_are_the_first_ones(finished_run, labeled, tmp_path):
+    folder = tmp_path / "run"
+    run_stages(begun(finished_run, folder, FOUR, "relabel.stored_epochs=2"), ("relabel", "package"))
+    ours = pq.read_table(folder / "dataset" / "views")
+    assert ours.equals(pq.read_table(labeled / "dataset" / "views").slice(0, 40))
+    card = (folder / "dataset" / "README.md").read_text(encoding="utf-8")
+    assert "for 2 recorded augmented views of each image, which students use again for 4 epochs." in card
 
 
 # -- killed, stopped, damaged -----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from ..recipe import cache_needed, plan_jobs
 from ..run.artifacts import job_file
 from ..run.context import Run, make_accelerator
 from ..run.distill import run_stages
-from ..run.evaluate import collect, conclude, train_students
+from ..run.evaluate import collect, conclude, train_students, with_labels
 from ..run.folder import check_place, claimed_together, is_of_another
 from ..run.preflight import check, check_data, check_space, missing_space
 from ..run.squeeze import squeeze
@@ -130,7 +130,7 @@ def _make_run(comparison: Comparison, run: Run) -> str | None:
             run.say(f"{name_of(run)}: {error}; the comparison continues without it")
             return str(error)
         with comparison.accelerator.main_process_first():
-            distilled = load_distilled(run.dataset)
+            distilled = with_labels(run, load_distilled(run.dataset))
         tasks = {setup: task_of(run, distilled, setup) for setup in comparison.setups}
         train_students(run, list(tasks.values()))
         if comparison.accelerator.is_main_process:

@@ -15,7 +15,8 @@ from itertools import pairwise
 import datasets
 import numpy as np
 
-from ..recipe import VIEW_ROW_BYTES, Recipe, batch_ranges
+from ..recipe import VIEW_ROW_BYTES, Codec, Recipe, batch_ranges
+from .codecs import label_features
 
 FORMAT_VERSION = 1
 IMAGES, VIEWS = "data", "views"
@@ -44,7 +45,7 @@ def image_features(class_names: Sequence[str]) -> datasets.Features:
     )
 
 
-def view_features(num_classes: int) -> datasets.Features:
+def view_features(num_classes: int, codec: Codec = "float16", top_k: int | None = None) -> datasets.Features:
     """Return the features of config "views"; boxes are (top, left, height, width) in pixels."""
     box = datasets.List(datasets.Value("int16"), length=4)
     return datasets.Features(
@@ -59,7 +60,7 @@ def view_features(num_classes: int) -> datasets.Features:
             "mix_flip": datasets.Value("bool"),
             "mix_box": box,
             "mix_weight": datasets.Value("float32"),
-            "teacher_logits": datasets.List(datasets.Value("float16"), length=num_classes),
+            **label_features(codec, num_classes, top_k),
         }
     )
 
@@ -83,8 +84,9 @@ def image_shards(recipe: Recipe, count: int) -> list[Shard]:
 
 def view_shards(recipe: Recipe, count: int) -> list[Shard]:
     """Return the shards of the views of `count` images; each shard contains whole epochs."""
-    epochs = recipe.relabel.epochs
-    fit = recipe.packaging.shard_megabytes * 10**6 // ((2 * recipe.data.num_classes + 2 * VIEW_ROW_BYTES) * count)
+    labels = recipe.stored_labels
+    epochs, row_bytes = labels.epochs, labels.row_bytes(recipe.data.num_classes) + VIEW_ROW_BYTES
+    fit = recipe.packaging.shard_megabytes * 10**6 // (row_bytes * count)
     each = max(1, min(fit, _SHARD_VIEWS // count))
     return _shards([range(start, min(start + each, epochs)) for start in range(0, epochs, each)])
 
@@ -98,9 +100,9 @@ def image_group_rows(recipe: Recipe) -> int:
     return max(1, GROUP_BYTES // _image_row_bytes(recipe))
 
 
-def view_group_rows(num_classes: int) -> int:
+def view_group_rows(row_bytes: int) -> int:
     """Return the target number of rows in a row group of views; no row group crosses the end of an epoch."""
-    return max(1, GROUP_BYTES // (2 * num_classes + VIEW_ROW_BYTES))
+    return max(1, GROUP_BYTES // row_bytes)
 
 
 def _image_row_bytes(recipe: Recipe) -> int:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..images import UNREADABLE, ViewRows, decode, from_columns
-from ..recipe import Recipe, load_recipe
+from ..recipe import Codec, Recipe, load_recipe
+from .codecs import codec_of, decode_logits
 from .format import VIEWS, view_features
 from .provenance import Provenance, read_provenance
 from .tables import Table, dataset_folder, open_images, to_arrays
@@ -31,7 +32,8 @@ from .tables import Table, dataset_folder, open_images, to_arrays
 _IN_MEMORY = 2**23
 """Larger arrays (in bytes) are mapped from a file, so that the kernel can drop their pages when memory is short."""
 _PICTURES_AT_ONCE = 32
-_VIEW_COLUMNS = tuple(view_features(2))
+_GEOMETRY = view_features(2, "seed")
+"""The columns of views without those of their labels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,9 @@ class DistilledDataset:
         labels: Class indices, (N,) int64.
         teacher_logits: Raw logits of the images themselves, (N, K) float16.
         views: Function of an epoch number and a range (step 1) of its N rows. Returns those views and their raw logits,
-            (B, K) float16, and reads only the row groups that contain them.
+            (B, K) float16 or float32, and reads only the row groups that contain them. With codec `seed`, there are no
+            logits, (B, 0), until `with_teachers` computes them.
+        codec: How the logits of the views are stored.
         image_bytes: Size of the encoded images in bytes.
         label_bytes: Size of everything else in the files of the two tables, in bytes.
         content: Sixteen hex digits of a hash over images, labels and all views; equal for equal datasets.
@@ -63,12 +67,13 @@ class DistilledDataset:
     label_bytes: int
     recipe: Recipe | None
     content: str
+    codec: Codec = "float16"
     teacher_weights: Mapping[str, str] = field(default_factory=dict)
     image_label_bytes: int | None = None
     view_bytes: Sequence[int] | None = None
 
     def epoch(self, number: int) -> tuple[ViewRows, Tensor]:
-        """Return all views of an epoch and their raw logits, (N, K) float16."""
+        """Return all views of an epoch and their raw logits, (N, K) float16 or float32."""
         return self.views(number, range(len(self.labels)))
 
 
@@ -95,14 +100,14 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
 def _load(folder: Path, channels: int | None) -> DistilledDataset:
     images, class_names = open_images(folder)
     views = Table(folder, VIEWS)
-    views.check_columns(view_features(len(class_names)))
+    codec, columns = _label_columns(views, len(class_names))
     count = images.num_rows
     if not count or not views.num_rows or views.num_rows % count:
         raise DataError(f"table {VIEWS!r} has {views.num_rows} rows for {count} images; expected whole epochs")
     path, provenance = folder / "recipe.yaml", folder / Provenance.FILE
     recipe = load_recipe(path) if path.is_file() else None
     teachers = read_provenance(provenance).teachers if provenance.is_file() else []
-    content, image_bytes = _content(images, views, len(class_names))
+    content, image_bytes = _content(images, views, columns, len(class_names))
     if channels is None:
         channels = recipe.data.channels if recipe else _channels(next(_encoded(images))[0])
 
@@ -110,11 +115,11 @@ def _load(folder: Path, channels: int | None) -> DistilledDataset:
         return (to_arrays(batch)[name] for batch in images.batches((name,)))
 
     def views_of(epoch: int, rows: range) -> tuple[ViewRows, Tensor]:
-        arrays = to_arrays(views.read(epoch * count + rows.start, epoch * count + rows.stop, _VIEW_COLUMNS))
-        return from_columns(arrays), torch.from_numpy(arrays["teacher_logits"].copy())
+        arrays = to_arrays(views.read(epoch * count + rows.start, epoch * count + rows.stop, columns))
+        return from_columns(arrays), torch.from_numpy(decode_logits(arrays, len(class_names)).copy())
 
     num_epochs = views.num_rows // count
-    sizes = list(zip((group.start for group in views.groups), views.compressed_bytes(_VIEW_COLUMNS), strict=True))
+    sizes = list(zip((group.start for group in views.groups), views.compressed_bytes(columns), strict=True))
     return DistilledDataset(
         images_uint8=_joined(_decoded(images, channels), count),
         labels=_joined(column("label"), count),
@@ -126,13 +131,23 @@ def _load(folder: Path, channels: int | None) -> DistilledDataset:
         label_bytes=images.file_bytes + views.file_bytes - image_bytes,
         recipe=recipe,
         content=content,
+        codec=codec,
         teacher_weights={teacher.name: teacher.weights_sha256 for teacher in teachers},
         image_label_bytes=sum(images.compressed_bytes(("teacher_logits",))),
         view_bytes=[sum(size for start, size in sizes if start < epochs * count) for epochs in range(num_epochs + 1)],
     )
 
 
-def _content(images: Table, views: Table, classes: int) -> tuple[str, int]:
+def _label_columns(views: Table, classes: int) -> tuple[Codec, tuple[str, ...]]:
+    """Check the columns of views; return the codec of their labels, and the names of all columns."""
+    codec = codec_of(views.features)
+    length = getattr(views.features.get("top_logits"), "length", None)
+    expected = view_features(classes, codec, length)
+    views.check_columns(expected)
+    return codec, tuple(expected)
+
+
+def _content(images: Table, views: Table, columns: Sequence[str], classes: int) -> tuple[str, int]:
     """Check every value of a dataset; return its content hash and the total size of its encoded images in bytes.
 
     The hash covers the images in order, followed by the columns of each batch of rows of the two tables.
@@ -143,7 +158,8 @@ def _content(images: Table, views: Table, classes: int) -> tuple[str, int]:
         size += len(blob)
     count = images.num_rows
     ranges = {"label": range(classes), "image_index": range(count), "mix_image_index": range(-1, count)}
-    for batch in chain(images.batches(("label", "slot", "teacher_logits", "job")), views.batches(_VIEW_COLUMNS)):
+    ranges["top_classes"] = range(classes)
+    for batch in chain(images.batches(("label", "slot", "teacher_logits", "job")), views.batches(columns)):
         for name, values in to_arrays(batch).items():
             expected = ranges.get(name)
             if expected is not None and (values.min() < expected.start or values.max() >= expected.stop):

@@ -7,13 +7,15 @@ from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from ..recipe import Recipe, dump_recipe
+from ..recipe import Recipe, StoredLabels, dump_recipe
 from ..runtime import write_bytes, write_whole
+from .codecs import encode_logits
 from .format import (
     IMAGES,
     VIEWS,
@@ -60,7 +62,7 @@ def build_dataset(
         rows = images[shard.rows.start : shard.rows.stop]
         shards[folder / IMAGES / shard.name] = image_tables([rows], shard.rows.start, recipe, class_names)
     for shard in view_shards(recipe, len(images)):
-        views = [view_tables([epochs[epoch]], len(class_names)) for epoch in shard.rows]
+        views = [view_tables([epochs[epoch]], recipe.stored_labels, len(class_names)) for epoch in shard.rows]
         shards[folder / VIEWS / shard.name] = chain.from_iterable(views)
     for path, tables in shards.items():
         write_whole(path, partial(write_parquet, tables=tables))
@@ -91,21 +93,22 @@ def image_tables(
     yield from _regrouped(map(table, batches), image_group_rows(recipe))
 
 
-def view_tables(batches: Iterable[Columns], num_classes: int) -> Iterator[pa.Table]:
-    """Yield the row groups of one epoch of views from its batches."""
-    rows = view_group_rows(num_classes)
+def view_tables(batches: Iterable[Columns], labels: StoredLabels, num_classes: int) -> Iterator[pa.Table]:
+    """Yield the row groups of one epoch of views from its batches, which have no logits if the codec is `seed`."""
+    rows = view_group_rows(labels.row_bytes(num_classes))
+    features = view_features(num_classes, labels.codec, labels.top_k)
     pending: list[Columns] = []
     for batch in batches:
-        pending.append(batch)
+        logits = encode_logits(batch["teacher_logits"], labels) if "teacher_logits" in batch else {}
+        pending.append({**batch, **logits})
         if sum(len(part["epoch"]) for part in pending) >= rows:
-            yield _view_table(pending, num_classes)
+            yield _view_table(pending, features)
             pending = []
     if pending:
-        yield _view_table(pending, num_classes)
+        yield _view_table(pending, features)
 
 
-def _view_table(batches: Sequence[Columns], num_classes: int) -> pa.Table:
-    features = view_features(num_classes)
+def _view_table(batches: Sequence[Columns], features: datasets.Features) -> pa.Table:
     joined = {key: np.concatenate([batch[key] for batch in batches]) for key in features}
     columns = {key: _fixed_list(value) if value.ndim == 2 else pa.array(value) for key, value in joined.items()}
     return pa.table(columns, schema=features.arrow_schema)
@@ -139,7 +142,8 @@ def write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     leaves = _leaves(schema)
-    split = [name for name in leaves if name.startswith("teacher_logits")]
+    # Parquet stores 8-bit integers in 32 bits; split by byte, the empty bytes compress to nothing.
+    split = [name for name in leaves if name.startswith(("teacher_logits", "top_logits", "logit"))]
     return pq.ParquetWriter(
         path,
         schema,

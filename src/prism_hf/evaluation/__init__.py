@@ -20,4 +20,4 @@ from .report import (
     verdict,
 )
 from .scores import Source, StudentTask, features_of, is_scored, read_scores, set_facts, student_tasks, train_and_score
-from .students import KEPT, Labels, Row, keep_student, label_bytes, train_student
+from .students import KEPT, Labels, Row, epochs_of, keep_student, label_bytes, train_student

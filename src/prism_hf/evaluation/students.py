@@ -7,19 +7,20 @@ and protocol, hard labels only, and the full training set. The score is that of 
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dataset import DistilledDataset
 from ..errors import DataError, RecipeError
-from ..images import ImageSplit, draw_views, resample, to_reference
-from ..method import class_shares, soft_label_loss
+from ..images import ImageSplit, ViewRows, draw_views, from_columns, resample, to_reference
+from ..method import class_shares, drawn_batches, hard_label_loss, soft_label_loss
 from ..models import (
     AtStep,
     Batches,
@@ -33,7 +34,7 @@ from ..models import (
     seeded,
     store_network,
 )
-from ..recipe import EvaluationRecipe, RelabelView, batch_ranges
+from ..recipe import TOP_K_LOSSES, EvaluationRecipe, RelabelView, batch_ranges
 from ..runtime import Checkpoint, derived_seed, to_device
 
 log = logging.getLogger(__name__)
@@ -93,21 +94,24 @@ def train_student(
         The student in eval mode, on `device`; its input uses the reference normalization.
 
     Raises:
-        DataError: The dataset has fewer epochs of views than `settings.label_epochs`, or else `settings.epochs`.
+        DataError: The dataset has fewer epochs of views than `settings.label_epochs`, or else `settings.epochs`; or it does
+            not store the labels that the loss needs.
 
     Example:
         >>> student = train_student(load_distilled(folder), recipe.evaluation, labels="soft", seed=0, device=device)
     """
-    epochs, recorded = epochs_of(source, settings)
-    batch_size, per_image = settings.batch_size, labels == "image"
+    _check_labels(source, settings, labels)
 
-    def loss(logits: Tensor, teacher_logits: Tensor, shares: Tensor) -> Tensor:
+    def loss(logits: Tensor, shares: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
         if labels == "hard":
             return F.cross_entropy(logits, shares)
+        if teacher_logits is None:
+            return hard_label_loss(logits, shares)
         return soft_label_loss(logits, teacher_logits, shares, settings)
 
-    batches = Batches(lambda start: _view_batches(source, epochs, batch_size, device, start, recorded, per_image=per_image))
-    steps, title = epochs * len(batch_ranges(len(source.labels), batch_size)), f"student {settings.student}, seed {seed}"
+    order, batch_size, per_image = label_order(source, settings, seed), settings.batch_size, labels == "image"
+    batches = Batches(lambda start: _view_batches(source, order, batch_size, device, start, per_image=per_image, seed=seed))
+    steps, title = steps_of(source, settings), f"student {settings.student}, seed {seed}"
     classes, channels = len(source.class_names), source.images_uint8.shape[1]
     with seeded(seed, device):
         return _fit(settings, classes, channels, device, batches, loss, steps, title, checkpoint, at_step)
@@ -119,14 +123,29 @@ def steps_of(source: DistilledDataset | ImageSplit, settings: EvaluationRecipe) 
     return epochs * len(batch_ranges(len(source.labels), settings.batch_size))
 
 
+def _check_labels(source: DistilledDataset, settings: EvaluationRecipe, labels: Labels) -> None:
+    if labels == "soft" and source.codec == "seed":
+        raise DataError("the dataset stores no soft labels (relabel.codec seed); its teachers must compute them")
+    if labels == "soft" and source.codec == "topk" and settings.loss not in TOP_K_LOSSES:
+        raise DataError(
+            f"the dataset stores only the highest logits of each view (relabel.codec topk), but evaluation.loss "
+            f"{settings.loss} compares all of them; use {' or '.join(TOP_K_LOSSES)}"
+        )
+
+
 def epochs_of(source: DistilledDataset, settings: EvaluationRecipe) -> tuple[int, int]:
     """Return the number of training epochs, and the number of stored epochs of views that training cycles through.
+
+    A dataset whose recipe stores fewer epochs than it is made for is used for all of them.
 
     Raises:
         DataError: The dataset has fewer epochs of views.
     """
-    epochs = settings.epochs or source.num_epochs
-    recorded = settings.label_epochs or epochs
+    pruned = source.recipe is not None and source.recipe.stored_labels.epochs < source.recipe.relabel.epochs
+    planned = source.recipe.relabel.epochs if source.recipe is not None and pruned else source.num_epochs
+    epochs = settings.epochs or planned
+    with_soft = epochs - settings.hard_epochs
+    recorded = settings.label_epochs or (min(with_soft, source.num_epochs) if pruned else with_soft)
     if recorded > source.num_epochs:
         key = "label_epochs" if settings.label_epochs else "epochs"
         raise DataError(f"the dataset has {source.num_epochs} epochs of views, evaluation.{key} is {recorded}; lower it")
@@ -142,7 +161,7 @@ def label_bytes(source: DistilledDataset, settings: EvaluationRecipe, labels: La
         return 0
     if labels == "image":
         return source.image_label_bytes
-    return None if source.view_bytes is None else source.view_bytes[min(epochs_of(source, settings))]
+    return None if source.view_bytes is None else source.view_bytes[len(set(label_order(source, settings, 0)) - {None})]
 
 
 def train_on_real(
@@ -203,28 +222,66 @@ def _fit(
 
 def _view_batches(
     source: DistilledDataset,
-    epochs: int,
+    order: Sequence[int | None],
     batch_size: int,
     device: torch.device,
     start: int,
-    recorded: int,
     *,
     per_image: bool,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield views, logits and class shares of each batch from number `start` on, cycling through `recorded` epochs."""
-    images, parts, classes = source.images_uint8, batch_ranges(len(source.labels), batch_size), len(source.class_names)
+    seed: int,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield views, class shares and logits of each batch from number `start` on; epochs with hard labels have no logits."""
+    images, parts = source.images_uint8, batch_ranges(len(source.labels), batch_size)
     if images.nbytes <= _ON_DEVICE:
         images = images.to(device)
-    for number in range(start, epochs * len(parts)):
-        epoch, part = divmod(number, len(parts))
-        rows, logits = source.views(epoch % recorded, parts[part])
-        partner, weight = rows.view.mix_with.clamp(min=0), rows.view.mix_weight
-        if per_image:
-            first, second = source.teacher_logits[rows.image_index], source.teacher_logits[partner]
-            logits = torch.lerp(second.float(), first.float(), weight.view(-1, 1))
-        shares = class_shares(source.labels[rows.image_index], source.labels[partner], weight, classes)
-        views = rows.replay(images, lambda picked: to_reference(to_device(picked, device)))
-        yield views, to_device(logits, device).float(), to_device(shares, device)
+    first = start // len(parts)
+    for epoch, stored in enumerate(order[first:], first):
+        fresh = _fresh_views(source, seed, epoch) if stored is None else None
+        for part in parts[start % len(parts) if epoch == first else 0 :]:
+            if stored is None:
+                assert fresh is not None
+                rows, logits = fresh[part.start : part.stop], None
+            else:
+                rows, logits = source.views(stored, part)
+            partner, weight = rows.view.mix_with.clamp(min=0), rows.view.mix_weight
+            if per_image and logits is not None:
+                own, other = source.teacher_logits[rows.image_index], source.teacher_logits[partner]
+                logits = torch.lerp(other.float(), own.float(), weight.view(-1, 1))
+            shares = class_shares(source.labels[rows.image_index], source.labels[partner], weight, len(source.class_names))
+            views = rows.replay(images, lambda picked: to_reference(to_device(picked, device)))
+            batch = (views, to_device(shares, device))
+            yield batch if logits is None else (*batch, to_device(logits, device).float())
+
+
+def label_order(source: DistilledDataset, settings: EvaluationRecipe, seed: int) -> list[int | None]:
+    """Return the stored epoch of views that each training epoch uses; `None` for the hard labels in the middle.
+
+    Stored epochs are first used in order. When they are used again, it is in an order that the seed draws each time (LPLD,
+    arXiv 2410.15919).
+    """
+    epochs, recorded = epochs_of(source, settings)
+    order: list[int | None] = []
+    for turn in range(-(-(epochs - settings.hard_epochs) // recorded)):
+        generator = torch.Generator().manual_seed(derived_seed(seed, "label epochs", turn))
+        order += (torch.randperm(recorded, generator=generator) if turn else torch.arange(recorded)).tolist()
+    soft = order[: epochs - settings.hard_epochs]
+    middle = (len(soft) + 1) // 2
+    return [*soft[:middle], *[None] * settings.hard_epochs, *soft[middle:]]
+
+
+def _fresh_views(source: DistilledDataset, seed: int, epoch: int) -> ViewRows:
+    """Draw views of all images by the rules of the recipe. They need no storage, because their labels are the classes."""
+    if source.recipe is None:
+        raise DataError("the dataset has no recipe.yaml, whose relabel.view evaluation.hard_epochs needs; add the file")
+    batches = drawn_batches(
+        epoch,
+        len(source.labels),
+        source.images_uint8.shape[-1],
+        source.recipe.relabel,
+        seed=derived_seed(seed, "hard epochs"),
+    )
+    parts = [columns for columns, *_ in batches]
+    return from_columns({key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
 
 
 def keep_student(
@@ -245,12 +302,13 @@ def keep_student(
     """
     _, channels, _, size = distilled.images_uint8.shape
     recipe = distilled.recipe
-    excluded = ("student", "seeds", "epochs", "full_data_epochs") + (() if settings.label_epochs else ("label_epochs",))
+    excluded = ["student", "seeds", "epochs", "full_data_epochs"]
+    excluded += [key for key in ("label_epochs", "hard_epochs") if not getattr(settings, key)]
     facts = StudentFacts(
         kind="student",
         architecture=settings.student,
         labels=KEPT.labels,
-        epochs=settings.epochs or distilled.num_epochs,
+        epochs=epochs_of(distilled, settings)[0],
         channels=channels,
         dataset=DistilledFacts(
             name=recipe.name if recipe else None,

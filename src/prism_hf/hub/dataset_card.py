@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from datasets.info import DatasetInfo, DatasetInfosDict
 from huggingface_hub import DatasetCardData
 
-from ..dataset import VIEWS, image_features, read_provenance, view_features
+from ..dataset import READING, VIEWS, image_features, read_provenance, view_features
 from ..evaluation import full_is_best, markdown_table, table_rows
 from ..recipe import NO_IMAGES, SQUEEZE_PREFIX, Recipe, dump_recipe, to_dict
 from ..runtime import count_text, map_texts
@@ -87,6 +87,8 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
         "recipe_yaml": recipe_yaml.strip(),
         "fence": fence_for(recipe_yaml),
         "replay": REPLAY,
+        "stored": recipe.stored_labels,
+        "reading": READING.get(recipe.stored_labels.codec),
         "method": method_in_words(recipe),
         "paper": cited_paper(recipe),
     }
@@ -188,9 +190,12 @@ def replay(row, images):  # row: of the "views" config; images: the "default" co
 
 def metadata(facts: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Return the YAML header, with allowed keys only; `configs` and `dataset_info` make plain `load_dataset` work."""
-    names, tables = facts["class_names"], facts["tables"]
+    names, tables, stored = facts["class_names"], facts["tables"], recipe.stored_labels
     data, infos = DatasetCardData(), DatasetInfosDict()
-    for config, features in (("default", image_features(names)), (VIEWS, view_features(len(names)))):
+    for config, features in (
+        ("default", image_features(names)),
+        (VIEWS, view_features(len(names), stored.codec, stored.top_k)),
+    ):
         rows, file_bytes, table_bytes = (tables[config][key] for key in ("rows", "file_bytes", "table_bytes"))
         infos[config] = DatasetInfo(
             config_name=config,

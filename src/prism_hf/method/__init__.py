@@ -15,8 +15,8 @@ None of these modules deals with files, locks, checkpoints, progress reports, st
 
 from .alignment import Alignment, describe_norms
 from .objective import Compile, Precision
-from .relabel import ask_teachers, relabel_batches, relabel_epoch
-from .soft_labels import class_shares, soft_label_loss
+from .relabel import ask_teachers, drawn_batches, relabel_batches, relabel_epoch
+from .soft_labels import class_shares, hard_label_loss, soft_label_loss
 from .start_images import SCORED, check_candidates, choose_start_images, real_rows
 from .statistics import BATCH_SIZE, gather_statistics, shuffled_batches
 from .synthesis import Step, synthesize

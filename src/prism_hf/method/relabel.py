@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TeacherError
-from ..images import apply_views, draw_views, to_columns, to_reference
+from ..images import View, apply_views, draw_views, to_columns, to_reference
 from ..models import Teacher
 from ..recipe import RelabelRecipe, batch_ranges
 from ..runtime import derived_seed, to_device
@@ -90,17 +90,29 @@ def _asked(
     epoch: int, images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe, seed: int
 ) -> Iterator[tuple[dict[str, np.ndarray], Tensor]]:
     """Yield the other columns and the labels on the device, batch by batch, without waiting for the device."""
-    device, size, rule = teachers[0].device, images_uint8.shape[-1], settings.view
+    device = teachers[0].device
+    for columns, rows, view in drawn_batches(epoch, len(images_uint8), images_uint8.shape[-1], settings, seed=seed):
+        augmented = apply_views(to_reference(to_device(images_uint8[rows], device)), view)
+        yield columns, _labels(augmented, teachers, settings)
+
+
+def drawn_batches(
+    epoch: int, count: int, size: int, settings: RelabelRecipe, *, seed: int
+) -> Iterator[tuple[dict[str, np.ndarray], Tensor, View]]:
+    """Draw one view of each of `count` square images of side `size`; yield columns, image rows and views of each batch.
+
+    The columns are those of `relabel_batches` without the logits.
+    """
+    rule = settings.view
     generator = torch.Generator().manual_seed(derived_seed(seed, "relabel", epoch))
-    order = torch.randperm(len(images_uint8), generator=generator)
+    order = torch.randperm(count, generator=generator)
     for number, part in enumerate(batch_ranges(len(order), settings.batch_size)):
         rows = order[part.start : part.stop]
         view = draw_views(
             len(rows), size, generator, crop_scale=rule.crop_scale, flip=rule.flip, mix=rule.mix, mix_alpha=rule.mix_alpha
         )
-        augmented = apply_views(to_reference(to_device(images_uint8[rows], device)), view)
         columns = {"epoch": np.full(len(rows), epoch, np.int32), "batch": np.full(len(rows), number, np.int32)}
-        yield columns | to_columns(view, rows), _labels(augmented, teachers, settings)
+        yield columns | to_columns(view, rows), rows, view
 
 
 def relabel_epoch(

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..recipe import EvaluationRecipe
 
+HALD_SMOOTHING = 0.8
+"""Label smoothing of hard labels between soft ones, as published for HALD."""
+
 
 def soft_label_loss(logits: Tensor, teacher_logits: Tensor, class_shares: Tensor, settings: EvaluationRecipe) -> Tensor:
     """Return the loss of a student on stored teacher logits, a scalar.
@@ -36,6 +39,11 @@ def soft_label_loss(logits: Tensor, teacher_logits: Tensor, class_shares: Tensor
     if settings.loss == "cosine":
         return 1 - correlation(logits, teacher_logits, dim=1).mean() + ce
     return F.mse_loss(logits, teacher_logits) + ce
+
+
+def hard_label_loss(logits: Tensor, class_shares: Tensor) -> Tensor:
+    """Return the loss of an epoch with hard labels in the middle of training, a scalar: CE with label smoothing (HALD)."""
+    return F.cross_entropy(logits, class_shares, label_smoothing=HALD_SMOOTHING)
 
 
 def correlation(a: Tensor, b: Tensor, *, dim: int) -> Tensor:

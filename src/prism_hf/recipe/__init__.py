@@ -1,9 +1,10 @@
 """Recipes: their sections, value ranges, YAML files and plans. This package does not need torch."""
 
-from .describe import VIEW_ROW_BYTES, cache_needed, describe_plan, space_needed
+from .describe import cache_needed, describe_plan, space_needed
+from .labels import VIEW_ROW_BYTES, Codec, StoredLabels
 from .named_classes import NAMED_CLASSES
 from .plan import STAGES, TRACKERS, SynthesisJob, batch_ranges, plan_jobs
-from .schema import SQUEEZE_PREFIX, Recipe, to_dict
+from .schema import SQUEEZE_PREFIX, TOP_K_LOSSES, Recipe, to_dict
 from .sections import (
     NO_IMAGES,
     ClassPart,

@@ -9,9 +9,6 @@ from .plan import SynthesisJob, plan_jobs
 from .schema import Recipe
 from .sections import NO_IMAGES, TeachersRecipe
 
-VIEW_ROW_BYTES = 32
-"""Bytes of one view in addition to its logits: two crops, a mix box, indices and flags (before compression)."""
-
 COUNTED = 10_000
 """Draws of BN teachers that a description counts one by one."""
 
@@ -22,8 +19,9 @@ def describe_plan(recipe: Recipe, *, control: bool = True) -> str:
     exact, drawn = _steps_of_teachers(teachers, jobs)
     steps = sum(job.iterations for job in jobs)
     image_steps = sum(job.iterations * len(job.classes) for job in jobs)
-    views = recipe.num_images * relabel.epochs
-    labels = views * (2 * data.num_classes + VIEW_ROW_BYTES)
+    stored = recipe.stored_labels
+    views = recipe.num_images * stored.epochs
+    labels = views * stored.row_bytes(data.num_classes)
     random = recipe.method == "random"
     logit = "each teacher in turn" if teachers.selection == "cycle" else teachers.logit
     source = "no real images" if data.source == NO_IMAGES else data.source
@@ -53,16 +51,24 @@ def describe_plan(recipe: Recipe, *, control: bool = True) -> str:
     lines += [
         f"control   {control_text}",
         f"verifier  {teachers.verifier or 'none'}",
-        f"relabel   {', '.join(relabel.teachers)} ({relabel.ensemble}), {count_text(relabel.epochs, 'epoch')} of views",
+        f"relabel   {', '.join(relabel.teachers)} ({relabel.ensemble}), {_epochs_text(recipe)}",
         f"squeeze   {', '.join(recipe.squeezed_teachers) or 'nothing'}",
         f"students  {recipe.evaluation.student}, {count_text(len(recipe.evaluation.seeds), 'seed')}",
         f"bytes     images at most {size_text(recipe.num_images * data.channels * data.size**2)} "
-        f"(raw pixels; {recipe.packaging.image_format} is smaller), labels about {size_text(labels)} in {views:,} views",
+        f"(raw pixels; {recipe.packaging.image_format} is smaller), labels about {size_text(labels)} in {views:,} views "
+        f"({stored.codec})",
         f"disk      about {size_text(sum(space_needed(recipe, control=with_control).values()))} for the whole run"
         + (", including the control" if with_control else "")
         + f"; {size_text(cache_needed(recipe, control=with_control))} in the cache of `datasets` to train students",
     ]
     return "\n".join(lines)
+
+
+def _epochs_text(recipe: Recipe) -> str:
+    stored, epochs = recipe.stored_labels.epochs, count_text(recipe.relabel.epochs, "epoch")
+    if stored == recipe.relabel.epochs:
+        return f"{epochs} of views"
+    return f"labels of {count_text(stored, 'epoch')} of views, reused for {epochs}"
 
 
 def _steps_of_teachers(rule: TeachersRecipe, jobs: Sequence[SynthesisJob]) -> tuple[bool, dict[str, float]]:
@@ -97,7 +103,8 @@ def space_needed(recipe: Recipe, *, processes: int = 1, control: bool = True) ->
     """
     data, sets = recipe.data, 2 if control else 1
     pixels = recipe.num_images * data.channels * data.size**2
-    labels = recipe.num_images * (recipe.relabel.epochs + 1) * (2 * data.num_classes + VIEW_ROW_BYTES)
+    stored = recipe.stored_labels
+    labels = recipe.num_images * (stored.epochs * stored.row_bytes(data.num_classes) + 2 * data.num_classes)
     batch = min(recipe.synthesis.batch_size + 1, recipe.num_images) * data.channels * data.size**2
     return {"images": (1 + 2 * sets) * pixels, "labels": sets * labels, "checkpoints": 2 * processes * 3 * 4 * batch}
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from .labels import StoredLabels, within_budget
 from .sections import (
     NO_IMAGES,
     STRICT,
@@ -28,6 +29,8 @@ from .sections import (
 from .synthesis import SynthesisRecipe
 
 SQUEEZE_PREFIX = "squeeze:"
+TOP_K_LOSSES = ("kl", "dist")
+"""Losses that compare probabilities, which a label has even if most of its logits are not stored."""
 MOST_IMAGES = 10**7  # a plan lists every image
 _SQUEEZED = re.compile(rf"{SQUEEZE_PREFIX}(\w+(\.\w+)?|(hf-hub|hf_hub|local-dir):.+)")
 _RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)
@@ -63,12 +66,22 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_names(self)
         _check_unused(self)
+        _check_labels(self)
         _check_counts(self)
 
     @property
     def num_images(self) -> int:
         """The number of distilled images."""
         return self.synthesis.ipc * self.data.distilled_classes
+
+    @property
+    def stored_labels(self) -> StoredLabels:
+        """How the labels of views are stored, as set by hand or by the budget."""
+        rule, temperature = self.relabel, self.evaluation.temperature
+        if rule.budget is None:
+            return StoredLabels(rule.codec, rule.stored_epochs or rule.epochs, rule.top_k, temperature)
+        counts = {"images": self.num_images, "num_classes": self.data.num_classes, "epochs": rule.epochs}
+        return within_budget(rule.budget, **counts, temperature=temperature)
 
     @property
     def squeezed_teachers(self) -> tuple[str, ...]:
@@ -128,6 +141,24 @@ def _check_unused(recipe: Recipe) -> None:
         raise ValueError("packaging.image_format webp has no gray mode, and data.channels is 1; use png")
 
 
+def _check_labels(recipe: Recipe) -> None:
+    """Refuse labels that do not fit their budget, or that the loss of students cannot use."""
+    assert recipe.stored_labels.epochs  # a budget that is too small raises an error here
+    relabel, evaluation, classes = recipe.relabel, recipe.evaluation, recipe.data.num_classes
+    if relabel.top_k is not None and relabel.top_k >= classes:
+        raise ValueError(f"relabel.top_k is {relabel.top_k}, data.num_classes is {classes}; lower it, or use codec float16")
+    if relabel.codec == "topk" and evaluation.loss not in TOP_K_LOSSES:
+        raise ValueError(
+            f"relabel.codec topk keeps only the highest logits, but evaluation.loss {evaluation.loss} compares all; "
+            "use int8 or int4, or the loss kl or dist"
+        )
+    epochs = evaluation.epochs or relabel.epochs
+    if evaluation.hard_epochs >= epochs:
+        raise ValueError(
+            f"evaluation.hard_epochs is {evaluation.hard_epochs}, but a student trains for {epochs} epochs; lower it"
+        )
+
+
 def _check_no_images(recipe: Recipe) -> None:
     """Refuse everything that needs real images in a recipe without any."""
     synthesis, teachers = recipe.synthesis, recipe.squeezed_teachers
@@ -154,7 +185,11 @@ def _check_counts(recipe: Recipe) -> None:
     if recipe.method == "synthesize":
         wanted = _fitting_batches(recipe) | wanted
     epochs = "label_epochs" if recipe.evaluation.label_epochs else "epochs"
-    wanted[f"evaluation.{epochs}"] = min(getattr(recipe.evaluation, epochs) or 0, stored) or None
+    if recipe.evaluation.label_epochs:
+        stored, most = recipe.stored_labels.epochs, recipe.stored_labels.epochs
+    else:
+        most = stored + recipe.evaluation.hard_epochs
+    wanted[f"evaluation.{epochs}"] = min(getattr(recipe.evaluation, epochs) or 0, most) or None
     values = to_dict(recipe)
     present = {key: values[key.split(".")[0]][key.split(".")[1]] for key in wanted}
     wrong = [key for key, value in wanted.items() if value != present[key]]
@@ -195,6 +230,10 @@ _ADDED: dict[str, object] = {
     "data.white_level": None,
     "data.classes": None,
     "data.class_logits": "restrict",
+    "relabel.codec": "float16",
+    "relabel.top_k": None,
+    "relabel.stored_epochs": None,
+    "relabel.budget": None,
     "squeeze.seed": None,
     "squeeze.input_size": "recipe",
     "synthesis.momentum": 0.0,
@@ -204,6 +243,7 @@ _ADDED: dict[str, object] = {
     "synthesis.easiest": 1.0,
     "synthesis.view.curriculum": "none",
     "evaluation.label_epochs": None,
+    "evaluation.hard_epochs": 0,
 }
 """Keys that did not exist in the first version, with their defaults."""
 

@@ -7,6 +7,7 @@ from PIL import ImageColor
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from .labels import Codec, Size
 from .named_classes import NAMED_CLASSES
 
 MOST = 2**31 - 1  # the tables store counts as int32
@@ -192,6 +193,14 @@ class RelabelRecipe:
 
     teachers: Annotated[tuple[Name, ...], Field(min_length=1)]
     epochs: Count = 300  # views per image
+    # How the logits of views are stored (docs/labels.md): `float16`; `int8` or `int4` bits per logit; `topk`: the `top_k`
+    # highest, for the losses `kl` and `dist`; `seed`: not at all, the teachers compute them when a student trains.
+    codec: Codec = "float16"
+    top_k: Count | None = None
+    # The number of epochs that are stored; students use them again for the other epochs (LPLD). `null`: all.
+    stored_epochs: Count | None = None
+    # Maximum size of the files of views, such as `150MB`; sets codec and stored_epochs (docs/labels.md).
+    budget: Size | None = None
     batch_size: AtLeastTwo = 50  # part of the method, since mixing and norm balancing depend on the batch
     # `mean`: mean of the logits. `norm_balanced_mean`: each teacher's (B, K) logits are first rescaled to the mean
     # Frobenius norm of the teachers. `weighted`: weighted mean with `weights`.
@@ -206,6 +215,12 @@ class RelabelRecipe:
             raise ValueError("weights belong to ensemble weighted: set both or neither")
         if self.weights is not None and len(self.weights) != len(self.teachers):
             raise ValueError(f"{len(self.weights)} weights for {len(self.teachers)} teachers; give one weight each")
+        if (self.codec == "topk") != (self.top_k is not None):
+            raise ValueError("top_k belongs to codec topk: set both or neither")
+        if self.budget is not None:
+            refuse_unused(self, ("codec", "top_k", "stored_epochs"), "relabel.budget chooses how labels are stored")
+        if (self.stored_epochs or 0) > self.epochs:
+            raise ValueError(f"stored_epochs is {self.stored_epochs}, epochs is {self.epochs}; lower it")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -228,6 +243,9 @@ class EvaluationRecipe:
     epochs: Count | None = None  # each uses one recorded epoch of views; `null` uses every epoch in the folder once
     # The number of recorded epochs of views to cycle through; fewer need less storage. `null`: as many as `epochs`.
     label_epochs: Count | None = None
+    # The number of epochs in the middle of training that use hard labels with label smoothing, on views of their own that
+    # need no storage (HALD). The others use the stored labels.
+    hard_epochs: Index = 0
     # `mse_ce`: MSE(student logits, stored logits) + ce_weight * CE. `kl`: KL at `temperature`. `dist`: correlations between
     # classes and between images at `temperature`. `cosine`: 1 - cosine of the centered logits, plus ce_weight * CE.
     loss: Literal["mse_ce", "kl", "dist", "cosine"] = "mse_ce"

@@ -122,8 +122,10 @@ class Artifacts:
         """Return the file of a shard."""
         parts = [table, shard.name, shard.rows.start, shard.rows.stop]
         # The image table contains the class names, so its key depends on them.
-        names = [list(self.class_names)] if table == IMAGES else []
-        key = self._key("labels", ("relabel",), self.recipe.relabel.teachers, images.key, parts, *names)
+        more: list[object] = [list(self.class_names)] if table == IMAGES else []
+        if table == VIEWS and self.recipe.relabel.codec == "topk":
+            more = [self.recipe.evaluation.temperature]
+        key = self._key("labels", ("relabel",), self.recipe.relabel.teachers, images.key, parts, *more)
         return Artifact(self.folder / images.name / table / shard.name, key)
 
 

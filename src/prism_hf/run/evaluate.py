@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..dataset import DistilledDataset, load_distilled, versions
+from ..dataset import DistilledDataset, load_distilled, versions, with_teachers
 from ..errors import StageError
 from ..evaluation import (
     KEPT,
@@ -16,6 +16,7 @@ from ..evaluation import (
     Diversity,
     Source,
     StudentTask,
+    epochs_of,
     evaluation_facts,
     is_scored,
     keep_student,
@@ -44,10 +45,10 @@ def evaluate(run: Run) -> None:
         raise StageError(f"{run.dataset} is not packaged yet; run --stage package first")
     # Every process reads the tables. The first one decodes them alone, so that not all processes need the memory at once.
     with run.accelerator.main_process_first():
-        distilled = load_distilled(run.dataset)
+        distilled = with_labels(run, load_distilled(run.dataset))
         sources: dict[str, Source] = {"distilled": distilled}
         if run.wants_control and run.control.is_dir():
-            sources["random_real"] = load_distilled(run.control)
+            sources["random_real"] = with_labels(run, load_distilled(run.control))
     if run.recipe.data.source != NO_IMAGES:
         sources["full"] = run.data.train
     keep = partial(
@@ -62,6 +63,13 @@ def evaluate(run: Run) -> None:
     evaluation = fill_table(run, sources, run.data.test, run.work / "students", keep=keep, missing={}, judge=run.judge)
     if run.accelerator.is_main_process:
         conclude(run, evaluation)
+
+
+def with_labels(run: Run, source: DistilledDataset) -> DistilledDataset:
+    """Return the dataset with soft labels: the run's teachers compute them if they are not stored (codec `seed`)."""
+    if source.codec != "seed":
+        return source
+    return with_teachers(source, list(run.teachers(run.recipe.relabel.teachers).values()))
 
 
 def left_out(run: Run, sources: Mapping[str, Source]) -> dict[str, str]:
@@ -149,7 +157,7 @@ def collect(
             for name, source in sources.items()
         },
         student=tasks[0].settings.student if tasks else settings.student,
-        epochs=settings.epochs or distilled.num_epochs,
+        epochs=epochs_of(distilled, settings)[0],
         test_count=count,
         verifier=name,
         remarks=remarks_on(run.known_top1, name, rows, classes=classes, count=count),

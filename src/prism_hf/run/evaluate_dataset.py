@@ -16,7 +16,7 @@ from ..models import check_network, scored_on, source_facts
 from ..recipe import Recipe, load_recipe, override_recipe, plan_jobs, public_recipe, to_dict
 from ..runtime import EVERY_S, write_json
 from .context import Run, make_accelerator
-from .evaluate import fill_table
+from .evaluate import fill_table, with_labels
 from .folder import check_place, held_together
 from .package import package_set
 from .preflight import check_data
@@ -152,7 +152,7 @@ def _unless_missing(load: Callable[[], T], missing: dict[str, str], *rows: str) 
 
 def _sources(run: Run, distilled: DistilledDataset, data: SourceData | None, missing: dict[str, str]) -> dict[str, Source]:
     """Return the available image sources for students."""
-    sources: dict[str, Source] = {"distilled": distilled}
+    sources: dict[str, Source] = {"distilled": with_labels(run, distilled)}
     if data is not None:
         sources["full"] = data.train
         if run.wants_control and (control := _unless_missing(lambda: _control(run, distilled), missing, "random real")):
@@ -175,7 +175,7 @@ def _control(run: Run, distilled: DistilledDataset) -> DistilledDataset | None:
         package_set(run, sets[0])
     run.accelerator.wait_for_everyone()
     with run.accelerator.main_process_first():
-        return load_distilled(run.control)
+        return with_labels(run, load_distilled(run.control))
 
 
 def _digest(*parts: str) -> str:

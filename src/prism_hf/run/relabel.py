@@ -10,11 +10,22 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ..dataset import DISTILLED, IMAGES, RANDOM_REAL, VIEWS, ImageRows, Shard, image_tables, view_tables, write_parquet
+from ..dataset import (
+    DISTILLED,
+    IMAGES,
+    RANDOM_REAL,
+    VIEWS,
+    Columns,
+    ImageRows,
+    Shard,
+    image_tables,
+    view_tables,
+    write_parquet,
+)
 from ..errors import DataError, StageError
 from ..evaluation import LABELS
 from ..images import decode, encode, to_reference
-from ..method import ask_teachers, real_rows, relabel_batches
+from ..method import ask_teachers, drawn_batches, real_rows, relabel_batches
 from ..models import Teacher, folded
 from ..recipe import SynthesisJob, batch_ranges, plan_jobs
 from ..runtime import Progress, open_rows, raise_if_stopped, read_proof, read_row, told_in_one_line, unfinished, write_rows
@@ -107,7 +118,7 @@ def _image_rows(run: Run, images: ImageSet, shard: Shard, progress: Progress) ->
 def _labeled(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> Iterator[ImageRows]:
     """Encode images, and label the decoded ones, in the batches of the recipe."""
     settings, rule, channels = run.recipe.relabel, run.recipe.packaging, run.recipe.data.channels
-    teachers = _teachers(run)
+    teachers = label_teachers(run)
     with ThreadPoolExecutor() as pool:
         for batch in batch_ranges(len(images), settings.batch_size):
             if batch.start not in shard.rows:
@@ -147,16 +158,21 @@ def _decoded(run: Run, images: ImageSet) -> Iterator[Tensor]:
 
 
 def _view_rows(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> Iterator[pa.Table]:
-    settings, pixels = run.recipe.relabel, open_rows(run.artifacts.pixels(images).path)
-    teachers = _teachers(run)
+    settings, pixels, seed = run.recipe.relabel, open_rows(run.artifacts.pixels(images).path), run.recipe.seed
+    stored, size = run.recipe.stored_labels, run.recipe.data.size
+    teachers = [] if stored.codec == "seed" else label_teachers(run)
     for epoch in shard.rows:
         with _enough_memory(run, settings.batch_size):
-            batches = _until_stopped(relabel_batches(epoch, pixels, teachers, settings, seed=run.recipe.seed))
-            yield from view_tables(batches, run.recipe.data.num_classes)
+            batches: Iterator[Columns]
+            if stored.codec == "seed":
+                batches = (columns for columns, *_ in drawn_batches(epoch, len(images), size, settings, seed=seed))
+            else:
+                batches = relabel_batches(epoch, pixels, teachers, settings, seed=seed)
+            yield from view_tables(_until_stopped(batches), stored, run.recipe.data.num_classes)
         progress.advance()
 
 
-def _teachers(run: Run) -> list[Teacher]:
+def label_teachers(run: Run) -> list[Teacher]:
     """Return the teachers that give labels, prepared for inference."""
     with _enough_memory(run, run.recipe.relabel.batch_size):
         return [folded(teacher) for teacher in run.teachers(run.recipe.relabel.teachers).values()]

@@ -1,0 +1,150 @@
+"""Measure student accuracy against the bytes of labels, for each codec and number of stored epochs (docs/labels.md).
+
+    prism-hf distill recipes/digits/prism_ipc10.yaml relabel.epochs=300 --output outputs/labels/digits      # and fashion
+    python benchmarks/labels.py outputs/labels/digits outputs/labels/fashion --record benchmarks/results/labels.json
+
+The two folders of a run, `dataset` and `control` (random real images), are each packaged once with float16 labels of 300
+epochs. Every row stores a part of the same labels in another way, and trains students for 300 epochs with the recipe's
+protocol. Differences are paired over the seeds of the students, with 95 % t-intervals. Finished students are kept in
+outputs/labels/scores, so the same command resumes an interrupted one.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import machine
+import torch
+from scipy.stats import t as student_t
+
+from prism_hf.dataset import load_distilled, view_tables, write_parquet
+from prism_hf.dataset.codecs import decode_logits, encode_logits
+from prism_hf.dataset.reader import DistilledDataset
+from prism_hf.dataset.tables import Table, to_arrays
+from prism_hf.evaluation.students import train_student
+from prism_hf.images import from_columns, load_source
+from prism_hf.models.training import score
+from prism_hf.recipe import Recipe, StoredLabels, load_recipe
+from prism_hf.recipe.labels import Codec
+
+SCORES = Path("outputs/labels/scores")
+EPOCHS, SEEDS = 300, (0, 1, 2, 3, 4)
+SETS = {"dataset": "PRISM", "control": "random real"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to store labels, and the loss of the students that use it."""
+
+    codec: Codec
+    epochs: int
+    hard_epochs: int = 0
+    loss: str = "mse_ce"
+    top_k: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Name in files."""
+        more = f"-hard{self.hard_epochs}" if self.hard_epochs else ""
+        return f"{self.codec}{self.top_k or ''}-{self.epochs}{more}-{self.loss}"
+
+
+ROWS = (
+    Row("float16", 300),
+    Row("int8", 300),
+    Row("int4", 300),
+    Row("float16", 80),
+    Row("int4", 30),
+    Row("float16", 15),
+    Row("float16", 7),
+    Row("int4", 7),
+    Row("int4", 7, hard_epochs=100),
+    Row("int4", 7, hard_epochs=200),
+    Row("float16", 3),
+    Row("float16", 300, loss="kl"),
+    Row("topk", 300, loss="kl", top_k=3),
+)
+"""The first row of each loss is the one that the others are compared with."""
+
+
+def stored(folder: Path, row: Row, recipe: Recipe) -> tuple[DistilledDataset, int]:
+    """Return a packaged dataset with its labels stored as in a row, and the bytes of its file of views."""
+    base, table = load_distilled(folder), Table(folder, "views")
+    count, classes = len(base.labels), len(base.class_names)
+    columns = to_arrays(table.read(0, row.epochs * count, tuple(table.features)))
+    labels = StoredLabels(row.codec, row.epochs, row.top_k, recipe.evaluation.temperature)
+    logits = torch.from_numpy(decode_logits(encode_logits(columns["teacher_logits"], labels), classes).copy())
+    rows = from_columns(columns)
+    parts = [{name: part[e * count : (e + 1) * count] for name, part in columns.items()} for e in range(row.epochs)]
+    with tempfile.TemporaryDirectory() as draft:
+        path = Path(draft) / "views.parquet"
+        write_parquet(path, (table for part in parts for table in view_tables([part], labels, classes)))
+        size = path.stat().st_size
+
+    def views(epoch: int, part: range) -> tuple:
+        where = slice(epoch * count + part.start, epoch * count + part.stop)
+        return rows[where], logits[where]
+
+    relabel = replace(recipe.relabel, stored_epochs=row.epochs)
+    return replace(base, views=views, num_epochs=row.epochs, recipe=replace(recipe, relabel=relabel)), size
+
+
+def work(task: tuple[Path, str, Row, int]) -> dict:
+    """Train and score one student; return its top-1 accuracy and the bytes of its labels."""
+    run, name, row, seed = task
+    file = SCORES / f"{run.name}-{name}-{row.key}-{seed}.json"
+    if not file.is_file():
+        torch.set_num_threads(1)
+        recipe = load_recipe(run / "recipe.yaml")
+        source, size = stored(run / name, row, recipe)
+        settings = replace(recipe.evaluation, epochs=EPOCHS, hard_epochs=row.hard_epochs, loss=row.loss)
+        network = train_student(source, settings, labels="soft", seed=seed, device=torch.device("cpu"))
+        top1 = score(network, load_source(recipe.data).test, device=torch.device("cpu"))
+        file.write_text(json.dumps({"top1": top1, "bytes": size}), encoding="utf-8")
+        sys.stderr.write(f"{file.stem}: {top1:.4f}, {size:,} bytes\n")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and half the width of its 95 % t-interval."""
+    half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), float(half)
+
+
+def main() -> None:
+    """Train all students of all runs, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--record", type=Path)
+    args = parser.parse_args()
+    SCORES.mkdir(parents=True, exist_ok=True)
+    tasks = [(run, name, row, seed) for seed in SEEDS for run in args.runs for row in ROWS for name in SETS]
+    with ProcessPoolExecutor(args.processes) as pool:
+        found = dict(zip(tasks, pool.map(work, tasks), strict=True))
+    results = []
+    for run in args.runs:
+        for row in ROWS:
+            first = next(each for each in ROWS if each.loss == row.loss)
+            entry: dict = {"data": run.name, **row.__dict__, "sets": {}}
+            for name, label in SETS.items():
+                scores = [found[run, name, row, seed]["top1"] for seed in SEEDS]
+                gaps = [a - found[run, name, first, seed]["top1"] for a, seed in zip(scores, SEEDS, strict=True)]
+                size, whole = found[run, name, row, 0]["bytes"], found[run, name, first, 0]["bytes"]
+                gap = interval(gaps) if row is not first else None
+                entry["sets"][label] = {"top1": scores, "gap": gap, "bytes": size, "smaller": whole / size}
+            results.append(entry)
+    if args.record:
+        facts = machine.facts() | {"seeds": SEEDS, "epochs": EPOCHS, "rows": results}
+        args.record.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
