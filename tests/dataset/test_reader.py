@@ -58,15 +58,15 @@ def sizes(folder, table, column=""):
 
 @pytest.mark.parametrize("shard_mb", [500, 1], ids=["one file", "some files"])
 def test_label_bytes_count_only_the_epochs_that_are_read(tmp_path, shard_mb):
-    recipe, names, *_ = small_set(tmp_path, classes=300, ipc=2, epochs=4, size=8, shard_mb=shard_mb)
+    recipe, names, *_ = small_set(tmp_path, classes=300, ipc=4, epochs=4, size=8, shard_mb=shard_mb)
     add_card(tmp_path, recipe, names)
-    assert len(list((tmp_path / "views").iterdir())) == (1 if shard_mb == 500 else 2)
+    assert len(list((tmp_path / "views").iterdir())) == (1 if shard_mb == 500 else 4)
     data, groups = load_distilled(tmp_path), list(sizes(tmp_path, "views"))
     assert len(groups) == 4
     assert data.view_bytes == [sum(groups[:epochs]) for epochs in range(5)]
     assert sum(groups) < data.label_bytes
     logits = sum(sizes(tmp_path, "data", "teacher_logits"))
-    assert 0 < data.image_label_bytes == logits < 600 * 300 * 2 * 1.1
+    assert 0 < data.image_label_bytes == logits < 1200 * 300 * 2 * 1.1
 
 
 def test_a_row_group_with_several_epochs_counts_in_full(tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 from pipeline import add_card, small_set
 
 from prism_hf.dataset import reader as reading
+from prism_hf.dataset import writer
 from prism_hf.dataset.reader import DistilledDataset
 from prism_hf.errors import DataError, StoppedError
 from prism_hf.evaluation import students
@@ -122,7 +123,9 @@ def watched(source, read):
 def packed_once(tmp_path_factory):
     """Like `packed`, for tests that train on it."""
     folder = tmp_path_factory.mktemp("packed")
-    recipe, names, *_ = small_set(folder, channels=3, size=32, classes=3, ipc=7, epochs=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "SMALLEST_GROUP", 1)
+        recipe, names, *_ = small_set(folder, channels=3, size=32, classes=3, ipc=7, epochs=4)
     add_card(folder, recipe, names)
     return reading.load_distilled(folder)
 
@@ -304,6 +307,23 @@ def test_stored_epochs_are_used_again_in_an_order_of_the_seed(packed_once):
     others = [label_order(source, dataclasses.replace(source.recipe.evaluation, epochs=None), seed) for seed in range(4)]
     assert len({tuple(each) for each in others}) > 1
     assert order_of(packed_once) == [0, 1, 2, 3]
+
+
+def test_views_that_are_used_again_are_mirrored_by_chance(packed_once):
+    def shown(order, flip):
+        view = dataclasses.replace(packed_once.recipe.relabel.view, flip=flip)
+        relabel = dataclasses.replace(packed_once.recipe.relabel, view=view)
+        source = dataclasses.replace(packed_once, recipe=dataclasses.replace(packed_once.recipe, relabel=relabel))
+        batches = students._view_batches(source, order, 7, CPU, 0, per_image=False, seed=0)
+        return torch.cat([views for views, *_ in batches]).split(21)
+
+    first, again = shown([0, 0], flip=True)
+    assert torch.equal(first, shown([0, 1], flip=True)[0])
+    flipped = [torch.equal(a, b.flip(-1)) for a, b in zip(first, again, strict=True)]
+    same_as_before = [torch.equal(a, b) for a, b in zip(first, again, strict=True)]
+    assert all(a != b for a, b in zip(flipped, same_as_before, strict=True))
+    assert 3 < sum(flipped) < 18
+    assert torch.equal(*shown([0, 0], flip=False)), "a digit is never mirrored"
 
 
 def test_hard_labels_are_in_the_middle(packed_once):

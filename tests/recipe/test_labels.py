@@ -25,7 +25,7 @@ def test_the_richest_codec_that_fits_all_epochs_is_chosen_and_then_fewer_epochs(
 
 
 def test_a_budget_for_less_than_one_epoch_says_how_much_one_needs():
-    with pytest.raises(ValueError, match=r"10,000 images of 1000 classes need 5\.38 MB with int4"):
+    with pytest.raises(ValueError, match=r"10,000 images of 1000 classes need 5\.41 MB with int4"):
         chosen("5MB")
 
 

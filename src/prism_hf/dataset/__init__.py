@@ -6,4 +6,4 @@ from .provenance import Provenance, check_folder, read_provenance, versions, wri
 from .reader import DistilledDataset, load_distilled
 from .recomputed import with_teachers
 from .tables import hub_id_problem
-from .writer import Columns, ImageRows, build_dataset, image_tables, view_tables, write_parquet
+from .writer import Columns, ImageRows, build_dataset, image_tables, view_tables, whole_groups, write_parquet

@@ -14,14 +14,14 @@ from datasets import Value
 
 from ..recipe import Codec, StoredLabels
 
-_LEVELS = "np.stack([rows['logits_int4'] & 15, rows['logits_int4'] >> 4], 2).reshape(len(rows['epoch']), -1)"
-_SCALED = " * rows['logit_scale'][:, None] + rows['logit_offset'][:, None]"
+_SCALED = '* rows["logit_scale"][:, None] + rows["logit_offset"][:, None]'
 READING: dict[Codec, str] = {
-    "float16": "logits = rows['teacher_logits']",
-    "int8": f"logits = rows['logits_int8']{_SCALED}",
-    "int4": f"logits = {_LEVELS}[:, :K]{_SCALED}",
-    "topk": "logits = np.repeat(rows['other_logit'][:, None], K, 1)\n"
-    "np.put_along_axis(logits, rows['top_classes'], rows['top_logits'], 1)",
+    "float16": 'logits = rows["teacher_logits"]',
+    "int8": f'logits = rows["logits_int8"] {_SCALED}',
+    "int4": 'pairs = np.stack([rows["logits_int4"] & 15, rows["logits_int4"] >> 4], 2)\n'
+    f"logits = pairs.reshape(len(pairs), -1)[:, :K] {_SCALED}",
+    "topk": 'logits = np.repeat(rows["other_logit"][:, None], K, 1)\n'
+    'np.put_along_axis(logits, rows["top_classes"], rows["top_logits"], 1)',
 }
 """Code that reads the logits, (B, K), of a batch of rows in numpy format. The card and docs/labels.md show it."""
 

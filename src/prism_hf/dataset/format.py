@@ -28,6 +28,8 @@ DISTILLED, RANDOM_REAL = "distilled", "random_real"
 
 GROUP_BYTES = 4 * 2**20
 """Approximate size of a row group, which is what a reader or the writer keeps in memory at a time."""
+SMALLEST_GROUP = 1000
+"""Row groups of views with fewer rows are joined with the next epochs: each has about two kilobytes of metadata."""
 _SHARD_VIEWS = 2**13
 """Maximum views in a shard with more than one epoch; a killed run loses at most one shard."""
 
@@ -101,7 +103,7 @@ def image_group_rows(recipe: Recipe) -> int:
 
 
 def view_group_rows(row_bytes: int) -> int:
-    """Return the target number of rows in a row group of views; no row group crosses the end of an epoch."""
+    """Return the target number of rows in a row group of views, which has a part of an epoch, or whole epochs."""
     return max(1, GROUP_BYTES // row_bytes)
 
 

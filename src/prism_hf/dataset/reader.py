@@ -54,7 +54,7 @@ class DistilledDataset:
         teacher_weights: SHA-256 of each teacher's weights, from provenance.json.
         image_label_bytes: Compressed size of `teacher_logits` in bytes; `None` for a dataset that is not in files.
         view_bytes: Compressed bytes of the row groups with the first 0, 1, 2, ... epochs of views; `None` as above. A row
-            group is read as a whole, so all of it counts if any row is needed; ours never cross the end of an epoch.
+            group is read as a whole, so all of it counts if any row is needed.
     """
 
     images_uint8: Tensor

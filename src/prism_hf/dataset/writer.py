@@ -18,6 +18,7 @@ from ..runtime import write_bytes, write_whole
 from .codecs import encode_logits
 from .format import (
     IMAGES,
+    SMALLEST_GROUP,
     VIEWS,
     image_features,
     image_group_rows,
@@ -63,7 +64,7 @@ def build_dataset(
         shards[folder / IMAGES / shard.name] = image_tables([rows], shard.rows.start, recipe, class_names)
     for shard in view_shards(recipe, len(images)):
         views = [view_tables([epochs[epoch]], recipe.stored_labels, len(class_names)) for epoch in shard.rows]
-        shards[folder / VIEWS / shard.name] = chain.from_iterable(views)
+        shards[folder / VIEWS / shard.name] = whole_groups(chain.from_iterable(views))
     for path, tables in shards.items():
         write_whole(path, partial(write_parquet, tables=tables))
     for table in (IMAGES, VIEWS):
@@ -106,6 +107,18 @@ def view_tables(batches: Iterable[Columns], labels: StoredLabels, num_classes: i
             pending = []
     if pending:
         yield _view_table(pending, features)
+
+
+def whole_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the same rows with at least `SMALLEST_GROUP` rows in a table, except for the last one."""
+    pending: list[pa.Table] = []
+    for table in tables:
+        pending.append(table)
+        if sum(map(len, pending)) >= SMALLEST_GROUP:
+            yield pa.concat_tables(pending).combine_chunks()
+            pending = []
+    if pending:
+        yield pa.concat_tables(pending).combine_chunks()
 
 
 def _view_table(batches: Sequence[Columns], features: datasets.Features) -> pa.Table:

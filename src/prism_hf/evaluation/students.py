@@ -237,6 +237,7 @@ def _view_batches(
     first = start // len(parts)
     for epoch, stored in enumerate(order[first:], first):
         fresh = _fresh_views(source, seed, epoch) if stored is None else None
+        mirrored = _mirrored(source, seed, epoch) if stored is not None and stored in order[:epoch] else None
         for part in parts[start % len(parts) if epoch == first else 0 :]:
             if stored is None:
                 assert fresh is not None
@@ -249,6 +250,9 @@ def _view_batches(
                 logits = torch.lerp(other.float(), own.float(), weight.view(-1, 1))
             shares = class_shares(source.labels[rows.image_index], source.labels[partner], weight, len(source.class_names))
             views = rows.replay(images, lambda picked: to_reference(to_device(picked, device)))
+            if mirrored is not None:
+                flip = to_device(mirrored[part.start : part.stop], device).view(-1, 1, 1, 1)
+                views = torch.where(flip, views.flip(-1), views)
             batch = (views, to_device(shares, device))
             yield batch if logits is None else (*batch, to_device(logits, device).float())
 
@@ -257,7 +261,7 @@ def label_order(source: DistilledDataset, settings: EvaluationRecipe, seed: int)
     """Return the stored epoch of views that each training epoch uses; `None` for the hard labels in the middle.
 
     Stored epochs are first used in order. When they are used again, it is in an order that the seed draws each time (LPLD,
-    arXiv 2410.15919).
+    arXiv 2410.15919), and half of the views are mirrored if the recipe's views are flipped.
     """
     epochs, recorded = epochs_of(source, settings)
     order: list[int | None] = []
@@ -267,6 +271,14 @@ def label_order(source: DistilledDataset, settings: EvaluationRecipe, seed: int)
     soft = order[: epochs - settings.hard_epochs]
     middle = (len(soft) + 1) // 2
     return [*soft[:middle], *[None] * settings.hard_epochs, *soft[middle:]]
+
+
+def _mirrored(source: DistilledDataset, seed: int, epoch: int) -> Tensor | None:
+    """Draw which views of an epoch are mirrored, (N,) bool; `None` if the recipe's views are never flipped."""
+    if source.recipe is None or not source.recipe.relabel.view.flip:
+        return None
+    generator = torch.Generator().manual_seed(derived_seed(seed, "mirrored", epoch))
+    return torch.rand(len(source.labels), generator=generator) < 0.5
 
 
 def _fresh_views(source: DistilledDataset, seed: int, epoch: int) -> ViewRows:

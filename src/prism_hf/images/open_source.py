@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import HfApi, constants, is_offline_mode
+from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -16,6 +17,7 @@ from sklearn.model_selection import train_test_split
 from ..errors import DataError, PrismError
 from ..recipe import DataRecipe
 from ..runtime import (
+    digest,
     folder_or_hub_id,
     folder_state,
     foreign_files,
@@ -26,8 +28,10 @@ from ..runtime import (
     read_card,
     read_json,
     visible_entries,
+    write_json,
 )
 from .image_folder import is_image_folder, read_images, read_layout, split_folders
+from .limited import limit, read_limited
 
 _NOTES = (".md", ".txt", ".json", ".yaml", ".yml", ".xml", ".cff", ".bib", ".log")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".tbz2", ".xz", ".txz", ".7z", ".rar", ".zst", ".lz4")
@@ -45,21 +49,52 @@ def open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
     folder = folder_or_hub_id(recipe.source, what, give="`digits`, a Hub id or the path of a folder")
     try:
         if folder is None:
+            if recipe.images_per_class is not None:
+                return _open_limited(recipe, name)
             return datasets.load_dataset(recipe.source, recipe.config, split=name, revision=recipe.revision)
         files = _check_local(folder)
         if (folder / "state.json").is_file():
             raise DataError(f"{what} was saved as one Dataset without splits; save a DatasetDict with {name!r}")
         if (folder / "dataset_dict.json").is_file():
             return _open_saved(folder, name, what)
+        limited = recipe.images_per_class is not None and name == recipe.train_split
         if _are_images(folder, files, recipe):
-            return _open_images(folder, files, name, what)
+            rows = _open_images(folder, files, name, what)
+            return limit(rows, np.array(rows["label"]), recipe.images_per_class or 0) if limited else rows
         builder = _builder(folder, files, recipe)
+        if limited:
+            return read_limited(builder, recipe, name, folder_state(folder))
         builder.download_and_prepare()
         return builder.as_dataset(split=name)
     except PrismError:
         raise
+    except (datasets.exceptions.DatasetNotFoundError, GatedRepoError) as error:
+        if "gated" not in str(error):
+            raise DataError(f"{what}, split {name!r} cannot be loaded: {reason_of(error)}") from error
+        page = f"{constants.ENDPOINT}/datasets/{recipe.source}"
+        raise DataError(
+            f"{what} is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN; or give a local copy "
+            "with data.source=FOLDER"
+        ) from error
     except Exception as error:  # untrusted bytes reach a dozen readers of `datasets`, each with its own errors
         raise DataError(f"{what}, split {name!r} cannot be loaded: {reason_of(error)}") from error
+
+
+def _open_limited(recipe: DataRecipe, name: str) -> datasets.Dataset:
+    """Open a part of a dataset on the Hub, at one commit, without downloading the rest."""
+    wanted = (recipe.source, recipe.config, recipe.revision, recipe.images_per_class, recipe.classes, name)
+    note = Path(datasets.config.HF_DATASETS_CACHE) / "prism-hf" / f"{digest(wanted)}.json"
+    if is_offline_mode() and note.is_file():
+        known = read_json(note)
+        rows = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in known["files"]])
+    else:
+        commit = HfApi().dataset_info(recipe.source, revision=recipe.revision).sha
+        builder = datasets.load_dataset_builder(recipe.source, recipe.config, revision=commit)
+        rows = read_limited(builder, recipe, name, str(commit))
+        known = {"files": [file["filename"] for file in rows.cache_files], "commit": commit}
+        write_json(note, known)
+    rows.info.download_checksums = {f"{recipe.source}@{known['commit']}/": {}}  # where `source_revision` looks
+    return rows
 
 
 def _are_images(folder: Path, files: Collection[str], recipe: DataRecipe) -> bool:

@@ -12,8 +12,8 @@ Codec = Literal["float16", "int8", "int4", "topk", "seed"]
 
 VIEW_ROW_BYTES = 32
 """Bytes of one view in addition to its logits: two crops, a mix box, indices and flags (before compression)."""
-_FILE_BYTES, _EPOCH_BYTES = 8 * 2**10, 4 * 2**10
-"""Upper bounds of the metadata of a Parquet file, and of the row groups of an epoch in it."""
+_FILE_BYTES, _ROW_BYTES = 12 * 2**10, 4
+"""Upper bounds of the metadata of a Parquet file with one row group, and for each row of further ones."""
 _BY_SIZE: tuple[Codec, ...] = ("float16", "int8", "int4")
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -69,7 +69,7 @@ def within_budget(budget: str, *, images: int, num_classes: int, epochs: int, te
     allowed = float(re.sub("[^0-9.]", "", budget)) * _UNITS[budget[-2:]]
     for codec in _BY_SIZE:
         fitting = StoredLabels(codec, epochs, None, temperature)
-        per_epoch = images * (fitting.row_bytes(num_classes) + 1) + _EPOCH_BYTES
+        per_epoch = images * (fitting.row_bytes(num_classes) + _ROW_BYTES)
         count = int((allowed - _FILE_BYTES) // per_epoch)
         if count >= epochs:
             return fitting

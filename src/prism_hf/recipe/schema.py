@@ -182,6 +182,8 @@ def _check_counts(recipe: Recipe) -> None:
             f"synthesis.ipc {synthesis.ipc} makes {images} images; expected at most {MOST_IMAGES:,}; lower ipc"
         )
     wanted: dict[str, int | None] = {"relabel.batch_size": min(recipe.relabel.batch_size, images)}
+    if recipe.data.images_per_class is not None:
+        wanted["data.images_per_class"] = max(recipe.data.images_per_class, synthesis.ipc)
     if recipe.method == "synthesize":
         wanted = _fitting_batches(recipe) | wanted
     epochs = "label_epochs" if recipe.evaluation.label_epochs else "epochs"
@@ -230,6 +232,7 @@ _ADDED: dict[str, object] = {
     "data.white_level": None,
     "data.classes": None,
     "data.class_logits": "restrict",
+    "data.images_per_class": None,
     "relabel.codec": "float16",
     "relabel.top_k": None,
     "relabel.stored_epochs": None,

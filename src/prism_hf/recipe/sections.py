@@ -81,6 +81,10 @@ class DataRecipe:
     test_split: Name = "test"  # only for scoring students
     # For tuning: this stratified fraction of the *training* split replaces the test split, which is then never read.
     validation_fraction: FractionBelowOne = 0.0
+    # For large sources: only this many training images of each class are used. A Hub source is streamed until there are
+    # enough, and those are kept in the cache of `datasets`; of a folder of images, as many are drawn. Then there is no
+    # row for all real images. `null`: all.
+    images_per_class: Count | None = None
     image_column: Name | None = None  # `null` finds the only column of type Image, or else of image files as bytes
     label_column: Name | None = None  # `null` finds the only column of type ClassLabel, or else of integers or strings
     background: Color = "white"  # color behind transparent pixels, a name or `#rrggbb`

@@ -107,7 +107,9 @@ def _fill(run: Run, images: ImageSet, draft: Path, partial: Mapping[str, object]
 
 
 def _images_per_class(run: Run) -> list[int]:
-    """Return the number of training images of each class; none if there are no real images."""
+    """Return the number of training images of each class; none if there are no real images, or only a part is read."""
+    if run.recipe.data.images_per_class is not None:
+        return []
     counts = [len(rows) for rows in run.data.train.rows_by_class(run.data.num_classes)]
     return counts if any(counts) else []
 

@@ -20,6 +20,7 @@ from ..dataset import (
     Shard,
     image_tables,
     view_tables,
+    whole_groups,
     write_parquet,
 )
 from ..errors import DataError, StageError
@@ -158,6 +159,10 @@ def _decoded(run: Run, images: ImageSet) -> Iterator[Tensor]:
 
 
 def _view_rows(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> Iterator[pa.Table]:
+    return whole_groups(_epochs(run, images, shard, progress))
+
+
+def _epochs(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> Iterator[pa.Table]:
     settings, pixels, seed = run.recipe.relabel, open_rows(run.artifacts.pixels(images).path), run.recipe.seed
     stored, size = run.recipe.stored_labels, run.recipe.data.size
     teachers = [] if stored.codec == "seed" else label_teachers(run)
