@@ -24,7 +24,7 @@ import machine
 import torch
 from scipy.stats import t as student_t
 
-from prism_hf.dataset import load_distilled, view_tables, write_parquet
+from prism_hf.dataset import load_distilled, view_tables, whole_groups, write_parquet
 from prism_hf.dataset.codecs import decode_logits, encode_logits
 from prism_hf.dataset.reader import DistilledDataset
 from prism_hf.dataset.tables import Table, to_arrays
@@ -62,6 +62,7 @@ ROWS = (
     Row("int4", 300),
     Row("float16", 80),
     Row("int4", 30),
+    Row("int4", 20),
     Row("float16", 15),
     Row("float16", 7),
     Row("int4", 7),
@@ -74,42 +75,50 @@ ROWS = (
 """The first row of each loss is the one that the others are compared with."""
 
 
-def stored(folder: Path, row: Row, recipe: Recipe) -> tuple[DistilledDataset, int]:
-    """Return a packaged dataset with its labels stored as in a row, and the bytes of its file of views."""
+def stored_bytes(run: Path, name: str, row: Row) -> int:
+    """Return the size of the file of views of a dataset whose labels are stored as in a row."""
+    table, classes = Table(run / name, "views"), len(load_distilled(run / name).class_names)
+    count = table.num_rows // EPOCHS
+    columns = to_arrays(table.read(0, row.epochs * count, tuple(table.features)))
+    labels = StoredLabels(row.codec, row.epochs, row.top_k, load_recipe(run / "recipe.yaml").evaluation.temperature)
+    parts = [{name: part[e * count : (e + 1) * count] for name, part in columns.items()} for e in range(row.epochs)]
+    with tempfile.TemporaryDirectory() as draft:
+        path = Path(draft) / "views.parquet"
+        write_parquet(path, whole_groups(table for part in parts for table in view_tables([part], labels, classes)))
+        return path.stat().st_size
+
+
+def stored(folder: Path, row: Row, recipe: Recipe) -> DistilledDataset:
+    """Return a packaged dataset with its labels stored as in a row."""
     base, table = load_distilled(folder), Table(folder, "views")
     count, classes = len(base.labels), len(base.class_names)
     columns = to_arrays(table.read(0, row.epochs * count, tuple(table.features)))
     labels = StoredLabels(row.codec, row.epochs, row.top_k, recipe.evaluation.temperature)
     logits = torch.from_numpy(decode_logits(encode_logits(columns["teacher_logits"], labels), classes).copy())
     rows = from_columns(columns)
-    parts = [{name: part[e * count : (e + 1) * count] for name, part in columns.items()} for e in range(row.epochs)]
-    with tempfile.TemporaryDirectory() as draft:
-        path = Path(draft) / "views.parquet"
-        write_parquet(path, (table for part in parts for table in view_tables([part], labels, classes)))
-        size = path.stat().st_size
 
     def views(epoch: int, part: range) -> tuple:
         where = slice(epoch * count + part.start, epoch * count + part.stop)
         return rows[where], logits[where]
 
     relabel = replace(recipe.relabel, stored_epochs=row.epochs)
-    return replace(base, views=views, num_epochs=row.epochs, recipe=replace(recipe, relabel=relabel)), size
+    return replace(base, views=views, num_epochs=row.epochs, recipe=replace(recipe, relabel=relabel))
 
 
-def work(task: tuple[Path, str, Row, int]) -> dict:
-    """Train and score one student; return its top-1 accuracy and the bytes of its labels."""
+def work(task: tuple[Path, str, Row, int]) -> float:
+    """Train and score one student; return its top-1 accuracy."""
     run, name, row, seed = task
     file = SCORES / f"{run.name}-{name}-{row.key}-{seed}.json"
     if not file.is_file():
         torch.set_num_threads(1)
         recipe = load_recipe(run / "recipe.yaml")
-        source, size = stored(run / name, row, recipe)
+        source = stored(run / name, row, recipe)
         settings = replace(recipe.evaluation, epochs=EPOCHS, hard_epochs=row.hard_epochs, loss=row.loss)
         network = train_student(source, settings, labels="soft", seed=seed, device=torch.device("cpu"))
         top1 = score(network, load_source(recipe.data).test, device=torch.device("cpu"))
-        file.write_text(json.dumps({"top1": top1, "bytes": size}), encoding="utf-8")
-        sys.stderr.write(f"{file.stem}: {top1:.4f}, {size:,} bytes\n")
-    return json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({"top1": top1}), encoding="utf-8")
+        sys.stderr.write(f"{file.stem}: {top1:.4f}\n")
+    return float(json.loads(file.read_text(encoding="utf-8"))["top1"])
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -135,9 +144,9 @@ def main() -> None:
             first = next(each for each in ROWS if each.loss == row.loss)
             entry: dict = {"data": run.name, **row.__dict__, "sets": {}}
             for name, label in SETS.items():
-                scores = [found[run, name, row, seed]["top1"] for seed in SEEDS]
-                gaps = [a - found[run, name, first, seed]["top1"] for a, seed in zip(scores, SEEDS, strict=True)]
-                size, whole = found[run, name, row, 0]["bytes"], found[run, name, first, 0]["bytes"]
+                scores = [found[run, name, row, seed] for seed in SEEDS]
+                gaps = [a - found[run, name, first, seed] for a, seed in zip(scores, SEEDS, strict=True)]
+                size, whole = stored_bytes(run, name, row), stored_bytes(run, name, first)
                 gap = interval(gaps) if row is not first else None
                 entry["sets"][label] = {"top1": scores, "gap": gap, "bytes": size, "smaller": whole / size}
             results.append(entry)

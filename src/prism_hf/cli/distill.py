@@ -35,6 +35,11 @@ def distill(parser: argparse.ArgumentParser) -> Command:
         accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
             -m prism_hf distill RECIPE.yaml
 
+    Machines without a shared folder each do a part of the images in a folder of their own; then one takes over all:
+
+        %(prog)s RECIPE.yaml --output DIR --stage synthesize --part 2/3     # on the second of three machines
+        %(prog)s RECIPE.yaml --output DIR --merge OTHER_DIR OTHER_DIR       # after copying their folders here
+
     The stages are squeeze (train teachers), synthesize (optimize images), relabel (make soft labels), package, and
     evaluate (train students). Run the same command again, with any number of processes, to resume an interrupted run.
     """
@@ -49,6 +54,9 @@ def distill(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start over")
     parser.add_argument("--no-control", dest="control", action="store_false", help=NO_CONTROL)
     parser.add_argument("--allow-partial", action="store_true", help="package the finished images even if some jobs failed")
+    parser.add_argument("--part", type=_part, metavar="I/N", help="do only part I of N; with --stage synthesize or relabel")
+    merged = "output folders of other machines, whose finished work is taken over first"
+    parser.add_argument("--merge", type=Path, nargs="+", default=(), metavar="DIR", help=merged)
     compiled = "on: run the teachers of synthesis through torch.compile; auto (default): replay CUDA graphs on a GPU"
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help=compiled)
     parser.add_argument("--log-with", metavar="|".join(TRACKERS), help="log losses, verifier accuracy and images")
@@ -56,6 +64,13 @@ def distill(parser: argparse.ArgumentParser) -> Command:
     add_target(parser)
     add_compute(parser)
     return _distill
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected I/N such as 2/3, got {text!r}")
+    return int(number), int(count)
 
 
 def _distill(args: argparse.Namespace) -> None:
@@ -87,6 +102,8 @@ def _distill(args: argparse.Namespace) -> None:
             fresh=args.fresh,
             allow_partial=args.allow_partial,
             control=args.control,
+            part=args.part,
+            merge=args.merge,
             push_to_hub=None if args.repo is None else Target(args.repo, **push_options(args)),
             log_with=args.log_with,
             threads=args.threads,

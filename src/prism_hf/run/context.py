@@ -31,7 +31,7 @@ from ..images import SourceData, load_source, no_images
 from ..method import Compile, Precision, describe_norms
 from ..models import Teacher, fit_teacher, is_squeezed, load_teacher, read_squeezed, teacher_folder
 from ..recipe import NO_IMAGES, STAGES, TRACKERS, DataRecipe, Recipe
-from ..runtime import EVERY_S, read_json, share, write_json
+from ..runtime import EVERY_S, deal, read_json, share, write_json
 from .artifacts import TIMES, Artifacts
 
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -58,6 +58,7 @@ class Run:
     checkpoint_s: float = EVERY_S  # seconds between checkpoints of a long job
     allow_partial: bool = False  # continue without the jobs that failed
     with_control: bool = True  # also make random real images, as every run outside a comparison does
+    part: tuple[int, int] | None = None  # (2, 3): do the second third of the jobs and of the views; `None`: do all
     compile: Compile = "auto"  # how the passes of teachers are sped up in synthesis; see `synthesize`
     title: str = ""  # name of the run in front of its stage in the progress bar, if it is one of many
     loaded: Loaded = field(default_factory=Loaded)
@@ -197,8 +198,16 @@ class Run:
         threads, compiled = torch.get_num_threads(), {"compiled": True} if self.compile == "on" else {}
         return {"device": self.accelerator.device.type, "threads": threads, "precision": self.precision, **compiled}
 
-    def share(self, stage: str, tasks: Sequence[T], **options: Any) -> None:
-        """Do the unfinished tasks of a stage, divided over the processes; see `runtime.share`."""
+    def share(self, stage: str, tasks: Sequence[T], *, parted: bool = False, **options: Any) -> None:
+        """Do the unfinished tasks of a stage, divided over the processes; see `runtime.share`.
+
+        With `parted`, a run that does only a part takes its share of the tasks, which every machine calculates alike.
+        """
+        if parted and self.part is not None:
+            cost = options.get("cost") or options.get("size", lambda _: 1)
+            number, count = self.part
+            mine = deal([cost(task) for task in tasks], count)[number - 1]
+            tasks = [tasks[position] for position in sorted(mine)]
         share(self.accelerator, stage, tasks, notes=self.work, title=self.title, **options)
 
     def say(self, text: str) -> None:

@@ -17,10 +17,12 @@ from ..evaluation import summary
 from ..hub import Target, bundle_of, check_here, check_target, publish, reserve
 from ..method import Compile
 from ..recipe import STAGES, Overrides, Recipe, flat_values, load_recipe, override_recipe, public_recipe
-from ..runtime import EVERY_S, check_free, count_text, log_file, raise_if_stopped, read_json, write_json
+from ..runtime import EVERY_S, check_free, count_text, log_file, raise_if_stopped, read_json, watching, write_json
 from .context import Run, make_accelerator
 from .evaluate import evaluate
 from .folder import check_folder, claimed_together
+from .merge import check_folders
+from .merge import merge as take_over
 from .package import package
 from .preflight import check, check_data, check_stage, record_inputs
 from .relabel import relabel
@@ -62,6 +64,8 @@ def distill(
     fresh: bool = False,
     allow_partial: bool = False,
     control: bool = True,
+    part: tuple[int, int] | None = None,
+    merge: Sequence[Path | str] = (),
     push_to_hub: Target | str | None = None,
     log_with: str | None = None,
     threads: int | None = None,
@@ -78,6 +82,9 @@ def distill(
         stage: Run only this stage: `squeeze`, `synthesize`, `relabel`, `package` or `evaluate`.
         fresh: Move an existing run in the folder aside, and start again.
         allow_partial: Package the finished images even if some jobs failed.
+        part: `(2, 3)` does the second third of the jobs or views, for machines with separate folders. Needs the stage
+            `synthesize` or `relabel`.
+        merge: Other output folders of the same recipe, whose finished images and labels are taken over first.
         control: Also make random real images, label them and train students on them, as the control of the distilled ones.
         push_to_hub: Publish the dataset in one commit. A plain Hub id means a private repo.
         log_with: Log losses and images to `tensorboard`, `wandb` or `trackio`.
@@ -97,11 +104,21 @@ def distill(
     target = Target(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
     folder = Path(output)
     _check_at_once(recipe, folder, stage, target, compile, fresh=fresh)
+    _check_part(part, stage)
     check_threads(folder / "work", None if fresh else threads)
     accelerator = make_accelerator(folder, log_with=log_with)
     root = Path(teachers or folder / "teachers")
-    run = Run(recipe, folder, root, accelerator, checkpoint_s, allow_partial, control, compile)
-    return _distill(run, stage, target, threads, fresh=fresh)
+    run = Run(recipe, folder, root, accelerator, checkpoint_s, allow_partial, control, part, compile)
+    return _distill(run, stage, target, threads, list(map(Path, merge)), fresh=fresh)
+
+
+def _check_part(part: tuple[int, int] | None, stage: str | None) -> None:
+    if part is None:
+        return
+    if not 1 <= part[0] <= part[1]:
+        raise RecipeError(f"part {part[0]}/{part[1]} does not exist; expected 1/N to N/N")
+    if stage not in ("synthesize", "relabel"):
+        raise RecipeError("--part divides images and labels; add --stage synthesize, or --stage relabel with --merge")
 
 
 def _check_at_once(
@@ -120,12 +137,15 @@ def _check_at_once(
         check_here(target)
 
 
-def _distill(run: Run, stage: str | None, target: Target | None, threads: int | None, *, fresh: bool) -> Distilled:
+def _distill(
+    run: Run, stage: str | None, target: Target | None, threads: int | None, others: Sequence[Path], *, fresh: bool
+) -> Distilled:
     """Check everything that can fail later, claim the folder, run the stages, publish."""
     is_main, recipe, processes = run.accelerator.is_main_process, run.recipe, run.accelerator.num_processes
     target = check_target(target, recipe.name) if target is not None and is_main else None
     if stage is not None:
         check_stage(run, stage, fresh=fresh)
+    check_folders(run, others)
     check(run, fresh=fresh)
     notes = check_data(run)
     # Nothing is written before this point.
@@ -142,7 +162,10 @@ def _distill(run: Run, stage: str | None, target: Target | None, threads: int | 
         for line in [*([] if earlier is None else [earlier]), *notes]:
             run.say(line)
         start_trackers(run.accelerator, recipe)
-        run_stages(run, STAGES if stage is None else [stage])
+        with watching(run.work, run.accelerator.process_index, processes):
+            if others:
+                take_over(run, others)
+            run_stages(run, STAGES if stage is None else [stage])
         path = run.folder / "report.json"
         report = read_json(path) if path.is_file() else None
         run.accelerator.end_training()

@@ -87,6 +87,17 @@ def _check_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
+def check_same_recipe(folder: Path, recipe: Recipe, option: str) -> None:
+    """Raise an `OutputError` if a folder contains a run of another recipe. The message names the option that sets it."""
+    try:
+        theirs = load_recipe(folder / "recipe.yaml")
+    except RecipeError as error:
+        raise OutputError(f"{option} {str(folder)!r} contains a recipe that cannot be read ({error})") from error
+    if theirs.fingerprint() != recipe.fingerprint():
+        keys = ", ".join(differing_keys(theirs, recipe))
+        raise OutputError(f"{option} {str(folder)!r} belongs to another recipe; these keys differ: {keys}")
+
+
 def is_of_another(folder: Path, recipe: Recipe) -> bool:
     """Return whether `folder` contains a run of another recipe, or a run whose recipe cannot be read."""
     if not (folder / "recipe.yaml").is_file():

@@ -55,7 +55,9 @@ def label(run: Run, sets: Sequence[ImageSet]) -> None:
 
     files = run.artifacts
     _share(run, files.shard_tasks(sets, IMAGES), _image_rows, unit="image shard", steps="image")
-    _share(run, files.shard_tasks(sets, VIEWS), _view_rows, unit="view shard", steps="epoch", prepare=decode_once)
+    _share(
+        run, files.shard_tasks(sets, VIEWS), _view_rows, unit="view shard", steps="epoch", prepare=decode_once, parted=True
+    )
 
 
 def _share(

@@ -75,6 +75,7 @@ def synthesize(run: Run) -> None:
         size=lambda job: job.iterations,
         cost=_network_passes,
         steps="step",
+        parted=True,
     )
     _tell_failed(run)
     files = [job_file(run.work, job.id) for job in plan_jobs(run.recipe)]

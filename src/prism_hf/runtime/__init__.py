@@ -6,6 +6,7 @@ Names from modules that load torch, accelerate or huggingface_hub are imported o
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .alive import watching
 from .facts import Facts
 from .lock import HOLDER, LOCK, check_free, holder_of, holder_text, is_held, locked, waited_for
 from .logs import log_file
@@ -56,14 +57,14 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint, State
     from .graphs import Replayed
     from .hub_client import BRIEF, PAUSES, SHORT, UNREACHABLE, again, explain, hub_name
-    from .share_loop import Progress, share, unfinished
+    from .share_loop import Progress, deal, share, unfinished
     from .tensors import open_rows, read_row, read_tensors, to_device, write_rows, write_tensors
 
 _LATER = {
     "checkpoint": "Checkpoint State",
     "graphs": "Replayed",
     "hub_client": "BRIEF PAUSES SHORT UNREACHABLE again explain hub_name",
-    "share_loop": "Progress share unfinished",
+    "share_loop": "Progress deal share unfinished",
     "tensors": "open_rows read_row read_tensors to_device write_rows write_tensors",
 }
 
