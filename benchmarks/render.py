@@ -17,7 +17,7 @@ from prism_hf.evaluation.report import cosine_text, markdown_table, percent_text
 from prism_hf.hub.dataset_card import render_card
 from prism_hf.recipe.yaml_file import load_recipe, parse_recipe
 
-PAGES = ("imagenet", "method", "reproduction", "reliability", "comparison", "performance")
+PAGES = ("imagenet", "labels", "scale", "method", "reproduction", "reliability", "comparison", "performance")
 ROWS = ("distilled, soft", "random_real, soft", "distilled, hard", "random_real, hard")
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -154,6 +154,61 @@ def imagenet_lite(result: dict) -> str:
     return f"{markdown_table([head, *rows])}\n\n{images}. `{result['command'].strip()}` ({hardware})\n"
 
 
+def labels(result: dict) -> str:
+    """Return the accuracy of students for each way to store labels, with paired differences."""
+    parts = []
+    for data in dict.fromkeys(row["data"] for row in result["rows"]):
+        table = []
+        for row in (row for row in result["rows"] if row["data"] == data):
+            cells = [f"{row['codec']}{' ' + str(row['top_k']) if row['top_k'] else ''}", str(row["epochs"])]
+            cells += [str(row["hard_epochs"] or "-"), row["loss"]]
+            first = next(iter(row["sets"].values()))
+            cells += [f"{first['bytes'] / 1000:,.0f} kB", f"{first['smaller']:.1f}"]
+            for facts in row["sets"].values():
+                mean = 100 * sum(facts["top1"]) / len(facts["top1"])
+                gap = facts["gap"]
+                cells.append(f"{mean:.1f}" + ("" if gap is None else f" ({100 * gap[0]:+.1f} ± {100 * gap[1]:.1f})"))
+            table.append(cells)
+        head = ["codec", "stored epochs", "hard epochs", "loss", "views", "times smaller", *row["sets"]]
+        parts.append(f"{NAMES.get(data, data)}:\n\n{markdown_table([head, *table])}\n")
+    seeds = f"{len(result['seeds'])} seeds of the student, {result['epochs']} epochs"
+    where = f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores"
+    return "\n".join(parts) + f"\n{seeds}. `{result['command']}` ({where})\n"
+
+
+NAMES = {"digits-base": "Digits", "fashion-base": "Fashion-MNIST"}
+
+
+def scale(result: dict) -> str:
+    """Return the plans of large runs."""
+    rows = [
+        (
+            name,
+            f"{case['jobs']:,}",
+            workers,
+            f"{facts['makespan_over_ideal']:.3f}",
+            f"{100 * facts['busy']:.0f} %",
+            f"{facts['hours']:.2g}",
+        )
+        for name, case in result["cases"].items()
+        for workers, facts in case["workers"].items()
+    ]
+    head = ("run", "jobs", "workers", "makespan / ideal", "busy", "hours")
+    plans = [
+        (
+            name,
+            f"{case['images']:,}",
+            f"{case['gpu_hours']:.1f}",
+            f"{case['labels']['codec']}, {case['labels']['epochs']} epochs",
+            *(f"{case['disk_gb'][kind]:.0f} GB" for kind in ("images", "labels")),
+            f"{case['plan_s']:.2f} s, {case['peak_mib']:.0f} MiB",
+        )
+        for name, case in result["cases"].items()
+    ]
+    names = ("run", "images", "GPU hours of synthesis", "labels", "disk, images", "disk, labels", "planning")
+    return f"{markdown_table([head, *rows])}\n\n{markdown_table([names, *plans])}\n\n`{result['command']}`\n"
+
+
 def gpu_digits(result: dict) -> str:
     """Return the results of the default recipe on a GPU."""
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in result["wall_time_s"].items())
@@ -286,6 +341,8 @@ WHOLE = {
     "gpu_digits": gpu_digits,
     "teacher-pool": teacher_pool,
     "imagenet-lite": imagenet_lite,
+    "labels": labels,
+    "scale": scale,
 }
 """Sections that name their command themselves."""
 
