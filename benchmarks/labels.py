@@ -151,7 +151,7 @@ def main() -> None:
                 entry["sets"][label] = {"top1": scores, "gap": gap, "bytes": size, "smaller": whole / size}
             results.append(entry)
     if args.record:
-        command = "python benchmarks/labels.py outputs/labels/digits outputs/labels/fashion --record benchmarks/results/labels.json"
+        command = "python benchmarks/labels.py outputs/labels/digits outputs/labels/fashion --record ..."
         facts = {"command": command} | machine.facts() | {"seeds": SEEDS, "epochs": EPOCHS, "rows": results}
         args.record.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

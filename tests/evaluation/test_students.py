@@ -203,6 +203,9 @@ def test_image_labels_are_mixed_like_their_view(packed):
         {"loss": "cosine"},
         {"batch_size": 2},
         {"student": "test_byobnet"},
+        {"micro_batch": 2},
+        {"optimizer": "adam"},
+        {"cosine_stretch": 2.0},
     ],
     ids=lambda c: next(iter(c)),
 )

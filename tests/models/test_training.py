@@ -4,13 +4,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 from prism_hf.errors import RecipeError
 from prism_hf.images.source import ImageSplit
 from prism_hf.models.build import build_network, seeded
-from prism_hf.models.training import CHECK_EVERY, Batches, Top1, fit, score
+from prism_hf.models.training import CHECK_EVERY, Batches, Top1, _Training, fit, score
 
 CPU = torch.device("cpu")
 
@@ -190,3 +191,31 @@ def test_every_few_steps_the_number_of_finished_steps_is_told():
     batches = Batches(lambda done: iter(data[done:]))
     fit(network, batches, torch.nn.functional.cross_entropy, steps=23, lr=0.1, weight_decay=0.0, at_step=told.append)
     assert told == [0, *range(CHECK_EVERY, 23, CHECK_EVERY), 23]
+
+
+def test_micro_batches_add_up_to_the_gradient_of_the_batch():
+    """Without batch norm, the step is that of the whole batch; with it, each micro-batch has its own statistics."""
+    images, labels = torch.rand(7, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(7) % 3
+
+    def trained(norm, micro_batch):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).double()
+        batches = Batches(lambda done: iter([(images.double(), labels)] * (3 - done)))
+        fit(network, batches, F.cross_entropy, steps=3, lr=0.01, weight_decay=0.0, micro_batch=micro_batch)
+        return network[0].weight.detach()
+
+    torch.testing.assert_close(trained(nn.Identity(), None), trained(nn.Identity(), 3), rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(trained(nn.BatchNorm2d(4), None), trained(nn.BatchNorm2d(4), 3), rtol=1e-3)
+    assert torch.equal(trained(nn.BatchNorm2d(4), None), trained(nn.BatchNorm2d(4), 7))
+
+
+def test_a_stretched_cosine_ends_above_zero():
+    network = nn.Linear(2, 2)
+    rates = []
+    for stretch in (1.0, 2.0):
+        training = _Training(network, "x", steps=10, lr=1.0, weight_decay=0.0, schedule="cosine", ema=0.0, stretch=stretch)
+        for _ in range(10):
+            training.scheduler.step()
+        rates.append(training.scheduler.get_last_lr()[0])
+    assert rates[0] == pytest.approx(0.0, abs=1e-12)
+    assert rates[1] == pytest.approx(0.5)

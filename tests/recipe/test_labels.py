@@ -31,6 +31,7 @@ def test_a_budget_for_less_than_one_epoch_says_how_much_one_needs():
 
 def test_a_recipe_stores_what_it_says():
     assert tiny("relabel.codec=int8").stored_labels == StoredLabels("int8", 2, None, 20.0)
+    assert tiny("relabel.stored_epochs=9").stored_labels.epochs == 2
     assert tiny("relabel.stored_epochs=1").stored_labels == StoredLabels("float16", 1, None, 20.0)
     with pytest.raises(RecipeError, match="does not hold one epoch"):
         tiny("relabel.budget=1kB")

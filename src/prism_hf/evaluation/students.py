@@ -214,6 +214,9 @@ def _fit(
         lr=settings.lr,
         weight_decay=settings.weight_decay,
         ema=settings.ema,
+        optimizer=settings.optimizer,
+        stretch=settings.cosine_stretch,
+        micro_batch=settings.micro_batch,
         what=title,
         checkpoint=checkpoint,
         at_step=at_step,
@@ -315,7 +318,8 @@ def keep_student(
     _, channels, _, size = distilled.images_uint8.shape
     recipe = distilled.recipe
     excluded = ["student", "seeds", "epochs", "full_data_epochs"]
-    excluded += [key for key in ("label_epochs", "hard_epochs") if not getattr(settings, key)]
+    excluded += [key for key in ("label_epochs", "hard_epochs", "preset", "micro_batch") if not getattr(settings, key)]
+    excluded += [key for key, plain in (("optimizer", "adamw"), ("cosine_stretch", 1.0)) if getattr(settings, key) == plain]
     facts = StudentFacts(
         kind="student",
         architecture=settings.student,

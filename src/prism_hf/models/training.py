@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import NotFiniteError
 from ..images import ImageSplit, to_reference
+from ..recipe import batch_ranges
 from ..runtime import Checkpoint, State, raise_if_stopped, told_in_one_line
 
 CHECK_EVERY = 20
@@ -88,19 +89,31 @@ class _Training:
     """The state of a training run between two steps; see `fit` for the arguments."""
 
     def __init__(
-        self, network: nn.Module, what: str, *, steps: int, lr: float, weight_decay: float, schedule: Schedule, ema: float
+        self,
+        network: nn.Module,
+        what: str,
+        *,
+        steps: int,
+        lr: float,
+        weight_decay: float,
+        schedule: Schedule,
+        ema: float,
+        optimizer: str = "adamw",
+        stretch: float = 1.0,
+        micro_batch: int | None = None,
     ) -> None:
         matrices = [p for p in network.parameters() if p.ndim > 1]
         vectors = [p for p in network.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.network, self.what, self.ema, self.step = network, what, ema, 0
+        self.network, self.what, self.ema, self.step, self.micro_batch = network, what, ema, 0, micro_batch
         self.device = next(network.parameters()).device
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, fused=self.device.type in FUSED)
+        kind = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
+        self.optimizer = kind(groups, lr=lr, fused=self.device.type in FUSED)
         self.scheduler: torch.optim.lr_scheduler.LRScheduler
         if schedule == "one_cycle":
             self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=lr, total_steps=steps)
         else:
-            self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
+            self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=round(stretch * steps))
         self.average = ModelEmaV3(network) if ema else None
         self.losses: list[Tensor] = []
 
@@ -109,17 +122,31 @@ class _Training:
             f"{self.what}: a batch of {len(images)} images",
             "Lower its batch_size in the recipe, or use a device with more memory",
         ):
-            value = loss(self.network(images.contiguous(memory_format=torch.channels_last)), *targets)
             self.optimizer.zero_grad(set_to_none=True)
-            value.backward()
+            value = self._backward(loss, images, targets)
             self.optimizer.step()
         self.scheduler.step()
         if self.average is not None:
             # Warm up the decay; otherwise the random initial weights would stay in the average.
             self.average.decay = min(self.ema, (1 + self.step) / (10 + self.step))
             self.average.update(self.network)
-        self.losses.append(value.detach())
+        self.losses.append(value)
         self.step += 1
+
+    def _backward(self, loss: Callable[..., Tensor], images: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        """Compute the gradient of a batch, as the weighted sum of those of its micro-batches; return the loss."""
+        count = len(images)
+        parts = batch_ranges(count, self.micro_batch or count)
+        total = torch.zeros((), device=self.device)
+        for part in parts:
+            rows = slice(part.start, part.stop)
+            view = images[rows].contiguous(memory_format=torch.channels_last)
+            value = loss(self.network(view), *(target[rows] for target in targets))
+            if len(parts) > 1:
+                value = value * (len(part) / count)
+            value.backward()
+            total += value.detach()
+        return total
 
     def check(self) -> None:
         """Raise an error if a loss is not finite; reading the losses waits for the device."""
@@ -162,17 +189,22 @@ def fit(
     weight_decay: float,
     schedule: Schedule = "cosine",
     ema: float = 0.0,
+    optimizer: str = "adamw",
+    stretch: float = 1.0,
+    micro_batch: int | None = None,
     what: str = "training",
     checkpoint: Checkpoint | None = None,
     at_step: AtStep = lambda _: None,
 ) -> nn.Module:
-    """Train with AdamW and return the network after the last step, never the one that scores best on a test set.
+    """Train with AdamW (or Adam) and return the network after the last step, never the one that scores best on a test set.
 
-    Batches are on the network's device: the input, (B, C, H, W) in the network's own normalization, and the other arguments
-    of `loss(logits, *rest)`, a scalar. `lr` is the peak of a schedule over `steps` batches: `cosine` (decay to zero) or
-    `one_cycle` (warm-up, then decay to zero). One-dimensional parameters (norms and biases) have no weight decay. `ema` is
-    the decay of an exponential moving average of the weights; 0 disables it. `what` names the network in error messages.
-    `at_step` is called with the number of finished steps: at the start (above 0 after a resume), then every few steps.
+    Batches are on the network's device: the input, (B, C, H, W) in the network's own normalization, and the other
+    arguments of `loss(logits, *rest)`, a scalar. `lr` is the peak of a schedule over `steps` batches: `cosine` (decay
+    to zero) or `one_cycle` (warm-up, then decay to zero). A cosine of `stretch` times the steps does not decay to zero.
+    The gradient of a batch is computed in micro-batches of `micro_batch` images, on each of which the network's batch
+    norms compute. One-dimensional parameters (norms and biases) have no weight decay. `ema` is the decay of an
+    exponential moving average of the weights; 0 disables it. `what` names the network in error messages. `at_step` is
+    called with the number of finished steps: at the start (above 0 after a resume), then every few steps.
 
     Returns:
         The network, or its moving average if `ema` is set, in eval mode.
@@ -181,7 +213,18 @@ def fit(
         NotFiniteError: The loss is NaN or infinite.
     """
     network.train()
-    training = _Training(network, what, steps=steps, lr=lr, weight_decay=weight_decay, schedule=schedule, ema=ema)
+    training = _Training(
+        network,
+        what,
+        steps=steps,
+        lr=lr,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        ema=ema,
+        optimizer=optimizer,
+        stretch=stretch,
+        micro_batch=micro_batch,
+    )
     if checkpoint is not None and (saved := checkpoint.load()) is not None:
         training.restore(saved, batches)
     at_step(training.step)

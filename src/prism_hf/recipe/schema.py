@@ -79,7 +79,7 @@ class Recipe:
         """How the labels of views are stored, as set by hand or by the budget."""
         rule, temperature = self.relabel, self.evaluation.temperature
         if rule.budget is None:
-            return StoredLabels(rule.codec, rule.stored_epochs or rule.epochs, rule.top_k, temperature)
+            return StoredLabels(rule.codec, min(rule.stored_epochs or rule.epochs, rule.epochs), rule.top_k, temperature)
         counts = {"images": self.num_images, "num_classes": self.data.num_classes, "epochs": rule.epochs}
         return within_budget(rule.budget, **counts, temperature=temperature)
 
@@ -247,6 +247,10 @@ _ADDED: dict[str, object] = {
     "synthesis.view.curriculum": "none",
     "evaluation.label_epochs": None,
     "evaluation.hard_epochs": 0,
+    "evaluation.preset": None,
+    "evaluation.micro_batch": None,
+    "evaluation.optimizer": "adamw",
+    "evaluation.cosine_stretch": 1.0,
 }
 """Keys that did not exist in the first version, with their defaults."""
 

@@ -201,7 +201,7 @@ class RelabelRecipe:
     # highest, for the losses `kl` and `dist`; `seed`: not at all, the teachers compute them when a student trains.
     codec: Codec = "float16"
     top_k: Count | None = None
-    # The number of epochs that are stored; students use them again for the other epochs (LPLD). `null`: all.
+    # At most this many epochs are stored; students use them again for the other epochs (LPLD). `null`: all.
     stored_epochs: Count | None = None
     # Maximum size of the files of views, such as `150MB`; sets codec and stored_epochs (docs/labels.md).
     budget: Size | None = None
@@ -223,8 +223,6 @@ class RelabelRecipe:
             raise ValueError("top_k belongs to codec topk: set both or neither")
         if self.budget is not None:
             refuse_unused(self, ("codec", "top_k", "stored_epochs"), "relabel.budget chooses how labels are stored")
-        if (self.stored_epochs or 0) > self.epochs:
-            raise ValueError(f"stored_epochs is {self.stored_epochs}, epochs is {self.epochs}; lower it")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -243,7 +241,11 @@ class EvaluationRecipe:
 
     student: Name  # timm architecture, or `transformers:<model type>` for a default configuration of that family
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)  # one student per seed and row
+    # A published protocol, which sets all values below that the recipe does not set itself: `prism`; `rd3` (ICLR 2026);
+    # `cda` (as in rethinkdc). See recipe/presets.py. The resolved recipe has every value.
+    preset: Literal["prism", "rd3", "cda"] | None = None
     batch_size: AtLeastTwo = 50
+    micro_batch: AtLeastTwo | None = None  # images per forward pass, whose gradients are added up; `null`: the batch
     epochs: Count | None = None  # each uses one recorded epoch of views; `null` uses every epoch in the folder once
     # The number of recorded epochs of views to cycle through; fewer need less storage. `null`: as many as `epochs`.
     label_epochs: Count | None = None
@@ -255,8 +257,11 @@ class EvaluationRecipe:
     loss: Literal["mse_ce", "kl", "dist", "cosine"] = "mse_ce"
     ce_weight: NonNegative = 0.1
     temperature: Positive = 20.0
-    lr: Positive = 1.0e-3  # of AdamW; cosine decay to zero, no jump
-    weight_decay: NonNegative = 0.01  # of AdamW; not applied to one-dimensional parameters
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    lr: Positive = 1.0e-3  # cosine decay, no jump
+    # The cosine is as long as this multiple of the training: 1 decays to zero, 2 to half of `lr` (EDC, RD3).
+    cosine_stretch: Annotated[Float, Field(ge=1)] = 1.0
+    weight_decay: NonNegative = 0.01  # not applied to one-dimensional parameters
     ema: FractionBelowOne = 0.0  # decay of an exponential moving average of the student's weights; 0 turns it off
     # Epochs of the ceiling row (all real training images, hard labels); 0 omits the row, and the table says so.
     full_data_epochs: Index = 20

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..errors import RecipeError
 from ..runtime import YamlError, dump_yaml, map_texts, read_yaml
+from .presets import preset_values
 from .schema import Recipe, to_dict
 from .shipped import shipped_recipes
 
@@ -68,6 +69,7 @@ def parse_recipe(values: object, overrides: Overrides = (), *, origin: str = "re
         raise RecipeError(f"{origin}: expected a mapping of sections, got {type(values).__name__}")
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in overrides.items()]
+    values = _with_preset(values)
     for override in overrides:
         values = _overridden(values, override)
     _check_size(values, origin)
@@ -131,7 +133,18 @@ def _overridden(values: dict[Any, Any], override: str) -> dict[Any, Any]:
         section[parent] = inner
         section = inner
     section[last] = _read_yaml(text, f"{what}: the value")
+    if key == "evaluation.preset":  # replaces the values of another protocol
+        section.update(preset_values(section[last], section.get("student")))
     return changed
+
+
+def _with_preset(values: dict[Any, Any]) -> dict[Any, Any]:
+    """Add the values of a preset that the recipe does not set itself."""
+    evaluation = values.get("evaluation")
+    if not isinstance(evaluation, dict) or evaluation.get("preset") is None:
+        return values
+    preset = preset_values(evaluation["preset"], evaluation.get("student"))
+    return {**values, "evaluation": {**preset, **evaluation}}
 
 
 def _check_size(values: object, origin: str) -> None:
