@@ -1,11 +1,14 @@
 """The budget of labels: what it chooses, and that the files stay below it."""
 
+import re
+from pathlib import Path
+
 import pytest
 from each import each
 from pipeline import small_set, tiny
 
 from prism_hf.errors import RecipeError
-from prism_hf.recipe import StoredLabels
+from prism_hf.recipe import StoredLabels, describe_plan, load_recipe
 from prism_hf.recipe.labels import within_budget
 
 IMAGENET = {"images": 10_000, "num_classes": 1000, "epochs": 300, "temperature": 20.0}
@@ -46,3 +49,18 @@ def test_the_files_stay_below_the_budget(tmp_path, classes, ipc, epochs, budget)
     allowed = float(budget[:-2]) * (1e3 if "k" in budget else 1e6)
     assert size <= allowed
     assert size >= 0.3 * allowed or recipe.stored_labels.epochs == epochs
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@each("path", sorted(RECIPES.glob("imagenet/*.yaml")))
+def test_the_dry_run_of_each_imagenet_recipe_has_jobs_iterations_hours_and_bytes(path):
+    plan = describe_plan(load_recipe(path))
+    lines = {line.split()[0]: line for line in plan.splitlines()[1:]}
+    assert {"jobs", "steps", "bytes", "disk", "relabel"} <= lines.keys()
+    header = re.search(r"estimate: ([\d.]+) hours", path.read_text(encoding="utf-8"))
+    hours = re.search(r"([\d.]+) hours of synthesis on one H200", lines.get("GPU", ""))
+    if header:
+        assert float(hours[1]) == pytest.approx(float(header[1]), rel=0.1, abs=0.05), "the header says the same"
+    assert (hours is None) == ("random" in path.name)
