@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import machine
+import matplotlib.pyplot as pyplot
+import numpy as np
 import torch
 from scipy.stats import t as student_t
 
@@ -37,6 +39,7 @@ from prism_hf.recipe.labels import Codec
 SCORES = Path("outputs/labels/scores")
 EPOCHS, SEEDS = 300, (0, 1, 2, 3, 4)
 SETS = {"dataset": "PRISM", "control": "random real"}
+TITLES = {"digits-base": "Digits", "fashion-base": "Fashion-MNIST"}
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,53 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), float(half)
 
 
+def large_bytes(runs: Path) -> dict[str, float]:
+    """Return the bytes of a view with 1000 classes for each codec: real labels of two networks, 2,000 views."""
+    table = Table(runs, "views")
+    columns = to_arrays(table.read(0, table.num_rows, tuple(table.features)))
+    classes, found = columns["teacher_logits"].shape[1], {}
+    for codec, top_k in (("float16", None), ("int8", None), ("int4", None), ("topk", 50), ("seed", None)):
+        labels = StoredLabels(codec, 1, top_k, 20.0)
+        with tempfile.TemporaryDirectory() as draft:
+            path = Path(draft) / "views.parquet"
+            write_parquet(path, whole_groups(view_tables([columns], labels, classes)))
+            found[codec + (f" {top_k}" if top_k else "")] = path.stat().st_size / table.num_rows
+    return found
+
+
+def draw(results: Sequence[dict], path: Path) -> None:
+    """Draw accuracy against the bytes of views, one panel for each dataset."""
+    names = list(dict.fromkeys(row["data"] for row in results))
+    figure, panels = pyplot.subplots(1, len(names), figsize=(5 * len(names), 3.6), layout="constrained")
+    for panel, name in zip(np.atleast_1d(panels), names, strict=True):
+        for label, marker in (("PRISM", "o"), ("random real", "s")):
+            for codec in ("float16", "int8", "int4"):
+                chosen = [row for row in results if (row["data"], row["codec"], row["loss"]) == (name, codec, "mse_ce")]
+                points = [row["sets"][label] for row in chosen if not row["hard_epochs"]]
+                means = [interval([100 * value for value in point["top1"]]) for point in points]
+                panel.errorbar(
+                    [point["bytes"] / 1000 for point in points],
+                    [mean for mean, _ in means],
+                    [half for _, half in means],
+                    fmt=marker,
+                    color={"float16": "#333333", "int8": "#1f77b4", "int4": "#d62728"}[codec],
+                    fillstyle="full" if label == "PRISM" else "none",
+                    capsize=2,
+                    label=f"{label}, {codec}",
+                )
+        panel.set(xscale="log", xlabel="views and labels, kB", ylabel="student top-1, %", title=TITLES.get(name, name))
+    np.atleast_1d(panels)[-1].legend(fontsize=7)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
 def main() -> None:
     """Train all students of all runs, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--large", type=Path, help="dataset with float16 labels of 1000 classes, for the bytes of a view")
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--draw", type=Path, help="a PNG file")
     args = parser.parse_args()
     SCORES.mkdir(parents=True, exist_ok=True)
     tasks = [(run, name, row, seed) for seed in SEEDS for run in args.runs for row in ROWS for name in SETS]
@@ -150,9 +194,12 @@ def main() -> None:
                 gap = interval(gaps) if row is not first else None
                 entry["sets"][label] = {"top1": scores, "gap": gap, "bytes": size, "smaller": whole / size}
             results.append(entry)
+    if args.draw:
+        draw(results, args.draw)
     if args.record:
         command = "python benchmarks/labels.py outputs/labels/digits outputs/labels/fashion --record ..."
         facts = {"command": command} | machine.facts() | {"seeds": SEEDS, "epochs": EPOCHS, "rows": results}
+        facts["large"] = large_bytes(args.large) if args.large else None
         args.record.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

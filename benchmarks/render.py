@@ -171,6 +171,11 @@ def labels(result: dict) -> str:
             table.append(cells)
         head = ["codec", "stored epochs", "hard epochs", "loss", "views", "times smaller", *row["sets"]]
         parts.append(f"{NAMES.get(data, data)}:\n\n{markdown_table([head, *table])}\n")
+    large = result["large"] or {}
+    if large:
+        sizes = [(codec, f"{size:,.0f}", f"{large['float16'] / size:.1f}") for codec, size in large.items()]
+        head = ["codec", "bytes per view", "times smaller than float16"]
+        parts.append(f"1000 classes (labels of EfficientNet-Lite0 and 1):\n\n{markdown_table([head, *sizes])}\n")
     seeds = f"{len(result['seeds'])} seeds of the student, {result['epochs']} epochs"
     where = f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores"
     return "\n".join(parts) + f"\n{seeds}. `{result['command']}` ({where})\n"
@@ -343,6 +348,7 @@ WHOLE = {
     "imagenet-lite": imagenet_lite,
     "labels": labels,
     "scale": scale,
+    "openclipart": gpu_digits,
 }
 """Sections that name their command themselves."""
 

@@ -105,7 +105,8 @@ class _Training:
         matrices = [p for p in network.parameters() if p.ndim > 1]
         vectors = [p for p in network.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.network, self.what, self.ema, self.step, self.micro_batch = network, what, ema, 0, micro_batch
+        self.network, self.what, self.ema, self.micro_batch = network, what, ema, micro_batch
+        self.step, self.steps = 0, steps
         self.device = next(network.parameters()).device
         kind = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
         self.optimizer = kind(groups, lr=lr, fused=self.device.type in FUSED)
@@ -116,6 +117,25 @@ class _Training:
             self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=round(stretch * steps))
         self.average = ModelEmaV3(network) if ema else None
         self.losses: list[Tensor] = []
+
+    def run(
+        self, batches: Batches, loss: Callable[..., Tensor], checkpoint: Checkpoint | None, at_step: AtStep
+    ) -> nn.Module:
+        """Train to the end, from the checkpoint if there is one; see `fit`."""
+        self.network.train()
+        if checkpoint is not None and (saved := checkpoint.load()) is not None:
+            self.restore(saved, batches)
+        at_step(self.step)
+        for images, *targets in batches:
+            self.advance(loss, images, targets)
+            if self.step % CHECK_EVERY == 0 or self.step == self.steps:
+                self.check()
+                at_step(self.step)
+            if checkpoint is not None:
+                checkpoint.tick(lambda: self.state(batches))
+            else:
+                raise_if_stopped()
+        return (self.network if self.average is None else self.average.module).eval()
 
     def advance(self, loss: Callable[..., Tensor], images: Tensor, targets: Sequence[Tensor]) -> None:
         with told_in_one_line(
@@ -212,7 +232,6 @@ def fit(
     Raises:
         NotFiniteError: The loss is NaN or infinite.
     """
-    network.train()
     training = _Training(
         network,
         what,
@@ -225,19 +244,7 @@ def fit(
         stretch=stretch,
         micro_batch=micro_batch,
     )
-    if checkpoint is not None and (saved := checkpoint.load()) is not None:
-        training.restore(saved, batches)
-    at_step(training.step)
-    for images, *targets in batches:
-        training.advance(loss, images, targets)
-        if training.step % CHECK_EVERY == 0 or training.step == steps:
-            training.check()
-            at_step(training.step)
-        if checkpoint is not None:
-            checkpoint.tick(lambda: training.state(batches))
-        else:
-            raise_if_stopped()
-    return (network if training.average is None else training.average.module).eval()
+    return training.run(batches, loss, checkpoint, at_step)
 
 
 class Top1(evaluate.Metric):

@@ -50,14 +50,8 @@ def describe_plan(recipe: Recipe, *, control: bool = True) -> str:
     if hours is not None:
         lines.append(f"GPU       {hours:.2g} hours of synthesis on one H200 in bf16 ({ESTIMATE})")
     with_control = control and not random and data.source != NO_IMAGES
-    if data.source == NO_IMAGES:
-        control_text = "none: there are no real images"
-    elif random:
-        control_text = "none: these are random real images, the control that other methods are compared with"
-    else:
-        control_text = "as many random real images, relabeled by the same teachers" if control else "none (--no-control)"
     lines += [
-        f"control   {control_text}",
+        f"control   {_control_text(recipe, control=control)}",
         f"verifier  {teachers.verifier or 'none'}",
         f"relabel   {', '.join(relabel.teachers)} ({relabel.ensemble}), {_epochs_text(recipe)}",
         f"squeeze   {', '.join(recipe.squeezed_teachers) or 'nothing'}",
@@ -70,6 +64,14 @@ def describe_plan(recipe: Recipe, *, control: bool = True) -> str:
         + f"; {size_text(cache_needed(recipe, control=with_control))} in the cache of `datasets` to train students",
     ]
     return "\n".join(lines)
+
+
+def _control_text(recipe: Recipe, *, control: bool) -> str:
+    if recipe.data.source == NO_IMAGES:
+        return "none: there are no real images"
+    if recipe.method == "random":
+        return "none: these are random real images, the control that other methods are compared with"
+    return "as many random real images, relabeled by the same teachers" if control else "none (--no-control)"
 
 
 def _epochs_text(recipe: Recipe) -> str:

@@ -82,29 +82,24 @@ def distill(
         stage: Run only this stage: `squeeze`, `synthesize`, `relabel`, `package` or `evaluate`.
         fresh: Move an existing run in the folder aside, and start again.
         allow_partial: Package the finished images even if some jobs failed.
-        part: `(2, 3)` does the second third of the jobs or views, for machines with separate folders. Needs the stage
-            `synthesize` or `relabel`.
+        part: `(2, 3)` does the second third of the jobs or views of a stage, `synthesize` or `relabel`; see docs/scale.md.
         merge: Other output folders of the same recipe, whose finished images and labels are taken over first.
         control: Also make random real images, label them and train students on them, as the control of the distilled ones.
-        push_to_hub: Publish the dataset in one commit. A plain Hub id means a private repo.
+        push_to_hub: Publish the dataset in one commit; a plain Hub id: to a private repo.
         log_with: Log losses and images to `tensorboard`, `wandb` or `trackio`.
-        threads: CPU threads per process. The exact bytes of a result depend on it. Default: the number that the run was
-            started with; for a new run, the cores of the machine divided by the number of processes on it.
+        threads: CPU threads per process, on which exact bytes depend; default: as before, or cores / processes.
         compile: How the passes of the teachers are sped up: `auto`, `on` or `off`; see `prism_hf.synthesize`.
         checkpoint_s: Seconds between checkpoints of a long job.
 
     Raises:
-        PrismError: A one-line message, either about invalid input before anything is written, or about a later failure.
+        PrismError: One line, about invalid input before anything is written, or about a later failure.
 
     Example:
-        >>> result = distill("digits/prism_ipc10", "outputs/digits", overrides={"synthesis.ipc": 1})
-        >>> print(result.table)
+        >>> print(distill("digits/prism_ipc10", "outputs/digits", overrides={"synthesis.ipc": 1}).table)
     """
     recipe = override_recipe(recipe, overrides) if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    target = Target(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub
-    folder = Path(output)
-    _check_at_once(recipe, folder, stage, target, compile, fresh=fresh)
-    _check_part(part, stage)
+    target, folder = Target(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub, Path(output)
+    _check_at_once(recipe, folder, stage, target, compile, fresh=fresh, part=part)
     check_threads(folder / "work", None if fresh else threads)
     accelerator = make_accelerator(folder, log_with=log_with)
     root = Path(teachers or folder / "teachers")
@@ -112,19 +107,21 @@ def distill(
     return _distill(run, stage, target, threads, list(map(Path, merge)), fresh=fresh)
 
 
-def _check_part(part: tuple[int, int] | None, stage: str | None) -> None:
-    if part is None:
-        return
-    if not 1 <= part[0] <= part[1]:
-        raise RecipeError(f"part {part[0]}/{part[1]} does not exist; expected 1/N to N/N")
-    if stage not in ("synthesize", "relabel"):
-        raise RecipeError("--part divides images and labels; add --stage synthesize, or --stage relabel with --merge")
-
-
 def _check_at_once(
-    recipe: Recipe, folder: Path, stage: str | None, target: Target | None, compile: str, *, fresh: bool
+    recipe: Recipe,
+    folder: Path,
+    stage: str | None,
+    target: Target | None,
+    compile: str,
+    *,
+    fresh: bool,
+    part: tuple[int, int] | None,
 ) -> None:
     """Check everything that needs neither data nor teachers."""
+    if part is not None and not 1 <= part[0] <= part[1]:
+        raise RecipeError(f"part {part[0]}/{part[1]} does not exist; expected 1/N to N/N")
+    if part is not None and stage not in ("synthesize", "relabel"):
+        raise RecipeError("--part divides images and labels; add --stage synthesize, or --stage relabel with --merge")
     if stage is not None and stage not in STAGES:
         raise RecipeError(f"stage {stage!r} is unknown; use one of {', '.join(STAGES)}")
     if compile not in ("auto", "on", "off"):
