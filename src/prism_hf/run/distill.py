@@ -101,8 +101,7 @@ def distill(
     target, folder = Target(push_to_hub) if isinstance(push_to_hub, str) else push_to_hub, Path(output)
     _check_at_once(recipe, folder, stage, target, compile, fresh=fresh, part=part)
     check_threads(folder / "work", None if fresh else threads)
-    accelerator = make_accelerator(folder, log_with=log_with)
-    root = Path(teachers or folder / "teachers")
+    accelerator, root = make_accelerator(folder, log_with=log_with), Path(teachers or folder / "teachers")
     run = Run(recipe, folder, root, accelerator, checkpoint_s, allow_partial, control, part, compile)
     return _distill(run, stage, target, threads, list(map(Path, merge)), fresh=fresh)
 
