@@ -6,12 +6,14 @@ import pytest
 import torch
 from conftest import make_teacher
 from digit_scores import digits, packed, sources, tasks
-from pipeline import sha_tree
+from pipeline import add_card, sha_tree, small_set
 
+from prism_hf.dataset.reader import load_distilled
 from prism_hf.errors import DamagedError
-from prism_hf.evaluation.scores import is_scored, read_scores, set_facts, train_and_score
+from prism_hf.evaluation.scores import is_scored, read_scores, set_facts, student_tasks, train_and_score
 from prism_hf.evaluation.students import KEPT, ROWS, Row
 from prism_hf.images.pixels import to_reference
+from prism_hf.images.source import load_source
 from prism_hf.runtime.checkpoint import Checkpoint, State
 
 DEVICE = torch.device("cpu")
@@ -152,3 +154,21 @@ def test_the_verifier_scores_images_and_measures_similarity(source):
     full = set_facts(given["full"], verifier=judge, network=judge, num_classes=10, device=DEVICE)
     assert full["verifier_top1"] is None, "only packaged images are judged"
     assert -1 <= full["intra_class_similarity"]["mean"] <= 1
+
+
+def test_a_score_depends_on_the_epochs_that_a_recipe_plans(tmp_path):
+    """With fewer stored epochs, the same files can be made for another number of epochs of training."""
+    recipe, names, *_ = small_set(tmp_path, epochs=2)
+    add_card(tmp_path, recipe, names)
+    source = load_distilled(tmp_path)
+    keys = set()
+    for epochs in (2, 6, 9):
+        relabel = dataclasses.replace(recipe.relabel, epochs=epochs, stored_epochs=2)
+        planned = dataclasses.replace(source, recipe=dataclasses.replace(recipe, relabel=relabel))
+        settings, test = recipe.evaluation, load_source(dataclasses.replace(recipe.data, num_classes=10)).test
+        (task,) = student_tasks(
+            {"distilled": planned}, test, dataclasses.replace(settings, seeds=(0,)), recipe.relabel.view, tmp_path,
+            num_classes=4, rows=ROWS[:1],
+        )  # fmt: skip
+        keys.add(task.score.key)
+    assert len(keys) == 3

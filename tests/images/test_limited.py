@@ -16,6 +16,7 @@ from pipeline import random_picture
 
 from prism_hf.errors import DataError
 from prism_hf.images import load_source
+from prism_hf.images.open_source import open_split
 from prism_hf.recipe import DataRecipe
 
 NAMES = ["ant", "bee", "cat"]
@@ -96,6 +97,22 @@ def test_only_the_drawn_files_of_a_folder_are_opened(tmp_path):
     assert again.content == drawn.content
 
 
+@pytest.mark.parametrize("kind", ["digits", "saved"])
+def test_other_sources_are_limited_too(kind, tmp_path):
+    source = "digits"
+    if kind == "saved":
+        digits = {name: load_split("digits", name) for name in ("train", "test")}
+        datasets.DatasetDict(digits).save_to_disk(str(tmp_path / "set"))
+        source = str(tmp_path / "set")
+    data = load_source(DataRecipe(source=source, num_classes=10, size=8, images_per_class=4))
+    assert np.bincount(data.train.labels).tolist() == [4] * 10
+    assert len(data.test) == 450
+
+
+def load_split(source, name):
+    return open_split(DataRecipe(source=source, num_classes=10, size=8), name)
+
+
 def test_labels_without_names_are_refused(tmp_path, own_cache):
     buffer = io.BytesIO()
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
@@ -109,6 +126,7 @@ def test_labels_without_names_are_refused(tmp_path, own_cache):
 LOOK = """
 import json, sys
 from prism_hf.images import load_source
+from prism_hf.images.open_source import open_split
 from prism_hf.recipe import DataRecipe
 data = load_source(DataRecipe(source=sys.argv[1], num_classes=3, size=16, images_per_class=int(sys.argv[2])))
 print(json.dumps([len(data.train), len(data.test), data.revision, data.train.content]))

@@ -141,3 +141,9 @@ def test_all_measurements_are_collected_in_the_table(source, finished_run, tmp_p
 def test_the_error_for_a_run_that_is_not_packaged_names_the_next_stage(finished_run, tmp_path):
     with pytest.raises(StageError, match="run --stage package first"):
         run_stages(run_in(tmp_path / "run", finished_run / "teachers"), ("evaluate",))
+
+
+def test_all_real_is_left_out_if_only_a_part_is_read(finished_run, tmp_path):
+    run = run_in(tmp_path / "run", finished_run / "teachers", "data.images_per_class=20")
+    assert left_out(run, {})["all real"] == "only a part of the training images is read (data.images_per_class)"
+    assert len(run.data.train) == 200

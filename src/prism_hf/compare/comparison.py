@@ -125,7 +125,9 @@ class Comparison:
         return not differences
 
     def full_tasks(self, student: str) -> list[StudentTask]:
-        """Return the tasks of one architecture on all real images; empty if the protocol has no epochs for them."""
+        """Return the tasks of one architecture on all real images; none without all of them, or without epochs for them."""
+        if not self.protocol.data.has_all_images:
+            return []
         settings = replace(self.protocol.evaluation, student=student, seeds=tuple(self.seeds))
         row, data, view = Row("full", "hard"), self.common_run().data, self.protocol.relabel.view
         folder, seeds = self.folder / "full" / _plain(student), self.seeds if settings.full_data_epochs else ()

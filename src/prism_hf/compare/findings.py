@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..dataset import load_distilled, versions
 from ..evaluation import (
+    NOT_ALL,
     FeatureMap,
     difference,
     features_of,
@@ -143,7 +144,9 @@ def _left_out(
         tried = any(name_of(comparison.run_of(method, seed)) in failed for seed in comparison.seeds)
         if not records[method.label] and not tried:
             left_out[f"{method.label}, ipc {method.recipe.synthesis.ipc}"] = "not yet run"
-    if not comparison.protocol.evaluation.full_data_epochs:
+    if not comparison.protocol.data.has_all_images:
+        left_out["all real"] = NOT_ALL
+    elif not comparison.protocol.evaluation.full_data_epochs:
         left_out["all real"] = "not yet run: evaluation.full_data_epochs is 0"
     elif not full_data:
         left_out["all real"] = "not yet run" if comparison.ceilings else "not requested"

@@ -4,6 +4,7 @@ from .diversity import Diversity, FeatureMap, intra_class_similarity, pair_histo
 from .report import (
     LABELS,
     NO_CONTROL,
+    NOT_ALL,
     bytes_text,
     cosine_text,
     difference,

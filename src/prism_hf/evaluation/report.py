@@ -9,6 +9,7 @@ from ..runtime import count_text, size_text
 
 CONTROL_ITSELF = "These are random real images: the control that a distilled set is compared with."
 NO_CONTROL = "the dataset itself consists of random real images"
+NOT_ALL = "only a part of the training images is read (data.images_per_class)"
 LABELS = {"distilled": "distilled", "random_real": "random real", "full": "all real"}
 _VERDICTS = {
     "level": "the distilled images and random real images are level",

@@ -15,7 +15,7 @@ from ..recipe import EvaluationRecipe, RelabelView
 from ..runtime import EVERY_S, Artifact, Checkpoint, digest
 from .diversity import similarity_of_batches
 from .report import score_row
-from .students import ROWS, Row, steps_of, train_on_real, train_student
+from .students import ROWS, Row, epochs_of, steps_of, train_on_real, train_student
 
 Source = DistilledDataset | ImageSplit
 """The training data of a student: a packaged dataset, or all real training images."""
@@ -48,6 +48,8 @@ class StudentTask:
     def score(self) -> Artifact:
         """The file of the score; its key identifies the images, labels, views, test images and protocol behind it."""
         settings = asdict(replace(self.settings, seeds=(0,)))
+        if isinstance(self.source, DistilledDataset):
+            settings["epochs"] = epochs_of(self.source, self.settings)[0]  # may be those of the recipe
         view = asdict(self.view) if self.row.images == "full" else None
         key = digest([self.row.key, self.source.content, self.test.content, settings, view])[:16]
         return Artifact(self.folder / f"{self.row.key}-seed{self.seed}.json", key)

@@ -86,11 +86,11 @@ def _with_bytes(cell: Any) -> Any:
         return {"bytes": file.read(), "path": PurePosixPath(cell["path"]).name}
 
 
-def limit(rows: datasets.Dataset, labels: np.ndarray, count: int) -> datasets.Dataset:
-    """Return `count` images of each class, drawn at random: a folder of files is sorted, and only these are opened."""
-    kept = []
-    for number in np.unique(labels).tolist():
-        of_class = np.flatnonzero(labels == number)
-        draw = np.random.default_rng(derived_seed(0, "images_per_class", number))
-        kept.append(draw.permutation(of_class)[:count])
+def limit(rows: datasets.Dataset, recipe: DataRecipe) -> datasets.Dataset:
+    """Return `images_per_class` images of each class, drawn at random: files are sorted, and only these are opened."""
+    labels, kept = np.array(rows[find_label_column(rows, recipe, find_image_column(rows, recipe))]), []
+    for label in np.unique(labels).tolist():
+        of_class = np.flatnonzero(labels == label)
+        draw = np.random.default_rng(derived_seed(0, "images_per_class", label))
+        kept.append(draw.permutation(of_class)[: recipe.images_per_class])
     return rows.select(np.sort(np.concatenate(kept)))

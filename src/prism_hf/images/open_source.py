@@ -43,8 +43,9 @@ def open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
     Raises:
         DataError: The source or the split is missing, unreadable, or leads out of its folder.
     """
+    limited = recipe.images_per_class is not None and name == recipe.train_split
     if recipe.source == "digits":
-        return _open_digits(name)
+        return limit(_open_digits(name), recipe) if limited else _open_digits(name)
     what = f"data.source {recipe.source!r}" + (f", config {recipe.config!r}" if recipe.config else "")
     folder = folder_or_hub_id(recipe.source, what, give="`digits`, a Hub id or the path of a folder")
     try:
@@ -56,11 +57,11 @@ def open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
         if (folder / "state.json").is_file():
             raise DataError(f"{what} was saved as one Dataset without splits; save a DatasetDict with {name!r}")
         if (folder / "dataset_dict.json").is_file():
-            return _open_saved(folder, name, what)
-        limited = recipe.images_per_class is not None and name == recipe.train_split
+            saved = _open_saved(folder, name, what)
+            return limit(saved, recipe) if limited else saved
         if _are_images(folder, files, recipe):
             rows = _open_images(folder, files, name, what)
-            return limit(rows, np.array(rows["label"]), recipe.images_per_class or 0) if limited else rows
+            return limit(rows, recipe) if limited else rows
         builder = _builder(folder, files, recipe)
         if limited:
             return read_limited(builder, recipe, name, folder_state(folder))

@@ -109,6 +109,11 @@ class DataRecipe:
         return len(NAMED_CLASSES[self.classes] if isinstance(self.classes, str) else self.classes)
 
     @property
+    def has_all_images(self) -> bool:
+        """Whether all training images are read, which a student on all real images needs."""
+        return self.source != NO_IMAGES and self.images_per_class is None
+
+    @property
     def tested_on(self) -> str:
         """The images that students are scored on, as text for tables."""
         return "training images that were held out" if self.validation_fraction else "test images"

@@ -13,6 +13,7 @@ from ..evaluation import (
     KEPT,
     LABELS,
     NO_CONTROL,
+    NOT_ALL,
     Diversity,
     Source,
     StudentTask,
@@ -29,7 +30,7 @@ from ..evaluation import (
 from ..hub import draw_diversity
 from ..images import ImageSplit
 from ..models import Teacher, scored_on, source_facts
-from ..recipe import NO_IMAGES, Recipe, plan_jobs, to_dict
+from ..recipe import NO_IMAGES, plan_jobs, to_dict
 from ..runtime import Progress, is_finished, read_proof, write_json
 from .artifacts import job_file, read_failed
 from .context import Run
@@ -49,7 +50,7 @@ def evaluate(run: Run) -> None:
         sources: dict[str, Source] = {"distilled": distilled}
         if run.wants_control and run.control.is_dir():
             sources["random_real"] = with_labels(run, load_distilled(run.control))
-    if has_all_images(run.recipe):
+    if run.recipe.data.has_all_images:
         sources["full"] = run.data.train
     keep = partial(
         keep_student,
@@ -72,11 +73,6 @@ def with_labels(run: Run, source: DistilledDataset) -> DistilledDataset:
     return with_teachers(source, list(run.teachers(run.recipe.relabel.teachers).values()))
 
 
-def has_all_images(recipe: Recipe) -> bool:
-    """Return whether a run reads all real training images, which the row of all real images needs."""
-    return recipe.data.source != NO_IMAGES and recipe.data.images_per_class is None
-
-
 def left_out(run: Run, sources: Mapping[str, Source]) -> dict[str, str]:
     """Return the rows that are not computed, each with the reason."""
     recipe, reasons = run.recipe, {}
@@ -90,7 +86,7 @@ def left_out(run: Run, sources: Mapping[str, Source]) -> dict[str, str]:
     elif "random_real" not in sources:
         reasons["random real"] = "a class has fewer real training images than ipc"
     if recipe.data.images_per_class is not None:
-        reasons["all real"] = f"only {recipe.data.images_per_class} images of each class are read (data.images_per_class)"
+        reasons["all real"] = NOT_ALL
     elif not recipe.evaluation.full_data_epochs:
         reasons["all real"] = "not yet run: the recipe sets evaluation.full_data_epochs to 0"
     return reasons

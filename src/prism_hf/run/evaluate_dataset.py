@@ -16,7 +16,7 @@ from ..models import check_network, scored_on, source_facts
 from ..recipe import Recipe, load_recipe, override_recipe, plan_jobs, public_recipe, to_dict
 from ..runtime import EVERY_S, write_json
 from .context import Run, make_accelerator
-from .evaluate import fill_table, has_all_images, with_labels
+from .evaluate import fill_table, with_labels
 from .folder import check_place, held_together
 from .package import package_set
 from .preflight import check_data
@@ -154,7 +154,7 @@ def _sources(run: Run, distilled: DistilledDataset, data: SourceData | None, mis
     """Return the available image sources for students."""
     sources: dict[str, Source] = {"distilled": with_labels(run, distilled)}
     if data is not None:
-        if has_all_images(run.recipe):
+        if run.recipe.data.has_all_images:
             sources["full"] = data.train
         if run.wants_control and (control := _unless_missing(lambda: _control(run, distilled), missing, "random real")):
             sources["random_real"] = control
