@@ -1,9 +1,11 @@
 """Codecs of soft labels: what is lost, and that plain `datasets` reads them with the documented line."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from each import each
@@ -122,8 +124,6 @@ def test_a_topk_class_out_of_range_is_an_error(tmp_path, monkeypatch):
 
 @each("loss", ["mse_ce", "cosine"])
 def test_topk_labels_refuse_a_loss_that_compares_all_logits(loss, tmp_path):
-    import dataclasses
-
     recipe, names, *_ = small_set(tmp_path, classes=5, overrides=CODECS["topk"])
     add_card(tmp_path, recipe, names)
     settings = dataclasses.replace(recipe.evaluation, loss=loss)
@@ -139,3 +139,20 @@ def test_labels_that_are_not_stored_are_refused_without_teachers(tmp_path):
     with pytest.raises(DataError, match="stores no soft labels"):
         train_student(distilled, recipe.evaluation, labels="soft", seed=0, device=torch.device("cpu"))
     assert not re.search("logits = ", (tmp_path / "README.md").read_text(encoding="utf-8"))
+
+
+def test_a_missing_column_of_labels_is_not_taken_for_codec_seed(tmp_path):
+    recipe, names, *_ = small_set(tmp_path, classes=5)
+    add_card(tmp_path, recipe, names)
+    (path,) = (tmp_path / "views").iterdir()
+    pq.write_table(pq.read_table(path).drop_columns(["teacher_logits"]), path)
+    with pytest.raises(DataError, match="table 'views' has no column teacher_logits"):
+        load_distilled(tmp_path)
+
+
+def test_topk_labels_are_for_one_temperature(tmp_path):
+    recipe, names, *_ = small_set(tmp_path, classes=5, overrides=CODECS["topk"])
+    add_card(tmp_path, recipe, names)
+    settings = dataclasses.replace(recipe.evaluation, temperature=2.0)
+    with pytest.raises(DataError, match="are stored for evaluation.temperature 20.0; set it to that"):
+        train_student(load_distilled(tmp_path), settings, labels="soft", seed=0, device=torch.device("cpu"))

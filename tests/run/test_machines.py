@@ -141,6 +141,17 @@ def test_the_same_part_with_other_bytes_is_refused(whole, teachers, tmp_path, ca
     assert "are the same part of the run but differ" in capsys.readouterr().err
 
 
+def test_labels_of_images_may_round_differently_on_other_hardware(whole, teachers, tmp_path):
+    from prism_hf.runtime.store import Artifact, read_proof
+
+    other = tmp_path / "other"
+    shutil.copytree(whole, other)
+    (path,) = (other / "work" / "distilled" / "data").glob("*.parquet")
+    data = path.read_bytes()
+    Artifact(path, read_proof(path).key).write(lambda draft: draft.write_bytes(data[:9] + b"x" + data[10:]))
+    assert go(whole, teachers, "--stage", "package", "--merge", other) == 0
+
+
 @each(
     "words, message",
     [

@@ -100,12 +100,13 @@ def load_distilled(source: str | Path, *, revision: str | None = None, channels:
 def _load(folder: Path, channels: int | None) -> DistilledDataset:
     images, class_names = open_images(folder)
     views = Table(folder, VIEWS)
-    codec, columns = _label_columns(views, len(class_names))
+    path = folder / "recipe.yaml"
+    recipe = load_recipe(path) if path.is_file() else None
+    codec, columns = _label_columns(views, len(class_names), recipe)
     count = images.num_rows
     if not count or not views.num_rows or views.num_rows % count:
         raise DataError(f"table {VIEWS!r} has {views.num_rows} rows for {count} images; expected whole epochs")
-    path, provenance = folder / "recipe.yaml", folder / Provenance.FILE
-    recipe = load_recipe(path) if path.is_file() else None
+    provenance = folder / Provenance.FILE
     teachers = read_provenance(provenance).teachers if provenance.is_file() else []
     content, image_bytes = _content(images, views, columns, len(class_names))
     if channels is None:
@@ -138,10 +139,12 @@ def _load(folder: Path, channels: int | None) -> DistilledDataset:
     )
 
 
-def _label_columns(views: Table, classes: int) -> tuple[Codec, tuple[str, ...]]:
+def _label_columns(views: Table, classes: int, recipe: Recipe | None) -> tuple[Codec, tuple[str, ...]]:
     """Check the columns of views; return the codec of their labels, and the names of all columns."""
     codec = codec_of(views.features)
     length = getattr(views.features.get("top_logits"), "length", None)
+    if codec == "seed" and (recipe is None or recipe.stored_labels.codec != "seed"):
+        codec = "float16"  # whose column is missing
     expected = view_features(classes, codec, length)
     views.check_columns(expected)
     return codec, tuple(expected)

@@ -131,12 +131,13 @@ def _check_labels(source: DistilledDataset, settings: EvaluationRecipe, labels: 
             f"the dataset stores only the highest logits of each view (relabel.codec topk), but evaluation.loss "
             f"{settings.loss} compares all of them; use {' or '.join(TOP_K_LOSSES)}"
         )
+    stored = source.recipe.evaluation.temperature if source.recipe else settings.temperature
+    if labels == "soft" and source.codec == "topk" and stored != settings.temperature:
+        raise DataError(f"its labels (codec topk) are stored for evaluation.temperature {stored}; set it to that")
 
 
 def epochs_of(source: DistilledDataset, settings: EvaluationRecipe) -> tuple[int, int]:
-    """Return the number of training epochs, and the number of stored epochs of views that training cycles through.
-
-    A dataset whose recipe stores fewer epochs than it is made for is used for all of them.
+    """Return the number of training epochs (as the recipe plans them), and of stored epochs of views that they use.
 
     Raises:
         DataError: The dataset has fewer epochs of views.
@@ -145,6 +146,8 @@ def epochs_of(source: DistilledDataset, settings: EvaluationRecipe) -> tuple[int
     planned = source.recipe.relabel.epochs if source.recipe is not None and pruned else source.num_epochs
     epochs = settings.epochs or planned
     with_soft = epochs - settings.hard_epochs
+    if with_soft < 1:
+        raise DataError(f"evaluation.hard_epochs is {settings.hard_epochs}, a student trains for {epochs} epochs; lower it")
     recorded = settings.label_epochs or (min(with_soft, source.num_epochs) if pruned else with_soft)
     if recorded > source.num_epochs:
         key = "label_epochs" if settings.label_epochs else "epochs"

@@ -83,7 +83,8 @@ def open_split(recipe: DataRecipe, name: str) -> datasets.Dataset:
 
 def _open_limited(recipe: DataRecipe, name: str) -> datasets.Dataset:
     """Open a part of a dataset on the Hub, at one commit, without downloading the rest."""
-    wanted = (recipe.source, recipe.config, recipe.revision, recipe.images_per_class, recipe.classes, name)
+    limits = (recipe.images_per_class, recipe.classes, name, name == recipe.train_split)
+    wanted = (recipe.source, recipe.config, recipe.revision, recipe.image_column, recipe.label_column, limits)
     note = Path(datasets.config.HF_DATASETS_CACHE) / "prism-hf" / f"{digest(wanted)}.json"
     if is_offline_mode() and note.is_file():
         known = read_json(note)

@@ -16,7 +16,7 @@ _PRESETS: dict[str, Values] = {
         "lr": 1.0e-3,
         "weight_decay": 0.01,
     },
-    # RD3 (ICLR 2026); its schedule depends on the student, see `preset_values`. The temperature is SRe2L's.
+    # RD3 (ICLR 2026) for ResNet-18; other students want cosine_stretch 2. The temperature is SRe2L's.
     "rd3": {
         "batch_size": 50,
         "micro_batch": None,
@@ -41,10 +41,7 @@ _PRESETS: dict[str, Values] = {
 }
 
 
-def preset_values(name: object, student: object) -> Values:
-    """Return the values of a preset for a student; none for an unknown name, which the check of the recipe refuses."""
+def preset_values(name: object) -> Values:
+    """Return the values of a preset; none for an unknown name, which the check of the recipe refuses."""
     values = _PRESETS.get(str(name), {})
-    if not values:
-        return {}
-    stretch = 2.0 if name == "rd3" and student != "resnet18" else 1.0
-    return {"cosine_stretch": stretch, "ema": 0.0, "hard_epochs": 0, **values}
+    return {"cosine_stretch": 1.0, "ema": 0.0, "hard_epochs": 0, **values} if values else {}

@@ -69,9 +69,10 @@ def parse_recipe(values: object, overrides: Overrides = (), *, origin: str = "re
         raise RecipeError(f"{origin}: expected a mapping of sections, got {type(values).__name__}")
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in overrides.items()]
-    values = _with_preset(values)
-    for override in overrides:
+    # A preset replaces the protocol of the recipe, but not what other overrides set.
+    for override in sorted(overrides, key=lambda text: not text.startswith("evaluation.preset=")):
         values = _overridden(values, override)
+    values = _with_preset(values)
     _check_size(values, origin)
     try:
         text = json.dumps(values)
@@ -134,7 +135,8 @@ def _overridden(values: dict[Any, Any], override: str) -> dict[Any, Any]:
         section = inner
     section[last] = _read_yaml(text, f"{what}: the value")
     if key == "evaluation.preset":  # replaces the values of another protocol
-        section.update(preset_values(section[last], section.get("student")))
+        for name in preset_values(section[last]):
+            section.pop(name, None)
     return changed
 
 
@@ -143,7 +145,7 @@ def _with_preset(values: dict[Any, Any]) -> dict[Any, Any]:
     evaluation = values.get("evaluation")
     if not isinstance(evaluation, dict) or evaluation.get("preset") is None:
         return values
-    preset = preset_values(evaluation["preset"], evaluation.get("student"))
+    preset = preset_values(evaluation["preset"])
     return {**values, "evaluation": {**preset, **evaluation}}
 
 

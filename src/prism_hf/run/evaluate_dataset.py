@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from ..dataset import DistilledDataset, load_distilled, versions
 from ..errors import DataError, RecipeError, StageError, TeacherError
-from ..evaluation import Source, keep_student
+from ..evaluation import Source, epochs_of, keep_student
 from ..images import SourceData, load_source, load_test_split
 from ..models import check_network, scored_on, source_facts
 from ..recipe import Recipe, load_recipe, override_recipe, plan_jobs, public_recipe, to_dict
@@ -79,7 +79,7 @@ def _evaluate(run: Run, source: str, distilled: DistilledDataset, test: str | No
     run = replace(run, folder=run.folder / _digest(distilled.content, "" if data is None else data.train.content))
     # The key excludes the seeds, so that a call with more seeds reuses the students that are already trained.
     protocol = to_dict(replace(recipe, evaluation=replace(recipe.evaluation, seeds=(0,))))["evaluation"]
-    key = _digest(json.dumps(protocol), split.content)
+    key = _digest(json.dumps(protocol), split.content, *map(str, epochs_of(distilled, recipe.evaluation)))
     keep = partial(
         keep_student,
         folder=run.folder / f"student-{key}",

@@ -36,17 +36,22 @@ def merge(run: Run, folders: Sequence[Path]) -> None:
     sets = image_sets(run)
     for table, unit in ((IMAGES, "image shard"), (VIEWS, "view shard")):
         shards = [run.artifacts.shard(*task) for task in run.artifacts.shard_tasks(sets, table)]
-        _take_all(run, shards, folders, unit)
+        _take_all(run, shards, folders, unit, same=table == VIEWS)
 
 
-def _take_all(run: Run, files: Sequence[Artifact], folders: Sequence[Path], unit: str) -> None:
+def _take_all(run: Run, files: Sequence[Artifact], folders: Sequence[Path], unit: str, *, same: bool = True) -> None:
+    """Copy what is missing. With `same`, files that are in two folders must be equal.
+
+    Every machine labels all images itself, and other hardware may round those labels in another way: ours are kept.
+    """
     if run.accelerator.is_main_process:
-        taken = sum(_take(file, folder / "work" / file.path.relative_to(run.work)) for file in files for folder in folders)
+        pairs = [(file, folder / "work" / file.path.relative_to(run.work)) for file in files for folder in folders]
+        taken = sum(_take(file, path, same=same) for file, path in pairs)
         run.say(f"merge: took over {count_text(taken, unit)}")
     run.accelerator.wait_for_everyone()
 
 
-def _take(mine: Artifact, path: Path) -> bool:
+def _take(mine: Artifact, path: Path, *, same: bool) -> bool:
     """Copy a finished file of another folder, unless it is here already. Return whether it was copied."""
     if not is_finished(path):
         return False
@@ -57,7 +62,7 @@ def _take(mine: Artifact, path: Path) -> bool:
     if not mine.is_whole():
         mine.write(lambda draft: shutil.copyfile(path, draft), proof.notes)
         return True
-    if read_proof(mine.path).sha256 != proof.sha256:
+    if same and read_proof(mine.path).sha256 != proof.sha256:
         raise StageError(
             f"cannot merge: {path} and {mine.path} are the same part of the run but differ, since other hardware rounds "
             "differently; remove one of them and its .seal, or give each machine its own part (--part)"

@@ -75,7 +75,7 @@ def _stages(recipe: Recipe, folder: Path) -> dict[str, dict[str, object]]:
     sets = [name for name in both if (work / name).is_dir()] or both
     views = [work / name / VIEWS / shard.name for name in sets for shard in view_shards(recipe, recipe.num_images)]
     students = sum(map(is_finished, (work / "students").glob("*-seed*.json")))
-    rows = 2 * len(sets) + bool(recipe.evaluation.full_data_epochs)
+    rows = 2 * len(sets) + bool(recipe.evaluation.full_data_epochs and recipe.data.has_all_images)
     packaged = sum((folder / name / "provenance.json").is_file() for name in ("dataset", "control"))
     count = {
         "synthesize": (finished, len(jobs), "job"),

@@ -16,8 +16,10 @@ from ..errors import OutputError
 from .store import read_json, write_json
 
 BEAT_S = 30.0
-SILENCE_S = float(os.environ.get("PRISM_HF_SILENCE_S", "900"))
+SILENCE_S = 900.0
 """Seconds without a sign of life after which a process counts as gone. A shared disk may show changes a minute late."""
+SILENCE = "PRISM_HF_SILENCE_S"
+"""Environment variable with another number of seconds."""
 EXIT_CODE = 75  # "temporary failure": the same command resumes
 
 
@@ -31,9 +33,12 @@ def watching(folder: Path, rank: int, world: int, *, machines: int | None = None
     if machines == 1 or world == 1:
         yield
         return
-    finished = threading.Event()
+    text = os.environ.get(SILENCE, str(SILENCE_S))
+    if not text.isdecimal() and text != str(SILENCE_S) or float(text) < 1:
+        raise OutputError(f"{SILENCE} is {text!r}; expected a whole number of seconds, such as 900")
+    finished, silence = threading.Event(), float(text)
     own = folder / f"alive-{rank}.json"
-    thread = threading.Thread(target=_watch, args=(folder, rank, world, finished), daemon=True)
+    thread = threading.Thread(target=_watch, args=(folder, rank, world, silence, finished), daemon=True)
     thread.start()
     try:
         yield
@@ -44,8 +49,8 @@ def watching(folder: Path, rank: int, world: int, *, machines: int | None = None
             own.unlink(missing_ok=True)
 
 
-def _watch(folder: Path, rank: int, world: int, finished: threading.Event) -> None:
-    pause, beat = min(BEAT_S, SILENCE_S / 5), 0
+def _watch(folder: Path, rank: int, world: int, silence: float, finished: threading.Event) -> None:
+    pause, beat = min(BEAT_S, silence / 5), 0
     seen: dict[int, tuple[object, float]] = {}
     while not finished.wait(pause if beat else 0):
         beat += 1
@@ -58,8 +63,8 @@ def _watch(folder: Path, rank: int, world: int, finished: threading.Event) -> No
             # Before its first sign of life and after its end, a process has no file.
             if note is None or seen.get(other, (None, 0.0))[0] != note:
                 seen[other] = note, time.monotonic()
-            elif time.monotonic() - seen[other][1] > SILENCE_S and not finished.is_set():
-                _leave(note)
+            elif time.monotonic() - seen[other][1] > silence and not finished.is_set():
+                _leave(note, silence)
 
 
 def _note(path: Path) -> dict[str, object] | None:
@@ -70,11 +75,11 @@ def _note(path: Path) -> dict[str, object] | None:
     return note if isinstance(note, dict) else None
 
 
-def _leave(note: dict[str, object]) -> None:
+def _leave(note: dict[str, object], silence: float) -> None:
     """End this process: its main thread may wait in a barrier that only the lost process could end."""
     os.write(
         2,
-        f"process {note.get('pid')} on {note.get('host')} gave no sign of life for {SILENCE_S:g} seconds; this process "
+        f"process {note.get('pid')} on {note.get('host')} gave no sign of life for {silence:g} seconds; this process "
         "ends too; finished work is kept; run the same command again to resume\n".encode(),
     )
     os._exit(EXIT_CODE)
