@@ -23,11 +23,11 @@ from prism_hf.run.synthesize import _network_passes
 from prism_hf.runtime import deal
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGET = "relabel.budget=10GB"
+BUDGET = ("relabel.codec=float16", "relabel.stored_epochs=null", "relabel.budget=10GB")
 CASES = {
     "ImageNet-1K, IPC 10": ("prism_ipc10", []),
-    "ImageNet-1K, IPC 100": ("prism_ipc100", [BUDGET]),
-    "ImageNet-21K, IPC 10": ("prism_ipc10", ["data.num_classes=21841", BUDGET]),
+    "ImageNet-1K, IPC 100": ("prism_ipc100", []),
+    "ImageNet-21K, IPC 10": ("prism_ipc10", ["data.num_classes=21841", *BUDGET]),
 }
 WORKERS = (8, 64, 1024)
 
