@@ -50,7 +50,9 @@ def test_the_readme_names_the_commands_that_ci_runs():
     assert "pip install -e '.[test]' && pytest" in readme
     assert "pip install -q -e '.[test]'" in ci
     assert re.search(r"^accelerate launch recipes/prism\.py", ci, re.MULTILINE)
-    assert re.search(r"^pytest$", ci, re.MULTILINE)
+    assert re.search(r'^pytest -m "not gpu and not hub"$', ci, re.MULTILINE), (
+        "those of the README's pytest, and the slow ones"
+    )
 
 
 def test_the_replay_in_the_docs_is_the_one_that_is_tested():
