@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from ..dataset import DistilledDataset
 from ..errors import DataError, RecipeError
 from ..images import ImageSplit, ViewRows, draw_views, from_columns, resample, to_reference
-from ..method import class_shares, drawn_batches, hard_label_loss, soft_label_loss
+from ..method import class_shares, drawn_batches, hard_label_loss, joined, soft_label_loss
 from ..models import (
     AtStep,
     Batches,
@@ -298,8 +297,7 @@ def _fresh_views(source: DistilledDataset, seed: int, epoch: int) -> ViewRows:
         source.recipe.relabel,
         seed=derived_seed(seed, "hard epochs"),
     )
-    parts = [columns for columns, *_ in batches]
-    return from_columns({key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
+    return from_columns(joined(columns for columns, *_ in batches))
 
 
 def keep_student(

@@ -15,7 +15,7 @@ None of these modules deals with files, locks, checkpoints, progress reports, st
 
 from .alignment import Alignment, describe_norms
 from .objective import Compile, Precision
-from .relabel import ask_teachers, drawn_batches, relabel_batches, relabel_epoch
+from .relabel import ask_teachers, drawn_batches, joined, relabel_batches, relabel_epoch
 from .soft_labels import class_shares, hard_label_loss, soft_label_loss
 from .start_images import SCORED, check_candidates, choose_start_images, real_rows
 from .statistics import BATCH_SIZE, gather_statistics, shuffled_batches

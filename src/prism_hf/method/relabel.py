@@ -5,7 +5,7 @@ Legend: T teachers, B images of a batch, K classes, C channels, H W pixels.
 Labels are computed on the decoded pixels of the shipped files. The published code labels 8-bit JPEGs and discards them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -119,5 +119,10 @@ def relabel_epoch(
     epoch: int, images_uint8: Tensor, teachers: Sequence[Teacher], settings: RelabelRecipe, *, seed: int
 ) -> dict[str, np.ndarray]:
     """Return all batches of `relabel_batches` as one table of N rows."""
-    batches = list(relabel_batches(epoch, images_uint8, teachers, settings, seed=seed))
-    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    return joined(relabel_batches(epoch, images_uint8, teachers, settings, seed=seed))
+
+
+def joined(batches: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return the columns of batches of views as one table."""
+    parts = list(batches)
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

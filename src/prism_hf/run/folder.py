@@ -72,30 +72,19 @@ def check_place(folder: Path, option: str) -> None:
 
 
 def _check_recipe(folder: Path, recipe: Recipe) -> None:
+    remedy = "se another folder (--output DIR), or --fresh to move this one aside"
+    check_same_recipe(folder, recipe, "output", unreadable=f"; u{remedy}", other=f". U{remedy}")
+
+
+def check_same_recipe(folder: Path, recipe: Recipe, what: str, *, unreadable: str = "", other: str = "") -> None:
+    """Raise an `OutputError` if a folder has a run of another recipe. `unreadable` and `other` end the messages."""
     try:
         theirs = load_recipe(folder / "recipe.yaml")
     except RecipeError as error:
-        raise OutputError(
-            f"output {str(folder)!r} contains a recipe that cannot be read ({error}); use another folder (--output DIR), "
-            "or --fresh to move this one aside"
-        ) from error
+        raise OutputError(f"{what} {str(folder)!r} contains a recipe that cannot be read ({error}){unreadable}") from error
     if theirs.fingerprint() != recipe.fingerprint():
         keys = ", ".join(differing_keys(theirs, recipe))
-        raise OutputError(
-            f"output {str(folder)!r} belongs to another recipe; these keys differ: {keys}. Use another folder (--output "
-            "DIR), or --fresh to move this one aside"
-        )
-
-
-def check_same_recipe(folder: Path, recipe: Recipe, option: str) -> None:
-    """Raise an `OutputError` if a folder contains a run of another recipe. The message names the option that sets it."""
-    try:
-        theirs = load_recipe(folder / "recipe.yaml")
-    except RecipeError as error:
-        raise OutputError(f"{option} {str(folder)!r} contains a recipe that cannot be read ({error})") from error
-    if theirs.fingerprint() != recipe.fingerprint():
-        keys = ", ".join(differing_keys(theirs, recipe))
-        raise OutputError(f"{option} {str(folder)!r} belongs to another recipe; these keys differ: {keys}")
+        raise OutputError(f"{what} {str(folder)!r} belongs to another recipe; these keys differ: {keys}{other}")
 
 
 def is_of_another(folder: Path, recipe: Recipe) -> bool:

@@ -121,7 +121,7 @@ def _image_rows(run: Run, images: ImageSet, shard: Shard, progress: Progress) ->
 def _labeled(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> Iterator[ImageRows]:
     """Encode images, and label the decoded ones, in the batches of the recipe."""
     settings, rule, channels = run.recipe.relabel, run.recipe.packaging, run.recipe.data.channels
-    teachers = label_teachers(run)
+    teachers = _teachers(run)
     with ThreadPoolExecutor() as pool:
         for batch in batch_ranges(len(images), settings.batch_size):
             if batch.start not in shard.rows:
@@ -167,7 +167,7 @@ def _view_rows(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> 
 def _epochs(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> Iterator[pa.Table]:
     settings, pixels, seed = run.recipe.relabel, open_rows(run.artifacts.pixels(images).path), run.recipe.seed
     stored, size = run.recipe.stored_labels, run.recipe.data.size
-    teachers = [] if stored.codec == "seed" else label_teachers(run)
+    teachers = [] if stored.codec == "seed" else _teachers(run)
     for epoch in shard.rows:
         with _enough_memory(run, settings.batch_size):
             batches: Iterator[Columns]
@@ -179,7 +179,7 @@ def _epochs(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> Ite
         progress.advance()
 
 
-def label_teachers(run: Run) -> list[Teacher]:
+def _teachers(run: Run) -> list[Teacher]:
     """Return the teachers that give labels, prepared for inference."""
     with _enough_memory(run, run.recipe.relabel.batch_size):
         return [folded(teacher) for teacher in run.teachers(run.recipe.relabel.teachers).values()]

@@ -16,7 +16,7 @@ from ..errors import OutputError
 from .store import read_json, write_json
 
 BEAT_S = 30.0
-SILENCE_S = 900.0
+SILENCE_S = 900
 """Seconds without a sign of life after which a process counts as gone. A shared disk may show changes a minute late."""
 SILENCE = "PRISM_HF_SILENCE_S"
 """Environment variable with another number of seconds."""
@@ -24,20 +24,18 @@ EXIT_CODE = 75  # "temporary failure": the same command resumes
 
 
 @contextlib.contextmanager
-def watching(folder: Path, rank: int, world: int, *, machines: int | None = None) -> Iterator[None]:
+def watching(folder: Path, rank: int, world: int) -> Iterator[None]:
     """Watch the other processes during the block, if the launch has several machines. `folder` is shared by all.
 
     Clocks are not compared: a process is gone if its file has not changed for `SILENCE_S` on the clock of the watcher.
     """
-    machines = machines or int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    if machines == 1 or world == 1:
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         yield
         return
     text = os.environ.get(SILENCE, str(SILENCE_S))
-    if not text.isdecimal() and text != str(SILENCE_S) or float(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise OutputError(f"{SILENCE} is {text!r}; expected a whole number of seconds, such as 900")
     finished, silence = threading.Event(), float(text)
-    own = folder / f"alive-{rank}.json"
     thread = threading.Thread(target=_watch, args=(folder, rank, world, silence, finished), daemon=True)
     thread.start()
     try:
@@ -46,7 +44,7 @@ def watching(folder: Path, rank: int, world: int, *, machines: int | None = None
         finished.set()
         thread.join()
         with contextlib.suppress(OSError):
-            own.unlink(missing_ok=True)
+            _file(folder, rank).unlink(missing_ok=True)
 
 
 def _watch(folder: Path, rank: int, world: int, silence: float, finished: threading.Event) -> None:
@@ -55,16 +53,20 @@ def _watch(folder: Path, rank: int, world: int, silence: float, finished: thread
     while not finished.wait(pause if beat else 0):
         beat += 1
         with contextlib.suppress(OutputError):  # a full disk is reported by the next important write
-            write_json(folder / f"alive-{rank}.json", {"host": socket.gethostname(), "pid": os.getpid(), "beat": beat})
+            write_json(_file(folder, rank), {"host": socket.gethostname(), "pid": os.getpid(), "beat": beat})
         for other in range(world):
             if other == rank:
                 continue
-            note = _note(folder / f"alive-{other}.json")
+            note = _note(_file(folder, other))
             # Before its first sign of life and after its end, a process has no file.
             if note is None or seen.get(other, (None, 0.0))[0] != note:
                 seen[other] = note, time.monotonic()
             elif time.monotonic() - seen[other][1] > silence and not finished.is_set():
                 _leave(note, silence)
+
+
+def _file(folder: Path, rank: int) -> Path:
+    return folder / f"alive-{rank}.json"
 
 
 def _note(path: Path) -> dict[str, object] | None:
