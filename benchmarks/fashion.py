@@ -17,14 +17,14 @@ def score_of(result: dict[str, Any], method: str, labels: str, student: str | No
 
 
 def gap_text(a: dict[str, Any] | None, b: dict[str, Any] | None) -> str:
-    """Format a difference, its standard error and the verdict at two standard errors: `+1.2 ± 0.4 **above**`."""
+    """Format a difference, half the width of its 95 % interval and the verdict: `+1.2 ± 0.4 **above**`."""
     if a is None or b is None:
         return "-"
-    gap, error = difference(a, b)
-    outcome = verdict(gap, error)
+    gap, half = difference(a, b)
+    outcome = verdict(gap, half)
     if outcome is None:
         return f"{100 * gap:+.1f} (one seed)"
-    return f"{100 * gap:+.1f} ± {100 * error:.1f} {SIGNS[outcome]}"
+    return f"{100 * gap:+.1f} ± {100 * half:.1f} {SIGNS[outcome]}"
 
 
 def cell(row: dict[str, Any] | None) -> str:

@@ -18,13 +18,13 @@ import machine
 
 from prism_hf.cli.options import add_compute, quiet, run_command
 from prism_hf.compare.comparison import StudentSetup
+from prism_hf.compare.methods import random_recipe
 from prism_hf.errors import RecipeError
 from prism_hf.evaluation.students import Labels
 from prism_hf.recipe.schema import Recipe
 from prism_hf.recipe.yaml_file import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = ROOT / "recipes" / "fashion"
 SEEDS = (0, 1, 2, 3, 4)
 PRISM = "prism_ipc10"
 METHODS = {
@@ -48,6 +48,8 @@ SIZES: dict[int, tuple[str, ...]] = {
 STUDENTS = ("test_resnet", "test_efficientnet", "cs3darknet_s")
 """The architectures of the logit teacher, of a BN teacher, and one that is not a teacher's."""
 
+RANDOM = "random:"
+"""In front of the name of a recipe: random real images, labeled as in this recipe."""
 Row = tuple[str, str, tuple[str, ...]]  # label, recipe, overrides
 
 
@@ -63,6 +65,8 @@ class Table:
         budgets: More label budgets for the first student: kind of labels, and epochs of views.
         own: Sections that each recipe keeps instead of taking them from the protocol.
         ceiling: Whether the first student is also trained on all real images.
+        teacher_seeds: Seeds of the sets of teachers; every seed is run with every set.
+        images: The folder of the recipes: `fashion` or `openclipart`.
     """
 
     rows: tuple[Row, ...]
@@ -72,6 +76,8 @@ class Table:
     budgets: tuple[tuple[Labels, int | None], ...] = ()
     own: tuple[str, ...] = ()
     ceiling: bool = False
+    teacher_seeds: tuple[int, ...] = ()
+    images: str = "fashion"
 
 
 def methods_at(ipc: int) -> tuple[Row, ...]:
@@ -115,6 +121,18 @@ BN_TEACHERS = (
     ),
     switch("all four", "teachers.draw_probability=1"),
 )
+
+
+def convergence(recipe: str, epochs: tuple[int, ...], *more: str) -> tuple[Row, ...]:
+    """Return PRISM and random real images with several numbers of epochs of views, the largest first."""
+    return tuple(
+        (f"{label}, {count} epochs", name, (*more, f"relabel.epochs={count}"))
+        for count in sorted(epochs, reverse=True)
+        for label, name in (("PRISM", recipe), ("random real", RANDOM + recipe))
+    )
+
+
+HELD_OUT = {"seeds": (0,), "teacher_seeds": (0, 1), "own": ("relabel",)}
 CHOSEN = {ipc: (methods_at(ipc)[0], *best_at(ipc)) for ipc in (1, 10)}
 EASIEST = (1.0, 0.8, 0.5, 0.35)
 NOISE = (
@@ -179,6 +197,23 @@ TABLES = {
     "fresh-seeds": Table(CHOSEN[10], seeds=tuple(range(5, 15))),  # seeds that were not used to choose settings
     "other-teachers": Table(CHOSEN[10], seeds=SEEDS[:3], common=("squeeze.seed=1",)),
     "other-teachers-ipc1": Table(CHOSEN[1], seeds=SEEDS[:3], common=("squeeze.seed=1",)),
+    "convergence-ipc1": Table(
+        convergence(PRISM, (150, 300, 600, 1200, 2400), *SIZES[1], *_batches(PRISM, 1)),
+        common=(f"data.validation_fraction={1 / 6}",),
+        **HELD_OUT,
+    ),
+    "convergence-ipc10": Table(
+        convergence(PRISM, (80, 160, 320, 640, 1280)), common=(f"data.validation_fraction={1 / 6}",), **HELD_OUT
+    ),
+    "convergence-ipc50": Table(
+        convergence(PRISM, (16, 32, 64, 128, 256), *SIZES[50]), common=(f"data.validation_fraction={1 / 6}",), **HELD_OUT
+    ),
+    "convergence-64-ipc10": Table(
+        convergence("prism_64_ipc10", (80, 160, 320, 640, 1280)),
+        common=("data.validation_fraction=0.25",),
+        images="openclipart",
+        **HELD_OUT,
+    ),
     "labels": Table(
         (switch("PRISM per slot"), ("random real", "random_ipc10", ())),
         seeds=SEEDS[:3],
@@ -191,8 +226,10 @@ TABLES = {
 def recipe_of(row: Row, table: Table, data: str | None) -> Recipe:
     """Load the recipe of a row with all its overrides."""
     _, name, overrides = row
-    source = () if data is None else (f"data.source={data}",)
-    return load_recipe(RECIPES / f"{name}.yaml", [*source, *table.common, *overrides])
+    source = () if data is None or table.images != "fashion" else (f"data.source={data}",)
+    file = ROOT / "recipes" / table.images / f"{name.removeprefix(RANDOM)}.yaml"
+    recipe = load_recipe(file, [*source, *table.common, *overrides])
+    return random_recipe(recipe, recipe.synthesis.ipc) if name.startswith(RANDOM) else recipe
 
 
 def reduced(table: Table) -> Table:
@@ -210,10 +247,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", metavar="FOLDER", help="output of recipes/fashion/to_parquet.py; default: the Hub")
     parser.add_argument("--reduced", action="store_true", help=f"two seeds and one student, only for {', '.join(REDUCED)}")
     parser.add_argument("--as-is", action="store_true", help="run nothing: write each table from its finished runs")
+    parser.add_argument(
+        "--share", type=_share, default=(0, 1), metavar="I/N",
+        help="make only every N-th run, from the I-th on, and no table; N such commands can run at once",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, metavar="N", help="use only the first N seeds")
     add_compute(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
+
+
+def _share(text: str) -> tuple[int, int]:
+    number, count = map(int, text.split("/"))
+    return number, count
 
 
 def main(args: argparse.Namespace) -> None:
@@ -256,10 +302,14 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
         accelerator=accelerator,
         checkpoint_s=args.checkpoint_every,
         ceilings=table.students[:1] if table.ceiling else (),
+        teacher_seeds=table.teacher_seeds,
+        share=args.share,
     )
     check_comparison(made)
     threads = use_threads(accelerator, folder / "work", args.threads)
-    if accelerator.is_main_process:
+    if args.share[1] > 1:
+        make_runs(made)
+    elif accelerator.is_main_process:
         with locked(folder):
             accelerator.wait_for_everyone()
             failed = {} if args.as_is else make_runs(made)
@@ -268,7 +318,7 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
             facts, images = findings(made, failed, notes=notes, command=command)
             write_page(folder, facts, images)
             result = {**small(facts), "hardware": machine.hardware() | facts["hardware"]}
-            write_json(ROOT / "benchmarks" / "results" / f"fashion-{folder.name}.json", result)
+            write_json(ROOT / "benchmarks" / "results" / f"{table.images}-{folder.name}.json", result)
     else:
         accelerator.wait_for_everyone()
         if not args.as_is:

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from ..compare import Method, under_one_protocol
@@ -24,6 +25,7 @@ def compare(parser: argparse.ArgumentParser) -> Command:
         %(prog)s recipes/digits/prism_ipc10.yaml recipes/digits/sre2l_ipc10.yaml
         %(prog)s A.yaml B.yaml --data ORG/NAME          # a Hub id, or a folder
         %(prog)s A.yaml B.yaml --seeds 0,1,2 --students resnet18,mobilenetv3_small_050
+        %(prog)s A.yaml B.yaml --teacher-seeds 0,1,2    # three sets of squeezed teachers; intervals are over them
         %(prog)s A.yaml B.yaml --dry-run                # print the plan and stop
 
     All methods use the data, image size, channels, teacher training, labels, packaging and students of the first recipe.
@@ -34,6 +36,9 @@ def compare(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("words", nargs="+", metavar="RECIPE.yaml | key=value", help="recipes and overrides for all of them")
     parser.add_argument("--data", metavar="HUB_ID_OR_FOLDER", help="your data, instead of the first recipe's")
     parser.add_argument("--seeds", type=_seeds, metavar="N,N,...", help="one run per seed; default: evaluation.seeds")
+    parser.add_argument(
+        "--teacher-seeds", type=_seeds, metavar="N,N,...", help="one set of teachers per seed; default: the recipe's set"
+    )
     parser.add_argument("--students", metavar="NAME,NAME,...", help="student architectures; default: evaluation.student")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/compare-<first recipe name>")
     parser.add_argument("--teachers", type=Path, metavar="DIR", help="folder of squeezed teachers")
@@ -63,9 +68,12 @@ def _compare(args: argparse.Namespace) -> None:
     first = recipes[0]
     methods, notes = under_one_protocol([(recipe.name, recipe) for recipe in recipes])
     seeds = args.seeds or first.evaluation.seeds
+    sets = args.teacher_seeds or ()
+    if sets and not all(method.recipe.squeezed_teachers for method in methods):
+        raise RecipeError("--teacher-seeds trains squeeze: teachers, but the recipes name none; leave it out")
     students = [first.evaluation.student] if args.students is None else list(dict.fromkeys(args.students.split(",")))
     if args.dry_run:
-        sys.stdout.write(_plan(methods, notes, seeds, students))
+        sys.stdout.write(_plan(methods, notes, seeds, students, sets))
         return
     folder = args.output or Path("outputs") / f"compare-{first.name}"
     check_source(first.data.source, "data.source")
@@ -74,10 +82,10 @@ def _compare(args: argparse.Namespace) -> None:
     quiet()
     from ..compare.runs import compare
 
-    runs = (methods, students, seeds, folder, teachers_folder(args, folder))
+    runs = partial(compare, methods, students, seeds, folder, teachers_folder(args, folder), teacher_seeds=sets)
     command = " ".join([args.parser.prog, *map(public_word, args.argv)])
     with in_processes(processes(args, first.data.size, folder / "work")):
-        table = compare(*runs, threads=args.threads, checkpoint_s=args.checkpoint_every, notes=notes, command=command)
+        table = runs(threads=args.threads, checkpoint_s=args.checkpoint_every, notes=notes, command=command)
     if table is not None:
         sys.stdout.write(f"{table}\npage: {folder / 'comparison.html'}\n")
 
@@ -95,9 +103,17 @@ def _with_data(first: Recipe, source: str, overrides: Sequence[str]) -> list[str
     return [f"data={json.dumps(section, ensure_ascii=False)}", *overrides]
 
 
-def _plan(methods: Sequence[Method], notes: Sequence[str], seeds: Sequence[int], students: Sequence[str]) -> str:
-    runs = len(methods) * len(seeds)
-    lines = [f"{count_text(len(methods), 'method')}, {count_text(len(seeds), 'seed')}: {count_text(runs, 'run')}"]
+def _plan(
+    methods: Sequence[Method],
+    notes: Sequence[str],
+    seeds: Sequence[int],
+    students: Sequence[str],
+    sets: Sequence[int],
+) -> str:
+    runs = len(methods) * len(seeds) * max(1, len(sets))
+    counts = [count_text(len(methods), "method"), count_text(len(seeds), "seed")]
+    counts += [count_text(len(sets), "set") + " of teachers"] if sets else []
+    lines = [f"{', '.join(counts)}: {count_text(runs, 'run')}"]
     for method in methods:
         steps = sum(job.iterations for job in plan_jobs(method.recipe))
         lines.append(f"  {method.label}: {count_text(method.recipe.num_images, 'image')}, {count_text(steps, 'step')}")

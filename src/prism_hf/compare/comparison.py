@@ -1,6 +1,7 @@
 """The runs of a comparison, their folders, and the files kept for each.
 
-DIR/runs/METHOD/seed-N   an ordinary run with its dataset, as written by recipes/prism.py
+DIR/runs/METHOD/seed-N   an ordinary run with its dataset, as written by recipes/prism.py; with several sets of teachers,
+                         DIR/runs/METHOD/teachers-T-seed-N
 DIR/cells/               measurements of each run
 DIR/full/                students trained on all real images
 """
@@ -51,6 +52,8 @@ class Comparison:
     accelerator: Accelerator
     checkpoint_s: float = EVERY_S
     ceilings: Sequence[str] = ()  # architectures that are also trained on all real images
+    share: tuple[int, int] = (0, 1)  # (1, 4): make the second of every four runs; other launches make the others
+    teacher_seeds: Sequence[int] = ()  # one set of teachers for each, and every seed with every set; empty: the recipe's
     loaded: Loaded = field(default_factory=Loaded)  # data and networks shared by all runs
 
     def __post_init__(self) -> None:
@@ -72,28 +75,34 @@ class Comparison:
     @property
     def protocol(self) -> Recipe:
         """The recipe whose data, labels and students every run uses."""
-        return self.methods[0].seeded(self.seeds[0])
+        return self.methods[0].seeded(self.seeds[0], *self.teacher_seeds[:1])
+
+    @property
+    def draws(self) -> list[tuple[int, int | None]]:
+        """The seed of each run of a method, and that of its teachers (`None`: the recipe's own)."""
+        return [(seed, teachers) for seed in self.seeds for teachers in self.teacher_seeds or (None,)]
 
     @property
     def runs(self) -> list[Run]:
         """All runs, seed by seed, so that an interrupted comparison has every method, with fewer seeds."""
-        return [self.run_of(method, seed) for seed in self.seeds for method in self.methods]
+        return [self.run_of(method, *draw) for draw in self.draws for method in self.methods]
 
     @property
     def one_of_each(self) -> list[Run]:
         """The first run of every method."""
         return self.runs[: len(self.methods)]
 
-    def run_of(self, method: Method, seed: int) -> Run:
-        """Return the run of a method with a seed."""
+    def run_of(self, method: Method, seed: int, teachers: int | None) -> Run:
+        """Return the run of a method with a seed and a seed of its teachers; see `draws`."""
+        one_set = "" if teachers is None else f"teachers-{teachers}-"
         return Run(
-            method.seeded(seed),
-            self.folder / "runs" / method.slug / f"seed-{seed}",
+            method.seeded(seed, teachers),
+            self.folder / "runs" / method.slug / f"{one_set}seed-{seed}",
             self.teachers_root,
             self.accelerator,
             self.checkpoint_s,
             with_control=False,
-            title=f"{method.label}, seed {seed}",
+            title=f"{method.label}, seed {seed}" + ("" if teachers is None else f", teachers {teachers}"),
             loaded=self.loaded,
         )
 
@@ -136,7 +145,8 @@ class Comparison:
 
 def name_of(run: Run) -> str:
     """Return the name of a run in files and in the log."""
-    return f"{run.recipe.name}-seed{run.recipe.seed}"
+    # The folder names the teachers, if there are several sets of them.
+    return f"{run.recipe.name}-{run.folder.name.replace('seed-', 'seed')}"
 
 
 def task_of(run: Run, distilled: DistilledDataset, setup: StudentSetup) -> StudentTask:

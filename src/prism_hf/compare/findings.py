@@ -51,7 +51,7 @@ def findings(
     methods, images = [], {}
     for method in comparison.methods:
         if runs := records[method.label]:
-            distilled = load_distilled(comparison.run_of(method, runs[0]["seed"]).dataset)
+            distilled = load_distilled(comparison.run_of(method, runs[0]["seed"], runs[0]["teacher_seed"]).dataset)
             images[method.label] = distilled.images_uint8
             run_features, run_labels = map(torch.cat, zip(*features_of(comparison.network, distilled), strict=True))
             methods.append(_facts(method, runs) | _plot_data(run_features, run_labels, plane))
@@ -99,8 +99,12 @@ def _remarks(
 def _records(comparison: Comparison) -> Records:
     records = {}
     for method in comparison.methods:
-        runs = [run for seed in comparison.seeds if comparison.is_made(run := comparison.run_of(method, seed))]
-        records[method.label] = [{"seed": run.recipe.seed, **comparison.record(run).read_json()} for run in runs]
+        runs = [(draw, comparison.run_of(method, *draw)) for draw in comparison.draws]
+        records[method.label] = [
+            {"seed": seed, "teacher_seed": teachers, **comparison.record(run).read_json()}
+            for (seed, teachers), run in runs
+            if comparison.is_made(run)
+        ]
     return records
 
 
@@ -124,9 +128,14 @@ def _protocol(comparison: Comparison) -> dict[str, Any]:
     recipe, students = public_recipe(comparison.protocol), comparison.students
     requested = {"student": students[0] if len(students) == 1 else students, "seeds": list(comparison.seeds)}
     names = dict.fromkeys(name for method in comparison.methods for name in method.recipe.all_teachers)
-    squeezed = {name: top1 for run in comparison.one_of_each for name, top1 in run.squeezed_top1.items()}
+    squeezed: dict[str, list[float]] = {}  # one for each set of teachers
+    for run in comparison.runs[: len(comparison.methods) * max(1, len(comparison.teacher_seeds))]:
+        for name, top1 in run.squeezed_top1.items():
+            if top1 not in squeezed.setdefault(name, []):
+                squeezed[name].append(top1)
     return {
-        "teachers": {name: squeezed.get(name) for name in names},
+        "teachers": {name: _mean(squeezed.get(name) or [None]) for name in names},
+        "teacher_seeds": list(comparison.teacher_seeds),
         "relabel": to_dict(recipe)["relabel"],
         "evaluation": dataclasses.asdict(recipe.evaluation) | requested,
         "squeeze": to_dict(recipe)["squeeze"],
@@ -141,7 +150,7 @@ def _left_out(
     """Return the reason for each row that is missing from the table."""
     left_out = dict(failed)
     for method in comparison.methods:
-        tried = any(name_of(comparison.run_of(method, seed)) in failed for seed in comparison.seeds)
+        tried = any(name_of(comparison.run_of(method, *draw)) in failed for draw in comparison.draws)
         if not records[method.label] and not tried:
             left_out[f"{method.label}, ipc {method.recipe.synthesis.ipc}"] = "not yet run"
     if not comparison.protocol.data.has_all_images:
@@ -183,9 +192,10 @@ def _scores(comparison: Comparison, records: Records) -> list[dict[str, Any]]:
     for method in comparison.methods:
         runs = records[method.label]
         seeds = [record["seed"] for record in runs]
+        sets = [record["teacher_seed"] for record in runs] if comparison.teacher_seeds else []
         for scores in zip(*(record["scores"] for record in runs), strict=True):  # one per seed
             top1 = [float(score["top1"]) for score in scores]
-            score = score_row(method.label, scores[0]["labels"], seeds, top1, int(runs[0]["images"]))
+            score = score_row(method.label, scores[0]["labels"], seeds, top1, int(runs[0]["images"]), sets)
             first = {
                 "method": score.pop("images"),
                 "ipc": method.recipe.synthesis.ipc,
@@ -211,9 +221,9 @@ def _differences(scores: Sequence[Mapping[str, Any]], methods: Sequence[Method])
         shared = {key: a[key] for key in ("ipc", "student", "labels")}
         wanted = b["method"] in controls or b["method"] == first
         if wanted and shared.items() <= b.items() and a["method"] not in (b["method"], *controls):
-            gap, error = difference(a, b)
-            finite = error if math.isfinite(error) else None
-            rows.append({"a": a["method"], "b": b["method"], **shared, "difference": gap, "error": finite})
+            gap, half = difference(a, b)
+            finite = half if math.isfinite(half) else None
+            rows.append({"a": a["method"], "b": b["method"], **shared, "difference": gap, "half_width": finite})
     return rows
 
 

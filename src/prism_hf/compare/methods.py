@@ -29,10 +29,14 @@ class Method:
         """The label as a folder name."""
         return re.sub(r"[^a-z0-9]+", "-", f"{self.label} ipc{self.recipe.synthesis.ipc}".lower()).strip("-")[:80]
 
-    def seeded(self, seed: int) -> Recipe:
-        """Return the recipe of one run, with the same seed for synthesis and student; all runs share their teachers."""
+    def seeded(self, seed: int, teachers: int | None = None) -> Recipe:
+        """Return the recipe of one run, with the same seed for synthesis and student.
+
+        Runs share their teachers, which are squeezed with the recipe's own seed, or with the seed `teachers`.
+        """
         base = self.recipe
-        squeeze = replace(base.squeeze, seed=base.seed if base.squeeze.seed is None else base.squeeze.seed)
+        own = base.seed if base.squeeze.seed is None else base.squeeze.seed
+        squeeze = replace(base.squeeze, seed=own if teachers is None else teachers)
         evaluation = replace(base.evaluation, seeds=(seed,))
         return replace(base, name=self.slug, seed=seed, squeeze=squeeze, evaluation=evaluation)
 
@@ -51,7 +55,10 @@ def under_one_protocol(recipes: Sequence[tuple[str, Recipe]], *, own: Sequence[s
     methods, notes = [], []
     for label, recipe in recipes:
         values, shared = to_dict(recipe), to_dict(first)
+        cell = values["relabel"]["view"]["cell"]  # belongs to the images, not to the protocol
         values |= {key: shared[key] for key in (*PROTOCOL, "seed") if key not in own}
+        view = values["relabel"]["view"] | {"cell": cell}
+        values["relabel"] = values["relabel"] | {"view": view}
         values["teachers"]["verifier"] = first.teachers.verifier  # type: ignore[index]
         origin = label if recipe is first else f"{label} under the protocol of {first.name}"
         common = parse_recipe(values, origin=origin)
@@ -77,4 +84,5 @@ def random_recipe(recipe: Recipe, ipc: int) -> Recipe:
     values = to_dict(recipe)
     teachers = {"logit": recipe.teachers.logit, "verifier": recipe.teachers.verifier}
     values |= {"name": f"random-ipc{ipc}", "method": "random", "synthesis": {"ipc": ipc}, "teachers": teachers}
+    values["relabel"]["view"]["cell"] = None
     return parse_recipe(values, origin=RANDOM)

@@ -76,7 +76,8 @@ def render_markdown(comparison: Mapping[str, Any], pictures: Mapping[str, str] |
         seeds=next(iter(seeds)) if len(seeds) == 1 else None,
         one_seed=any(len(row) == 1 for row in seeds),
         spread=any(len(row) > 1 for row in seeds),
-        verdict=any(entry["error"] is not None for entry in comparison["differences"]),
+        verdicts=sum(entry["half_width"] is not None for entry in comparison["differences"]),
+        several_sets=any(score.get("teacher_seeds") for score in scores),
         image_labels=any(score["labels"] == "image" for score in scores),
         real_cosine=Markup(cosine_text(comparison["real"]["similarity"]["mean"])),
         settings=settings,
@@ -170,11 +171,11 @@ def _verdicts(comparison: Mapping[str, Any]) -> tuple[list[Markup], list[Markup]
     """Return sentences that compare each method with random real images, and the methods with each other."""
     clauses: dict[tuple[str, str, str], list[str]] = {}
     for entry in comparison["differences"]:
-        gap, error = entry["difference"], math.inf if entry["error"] is None else entry["error"]
-        outcome = verdict(gap, error)
+        gap, half = entry["difference"], math.inf if entry["half_width"] is None else entry["half_width"]
+        outcome = verdict(gap, half)
         clause = f"with {escape(entry['labels'])} labels {100 * gap:+.1f} points"
         if outcome is not None:
-            points = f"{100 * gap:+.1f} points (standard error {100 * error:.1f})"
+            points = f"{100 * gap:+.1f} points (95 % interval ± {100 * half:.1f})"
             clause = f"with {escape(entry['labels'])} labels it **{_OUTCOMES[outcome]}**, {points}"
         clauses.setdefault((entry["a"], entry["b"], entry["student"]), []).append(clause)
     controls = {method["label"] for method in comparison["methods"] if method["control"]}

@@ -44,14 +44,26 @@ def compare(
     checkpoint_s: float,
     notes: Sequence[str],
     command: str,
+    teacher_seeds: Sequence[int] = (),
 ) -> str | None:
     """Run a comparison with soft and hard labels and write its page; the same call resumes an interrupted comparison.
 
     Returns the table for a terminal, or `None` in all processes but the first. `notes` are those of `under_one_protocol`.
+    With `teacher_seeds`, a set of teachers is trained for each, and every seed is run with every set.
     """
     setups = [StudentSetup(student, labels) for student in students for labels in ("soft", "hard")]
     accelerator = make_accelerator()
-    comparison = Comparison(methods, setups, seeds, folder, teachers_root, accelerator, checkpoint_s, ceilings=students)
+    comparison = Comparison(
+        methods,
+        setups,
+        seeds,
+        folder,
+        teachers_root,
+        accelerator,
+        checkpoint_s,
+        ceilings=students,
+        teacher_seeds=teacher_seeds,
+    )
     check_place(folder, "--output")
     ours = not folder.is_dir() or (folder / "runs").is_dir()
     if not ours and any(path.name not in _OURS and not path.name.startswith(DRAFT) for path in folder.iterdir()):
@@ -96,13 +108,16 @@ def check_comparison(comparison: Comparison) -> None:
 def make(comparison: Comparison) -> dict[str, str]:
     """Make all missing teachers, runs and students; return the reason for each run that failed, by its name."""
     common, failed = comparison.common_run(), dict[str, str]()
-    teachers: set[str] = set()
-    for run in comparison.one_of_each:  # most methods share their teachers, and each teacher is checked once
-        if not teachers.issuperset(run.recipe.squeezed_teachers):
-            teachers |= set(run.recipe.squeezed_teachers)
+    teachers: set[tuple[str, int | None]] = set()
+    number, count = comparison.share
+    runs = comparison.runs[number::count]
+    for run in runs:  # most runs share their teachers, and each teacher is checked once
+        wanted = {(name, run.recipe.squeeze.seed) for name in run.recipe.squeezed_teachers}
+        if not wanted <= teachers:
+            teachers |= wanted
             squeeze(comparison.common_run(run))
-    missing = unfinished(comparison.accelerator, comparison.runs, comparison.is_made)
-    total, finished, began = len(comparison.runs), len(comparison.runs) - len(missing), time.monotonic()
+    missing = unfinished(comparison.accelerator, runs, comparison.is_made)
+    total, finished, began = len(runs), len(runs) - len(missing), time.monotonic()
     common.say(f"compare: {finished} of {total} runs already finished, {len(missing)} to run")
     with tqdm(total=total, initial=finished, desc="compare", unit="run") as bar:
         for made, run in enumerate(missing, 1):
@@ -113,7 +128,8 @@ def make(comparison: Comparison) -> dict[str, str]:
             remaining = (time.monotonic() - began) / made * (len(missing) - made)
             estimate = f", about {duration_text(remaining)} left" if remaining else ""
             common.say(f"{run.title}: {finished + made} of {total} runs done{estimate}")
-    train_students(common, [task for student in comparison.ceilings for task in comparison.full_tasks(student)])
+    ceilings = [task for student in comparison.ceilings for task in comparison.full_tasks(student)]
+    train_students(common, ceilings[number::count])
     return failed
 
 

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scipy.special import stdtrit
+
 from ..runtime import count_text, size_text
 
 CONTROL_ITSELF = "These are random real images: the control that a distilled set is compared with."
@@ -58,20 +60,37 @@ def remarks_on(
     return remarks
 
 
-def score_row(images: str, labels: str, seeds: Sequence[int], top1: Sequence[float], count: int) -> dict[str, Any]:
+def score_row(
+    images: str,
+    labels: str,
+    seeds: Sequence[int],
+    top1: Sequence[float],
+    count: int,
+    teacher_seeds: Sequence[int] = (),
+) -> dict[str, Any]:
     """Return a row of the table: the test top-1, in [0, 1], after the last epoch, of one student per seed.
 
-    `images` and `labels` are as in `Row`; `count` is the number of training images.
+    `images` and `labels` are as in `Row`; `count` is the number of training images. With `teacher_seeds`, one per student,
+    the standard deviation `std` is that of the means of the sets of teachers.
     """
-    return {
-        "images": images,
-        "labels": labels,
-        "count": count,
-        "seeds": list(seeds),
-        "top1": list(top1),
-        "mean": statistics.fmean(top1),
-        "std": statistics.stdev(top1) if len(top1) > 1 else None,
-    }
+    row = {"images": images, "labels": labels, "count": count, "seeds": list(seeds), "top1": list(top1)}
+    if teacher_seeds:
+        row["teacher_seeds"] = list(teacher_seeds)
+    means = _averaged({key: score for key, score in zip(_draws(row), top1, strict=True)})
+    return row | {"mean": statistics.fmean(means), "std": statistics.stdev(means) if len(means) > 1 else None}
+
+
+def _draws(row: Mapping[str, Any]) -> list[tuple[int | None, int]]:
+    """Return the seed of the teachers (`None` if there is one set of them) and the seed of each score of a row."""
+    return list(zip(row.get("teacher_seeds") or [None] * len(row["seeds"]), row["seeds"], strict=True))
+
+
+def _averaged(values: Mapping[tuple[int | None, int], float]) -> list[float]:
+    """Return the mean of each set of teachers; without several sets, the value of each seed."""
+    groups: dict[object, list[float]] = {}
+    for (teachers, seed), value in values.items():
+        groups.setdefault(seed if teachers is None else ("teachers", teachers), []).append(value)
+    return [statistics.fmean(group) for group in groups.values()]
 
 
 def evaluation_facts(
@@ -109,7 +128,7 @@ def evaluation_facts(
 
 
 def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return sentences on whether the distilled images beat random real ones, with the standard error of the difference."""
+    """Return sentences on whether the distilled images beat random real ones, with the interval of the difference."""
     by_key = {(row["images"], row["labels"]): row for row in rows}
     if not rows:
         return "No student was scored."
@@ -117,11 +136,11 @@ def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
     for labels in ("soft", "image", "hard"):
         distilled, control = by_key.get(("distilled", labels)), by_key.get(("random_real", labels))
         if distilled and control:
-            gap, error = difference(distilled, control)
-            outcome, points = verdict(gap, error), f"distilled minus random real is {100 * gap:+.1f} points"
+            gap, half = difference(distilled, control)
+            outcome, points = verdict(gap, half), f"distilled minus random real is {100 * gap:+.1f} points"
             clause, unsure = points, unsure or outcome is None
             if outcome is not None:
-                clause = f"{_VERDICTS[outcome]}: {points} (standard error {100 * error:.1f})"
+                clause = f"{_VERDICTS[outcome]}: {points} (95 % interval ± {100 * half:.1f})"
             sentences.append(f"With {labels} labels {clause}.")
     if not any(images == "random_real" for images, _ in by_key):
         sentences.append("There is no random-real control to compare with.")
@@ -131,16 +150,27 @@ def in_words(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float]:
-    """Return the mean top-1 of row `a` minus that of row `b`, and its standard error (infinite if a row has one seed)."""
-    variances = [math.inf if row["std"] is None else row["std"] ** 2 / len(row["top1"]) for row in (a, b)]
-    return a["mean"] - b["mean"], math.sqrt(sum(variances))
+    """Return the mean top-1 of row `a` minus that of row `b`, and half the width of its 95 % interval.
+
+    The interval is Student's t for paired differences: of the seeds that both rows have, or, if the rows name the seeds of
+    their teachers, of the sets of teachers, with the seeds of each set averaged. It is infinite if there is only one pair.
+    """
+    ours, theirs = (dict(zip(_draws(row), row["top1"], strict=True)) for row in (a, b))
+    pairs = {key: ours[key] - theirs[key] for key in ours if key in theirs}
+    if not pairs:
+        return a["mean"] - b["mean"], math.inf
+    gaps = _averaged(pairs)
+    if len(gaps) == 1:
+        return gaps[0], math.inf
+    half = float(stdtrit(len(gaps) - 1, 0.975)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return statistics.fmean(gaps), half
 
 
-def verdict(gap: float, error: float) -> str | None:
-    """Return `wins`, `loses`, or `level` (within two standard errors); `None` if the error is not finite (one seed)."""
-    if not math.isfinite(error):
+def verdict(gap: float, half: float) -> str | None:
+    """Return `wins`, `loses`, or `level` (within the interval); `None` if the interval is not finite (one seed)."""
+    if not math.isfinite(half):
         return None
-    if abs(gap) <= 2 * error:
+    if abs(gap) <= half:
         return "level"
     return "wins" if gap > 0 else "loses"
 

@@ -63,13 +63,19 @@ def draw_views(
     flip: bool,
     mix: str = "none",
     mix_alpha: float = 1.0,
+    cells: int = 1,
 ) -> View:
     """Draw one view for each of `count` square images of a batch, whose side is `size` before and after.
 
-    `crop_scale` is the smallest and largest fraction of the area. A flip has probability 0.5. `mix` is `cutmix` (arXiv
-    1905.04899), `mixup` (arXiv 1710.09412) or `none`, with one weight (and box) per batch, from Beta(alpha, alpha).
+    `crop_scale` is the smallest and largest fraction of the area. With `cells` above 1, the image is a grid with this many
+    cells along each side, which divides `size`: each crop lies in a random cell, and the fraction is that of its area. A
+    flip has probability 0.5. `mix` is `cutmix` (arXiv 1905.04899), `mixup` (arXiv 1710.09412) or `none`, with one weight
+    (and box) per batch, from Beta(alpha, alpha).
     """
-    crop = draw_crop(count, size, crop_scale, generator)
+    side = size // cells
+    crop = draw_crop(count, side, crop_scale, generator)
+    if cells > 1:
+        crop[:, :2] += side * torch.randint(cells, (count, 2), generator=generator)
     flips = torch.rand(count, generator=generator) < 0.5 if flip else torch.zeros(count, dtype=torch.bool)
     partner = torch.full((count,), -1, dtype=torch.int64)
     box = torch.zeros((count, 4), dtype=torch.int64)

@@ -17,6 +17,6 @@ from .alignment import Alignment, describe_norms
 from .objective import Compile, Precision
 from .relabel import ask_teachers, drawn_batches, joined, relabel_batches, relabel_epoch
 from .soft_labels import class_shares, hard_label_loss, soft_label_loss
-from .start_images import SCORED, check_candidates, choose_start_images, real_rows
+from .start_images import check_candidates, choose_start_images, real_rows
 from .statistics import BATCH_SIZE, gather_statistics, shuffled_batches
 from .synthesis import Step, synthesize

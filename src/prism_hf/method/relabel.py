@@ -109,7 +109,14 @@ def drawn_batches(
     for number, part in enumerate(batch_ranges(len(order), settings.batch_size)):
         rows = order[part.start : part.stop]
         view = draw_views(
-            len(rows), size, generator, crop_scale=rule.crop_scale, flip=rule.flip, mix=rule.mix, mix_alpha=rule.mix_alpha
+            len(rows),
+            size,
+            generator,
+            crop_scale=rule.crop_scale,
+            flip=rule.flip,
+            mix=rule.mix,
+            mix_alpha=rule.mix_alpha,
+            cells=rule.cell or 1,
         )
         columns = {"epoch": np.full(len(rows), epoch, np.int32), "batch": np.full(len(rows), number, np.int32)}
         yield columns | to_columns(view, rows), rows, view

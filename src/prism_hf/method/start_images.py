@@ -23,7 +23,6 @@ from ..models import Teacher, penultimate_features
 from ..recipe import SynthesisRecipe, batch_ranges
 from ..runtime import derived_seed
 
-SCORED = ("real_median", "real_kmeans", "mosaic")  # inits that use the logit teacher
 _BATCH = 256  # images per forward pass of a teacher
 
 
@@ -46,7 +45,7 @@ def real_rows(data: SourceData, ipc: int, *, seed: int, by_index: bool = False) 
 
 
 def choose_start_images(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, seed: int) -> Tensor:
-    """Return the start images for the inits in `SCORED`, chosen or assembled: (K * ipc, C, S, S) uint8, class-major.
+    """Return the start images that the logit teacher chooses: (K * ipc, C, S, S) uint8, class-major.
 
     Raises:
         DataError: A class has too few images.
@@ -64,10 +63,10 @@ def choose_rows(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *
     median, closest first. `real_kmeans` runs k-means with `ipc` clusters on the teacher's penultimate features of a class.
     From each cluster, largest first, it takes the unused image closest to the center. Ties are broken by row number.
 
-    With `easiest` below 1, `real_kmeans` uses only this share of each class (at least `ipc` images): those with the lowest
-    loss under the teacher. Images that a teacher is unsure of are often mislabeled or atypical of their class.
+    `easiest` below 1 leaves only this share of each class (at least `ipc` images): those with the lowest loss under the
+    teacher. Images that a teacher is unsure of are often mislabeled or atypical of their class. From them, `real_kmeans`
+    chooses as before, and `real_random` draws without replacement.
     """
-    assert settings.init in ("real_median", "real_kmeans")
     ipc, chosen = settings.ipc, []
     for label, rows in enumerate(_classes(data, ipc)):
         if settings.init == "real_median":
@@ -75,10 +74,15 @@ def choose_rows(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *
             picked = np.argsort(np.abs(losses - np.median(losses)), kind="stable")[:ipc]
         else:
             if settings.easiest < 1:
+                losses = _losses(data.train, rows, teacher, label)
                 count = max(ipc, math.ceil(settings.easiest * len(rows)))
-                rows = np.sort(rows[np.argsort(_losses(data.train, rows, teacher, label), kind="stable")[:count]])
-            features = _features(data.train, rows, teacher)
-            picked = nearest_to_centers(features, ipc, seed=derived_seed(seed, "k-means", label) % 2**32)
+                rows = np.sort(rows[np.argsort(losses, kind="stable")[:count]])
+            if settings.init == "real_random":
+                generator = torch.Generator().manual_seed(derived_seed(seed, "easy images", label))
+                picked = torch.randperm(len(rows), generator=generator).numpy()[:ipc]
+            else:
+                features = _features(data.train, rows, teacher)
+                picked = nearest_to_centers(features, ipc, seed=derived_seed(seed, "k-means", label) % 2**32)
         chosen.append(rows[picked])
     return np.concatenate(chosen)
 
@@ -139,7 +143,7 @@ def mosaics(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, se
     For each class, `candidates` images are drawn. From each image, the crop with the lowest cross-entropy is kept; the
     teacher sees it at the full working size. The best grid * grid * ipc crops form the mosaics: slot `s` takes the ranks
     from s * grid * grid on and fills its grid row by row, so slot 0 has the lowest losses. Ties are broken by row number,
-    then by order of draw.
+    then by order of draw. With `easiest`, the patches are drawn at random from this share of the candidates instead.
     """
     mosaic, split = settings.mosaic, data.train
     assert mosaic is not None
@@ -151,6 +155,9 @@ def mosaics(data: SourceData, teacher: Teacher, settings: SynthesisRecipe, *, se
         crops = draw_crop(len(drawn) * mosaic.crops, split.size, mosaic.crop_scale, generator)
         crops = crops.view(len(drawn), mosaic.crops, 4)
         ranked = _best_crops(split, rows[drawn.numpy()], crops, teacher, label)
+        if mosaic.easiest is not None:
+            easy = max(mosaic.grid**2 * settings.ipc, math.ceil(mosaic.easiest * len(ranked)))
+            ranked = [ranked[i] for i in torch.randperm(easy, generator=generator).tolist()]
         images += _assemble(split, ranked, settings.ipc, mosaic.grid)
     return torch.stack(images)
 

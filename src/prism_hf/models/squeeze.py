@@ -7,6 +7,7 @@ import hashlib
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,22 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import DamagedError, TeacherError
 from ..images import ImageSplit, SourceData, draw_views, reference_mean_std, resample, to_reference
 from ..recipe import SQUEEZE_PREFIX, Recipe, SqueezeRecipe, without_folders
-from ..runtime import EVERY_S, Artifact, Checkpoint, clear_drafts, derived_seed, is_held, to_device, waited_for
+from ..runtime import (
+    EVERY_S,
+    Artifact,
+    Checkpoint,
+    clear_drafts,
+    derived_seed,
+    is_held,
+    raise_if_stopped,
+    to_device,
+    waited_for,
+)
 from .build import operations, seeded
 from .facts import SqueezeSettings, TeacherFacts
 from .folder import is_stored, scored_on, source_facts, store_network
@@ -170,6 +181,9 @@ def _train_and_store(
             checkpoint=checkpoint,
             at_step=at_step,
         )
+        if settings.bn_statistics == "clean":
+            clean = _batches(data.train, replace(settings, noise_std=0.0, epochs=1), derived, teacher)
+            _measure_again(network, (images for images, _ in clean))
     facts = TeacherFacts(
         kind="teacher",
         teacher=without_folders(name),
@@ -190,6 +204,24 @@ def _train_and_store(
     mean_std = (teacher.mean, teacher.std)
     store_network(network, folder, facts, size=teacher.size, class_names=data.class_names, mean_std=mean_std)
     return facts
+
+
+@torch.no_grad()
+def _measure_again(network: nn.Module, batches: Iterator[Tensor]) -> None:
+    """Replace the running statistics of every batch norm by their averages over `batches`; nothing else changes."""
+    network.eval()  # no dropout, and no new weights
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+        norm.train()
+    for images in batches:
+        raise_if_stopped()
+        network(images.contiguous(memory_format=torch.channels_last))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.eval()
 
 
 def _batches(split: ImageSplit, settings: SqueezeRecipe, seed: int, teacher: Teacher) -> ShuffledBatches:

@@ -111,8 +111,8 @@ class Recipe:
             *parents, last = key.split(".")
             section = values
             for parent in parents:
-                section = section[parent]
-            if section[last] == default:
+                section = section.get(parent) or {}
+            if section.get(last, ...) == default:
                 del section[last]
         chosen = {*sections, "seed"} if sections else values.keys() - {"name"}
         text = json.dumps({key: value for key, value in values.items() if key in chosen}, sort_keys=True)
@@ -145,6 +145,7 @@ def _check_labels(recipe: Recipe) -> None:
     """Refuse labels that do not fit their budget, or that the loss of students cannot use."""
     assert recipe.stored_labels.epochs  # a budget that is too small raises an error here
     relabel, evaluation, classes = recipe.relabel, recipe.evaluation, recipe.data.num_classes
+    _check_cell(recipe)
     if relabel.top_k is not None and relabel.top_k >= classes:
         raise ValueError(f"relabel.top_k is {relabel.top_k}, data.num_classes is {classes}; lower it, or use codec float16")
     if relabel.codec == "topk" and evaluation.loss not in TOP_K_LOSSES:
@@ -157,6 +158,19 @@ def _check_labels(recipe: Recipe) -> None:
         raise ValueError(
             f"evaluation.hard_epochs is {evaluation.hard_epochs}, but a student trains for {epochs} epochs; lower it"
         )
+
+
+def _check_cell(recipe: Recipe) -> None:
+    cell, mosaic = recipe.relabel.view.cell, recipe.synthesis.mosaic
+    if cell is None:
+        return
+    if mosaic is None or mosaic.grid != cell:
+        grid = "there is no synthesis.mosaic" if mosaic is None else f"synthesis.mosaic.grid is {mosaic.grid}"
+        raise ValueError(f"relabel.view.cell is {cell}, but {grid}; set both to the same number, or cell to null")
+    if recipe.data.size % cell:
+        raise ValueError(f"relabel.view.cell is {cell}, which does not divide data.size {recipe.data.size}; change one")
+    if recipe.evaluation.hard_epochs:
+        raise ValueError("evaluation.hard_epochs draws views of whole images; remove it, or set relabel.view.cell to null")
 
 
 def _check_no_images(recipe: Recipe) -> None:
@@ -238,11 +252,14 @@ _ADDED: dict[str, object] = {
     "relabel.stored_epochs": None,
     "relabel.budget": None,
     "squeeze.seed": None,
+    "squeeze.bn_statistics": "running",
     "squeeze.input_size": "recipe",
     "synthesis.momentum": 0.0,
     "synthesis.conv": None,
     "synthesis.densification": None,
+    "synthesis.mosaic.easiest": None,
     "synthesis.mosaic": None,
+    "relabel.view.cell": None,
     "synthesis.easiest": 1.0,
     "synthesis.view.curriculum": "none",
     "evaluation.label_epochs": None,

@@ -1,7 +1,8 @@
 """The sections of a recipe, except for the optimization of pixels. Each key is explained next to it."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self
 
 from PIL import ImageColor
 from pydantic import AfterValidator, ConfigDict, Field
@@ -182,6 +183,9 @@ class SqueezeRecipe:
     noise_std: NonNegative = 0.1  # largest standard deviation of Gaussian noise, in [0, 1] pixel units; drawn per image
     # Side of the input of teachers that start from pretrained weights: data.size, or that of these weights.
     input_size: Literal["recipe", "own"] = "recipe"
+    # `running`: BN statistics as training leaves them, measured on images with pixel noise. `clean`: measured again at the
+    # end, on one epoch of crops without noise, so that no part of the BN loss asks for noise.
+    bn_statistics: Literal["running", "clean"] = "running"
     # `null` uses the recipe's seed. With a separate seed, recipes with different seeds can share their teachers.
     seed: Seed | None = None
 
@@ -194,6 +198,9 @@ class RelabelView:
     flip: bool = True  # horizontally, with probability 0.5
     mix: Literal["cutmix", "mixup", "none"] = "cutmix"  # `cutmix`: one box per batch; `mixup`: one weight per batch
     mix_alpha: Positive = 1.0  # both parameters of the Beta distribution of the mixing weight
+    # For init `mosaic`: its `grid`. Then each view is a crop of one cell, drawn at random, so no crop shows parts of two
+    # images (PCA, ICML 2026), and `crop_scale` is a fraction of the cell. The random-real control has no cells.
+    cell: AtLeastTwo | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -216,6 +223,11 @@ class RelabelRecipe:
     ensemble: Literal["mean", "norm_balanced_mean", "weighted"] = "norm_balanced_mean"
     weights: tuple[Positive, ...] | None = None  # one per teacher, for `weighted`; normalized to sum to 1
     view: RelabelView = Field(default_factory=RelabelView)
+
+    @property
+    def for_real_images(self) -> Self:
+        """The same rules for whole images: without cells."""
+        return replace(self, view=replace(self.view, cell=None))
 
     def __post_init__(self) -> None:
         if len(set(self.teachers)) != len(self.teachers):

@@ -63,6 +63,9 @@ class Mosaic:
     crops: Count = 5  # crops of each candidate; the best one is kept
     crop_scale: CropScale = (0.08, 1.0)
     grid: AtLeastTwo = 2  # number of patches along each side
+    # `null`: the patches with the lowest loss, best first. A share: patches drawn at random from this share of the
+    # candidates, lowest loss first. With `crops: 1, crop_scale: [1, 1]` the patches are whole images (PCA, ICML 2026).
+    easiest: PositiveFraction | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -100,15 +103,21 @@ class SynthesisRecipe:
     conv: ConvStatistics | None = None
     densification: Densification | None = None  # needs several images of a class in a batch
     mosaic: Mosaic | None = None  # for init `mosaic`
-    easiest: PositiveFraction = 1.0  # for init `real_kmeans`: share of each class to use, lowest logit-teacher loss first
+    # For init `real_random` and `real_kmeans`: share of each class to choose from, lowest logit-teacher loss first.
+    easiest: PositiveFraction = 1.0
+
+    @property
+    def teacher_chooses(self) -> bool:
+        """Whether the start images depend on the logit teacher."""
+        return self.init in ("real_median", "real_kmeans", "mosaic") or self.easiest < 1
 
     def __post_init__(self) -> None:
         if self.batch_order == "within_class" and self.slots_per_batch != 1:
             raise ValueError("slots_per_batch needs batch_order cross_class; remove it")
         if (self.init == "mosaic") != (self.mosaic is not None):
             raise ValueError("mosaic belongs to init mosaic: set both (`mosaic: {}` uses RDED's values) or neither")
-        if self.easiest != 1 and self.init != "real_kmeans":
-            raise ValueError("easiest belongs to init real_kmeans; remove it")
+        if self.easiest != 1 and self.init not in ("real_random", "real_kmeans"):
+            raise ValueError("easiest belongs to init real_random or real_kmeans; remove it (mosaic has its own)")
         if self.iterations == 0 and self.init == "noise":
             raise ValueError("iterations 0 ships the start images, but init is noise; use real images, or raise iterations")
         if self.densification is not None and self.batch_order == "cross_class" and self.slots_per_batch == 1:

@@ -165,7 +165,8 @@ def _view_rows(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> 
 
 
 def _epochs(run: Run, images: ImageSet, shard: Shard, progress: Progress) -> Iterator[pa.Table]:
-    settings, pixels, seed = run.recipe.relabel, open_rows(run.artifacts.pixels(images).path), run.recipe.seed
+    pixels, seed = open_rows(run.artifacts.pixels(images).path), run.recipe.seed
+    settings = run.recipe.relabel if images.name == DISTILLED else run.recipe.relabel.for_real_images
     stored, size = run.recipe.stored_labels, run.recipe.data.size
     teachers = [] if stored.codec == "seed" else _teachers(run)
     for epoch in shard.rows:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import NotFiniteError, SynthesisError
 from ..hub import grid
 from ..images import ImageSplit, noise, to_reference
-from ..method import BATCH_SIZE, SCORED, choose_start_images, gather_statistics, real_rows, shuffled_batches
+from ..method import BATCH_SIZE, choose_start_images, gather_statistics, real_rows, shuffled_batches
 from ..models import Teacher
 from ..recipe import SynthesisJob, plan_jobs
 from ..runtime import (
@@ -110,11 +110,12 @@ def _prepare(run: Run) -> tuple[np.ndarray | None, Statistics]:
     synthesis, files = run.recipe.synthesis, run.artifacts
     rows, statistics = None, {}
     with run.accelerator.main_process_first():
-        if synthesis.init in SCORED and not files.start.is_whole():
-            name = run.recipe.teachers.logit
-            images = choose_start_images(run.data, run.teachers([name])[name], synthesis, seed=run.recipe.seed)
-            write_rows(files.start, [images.numpy()], tuple(images.shape), "uint8")
-        elif synthesis.init in ("real_index", "real_random"):
+        if synthesis.teacher_chooses:
+            if not files.start.is_whole():
+                name = run.recipe.teachers.logit
+                images = choose_start_images(run.data, run.teachers([name])[name], synthesis, seed=run.recipe.seed)
+                write_rows(files.start, [images.numpy()], tuple(images.shape), "uint8")
+        elif synthesis.init != "noise":
             rows = real_rows(run.data, synthesis.ipc, seed=run.recipe.seed, by_index=synthesis.init == "real_index")
         if synthesis.conv is not None:
             for name, teacher in run.teachers(run.recipe.teachers.bn_candidates).items():
