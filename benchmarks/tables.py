@@ -123,13 +123,19 @@ BN_TEACHERS = (
 )
 
 
-def convergence(recipe: str, epochs: tuple[int, ...], *more: str) -> tuple[Row, ...]:
-    """Return PRISM and random real images with several numbers of epochs of views, the largest first."""
+def convergence(recipe: str, epochs: tuple[int, ...], *more: str, views: int) -> tuple[Row, ...]:
+    """Return PRISM and random real images for several lengths of training, and the longest with more and fewer views."""
+    lengths = [(count, min(views, count)) for count in epochs]
     return tuple(
-        (f"{label}, {count} epochs", name, (*more, f"relabel.epochs={count}"))
-        for count in sorted(epochs, reverse=True)
+        (f"{label}, {count} epochs, {stored} of views", name, (*more, *length(count, stored)))
+        for count, stored in [*lengths, (epochs[-1], views // 2), (epochs[-1], 2 * views)]
         for label, name in (("PRISM", recipe), ("random real", RANDOM + recipe))
     )
+
+
+def length(epochs: int, stored: int) -> tuple[str, ...]:
+    """Return the overrides for a number of epochs of students, and of epochs of views that they use again and again."""
+    return (f"relabel.epochs={epochs}", f"relabel.stored_epochs={stored}")
 
 
 HELD_OUT = {"seeds": (0,), "teacher_seeds": (0, 1), "own": ("relabel",)}
@@ -198,18 +204,20 @@ TABLES = {
     "other-teachers": Table(CHOSEN[10], seeds=SEEDS[:3], common=("squeeze.seed=1",)),
     "other-teachers-ipc1": Table(CHOSEN[1], seeds=SEEDS[:3], common=("squeeze.seed=1",)),
     "convergence-ipc1": Table(
-        convergence(PRISM, (150, 300, 600, 1200, 2400), *SIZES[1], *_batches(PRISM, 1)),
+        convergence(PRISM, (300, 600, 1200, 2400, 4800), *SIZES[1], *_batches(PRISM, 1), views=300),
         common=(f"data.validation_fraction={1 / 6}",),
         **HELD_OUT,
     ),
     "convergence-ipc10": Table(
-        convergence(PRISM, (80, 160, 320, 640, 1280)), common=(f"data.validation_fraction={1 / 6}",), **HELD_OUT
+        convergence(PRISM, (80, 160, 320, 640, 1280), views=80), common=(f"data.validation_fraction={1 / 6}",), **HELD_OUT
     ),
     "convergence-ipc50": Table(
-        convergence(PRISM, (16, 32, 64, 128, 256), *SIZES[50]), common=(f"data.validation_fraction={1 / 6}",), **HELD_OUT
+        convergence(PRISM, (16, 32, 64, 128, 256), *SIZES[50], views=32),
+        common=(f"data.validation_fraction={1 / 6}",),
+        **HELD_OUT,
     ),
     "convergence-64-ipc10": Table(
-        convergence("prism_64_ipc10", (80, 160, 320, 640, 1280)),
+        convergence("prism_64_ipc10", (80, 160, 320, 640, 1280), views=80),
         common=("data.validation_fraction=0.25",),
         images="openclipart",
         **HELD_OUT,

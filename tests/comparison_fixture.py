@@ -1,11 +1,14 @@
 """A comparison in the engine's output format, with real digits and random numbers."""
 
 import copy
+import math
 import statistics
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
+
+from prism_hf.evaluation.report import difference
 
 LABELS = ["random real", "SRe2L", "CDA", "G-VBSM", "DWA", "RDED", "PRISM per slot", "PRISM per iteration", "noise"]
 EVALUATION = {"epochs": 60, "batch_size": 50, "optimizer": "adamw", "lr": 0.001, "mix": "cutmix", "soft_loss": "kl"}
@@ -31,6 +34,7 @@ def make_comparison(*, methods=4, classes=10, ipc=10, seeds=3, students=("test_r
             "relabel": {"teachers": ["squeeze:test_resnet", "squeeze:test_byobnet"], "ensemble": "mean", "epochs": 60},
             "evaluation": dict(EVALUATION),
             "verifier": "squeeze:test_vit",
+            "teacher_seeds": [],
             "notes": ["sre2l: relabel.teachers is [squeeze:test_resnet] in its recipe; the protocol's are used"],
         },
         "methods": [], "scores": [], "full_data": [],
@@ -119,10 +123,10 @@ def differences(comparison):
         for other in comparison["scores"][b + 1 :]:
             same = all(one[key] == other[key] for key in ("student", "labels")) and other["method"] != one["method"]
             if same and ipc[one["method"]] == ipc[other["method"]]:
-                parts = [None if s["std"] is None else s["std"] ** 2 / len(s["top1"]) for s in (one, other)]
+                gap, half = difference(other, one)
                 found.append({
                     "a": other["method"], "b": one["method"], "student": one["student"], "labels": one["labels"],
-                    "difference": other["mean"] - one["mean"], "error": None if None in parts else sum(parts) ** 0.5,
+                    "difference": gap, "half_width": half if math.isfinite(half) else None,
                 })  # fmt: skip
     return found
 

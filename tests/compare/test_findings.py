@@ -39,20 +39,20 @@ def test_every_score_is_reported_with_its_seeds(compared, found):
         assert row["std"] == pytest.approx(abs(top1[0] - top1[1]) / math.sqrt(2))
 
 
-def test_differences_are_between_means_and_have_standard_errors(compared, found):
+def test_differences_are_between_means_and_have_intervals(compared, found):
     rows = {(row["a"], row["b"], row["student"], row["labels"]): row for row in found["differences"]}
     pairs = [("prism", "random real"), ("sre2l", "random real"), ("sre2l", "prism")]
     assert set(rows) == {(*pair, *key) for pair in pairs for key in KEYS}
     for (a, b, *key), row in rows.items():
         one, two = ([recorded(compared[0], x, seed, KEYS.index(tuple(key))) for seed in (0, 1)] for x in (a, b))
-        error = math.sqrt(statistics.variance(one) / 2 + statistics.variance(two) / 2)
-        assert row["difference"] == pytest.approx(statistics.fmean(one) - statistics.fmean(two))
-        assert row["error"] == pytest.approx(error)
+        gaps = [x - y for x, y in zip(one, two, strict=True)]
+        assert row["difference"] == pytest.approx(statistics.fmean(gaps))
+        assert row["half_width"] == pytest.approx(12.706 * statistics.stdev(gaps) / math.sqrt(2), rel=1e-4)
 
 
-def test_one_seed_has_no_standard_error(compared):
+def test_one_seed_has_no_interval(compared):
     found = facts_of(comparison(*compared, named("prism", "sre2l"), seeds=(1,)))
-    assert {row["error"] for row in found["differences"]} == {None}
+    assert {row["half_width"] for row in found["differences"]} == {None}
     assert {row["std"] for row in found["scores"]} == {None}
     assert all(method["similarity"]["std_over_seeds"] is None for method in found["methods"])
     json.dumps(found, allow_nan=False)

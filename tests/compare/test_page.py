@@ -214,22 +214,24 @@ def test_each_method_is_compared_in_words_to_the_control_and_the_other_methods(c
     assert [(a, b) for a, b, _ in found[:3]] == [(name, "random real") for name in ("SRe2L", "CDA", "G-VBSM")]
     assert len(found) == 6
     scores = {(s["method"], s["labels"]): s for s in comparison["scores"]}
-    gap, error = difference(scores["CDA", "soft"], scores["random real", "soft"])
-    assert f"with soft labels it **wins**, {100 * gap:+.1f} points (standard error {100 * error:.1f});" in found[1][2]
+    for labels, outcome in (("soft", "is level"), ("hard", "wins")):
+        gap, half = difference(scores["CDA", labels], scores["random real", labels])
+        words = f"with {labels} labels it **{outcome}**, {100 * gap:+.1f} points (95 % interval ± {100 * half:.1f})"
+        assert words in found[1][2]
 
 
 @pytest.mark.parametrize(
-    ("gap", "error", "words"),
+    ("gap", "half", "words"),
     [
-        (0.012, 0.004, "it **wins**, +1.2 points (standard error 0.4)"),
-        (0.012, 0.006, "it **is level**, +1.2 points (standard error 0.6)"),
-        (-0.05, 0.01, "it **loses**, -5.0 points (standard error 1.0)"),
+        (0.012, 0.011, "it **wins**, +1.2 points (95 % interval ± 1.1)"),
+        (0.012, 0.013, "it **is level**, +1.2 points (95 % interval ± 1.3)"),
+        (-0.05, 0.01, "it **loses**, -5.0 points (95 % interval ± 1.0)"),
         (0.02, None, "with soft labels +2.0 points."),
     ],
 )
-def test_a_given_difference_is_put_into_words(comparison, gap, error, words):
-    entry = {"a": "CDA", "b": "random real", "student": "test_resnet", "labels": "soft", "difference": gap, "error": error}
-    comparison["differences"] = [entry]
+def test_a_given_difference_is_put_into_words(comparison, gap, half, words):
+    entry = {"a": "CDA", "b": "random real", "student": "test_resnet", "labels": "soft"}
+    comparison["differences"] = [entry | {"difference": gap, "half_width": half}]
     said = {a: text for a, _, text in verdicts(comparison)}
     assert words in said["CDA"]
     assert "Methods compared with each other" not in render_markdown(comparison) + render_html(comparison, PICTURES)
@@ -242,13 +244,13 @@ def test_one_seed_is_remarked_on_once_and_has_no_spread():
     for text in (render_markdown(comparison), Page(render_html(comparison, PICTURES)).text):
         assert text.count("One seed is not enough for a verdict.") == 1
         assert len(re.findall("one seed|a verdict", text, re.IGNORECASE)) == 2, "both in that sentence"
-        for word in ("±", "standard deviation", "standard error", "Level", "too few"):
+        for word in ("±", "standard deviation", "interval", "Level", "too few"):
             assert word not in text, word
         assert "seed 0; scored" in text
     assert not any("seed" in cell for row in table_of(comparison) for cell in row)
     mixed = make_comparison(seeds=3)[0]
     mixed["scores"][2] |= {"std": None, "seeds": [0], "top1": [0.5], "mean": 0.5}
-    mixed["differences"][0]["error"] = None
+    mixed["differences"][0]["half_width"] = None
     text = render_markdown(mixed)
     assert text.count("One seed is not enough for a verdict.") == 1
     assert "| 50.0 (one seed) | soft |" in text

@@ -1,10 +1,12 @@
 import json
+import math
 import statistics
 
 import pytest
 
 from prism_hf.evaluation.report import (
     bytes_text,
+    difference,
     evaluation_facts,
     full_is_best,
     in_words,
@@ -67,6 +69,7 @@ def test_one_seed_has_no_deviation():
     [
         ((0.90, 0.91, 0.92), (0.80, 0.81, 0.82), "the distilled images win", "+10.0"),
         ((0.80, 0.81, 0.82), (0.90, 0.91, 0.92), "random real images win", "-10.0"),
+        ((0.80, 0.82, 0.81), (0.90, 0.91, 0.92), "random real images win", "-10.0"),
         ((0.80, 0.90), (0.82, 0.90), "the distilled images and random real images are level", "-1.0"),
         ((0.5, 0.5), (0.5, 0.5), "the distilled images and random real images are level", "+0.0"),
         ((0.6, 0.6), (0.5, 0.5), "the distilled images win", "+10.0"),
@@ -79,14 +82,45 @@ def test_verdict_is_stated_in_words(ours, control, verdict, points, labels):
     assert text.count("With") == 1
 
 
-def test_methods_are_level_within_two_standard_errors():
-    def words(gap):
-        return in_words([score("distilled", "soft", 0.5 + gap, 0.52 + gap), score("random_real", "soft", 0.5, 0.52)])
+def test_methods_are_level_within_the_t_interval_of_the_paired_difference():
+    def words(gap, *spread):
+        ours = [0.5 + gap + x for x in spread]
+        return in_words([score("distilled", "soft", *ours), score("random_real", "soft", *[0.5] * len(ours))])
 
-    # Each row has a standard error of 0.01; the difference has one of 0.0141.
-    assert "are level" in words(0.027)
-    assert "the distilled images win" in words(0.029)
-    assert "(standard error 1.4)" in words(0.029)
+    # The differences have a standard error of 0.01, and the quantiles of Student's t are 12.71, 4.30 and 2.78.
+    for half, spread in (
+        (0.1271, (-0.01, 0.01)),
+        (0.0430, (-0.017321, 0, 0.017321)),
+        (0.0278, (-0.02, -0.02, 0, 0.02, 0.02)),
+    ):
+        spread = [x * 0.01 / (statistics.stdev(spread) / math.sqrt(len(spread))) for x in spread]
+        assert "are level" in words(half - 0.0002, *spread)
+        assert "the distilled images win" in words(half + 0.0002, *spread)
+        assert f"(95 % interval ± {100 * half:.1f})" in words(half + 0.0002, *spread)
+
+
+def test_the_difference_is_paired_over_the_seeds_that_both_rows_have():
+    a = score_row("a", "soft", [0, 1, 2], [0.9, 0.5, 0.7], 10)
+    b = score_row("b", "soft", [2, 0, 7], [0.6, 0.8, 0.1], 10)
+    gap, half = difference(a, b)
+    assert gap == pytest.approx(0.1)  # seeds 0 and 2, 0.1 each, however far apart the seeds are
+    assert half == pytest.approx(0, abs=1e-9)
+    gap, half = difference(a, score_row("b", "soft", [3], [0.5], 10))
+    assert (gap, half) == (pytest.approx(0.2), math.inf)
+
+
+def test_sets_of_teachers_are_the_sample_and_their_seeds_are_averaged():
+    sets = [0, 0, 1, 1, 2, 2]
+    ours = score_row("a", "soft", [0, 1, 0, 1, 0, 1], [0.5, 0.7, 0.6, 0.6, 0.8, 0.6], 10, sets)
+    control = score_row("b", "soft", [0, 1, 0, 1, 0, 1], [0.5] * 6, 10, sets)
+    assert (ours["mean"], ours["teacher_seeds"]) == (pytest.approx(0.6333333), sets)
+    assert ours["std"] == pytest.approx(statistics.stdev([0.6, 0.6, 0.7]))
+    gap, half = difference(ours, control)
+    assert gap == pytest.approx(0.1333333)
+    assert half == pytest.approx(4.3027 * statistics.stdev([0.1, 0.1, 0.2]) / math.sqrt(3), rel=1e-4)
+    alone = score_row("a", "soft", [0, 1], [0.5, 0.7], 10, [0, 0])
+    assert alone["std"] is None
+    assert difference(alone, score_row("b", "soft", [0, 1], [0.4, 0.4], 10, [0, 0]))[1] == math.inf, "one set of teachers"
 
 
 def test_missing_control_is_reported():

@@ -118,6 +118,26 @@ def test_boxes_reach_every_corner_and_both_extreme_aspect_ratios():
     assert float(ratio.log().mean().abs()) < 0.03
 
 
+@pytest.mark.parametrize(("cells", "size"), [(2, 20), (3, 27), (4, 64)])
+def test_a_crop_stays_in_one_cell_and_every_cell_is_drawn(cells, size):
+    side = size // cells
+    crop = draw_views(4000, size, seeded(), crop_scale=(0.25, 1.0), flip=False, cells=cells).crop
+    first, last = crop[:, :2] // side, (crop[:, :2] + crop[:, 2:] - 1) // side
+    assert torch.equal(first, last)
+    counts = torch.bincount(first[:, 0] * cells + first[:, 1], minlength=cells**2)
+    assert len(counts) == cells**2
+    assert int(counts.min()) > 0.7 * 4000 / cells**2
+    area = (crop[:, 2] * crop[:, 3]).double() / side**2  # the fraction is that of the cell
+    assert float(area.max()) <= 1
+    assert float(area.mean()) == pytest.approx(0.625, abs=0.05)
+
+
+def test_one_cell_is_the_whole_image():
+    plain, one = (draw_views(50, 20, seeded(), crop_scale=(0.1, 1.0), flip=True, **more) for more in ({}, {"cells": 1}))
+    assert torch.equal(plain.crop, one.crop)
+    assert torch.equal(plain.flip, one.flip)
+
+
 def test_flips_are_fair_coins_and_off_means_off():
     on = draw_views(2000, 8, seeded(), crop_scale=(0.5, 1), flip=True)
     off = draw_views(2000, 8, seeded(), crop_scale=(0.5, 1), flip=False)

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -246,6 +247,24 @@ def test_k_means_needs_a_linear_layer(split, teacher):
         chosen(split, bare, 2, "real_kmeans")
 
 
+@pytest.mark.parametrize(("share", "ipc", "count"), [(0.5, 3, 6), (0.34, 2, 5), (0.1, 4, 4), (0.999, 2, 12)])
+def test_random_images_of_the_easy_part_are_drawn_from_the_lowest_losses(split, teacher, share, ipc, count):
+    settings = SynthesisRecipe(ipc=ipc, init="real_random", easiest=share)
+    drawn = {seed: choose_rows(source_data(split), teacher, settings, seed=seed) for seed in range(80)}
+    own = split.rows_by_class(3)[0]
+    losses = [loss_of(teacher, split.images([row])[0], 0) for row in own.tolist()]
+    easy = [int(row) for _, row in sorted(zip(losses, own.tolist(), strict=True))][:count]
+    found = {int(row) for rows in drawn.values() for row in rows[:ipc]}
+    assert found == set(easy), "every easy image is drawn by some seed, and no other"
+    for seed, rows in drawn.items():
+        assert split.labels[rows].tolist() == [label for label in range(3) for _ in range(ipc)]
+        assert len(set(rows.tolist())) == 3 * ipc
+        # The literal draw: easy rows in ascending order, permuted by a generator of this class.
+        generator = torch.Generator().manual_seed(derived_seed(seed, "easy images", 0))
+        order = torch.randperm(len(easy), generator=generator).tolist()
+        assert rows[:ipc].tolist() == [sorted(easy)[i] for i in order][:ipc]
+
+
 # -- mosaics ----------------------------------------------------------------------------------------------------------
 
 
@@ -272,6 +291,9 @@ def literal_mosaics(split, teacher, ipc, settings, seed):
                 tried.append((float(logits.logsumexp(0) - logits[label]), crop))
             best.append(min(tried, key=lambda pair: pair[0]))
         best.sort(key=lambda pair: pair[0])
+        if settings.easiest is not None:
+            easy = best[: max(grid * grid * ipc, math.ceil(settings.easiest * len(best)))]
+            best = [easy[i] for i in torch.randperm(len(easy), generator=generator)]
         cuts = [size * i // grid for i in range(grid + 1)]
         for slot in range(ipc):
             canvas = torch.zeros(split.channels, size, size)
@@ -292,8 +314,10 @@ def literal_mosaics(split, teacher, ipc, settings, seed):
         (33, 3, 1, Mosaic(candidates=300, crops=2, crop_scale=(0.3, 0.6))),
         (32, 1, 2, Mosaic(candidates=10, crops=4)),
         (32, 3, 1, Mosaic(crops=1, crop_scale=(1.0, 1.0), candidates=5)),
+        (32, 3, 1, Mosaic(crops=1, crop_scale=(1.0, 1.0), easiest=0.7)),
+        (32, 3, 1, Mosaic(candidates=8, crops=3, easiest=0.1)),
     ],
-    ids=["plain", "odd side", "gray", "whole images"],
+    ids=["plain", "odd side", "gray", "whole images", "whole images of the easy part", "an easy part that is too small"],
 )
 def test_mosaics_equal_the_literal_version(monkeypatch, size, channels, ipc, settings):
     split = make_split(size=size, channels=channels)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -5,16 +6,19 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from each import each
 from pipeline import mtimes, one_line, save_timm, tiny
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from prism_hf.errors import RecipeError, TeacherError
 from prism_hf.images.pixels import to_reference
 from prism_hf.images.source import load_source
+from prism_hf.models import squeeze as squeezing
 from prism_hf.models.load import load_teacher
 from prism_hf.models.squeeze import is_squeezed, squeeze_teacher, teacher_folder
 from prism_hf.models.teacher import fit_teacher
 from prism_hf.run.preflight import check_architectures
+from prism_hf.runtime.seeds import derived_seed
 
 CPU, NAME = torch.device("cpu"), "squeeze:test_efficientnet"
 FAST = ("data.size=8", "squeeze.batch_size=256")
@@ -151,13 +155,49 @@ def test_equal_seeds_give_equal_weights_without_changing_global_state(squeezed, 
     [
         "squeeze.epochs=2", "squeeze.batch_size=255", "squeeze.lr=0.004", "squeeze.weight_decay=0.5",
         "squeeze.crop_scale=[0.5,1.0]", "squeeze.crop_scale=[0.6,0.9]", "squeeze.flip=true", "squeeze.noise_std=0.2",
-        "squeeze.noise_std=0", "seed=1",
+        "squeeze.noise_std=0", "squeeze.bn_statistics=clean", "seed=1",
     ],
 )  # fmt: skip
 def test_each_setting_changes_folder_and_weights(squeezed, tmp_path, override):
     recipe, folder, _ = squeezed
     assert teacher_folder(NAME, tiny(*FAST, override), folder.parent) != folder
     assert weights(tmp_path, override) != load_squeezed(NAME, recipe, folder.parent, device=CPU).weights_sha256
+
+
+@each("name", [NAME, "squeeze:test_resnet"])
+def test_clean_statistics_are_averages_over_views_without_noise(tmp_path, name):
+    """Nothing but the running statistics changes, and they equal those of a literal pass over the same views."""
+    loud = (*FAST, "squeeze.noise_std=0.5")
+    plain, clean = (train(tmp_path, *loud, f"squeeze.bn_statistics={kind}", name=name) for kind in ("running", "clean"))
+    assert plain[1] != clean[1]
+    one, two = (load_squeezed(name, made[0], tmp_path, device=CPU) for made in (plain, clean))
+    before, after = one.model.state_dict(), two.model.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    norms = {key for key in before if key.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    assert changed <= norms
+    assert {key for key in norms if key.endswith(("_mean", "_var"))} <= changed
+    # Literal: a hook on each batch norm, on one epoch of views that differ from training only in the noise.
+    seed = derived_seed(0, "squeeze", name.removeprefix("squeeze:"))
+    quiet = dataclasses.replace(clean[0].squeeze, noise_std=0.0)
+    fitted = fit_teacher(two, class_names=[str(n) for n in range(10)], channels=1)
+    batches = [images for images, _ in squeezing._batches(load_source(clean[0].data).train, quiet, seed, fitted)]
+    seen = {key: [] for key, module in one.model.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
+    for key, module in one.model.named_modules():
+        if key in seen:
+            module.train()
+            module.register_forward_pre_hook(lambda _, inputs, key=key: seen[key].append(inputs[0].double()))
+    with torch.no_grad():
+        for images in batches:
+            one.model(images)
+    for key, inputs in seen.items():
+        means = torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0)
+        variances = torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in inputs]).mean(0)
+        torch.testing.assert_close(after[f"{key}.running_mean"].double(), means, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(after[f"{key}.running_var"].double(), variances, rtol=1e-3, atol=1e-4)
+    momenta = [{m.momentum for m in x.model.modules() if isinstance(m, torch.nn.BatchNorm2d)} for x in (one, two)]
+    assert momenta[0] == momenta[1]
+    first = next(iter(seen))
+    assert before[f"{first}.running_var"].mean() > 1.02 * after[f"{first}.running_var"].mean(), "without the noise"
 
 
 @pytest.mark.parametrize("override", ["synthesis.lr=0.5", "relabel.epochs=3", "name=other", "evaluation.seeds=[9]"])
