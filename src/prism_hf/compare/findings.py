@@ -15,6 +15,7 @@ from ..dataset import load_distilled, versions
 from ..evaluation import (
     NOT_ALL,
     FeatureMap,
+    dd_ranking,
     difference,
     features_of,
     intra_class_similarity,
@@ -61,6 +62,7 @@ def findings(
         for score in read_scores([task for task in comparison.full_tasks(student) if is_finished(task.score.path)])
     ]
     scores = _scores(comparison, records)
+    add_dd_ranking(methods, scores, full_data)
     real = {"mean": similarity.mean, "per_class": list(similarity.per_class), "images_per_class": _SAMPLE}
     how = "first two principal components of the features of real training images"
     return {
@@ -204,6 +206,24 @@ def _scores(comparison: Comparison, records: Records) -> list[dict[str, Any]]:
             }
             rows.append(first | score)
     return rows
+
+
+def add_dd_ranking(
+    methods: Sequence[dict[str, Any]], scores: Sequence[Mapping[str, Any]], full_data: Sequence[Mapping[str, Any]]
+) -> None:
+    """Add `dd_ranking` to the facts of each method: its scores for the first student against the control at its ipc."""
+    student = scores[0]["student"] if scores else None
+    mean = {(row["method"], row["labels"]): row["mean"] for row in scores if row["student"] == student}
+    full = next((row["mean"] for row in full_data if row["student"] == student), None)
+    for method in methods:
+        control = next((other["label"] for other in methods if other["control"] and other["ipc"] == method["ipc"]), None)
+        label = method["label"]
+        method["dd_ranking"] = dd_ranking(
+            full_hard=full,
+            hard=mean.get((label, "hard")),
+            soft=mean.get((label, "soft")),
+            random_soft=mean.get((control, "soft")),
+        )._asdict()
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

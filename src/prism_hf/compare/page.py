@@ -17,7 +17,7 @@ from markdown_it.token import Token
 from markupsafe import Markup
 from torch import Tensor
 
-from ..evaluation import bytes_text, cosine_text, markdown_table, percent_text, top1_text, verdict
+from ..evaluation import DDRanking, bytes_text, cosine_text, markdown_table, percent_text, top1_text, verdict
 from ..hub import escape, fence_for
 from ..runtime import count_text, duration_text, visible, write_bytes, write_json
 from .figures import draw_comparison, in_order, picture_names
@@ -72,6 +72,7 @@ def render_markdown(comparison: Mapping[str, Any], pictures: Mapping[str, str] |
         against_controls=against_controls,
         against_each_other=against_each_other,
         table=Markup(markdown_table(table_of(comparison, escape))),
+        ranking=Markup(markdown_table(ranking_of(comparison))) if comparison["methods"] else None,
         students=list(dict.fromkeys(score["student"] for score in scores)),
         seeds=next(iter(seeds)) if len(seeds) == 1 else None,
         one_seed=any(len(row) == 1 for row in seeds),
@@ -191,6 +192,15 @@ def _verdicts(comparison: Mapping[str, Any]) -> tuple[list[Markup], list[Markup]
             label, ipc = escape(method["label"]), method["ipc"]
             against_controls.append(Markup(f"**{label}** against random real images: no results to compare at ipc {ipc}."))
     return against_controls, against_each_other
+
+
+def ranking_of(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the table of DD-Ranking's scores of the first student, header first."""
+    rows: list[tuple[str, ...]] = [("method", "HLR", "IOR", "LRS")]
+    for method in in_order(comparison):
+        values = DDRanking(**method["dd_ranking"])
+        rows.append((escape(method["label"]), *("-" if value is None else f"{value:.3f}" for value in values)))
+    return rows
 
 
 def table_of(comparison: Mapping[str, Any], clean: Callable[[str], str] = visible) -> list[tuple[str, ...]]:

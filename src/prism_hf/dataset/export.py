@@ -1,4 +1,4 @@
-"""Export a distilled dataset in the layouts of other programs: class folders or the columns of rethinkdc."""
+"""Export a distilled dataset in the layouts of other programs: class folders, the columns of rethinkdc, or tensors."""
 
 import io
 import os
@@ -14,14 +14,16 @@ from typing import Any, Literal, NamedTuple
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from ..errors import DataError, OutputError
 from ..images import UNREADABLE, decode, encode
 from ..runtime import draft_folder, write_bytes, write_json, writing
 from .tables import Table, dataset_folder, open_images
 
-ExportFormat = Literal["imagefolder", "rethinkdc"]
+ExportFormat = Literal["imagefolder", "rethinkdc", "ddranking"]
 
 EXTENSIONS = {"PNG": "png", "WEBP": "webp", "JPEG": "jpg"}
 LONGEST_NAME = 80
@@ -40,6 +42,24 @@ configs:
 Images and class indices of a distilled dataset, in the columns that rethinkdc reads. Soft labels are not included.
 """
 
+DDRANKING_CARD = """# Tensors for DD-Ranking
+
+{ipc} images of each of {classes} classes, class by class, with one soft label (logits) per image.
+`mean` and `std` are those that DD-Ranking uses for its real data, such as CIFAR-10.
+
+```python
+from safetensors.torch import load_file
+from torchvision.transforms.functional import normalize
+
+tensors = load_file("tensors.safetensors")
+images = normalize(tensors["image_tensor"] / 255, mean, std)
+evaluator.compute_metrics(image_tensor=images, soft_labels=tensors["soft_labels"])  # LabelRobustScoreSoft
+evaluator.compute_metrics(image_tensor=images, hard_labels=tensors["hard_labels"])  # LabelRobustScoreHard
+```
+
+Its scores are computed from percentages, so they differ from those of prism-hf, which uses accuracies in [0, 1].
+"""
+
 
 class _Picture(NamedTuple):
     data: bytes
@@ -47,13 +67,13 @@ class _Picture(NamedTuple):
     slot: int
     extension: str
     mode: str
+    logits: list[float] | None
 
 
 def export(source: str | Path, target: str | Path, *, format: ExportFormat, revision: str | None = None) -> Path:
     """Write a distilled dataset in a layout that other programs read; return the target folder.
 
-    Only the images and their classes are exported: neither layout supports soft labels, so a student trained on an export
-    learns from hard labels.
+    Only `ddranking` has soft labels, one per image. A student trained on another export learns from hard labels.
 
     - `imagefolder`: `train/<class>/<slot>.<ext>` for `torchvision.datasets.ImageFolder` and `load_dataset("imagefolder")`.
       Folder names start with the class index, so both loaders assign each class the same index as the dataset;
@@ -61,6 +81,9 @@ def export(source: str | Path, target: str | Path, *, format: ExportFormat, revi
     - `rethinkdc`: one Parquet table with the columns `image` and `class_id`. Its transforms need three channels, so images
       that are not RGB become RGB PNGs; RGB images are copied unchanged. (Its command line reads Parquet only from a path
       that contains "he-y". From any other path it reads class folders, which `imagefolder` writes into `train`.)
+    - `ddranking`: tensors.safetensors with the arguments of DD-Ranking's evaluators, class by class: `image_tensor`
+      (N, 3, H, W) uint8, `soft_labels` (N, K) float32 (logits of the whole images) and `hard_labels` (N,) int64. The
+      evaluators expect images that are divided by 255 and normalized like their real data (README.md of the export).
 
     Raises:
         OutputError: The target is not empty or cannot be written; no partial output remains.
@@ -78,7 +101,7 @@ def export(source: str | Path, target: str | Path, *, format: ExportFormat, revi
     draft = draft_folder(home)
     try:
         with writing(target):
-            _WRITERS[format](draft, _pictures(images, source), names)
+            _WRITERS[format](draft, _pictures(images, source, logits=format == "ddranking"), names)
             write_json(draft / "classes.json", {str(index): name for index, name in enumerate(names)})
             if home.exists():
                 home.rmdir()  # it is empty; Windows cannot rename onto an existing folder
@@ -114,10 +137,11 @@ def _check_slots(table: Table, names: Sequence[str], source: str | Path) -> None
         raise DataError(f"{str(source)!r} has several images of class {names[label]!r} in slot {slot}; expected one")
 
 
-def _pictures(table: Table, source: str | Path) -> Iterator[list[_Picture]]:
+def _pictures(table: Table, source: str | Path, *, logits: bool) -> Iterator[list[_Picture]]:
     """Yield the images of each row group, which is as many as may be in memory at a time."""
     for group in table.groups:
-        rows = table.read(group.start, group.start + group.rows, ("image", "label", "slot")).to_pylist()
+        columns = ("image", "label", "slot", *(("teacher_logits",) if logits else ()))
+        rows = table.read(group.start, group.start + group.rows, columns).to_pylist()
         yield [_picture(cells, f"row {group.start + number} of {str(source)!r}") for number, cells in enumerate(rows)]
 
 
@@ -131,7 +155,7 @@ def _picture(cells: Mapping[str, Any], where: str) -> _Picture:
         raise DataError(reason) from error
     if kind not in EXTENSIONS:
         raise DataError(f"{where} is {kind}; expected {', '.join(EXTENSIONS)}")
-    return _Picture(data, cells["label"], cells["slot"], EXTENSIONS[kind], mode)
+    return _Picture(data, cells["label"], cells["slot"], EXTENSIONS[kind], mode, cells.get("teacher_logits"))
 
 
 def _write_imagefolder(folder: Path, groups: Iterable[list[_Picture]], names: Sequence[str]) -> None:
@@ -164,7 +188,22 @@ def _write_rethinkdc(folder: Path, groups: Iterable[list[_Picture]], names: Sequ
     write_bytes(folder / "README.md", RETHINKDC_CARD.encode())
 
 
+def _write_ddranking(folder: Path, groups: Iterable[list[_Picture]], names: Sequence[str]) -> None:
+    pictures = sorted(chain.from_iterable(groups), key=lambda picture: (picture.label, picture.slot))
+    counts = set(Counter(picture.label for picture in pictures).values())
+    if len(counts) > 1:  # its evaluators number the classes by position
+        raise DataError(f"DD-Ranking expects equally many images in each class, got {min(counts)} to {max(counts)}")
+    tensors = {
+        "image_tensor": torch.stack([decode(picture.data, 3) for picture in pictures]),
+        "soft_labels": torch.tensor([picture.logits for picture in pictures]),
+        "hard_labels": torch.tensor([picture.label for picture in pictures]),
+    }
+    save_file(tensors, folder / "tensors.safetensors")
+    write_bytes(folder / "README.md", DDRANKING_CARD.format(ipc=counts.pop(), classes=len(names)).encode())
+
+
 _WRITERS: dict[str, Callable[[Path, Iterable[list[_Picture]], Sequence[str]], None]] = {
     "imagefolder": _write_imagefolder,
     "rethinkdc": _write_rethinkdc,
+    "ddranking": _write_ddranking,
 }

@@ -8,6 +8,7 @@ from typing import Any
 from scipy.special import stdtrit
 
 from ..runtime import count_text, size_text
+from .dd_ranking import dd_ranking_of, dd_ranking_text
 
 CONTROL_ITSELF = "These are random real images: the control that a distilled set is compared with."
 NO_CONTROL = "the dataset itself consists of random real images"
@@ -121,6 +122,7 @@ def evaluation_facts(
         "rows": list(rows),
         "sets": dict(sets),
         "left_out": dict(left_out or {}),
+        "dd_ranking": dd_ranking_of(rows)._asdict(),
         "verifier": verifier,
         "similarity_network": similarity_network,
         "in_words": " ".join([CONTROL_ITSELF if names else in_words(rows), *remarks]),
@@ -248,6 +250,8 @@ def summary(report: Mapping[str, Any]) -> str:
         plain_table(table_rows(evaluation)),
         evaluation["in_words"],
     ]
+    if scores := dd_ranking_text(dd_ranking_of(evaluation["rows"])):
+        parts.append(f"DD-Ranking: {scores}")
     parts += [f"left out: {name}: {reason}" for name, reason in evaluation["left_out"].items()]
     if times := report.get("wall_time_s"):
         parts.append("time: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in times.items()))

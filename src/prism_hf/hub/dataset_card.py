@@ -11,7 +11,7 @@ from datasets.info import DatasetInfo, DatasetInfosDict
 from huggingface_hub import DatasetCardData
 
 from ..dataset import READING, VIEWS, image_features, read_provenance, view_features
-from ..evaluation import full_is_best, markdown_table, table_rows
+from ..evaluation import dd_ranking_of, dd_ranking_text, full_is_best, markdown_table, table_rows
 from ..recipe import NO_IMAGES, SQUEEZE_PREFIX, Recipe, dump_recipe, to_dict
 from ..runtime import count_text, map_texts
 from .card import checked_header, class_list, escape, fence_for, license_keys, render, slug, with_header
@@ -83,6 +83,7 @@ def render_card(facts: Mapping[str, Any], recipe: Recipe) -> str:
         "tables": facts["tables"],
         "table": markdown_table(table_rows(evaluation)) if evaluation else "",
         "evaluation": map_texts(evaluation, escape),
+        "dd_ranking": dd_ranking_text(dd_ranking_of(evaluation["rows"])) if evaluation else "",
         "seeds": len(evaluation["rows"][0]["seeds"]) if evaluation and evaluation["rows"] else 0,
         "recipe_yaml": recipe_yaml.strip(),
         "fence": fence_for(recipe_yaml),

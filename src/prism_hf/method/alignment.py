@@ -8,7 +8,9 @@ variance are per channel, and || || is the L2 norm, not squared:
     R(f, x) = sum over BN layers    w_l * ( ||mean - running mean|| + ||var - running var|| )
             + sum over conv layers  ||each of four statistics - its average over the real training set||
 
-The second sum and the moving average of the batch statistics come from G-VBSM (arXiv 2311.17950).
+The second sum and the moving average of the batch statistics come from G-VBSM (arXiv 2311.17950). In a network without
+batch norm, the first sum is over its layer norms and group norms (ours): the statistics of their inputs over the batch and
+all positions, against averages over the real training set.
 """
 
 import re
@@ -23,16 +25,12 @@ from torch.nn.modules.batchnorm import _BatchNorm  # the base of 1d, 2d, 3d and 
 
 from ..errors import TeacherError
 from ..models import normalized_by, replaced
-from .moments import Moments, Targets, conv_moments, counts_of, distance, frozen_norm, stacked
-from .statistics import STATISTICS
-
-
-def _is_matched(layer: nn.Module) -> bool:
-    return isinstance(layer, _BatchNorm) and layer.running_mean is not None
+from .moments import Moments, Targets, channel_moments, conv_moments, counts_of, distance, frozen_norm, stacked
+from .statistics import STATISTICS, channels_second, data_norms
 
 
 def _matched_norms(model: nn.Module) -> list[_BatchNorm]:
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and _is_matched(m)]
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
 def _scale(layer: _BatchNorm) -> Tensor:
@@ -45,10 +43,11 @@ def _scale(layer: _BatchNorm) -> Tensor:
 def describe_norms(model: nn.Module) -> str:
     """Return how many normalization layers of each type BN alignment matches, and how many it does not."""
     named = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
-    layers = [m for m in named if _is_matched(m) or not list(m.children())]
+    norms = {*_matched_norms(model), *data_norms(model)}
+    layers = [m for m in named if m in norms or not list(m.children())]
     parts = []
     for matched in (True, False):
-        kinds = Counter(type(m).__name__ for m in layers if _is_matched(m) == matched)
+        kinds = Counter(type(m).__name__ for m in layers if (m in norms) == matched)
         parts.append(", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none")
     return f"norm layers in BN alignment: {parts[0]}; not in it: {parts[1]}"
 
@@ -65,9 +64,9 @@ class _HeadNotNeeded(Exception):
 
 
 class _Seen(NamedTuple):
-    """What a matched layer left in a pass: the layer if it is a BN layer, and its moments; none if it was dropped."""
+    """What a matched layer left in a pass: the layer if it is a norm, and its moments; none if it was dropped."""
 
-    norm: _BatchNorm | None
+    norm: nn.Module | None
     batch: tuple[Moments, ...]
     divisors: tuple[int, int] = (1, 1)  # those of a convolution's moments
 
@@ -84,6 +83,7 @@ class _Recorder:
         convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and patch is not None]
         self.forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {
             **{layer: normalized_by(layer, self._normalize) for layer in norms},
+            **{layer: partial(self._pass_norm, layer) for layer in data_norms(model)},
             **{layer: partial(self._convolve, layer) for layer in convolutions},
         }
         self._scales = {layer: _scale(layer) for layer in norms}
@@ -108,6 +108,12 @@ class _Recorder:
         y, batch = frozen_norm(x, mean, var, layer.weight, layer.bias, layer.eps, scale=self._scales[layer])
         self._add(_Seen(layer, (batch,)))
         return y
+
+    def _pass_norm(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Match the input of a layer norm or group norm, and return its output."""
+        self._add(_Seen(layer, (channel_moments(channels_second(layer, x)),)))
+        output: Tensor = type(layer).forward(layer, x)
+        return output
 
     def _convolve(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
         """Match the input of a convolution, and return its output."""
@@ -147,12 +153,14 @@ class Alignment:
     """The alignment loss R of a frozen network.
 
     Args:
-        model: A network in eval mode with at least one BatchNorm layer with running statistics.
+        model: A network in eval mode with at least one BatchNorm layer with running statistics, or with none, but with
+            layer norms or group norms.
         reduction: `sum` over layers, as published, or `mean` over BN layers and convolutions. The mean also counts dropped
             convolutions, so that dropping one does not raise the weight of the other layers.
         first_bn_multiplier: Weight w_l of the first BN layer in execution order; all other layers have weight 1.
         momentum: Weight of past batches in the moving average of the statistics, in [0, 1); 0 uses the batch alone.
-        conv: The result of `gather_statistics` for this network and `patch`, or `None` to match BN layers only.
+        conv: The result of `gather_statistics` for this network and `patch`, or `None` to match norms only.
+        norms: The result of `gather_norms` for a network without BN. Without it, such a network can be made, but not run.
         drop: Probability that a pass drops a convolution; its moving averages then stay unchanged.
         generator: CPU generator for `drop`; each pass draws one number per convolution, regardless of the value of `drop`.
         compiled: Compile the passes with `torch.compile`, unless `drop` is used. The first pass then takes long.
@@ -174,25 +182,27 @@ class Alignment:
         first_bn_multiplier: float = 10.0,
         momentum: float = 0.0,
         conv: Mapping[str, Tensor] | None = None,
+        norms: Mapping[str, Tensor] | None = None,
         patch: int = 16,
         drop: float = 0.0,
         generator: torch.Generator | None = None,
         name: str = "network",
         compiled: bool = False,
     ) -> None:
-        norms = _matched_norms(model)
-        if not norms:
+        matched = [*_matched_norms(model), *data_norms(model)]
+        if not matched:
             folded = any(re.search("Rep|MobileOne", type(m).__name__) for m in model.modules())
             why = " (its BN layers were folded into convolutions for deployment; use the weights from training)"
             raise TeacherError(
-                f"BN teacher {name!r} has no BatchNorm layer with running statistics{why if folded else ''}, so it has "
-                "nothing to align; remove it from teachers.bn_pool, or use it as teachers.logit with include_logit: false"
+                f"BN teacher {name!r} has no BatchNorm layer with running statistics{why if folded else ''}, and no layer "
+                "norm or group norm, so it has nothing to align; remove it from teachers.bn_pool, or use it as "
+                "teachers.logit with include_logit: false"
             )
         assert generator is not None or not drop, "dropping convolutions requires a generator"
         self.model, self.reduction, self.first_bn_multiplier = model, reduction, first_bn_multiplier
         self.momentum, self.patch, self.drop, self.generator, self.name = momentum, patch, drop, generator, name
-        assert norms[0].running_mean is not None
-        self._device = norms[0].running_mean.device
+        self._device = next(value.device for value in (*model.parameters(), *model.buffers()))
+        self._norms = {key: value.to(self._device) for key, value in (norms or {}).items()}
         conv = {key: value.to(self._device) for key, value in (conv or {}).items()}
         counted = range(len(conv) // len(STATISTICS))
         self._targets = [{key: conv[f"{number}.{key}"] for key in STATISTICS} for number in counted]
@@ -238,9 +248,7 @@ class Alignment:
         terms, norms, convolutions = list[_Term](), 0, 0
         for norm, batches, divisors in seen:
             if norm is not None:
-                assert norm.running_mean is not None
-                assert norm.running_var is not None
-                weight, target = 1.0 if norms else self.first_bn_multiplier, (norm.running_mean, norm.running_var)
+                weight, target = 1.0 if norms else self.first_bn_multiplier, self._target(norm, norms)
                 terms.append(_Term(f"bn.{norms}.", batches[0], target, weight, True))
                 norms += 1
                 continue
@@ -260,6 +268,16 @@ class Alignment:
             raise self._misfit(f"expected {len(self._targets)} convolutions, {convolutions} ran")
         return terms
 
+    def _target(self, norm: nn.Module, number: int) -> tuple[Tensor, Tensor]:
+        """Return mean and variance on real data of the norm that runs as this number, (C,) each."""
+        if isinstance(norm, _BatchNorm):
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            return norm.running_mean, norm.running_var
+        if f"norm.{number}.mean" not in self._norms:
+            raise self._misfit(f"norm {number} has no statistics of real images")
+        return self._norms[f"norm.{number}.mean"], self._norms[f"norm.{number}.var"]
+
     def _smoothed(self, terms: Sequence[_Term]) -> Tensor:
         """Update the moving averages and return those of all terms, (2, N); a dropped term returns its own statistics.
 
@@ -278,6 +296,6 @@ class Alignment:
 
     def _misfit(self, what: str) -> TeacherError:
         return TeacherError(
-            f"teacher {self.name!r}: convolution statistics do not match the network ({what}); gather them again for "
-            "this network, input size and patch"
+            f"teacher {self.name!r}: the statistics do not match the network ({what}); gather them again for this network, "
+            "input size and patch"
         )

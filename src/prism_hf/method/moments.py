@@ -123,6 +123,22 @@ def _gradient(x: Tensor, grad_y: Tensor, scale: Tensor, offset: Tensor, slope: T
     return gradient.addcmul_(grad_y, scale.view(shape)).to(x.dtype)
 
 
+class _ChannelStatistics(torch.autograd.Function):
+    """The statistics of each channel in one node: the backward pass reads the input once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        return channel_statistics(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, offset: Tensor, slope: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return torch.addcmul(offset.view(shape), slope.view(shape), x.to(slope.dtype)).to(x.dtype)
+
+
 class _ConvStatistics(torch.autograd.Function):
     """The four statistics of a convolution's input in one node: the backward pass reads the input once."""
 
@@ -267,6 +283,12 @@ def frozen_norm(
     """
     y, batch_mean, batch_var = _Norm.apply(x, scale, mean, var, weight, bias, eps)
     return y, Moments(batch_mean, batch_var, x.numel() // x.shape[1])
+
+
+def channel_moments(x: Tensor) -> Moments:
+    """Return the moments of each channel of an input, (B, C, ...) of any float dtype."""
+    mean, var = _ChannelStatistics.apply(x)
+    return Moments(mean, var, x.numel() // x.shape[1])
 
 
 def conv_moments(x: Tensor, patch: int) -> tuple[Moments, Moments]:

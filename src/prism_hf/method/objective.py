@@ -63,7 +63,7 @@ class Objective:
         compile: Compile = "auto",
     ) -> None:
         self._settings, self._teachers, self._precision = settings, teachers, precision
-        conv, compiled = settings.conv, compile == "on"
+        conv, compiled, gathered = settings.conv, compile == "on", statistics or {}
         models = {name: t.model for name, t in teachers.items() if name in rule.synthesis_names}
         if precision == "bf16":
             models = {name: with_bf16_weights(model) for name, model in models.items()}
@@ -73,7 +73,8 @@ class Objective:
                 reduction="mean" if settings.bn_reduction == "mean" else "sum",
                 first_bn_multiplier=settings.first_bn_multiplier,
                 momentum=settings.momentum,
-                conv=(statistics or {})[name] if conv else None,
+                conv={key: value for key, value in gathered[name].items() if key[0] != "n"} if conv else None,
+                norms={key: value for key, value in gathered.get(name, {}).items() if key[0] == "n"},
                 patch=conv.patch if conv else 1,
                 drop=conv.drop if conv else 0.0,
                 generator=generator,

@@ -28,4 +28,4 @@ from .squeeze import (
 )
 from .start import architecture_of, input_size_of
 from .teacher import Teacher, classifier_of, fit_teacher, penultimate_features
-from .training import FUSED, AtStep, Batches, ShuffledBatches, fit, score
+from .training import FUSED, AtStep, Batches, ShuffledBatches, check_optimizer, fit, score

@@ -3,6 +3,7 @@
 Legend: B images, C channels, H W pixels, K classes.
 """
 
+import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
@@ -10,10 +11,11 @@ from typing import Literal
 import datasets
 import evaluate
 import torch
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..errors import NotFiniteError
+from ..errors import NotFiniteError, RecipeError
 from ..images import ImageSplit, to_reference
 from ..recipe import batch_ranges
 from ..runtime import Checkpoint, State, raise_if_stopped, told_in_one_line
@@ -22,6 +24,10 @@ CHECK_EVERY = 20
 """Steps between checks of the losses; each check waits for the device."""
 FUSED = ("cpu", "cuda")
 """Devices with a kernel that updates all parameters at once."""
+TORCH = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+"""Optimizers with such a kernel; all others come from timm."""
+UNSUITED = ("adahessian",)
+"""Optimizers of timm that need more than gradients and a learning rate."""
 Schedule = Literal["cosine", "one_cycle"]
 AtStep = Callable[[int], None]
 """Told how many steps of a training are done."""
@@ -108,8 +114,11 @@ class _Training:
         self.network, self.what, self.ema, self.micro_batch = network, what, ema, micro_batch
         self.step, self.steps = 0, steps
         self.device = next(network.parameters()).device
-        kind = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
-        self.optimizer = kind(groups, lr=lr, fused=self.device.type in FUSED)
+        self.optimizer: torch.optim.Optimizer
+        if kind := TORCH.get(optimizer):
+            self.optimizer = kind(groups, lr=lr, fused=self.device.type in FUSED)
+        else:
+            self.optimizer = create_optimizer_v2(groups, opt=optimizer, lr=lr, weight_decay=weight_decay)
         self.scheduler: torch.optim.lr_scheduler.LRScheduler
         if schedule == "one_cycle":
             self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=lr, total_steps=steps)
@@ -216,15 +225,16 @@ def fit(
     checkpoint: Checkpoint | None = None,
     at_step: AtStep = lambda _: None,
 ) -> nn.Module:
-    """Train with AdamW (or Adam) and return the network after the last step, never the one that scores best on a test set.
+    """Train and return the network after the last step, never the one that scores best on a test set.
 
     Batches are on the network's device: the input, (B, C, H, W) in the network's own normalization, and the other
     arguments of `loss(logits, *rest)`, a scalar. `lr` is the peak of a schedule over `steps` batches: `cosine` (decay
     to zero) or `one_cycle` (warm-up, then decay to zero). A cosine of `stretch` times the steps does not decay to zero.
     The gradient of a batch is computed in micro-batches of `micro_batch` images, on each of which the network's batch
     norms compute. One-dimensional parameters (norms and biases) have no weight decay. `ema` is the decay of an
-    exponential moving average of the weights; 0 disables it. `what` names the network in error messages. `at_step` is
-    called with the number of finished steps: at the start (above 0 after a resume), then every few steps.
+    exponential moving average of the weights; 0 disables it. `optimizer` is a name that `check_optimizer` accepts. `what`
+    names the network in error messages. `at_step` is called with the number of finished steps: at the start (above 0 after
+    a resume), then every few steps.
 
     Returns:
         The network, or its moving average if `ema` is set, in eval mode.
@@ -245,6 +255,14 @@ def fit(
         micro_batch=micro_batch,
     )
     return training.run(batches, loss, checkpoint, at_step)
+
+
+def check_optimizer(name: str) -> None:
+    """Raise a `RecipeError` if timm has no optimizer of this name, or none that works with a learning rate alone."""
+    known = [*TORCH, *(other for other in list_optimizers() if other not in UNSUITED)]
+    if name not in known:
+        close = difflib.get_close_matches(name, known) or sorted(known)[:3]
+        raise RecipeError(f"evaluation.optimizer is {name!r}; use one that timm has, such as {', '.join(close)}")
 
 
 class Top1(evaluate.Metric):
@@ -275,20 +293,25 @@ def score(logits: Callable[[Tensor], Tensor], split: ImageSplit, *, device: torc
 def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
     """Return the state of an optimizer: tensors as `INDEX.KEY`, parameter groups in the notes."""
     plain = optimizer.state_dict()
-    tensors = {f"{index}.{key}": value for index, entry in plain["state"].items() for key, value in entry.items()}
-    return State(tensors, {"groups": plain["param_groups"]})
+    values = {f"{index}.{key}": value for index, entry in plain["state"].items() for key, value in entry.items()}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in values.items() if name not in tensors}  # some optimizers count steps so
+    return State(tensors, {"groups": plain["param_groups"]} | ({"numbers": numbers} if numbers else {}))
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
     """Restore the state that `optimizer_state` returned."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    entries: dict[int, dict[str, Tensor]] = {}
+    entries: dict[int, dict[str, object]] = {}
     for name, value in state.tensors.items():
         index, _, key = name.partition(".")
         like = parameters[int(index)]
         # Keep the memory layout of the parameter: another layout may round differently in the last bit.
         tensor = torch.empty_like(like, dtype=value.dtype).copy_(value) if value.shape == like.shape else value
         entries.setdefault(int(index), {})[key] = tensor
+    for name, value in state.notes.get("numbers", {}).items():
+        index, _, key = name.partition(".")
+        entries.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": entries, "param_groups": state.notes["groups"]})
 
 

@@ -274,7 +274,7 @@ class EvaluationRecipe:
     loss: Literal["mse_ce", "kl", "dist", "cosine"] = "mse_ce"
     ce_weight: NonNegative = 0.1
     temperature: Positive = 20.0
-    optimizer: Literal["adamw", "adam"] = "adamw"
+    optimizer: Name = "adamw"  # a name that timm's factory knows, such as `adam`, `muon` or `lion`; for all students alike
     lr: Positive = 1.0e-3  # cosine decay, no jump
     # The cosine is as long as this multiple of the training: 1 decays to zero, 2 to half of `lr` (EDC, RD3).
     cosine_stretch: Annotated[Float, Field(ge=1)] = 1.0

@@ -12,7 +12,7 @@ from ..dataset import DistilledDataset, load_distilled, versions
 from ..errors import DataError, RecipeError, StageError, TeacherError
 from ..evaluation import Source, epochs_of, keep_student
 from ..images import SourceData, load_source, load_test_split
-from ..models import check_network, scored_on, source_facts
+from ..models import check_network, check_optimizer, scored_on, source_facts
 from ..recipe import Recipe, load_recipe, override_recipe, plan_jobs, public_recipe, to_dict
 from ..runtime import EVERY_S, write_json
 from .context import Run, make_accelerator
@@ -124,6 +124,7 @@ def _protocol(source: str, distilled: DistilledDataset, overrides: Sequence[str]
     recipe = override_recipe(recipe, overrides)
     channels, size = distilled.images_uint8.shape[1], distilled.images_uint8.shape[-1]
     check_network(recipe.evaluation.student, num_classes=len(distilled.class_names), channels=channels, size=size)
+    check_optimizer(recipe.evaluation.optimizer)
     return recipe
 
 

@@ -10,8 +10,16 @@ import timm
 
 from ..errors import OutputError, RecipeError, StageError, TeacherError
 from ..images import ImageSplit, describe_source, faults_of
-from ..method import Alignment, check_candidates, real_rows
-from ..models import Teacher, architecture_of, check_batch, check_network, classifier_of, input_size_of
+from ..method import Alignment, check_candidates, data_norms, real_rows
+from ..models import (
+    Teacher,
+    architecture_of,
+    check_batch,
+    check_network,
+    check_optimizer,
+    classifier_of,
+    input_size_of,
+)
 from ..recipe import NO_IMAGES, STAGES, Recipe, cache_needed, space_needed
 from ..runtime import local_folder, read_json, size_text, write_json
 from .context import Run
@@ -33,10 +41,16 @@ def check(run: Run, *, fresh: bool = False, space: bool = True) -> None:
     if space:
         check_space(missing_space(run), run.folder, cached=cache_needed(recipe, control=run.wants_control))
     check_network(recipe.evaluation.student, num_classes=data.num_classes, channels=data.channels, size=data.size)
+    check_optimizer(recipe.evaluation.optimizer)
     check_architectures(recipe)
     loaded = run.teachers(_not_squeezed(recipe))
     for name in set(loaded) & set(recipe.bn_candidates):
         Alignment(loaded[name].model, name=name)
+        if data.source == NO_IMAGES and data_norms(loaded[name].model):
+            raise TeacherError(
+                f"BN teacher {name!r} has no BatchNorm, so its statistics are those of real images, but data.source is "
+                "none; name another one, or real data"
+            )
     check_verifier(recipe, loaded)
     check_batch(recipe, run.data)
     if recipe.synthesis.init != "noise":

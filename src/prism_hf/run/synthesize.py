@@ -13,7 +13,15 @@ from torch import Tensor
 from ..errors import NotFiniteError, SynthesisError
 from ..hub import grid
 from ..images import ImageSplit, noise, to_reference
-from ..method import BATCH_SIZE, choose_start_images, gather_statistics, real_rows, shuffled_batches
+from ..method import (
+    BATCH_SIZE,
+    choose_start_images,
+    data_norms,
+    gather_norms,
+    gather_statistics,
+    real_rows,
+    shuffled_batches,
+)
 from ..models import Teacher
 from ..recipe import SynthesisJob, plan_jobs
 from ..runtime import (
@@ -105,10 +113,12 @@ def _prepare(run: Run) -> tuple[np.ndarray | None, Statistics]:
     """Compute the results that need a pass over the real images, in the first process; the others read them.
 
     Returns the row in the training split of each start image, (K * ipc,), class-major, or `None` for other inits; and the
-    statistics of the convolutions of every BN teacher, if the recipe matches them.
+    statistics of the layers of every BN teacher that keep none: its norms if it has no batch norm, and its convolutions if
+    the recipe matches them.
     """
     synthesis, files = run.recipe.synthesis, run.artifacts
-    rows, statistics = None, {}
+    rows: np.ndarray | None = None
+    statistics: dict[str, dict[str, Tensor]] = {}
     with run.accelerator.main_process_first():
         if synthesis.teacher_chooses:
             if not files.start.is_whole():
@@ -117,15 +127,19 @@ def _prepare(run: Run) -> tuple[np.ndarray | None, Statistics]:
                 write_rows(files.start, [images.numpy()], tuple(images.shape), "uint8")
         elif synthesis.init != "noise":
             rows = real_rows(run.data, synthesis.ipc, seed=run.recipe.seed, by_index=synthesis.init == "real_index")
-        if synthesis.conv is not None:
-            for name, teacher in run.teachers(run.recipe.teachers.bn_candidates).items():
-                root, patch = run.teachers_root, synthesis.conv.patch
-                statistics[name] = real_statistics(teacher, run.data.train, root=root, patch=patch)
+        for name, teacher in run.teachers(run.recipe.bn_candidates).items():
+            patches: list[int | None] = [None] if data_norms(teacher.model) else []
+            patches += [] if synthesis.conv is None else [synthesis.conv.patch]
+            for patch in patches:
+                found = real_statistics(teacher, run.data.train, root=run.teachers_root, patch=patch)
+                statistics[name] = statistics.get(name, {}) | found
     return rows, statistics
 
 
-def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: int) -> dict[str, Tensor]:
-    """Return the result of `gather_statistics` for all images of a split, cached in `root / "statistics"`.
+def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: int | None) -> dict[str, Tensor]:
+    """Return the result of `gather_statistics` (without a `patch`, `gather_norms`) for all images of a split.
+
+    It is cached in `root / "statistics"`.
 
     If another process is computing the same result, wait for it, so that all get the same bits. A file that is damaged or
     was made from other inputs is set aside, logged and made again.
@@ -144,13 +158,19 @@ def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: i
     key = digest(facts)
     slug = re.sub(r"[^a-z0-9.]+", "-", teacher.architecture.lower()).strip("-.")[:80] or "unknown"
     folder = root / "statistics" / f"{slug}-{key[:12]}"
-    file = Artifact(folder / "conv.safetensors", key)
+    file = Artifact(folder / f"{'norms' if patch is None else 'conv'}.safetensors", key)
+    what = "norms" if patch is None else "convolutions"
     with waited_for(folder, f"{file.path} is being computed"):
         if not file.is_whole():
-            log.info("teacher %s: gathering statistics of convolutions over %d real images", teacher.name, len(split))
-            batch = f"a batch of {min(BATCH_SIZE, len(split))} real images for statistics of convolutions"
+            log.info("teacher %s: gathering statistics of %s over %d real images", teacher.name, what, len(split))
+            batch, batches = (
+                f"a batch of {min(BATCH_SIZE, len(split))} real images for statistics of {what}",
+                shuffled_batches(split.images, len(split), seed=SEED),
+            )
             with told_in_one_line(f"teacher {teacher.name!r}: {batch}", "Use a device with more memory"):
-                averages = gather_statistics(teacher, shuffled_batches(split.images, len(split), seed=SEED), patch=patch)
+                averages = (
+                    gather_norms(teacher, batches) if patch is None else gather_statistics(teacher, batches, patch=patch)
+                )
             write_tensors(file, averages, facts)
         # Copies, because the tensors are memory-mapped and would change with the file.
         return {name: value.clone() for name, value in read_tensors(file.path).items()}
