@@ -139,25 +139,17 @@ def length(epochs: int, stored: int) -> tuple[str, ...]:
 
 
 HELD_OUT = {"seeds": (0,), "teacher_seeds": (0, 1), "own": ("relabel",)}
-REAL = ("synthesis.init=real_random", "synthesis.lr=0.05")
-CYCLE = ("teachers.selection=cycle", "teachers.extras=3", "teachers.draw_probability=0.5")
-GVBSM_64 = (
-    *CYCLE, "synthesis.batch_order=within_class", "synthesis.slots_per_batch=1", "synthesis.momentum=0.4",
-    "synthesis.bn_reduction=mean", "synthesis.first_bn_multiplier=1", "synthesis.conv={patch: 8, drop: 0.4}",
-    "synthesis.densification={}",
-)  # fmt: skip
 FINAL = {"seeds": (0,), "teacher_seeds": (2, 3, 4)}
 """Sets of teachers that no choice was made with."""
 
 
-def final_rows(prism: str, best: str, sre2l: Row, gvbsm: Row, pool: str, without_bn: str) -> tuple[Row, ...]:
+def final_rows(prism: str, best: str, sre2l: Row, pool: str, without_bn: str) -> tuple[Row, ...]:
     """Return every method from real images, the best recipe, and PRISM with a teacher without batch norm in its pool."""
     return (
         ("PRISM per slot", prism, ()),
         ("best recipe", best, ()),
         ("its start images, not optimized", best, ("synthesis.iterations=0",)),
         sre2l,
-        gvbsm,
         ("PRISM with a LayerNorm teacher", prism, (f"teachers.bn_pool=[{pool}, {without_bn}]",)),
     )
 
@@ -250,19 +242,10 @@ TABLES = {
             PRISM,
             "prism_easy_ipc10",
             ("SRe2L from real images", PRISM, ("teachers.bn_pool=[]",)),
-            ("G-VBSM from real images", "gvbsm_ipc10", REAL),
             "squeeze:test_byobnet, squeeze:test_efficientnet, squeeze:regnetx_002",
             "squeeze:test_efficientnet_ln",
-        )
-        + tuple(
-            (f"{label} from noise, 1000 iterations", name, (*overrides, "synthesis.iterations=1000"))
-            for label, name, overrides in (
-                ("PRISM", PRISM, NOISE),
-                ("SRe2L", "sre2l_ipc10", ()),
-                ("G-VBSM", "gvbsm_ipc10", ()),
-            )
         ),
-        common=length(640, 80),
+        common=(*length(320, 80), "teachers.verifier=null"),
         **FINAL,
     ),
     "final-64-ipc10": Table(
@@ -270,11 +253,10 @@ TABLES = {
             "prism_64_ipc10",
             "prism_kmeans_64_ipc10",
             ("SRe2L from real images", "prism_64_ipc10", ("teachers.bn_pool=[]",)),
-            ("G-VBSM from real images", "prism_64_ipc10", GVBSM_64),
             "squeeze:test_byobnet, squeeze:test_efficientnet",
             "squeeze:test_convnext2",
         ),
-        common=length(640, 80),
+        common=length(160, 80),
         images="openclipart",
         **FINAL,
     ),

@@ -154,7 +154,9 @@ BAD = {
     "class count, noise": (["data.num_classes=11", "synthesis.init=noise"], ["11", "10 classes"]),
     "ipc": (["synthesis.ipc=140"], ["140"]),
     "squeeze batch": (["squeeze.batch_size=2000"], ["1347"]),
-    "BN teacher": (["teachers.bn_pool=[squeeze:test_vit]"], ["test_vit", "BatchNorm"]),
+    "BN teacher": (["teachers.bn_pool=[squeeze:test_nfnet]"], ["test_nfnet", "BatchNorm"]),
+    "optimizer": (["evaluation.optimizer=muonn"], ["evaluation.optimizer", "muonn", "muon"]),
+    "closure": (["evaluation.optimizer=adahessian"], ["evaluation.optimizer", "adahessian"]),
 }
 
 

@@ -12,6 +12,7 @@ from each import each
 from hub_fixtures import connected, hub, online, transport  # noqa: F401
 from PIL import Image
 from pipeline import add_card, mtimes, one_line, sha_tree, small_set
+from safetensors.torch import load_file
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -39,7 +40,7 @@ NASTY = [
 ]
 SETS = [(1, "png"), (3, "png"), (3, "webp"), (3, "jpeg"), (1, "jpeg")]
 EXTENSION = {"png": "png", "webp": "webp", "jpeg": "jpg"}
-FORMATS = ["imagefolder", "rethinkdc"]
+FORMATS = ["imagefolder", "rethinkdc", "ddranking"]
 every_format = pytest.mark.parametrize("layout", FORMATS)
 
 
@@ -147,6 +148,35 @@ def test_numbers_have_more_digits_with_more_classes():
     assert names == sorted(names) == ["099999_x", "100000_x"]
 
 
+# -- ddranking --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "image_format"), SETS)
+def test_ddranking_tensors_are_the_images_and_their_labels_class_by_class(tmp_path, channels, image_format):
+    _, table = make(tmp_path / "set", channels=channels, image_format=image_format, epochs=1)
+    target = export(tmp_path / "set", tmp_path / "tensors", format="ddranking")
+    assert sorted(sha_tree(target)) == ["README.md", "classes.json", "tensors.safetensors"]
+    found = load_file(target / "tensors.safetensors")
+    order = sorted(range(len(table.labels)), key=lambda row: (int(table.labels[row]), int(table.slots[row])))
+    assert found["image_tensor"].dtype == torch.uint8
+    assert torch.equal(found["image_tensor"], torch.stack([decode(table.encoded[row], 3) for row in order]))
+    assert found["hard_labels"].tolist() == [int(table.labels[row]) for row in order]
+    assert torch.equal(found["soft_labels"], table.teacher_logits[order].float())
+    # What the code of README.md gives to the evaluators, as their own dataset of tensors reads it.
+    images = transforms.functional.normalize(found["image_tensor"] / 255, [0.5] * 3, [0.25] * 3)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, found["soft_labels"]), batch_size=4)
+    batch, logits = next(iter(loader))
+    assert batch.dtype == logits.dtype == torch.float32
+    assert "compute_metrics(image_tensor=images, soft_labels=" in (target / "README.md").read_text()
+
+
+def test_ddranking_refuses_classes_of_different_sizes(plain, tmp_path):
+    change(plain, rows=range(1, 8))
+    with pytest.raises(DataError, match="DD-Ranking expects equally many images in each class, got 1 to 2"):
+        export(plain, tmp_path / "tensors", format="ddranking")
+    assert not (tmp_path / "tensors").exists()
+
+
 # -- rethinkdc --------------------------------------------------------------------------------------------------------
 
 
@@ -248,8 +278,8 @@ def test_a_failure_halfway_leaves_nothing_behind(plain, tmp_path, monkeypatch, l
         target.mkdir(parents=True)
     read = module._pictures
 
-    def half(*args):
-        for number, pictures in enumerate(read(*args)):
+    def half(*args, **options):
+        for number, pictures in enumerate(read(*args, **options)):
             # A process killed here would leave the target unchanged, and a hidden folder beside it.
             seen.append(target.exists() and any(target.iterdir()))
             assert any(path.name.startswith(f"{DRAFT}target-") for path in target.parent.iterdir())

@@ -205,6 +205,7 @@ def test_image_labels_are_mixed_like_their_view(packed):
         {"student": "test_byobnet"},
         {"micro_batch": 2},
         {"optimizer": "adam"},
+        {"optimizer": "muon"},
         {"cosine_stretch": 2.0},
     ],
     ids=lambda c: next(iter(c)),
@@ -360,10 +361,17 @@ def test_hard_epochs_need_the_rules_of_the_views(packed_once):
         train_student(source, settings, labels="soft", seed=0, device=CPU)
 
 
-@pytest.mark.parametrize("labels", ["soft", "image"])
-@pytest.mark.parametrize("stopped", [5, 6, 7])
-def test_training_resumes_across_the_boundary_of_epochs(tiny_recipe, packed_once, tmp_path, monkeypatch, labels, stopped):
-    settings = settings_of(tiny_recipe, {"epochs": 4, "label_epochs": 2, "batch_size": 8})
+@pytest.mark.parametrize(
+    ("labels", "stopped", "optimizer"),
+    [
+        *[(labels, stopped, "adamw") for labels in ("soft", "image") for stopped in (5, 6, 7)],
+        *[("soft", 6, name) for name in ("adam", "muon", "lion", "lamb", "sgd", "adafactor", "adopt", "nadamw")],
+    ],
+)
+def test_training_resumes_across_the_boundary_of_epochs(
+    tiny_recipe, packed_once, tmp_path, monkeypatch, labels, stopped, optimizer
+):
+    settings = settings_of(tiny_recipe, {"epochs": 4, "label_epochs": 2, "batch_size": 8, "optimizer": optimizer})
     whole = train_student(packed_once, settings, labels=labels, seed=0, device=CPU).state_dict()
     file, steps = Artifact(tmp_path / "state.safetensors", "key"), []
 

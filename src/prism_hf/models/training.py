@@ -296,7 +296,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
     values = {f"{index}.{key}": value for index, entry in plain["state"].items() for key, value in entry.items()}
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in values.items() if name not in tensors}  # some optimizers count steps so
-    return State(tensors, {"groups": plain["param_groups"]} | ({"numbers": numbers} if numbers else {}))
+    groups = [
+        {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
+        for group in plain["param_groups"]
+    ]
+    return State(tensors, {"groups": groups} | ({"numbers": numbers} if numbers else {}))
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
