@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 import shutil
@@ -9,12 +10,12 @@ from comparisons import LIGHT, STUDENTS, comparison, facts_of, named
 from pipeline import copy_run, launch, mtimes, one_line, run_in, sha_tree, tiny
 
 from prism_hf.compare.comparison import Comparison, StudentSetup, name_of
-from prism_hf.compare.methods import under_one_protocol
+from prism_hf.compare.methods import RANDOM, under_one_protocol
 from prism_hf.compare.runs import check_comparison, make
 from prism_hf.errors import OutputError
 from prism_hf.recipe.yaml_file import dump_recipe
 from prism_hf.run.preflight import check_space, missing_space
-from prism_hf.runtime.store import Artifact, read_proof
+from prism_hf.runtime.store import Artifact, read_json, read_proof
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NAMES = ("random-real-ipc2", "prism-ipc2", "sre2l-ipc2")
@@ -197,3 +198,37 @@ def test_the_first_method_alone_decides_which_network_measures_similarity(compar
         run = next(run for run in made.runs if run.title.startswith("prism"))
         found[made.network.name] = made.is_made(run)
     assert found == {"squeeze:test_byobnet": True, "squeeze:test_efficientnet": False}
+
+
+def test_every_seed_runs_with_every_set_of_teachers_and_the_sets_are_the_sample(compared, tmp_path):
+    folder, teachers = tmp_path / "compare", tmp_path / "teachers"
+    shutil.copytree(compared[1], teachers)  # teachers of seed 0
+    made = comparison(folder, teachers, named("prism"), students=STUDENTS[:1])
+    made = dataclasses.replace(made, teacher_seeds=(0, 1))
+    check_comparison(made)
+    assert make(made) == {}
+    runs = sorted(path.relative_to(folder / "runs").as_posix() for path in (folder / "runs").glob("*/*"))
+    draws = [f"teachers-{t}-seed-{s}" for t in (0, 1) for s in (0, 1)]
+    assert runs == sorted(f"{name}/{draw}" for name in NAMES[:2] for draw in draws)
+    seeds = {read_json(path)["settings"]["seed"] for path in teachers.glob("test_*/squeeze.json")}
+    assert seeds == {0, 1}
+    found = facts_of(made)
+    for row in found["scores"]:
+        assert (row["seeds"], row["teacher_seeds"]) == ([0, 0, 1, 1], [0, 1, 0, 1])
+    assert found["protocol"]["teacher_seeds"] == [0, 1]
+    for label in ("soft", "hard"):
+        ours, control = (
+            next(r for r in found["scores"] if (r["method"], r["labels"]) == (m, label)) for m in ("prism", RANDOM)
+        )
+        gaps = [a - b for a, b in zip(ours["top1"], control["top1"], strict=True)]
+        sets = [(gaps[0] + gaps[2]) / 2, (gaps[1] + gaps[3]) / 2]
+        entry = next(e for e in found["differences"] if e["labels"] == label)
+        assert entry["difference"] == pytest.approx(sum(sets) / 2)
+        assert entry["half_width"] == pytest.approx(12.7062 * abs(sets[0] - sets[1]) / 2, rel=1e-4, abs=1e-12)
+    # A second launch makes nothing again, and one that makes a share leaves the rest.
+    before = made_of(folder)
+    assert make(made) == {}
+    assert made_of(folder) == before
+    assert [run.title for run in made.runs[:3]] == [
+        "random real, seed 0, teachers 0", "prism, seed 0, teachers 0", "random real, seed 0, teachers 1",
+    ]  # fmt: skip
