@@ -38,6 +38,8 @@ def provenance(result: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, result["protocol"]["seeds"]))
     student = result["scores"][0]["student"]
     processes = "1 process" if hardware["processes"] == 1 else f"{hardware['processes']} processes"
+    if sets := result["protocol"].get("teacher_seeds"):
+        seeds += f" with each of the sets of teachers {', '.join(map(str, sets))}"
     return (
         f"`{result['command']}`: seeds {seeds} (for both synthesis and student), student {student}, last epoch, "
         f"{data['test_count']:,} {data.get('tested_on', 'test images')}; {hardware['cpu']}, {hardware['cores']} cores, "
@@ -143,6 +145,33 @@ def labels_table(result: dict[str, Any]) -> str:
     return f"{markdown_table(rows)}\n\nEvery student trains for {epochs} epochs. {provenance(result)}"
 
 
+def sets_table(result: dict[str, Any]) -> str:
+    """Return a table over sets of teachers: scores, and differences to random real images and to published PRISM."""
+    labels = [method["label"] for method in result["methods"]]
+    control = next(method["label"] for method in result["methods"] if method["control"])
+    prism = next((label for label in labels if label in ("PRISM per slot", "PRISM")), control)
+    head = ("method", "soft", "hard", "soft - random", "hard - random", "soft - PRISM", "hard - PRISM")
+    rows: list[Sequence[str]] = [head]
+    for label in labels:
+        scores = [score_of(result, label, kind) for kind in ("soft", "hard")]
+        gaps = [
+            "-" if label in (other, control) else gap_text(score, score_of(result, other, kind))
+            for other in (control, prism)
+            for score, kind in zip(scores, ("soft", "hard"), strict=True)
+        ]
+        rows.append((label, *map(cell, scores), *gaps))
+    return f"{markdown_table(rows)}\n\n{provenance(result)}"
+
+
+def convergence_table(result: dict[str, Any]) -> str:
+    """Return the scores for several lengths of training."""
+    rows: list[Sequence[str]] = [("images, epochs of students, epochs of views", "soft", "hard")]
+    for method in result["methods"]:
+        scores = [score_of(result, method["label"], kind) for kind in ("soft", "hard")]
+        rows.append((method["label"], *("-" if s is None else f"{100 * s['mean']:.1f}" for s in scores)))
+    return f"{markdown_table(rows)}\n\n{provenance(result)}"
+
+
 FEW = ("random real", "PRISM from k-means", "PRISM per slot", "SRe2L", "G-VBSM")
 """Methods in the README table."""
 
@@ -165,6 +194,14 @@ def _cell_at(result: dict[str, Any], method: str, ipc: int, labels: str) -> str:
 
 
 SECTIONS = {
+    "fashion-final-ipc10": sets_table,
+    "openclipart-final-64-ipc10": sets_table,
+    "fashion-tune-ipc10": sets_table,
+    "openclipart-tune-64-ipc10": sets_table,
+    "fashion-convergence-ipc1": convergence_table,
+    "fashion-convergence-ipc10": convergence_table,
+    "fashion-convergence-ipc50": convergence_table,
+    "openclipart-convergence-64-ipc10": convergence_table,
     "fashion-methods-ipc1": methods_table,
     "fashion-methods-ipc10": methods_table,
     "fashion-methods-ipc50": methods_table,

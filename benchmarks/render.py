@@ -17,7 +17,17 @@ from prism_hf.evaluation.report import cosine_text, markdown_table, percent_text
 from prism_hf.hub.dataset_card import render_card
 from prism_hf.recipe.yaml_file import load_recipe, parse_recipe
 
-PAGES = ("imagenet", "labels", "scale", "method", "reproduction", "reliability", "comparison", "performance")
+PAGES = (
+    "imagenet",
+    "labels",
+    "scale",
+    "method",
+    "reproduction",
+    "reliability",
+    "comparison",
+    "comparison_tables",
+    "performance",
+)
 ROWS = ("distilled, soft", "random_real, soft", "distilled, hard", "random_real, hard")
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

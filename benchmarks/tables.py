@@ -138,8 +138,11 @@ def length(epochs: int, stored: int) -> tuple[str, ...]:
     return (f"relabel.epochs={epochs}", f"relabel.stored_epochs={stored}")
 
 
-HELD_OUT = {"seeds": (0,), "teacher_seeds": (0, 1), "own": ("relabel",)}
-FINAL = {"seeds": (0,), "teacher_seeds": (2, 3, 4)}
+HELD_OUT = {"seeds": (0,), "teacher_seeds": (0, 1)}
+"""Sets of teachers for choices, which are made on held-out training images."""
+FIFTH = (f"data.validation_fraction={1 / 6}", "teachers.verifier=null")
+QUARTER = ("data.validation_fraction=0.25",)
+FINAL = {"seeds": (0, 1), "teacher_seeds": (2, 3, 4)}
 """Sets of teachers that no choice was made with."""
 
 
@@ -220,20 +223,52 @@ TABLES = {
     "other-teachers-ipc1": Table(CHOSEN[1], seeds=SEEDS[:3], common=("squeeze.seed=1",)),
     "convergence-ipc1": Table(
         convergence(PRISM, (300, 600, 1200, 2400, 4800), *SIZES[1], *_batches(PRISM, 1), views=300),
-        common=(f"data.validation_fraction={1 / 6}",),
+        common=FIFTH,
+        own=("relabel",),
         **HELD_OUT,
     ),
     "convergence-ipc10": Table(
-        convergence(PRISM, (80, 160, 320, 640, 1280), views=80), common=(f"data.validation_fraction={1 / 6}",), **HELD_OUT
+        convergence(PRISM, (80, 160, 320, 640, 1280), views=80), common=FIFTH, own=("relabel",), **HELD_OUT
     ),
     "convergence-ipc50": Table(
         convergence(PRISM, (16, 32, 64, 128, 256), *SIZES[50], views=32),
-        common=(f"data.validation_fraction={1 / 6}",),
+        common=FIFTH,
+        own=("relabel",),
         **HELD_OUT,
     ),
     "convergence-64-ipc10": Table(
         convergence("prism_64_ipc10", (80, 160, 320, 640, 1280), views=80),
-        common=("data.validation_fraction=0.25",),
+        common=QUARTER,
+        images="openclipart",
+        own=("relabel",),
+        **HELD_OUT,
+    ),
+    "tune-ipc10": Table(
+        (
+            switch("PRISM"),
+            switch("easy .5, 0", "synthesis.easiest=0.5", "synthesis.iterations=0"),
+            switch("easy .25, 0", "synthesis.easiest=0.25", "synthesis.iterations=0"),
+            switch("easy .5, 100", "synthesis.easiest=0.5"),
+            switch("kmeans .5, 0", "synthesis.init=real_kmeans", "synthesis.easiest=0.5", "synthesis.iterations=0"),
+            ("kmeans .5, 100", "prism_kmeans_ipc10", ()),
+        ),
+        common=(*FIFTH, *length(160, 80)),
+        **HELD_OUT,
+    ),
+    "tune-64-ipc10": Table(
+        (
+            ("PRISM", "prism_64_ipc10", ()),
+            ("easy .5, 0", "prism_64_ipc10", ("synthesis.easiest=0.5", "synthesis.iterations=0")),
+            ("easy .25, 0", "prism_64_ipc10", ("synthesis.easiest=0.25", "synthesis.iterations=0")),
+            (
+                "kmeans .5, 0",
+                "prism_64_ipc10",
+                ("synthesis.init=real_kmeans", "synthesis.easiest=0.5", "synthesis.iterations=0"),
+            ),
+            ("easy .5, 100", "prism_64_ipc10", ("synthesis.easiest=0.5",)),
+            ("kmeans .5, others 100", "prism_kmeans_64_ipc10", ()),
+        ),
+        common=(*QUARTER, *length(160, 80)),
         images="openclipart",
         **HELD_OUT,
     ),

@@ -27,13 +27,14 @@ import tables  # noqa: E402
 def test_the_rows_of_a_table_have_one_protocol_and_a_control(name):
     table = tables.TABLES[name]
     methods, _ = under_one_protocol([(row[0], tables.recipe_of(row, table, None)) for row in table.rows], own=table.own)
-    assert sum(method.control for method in methods) == 1
+    real = sum(row[1].startswith(tables.RANDOM) for row in table.rows)
+    assert sum(method.control for method in methods) == max(1, real)
     protocols = {
         tuple(method.recipe.fingerprint(section) for section in ("data", "squeeze", "evaluation", "packaging"))
         for method in methods
     }
     assert len(protocols) == 1
-    assert f"fashion-{name}" in fashion.SECTIONS
+    assert f"{table.images}-{name}" in fashion.SECTIONS
 
 
 @pytest.mark.parametrize("ipc", [1, 10, 50])
@@ -100,7 +101,7 @@ def test_a_table_states_which_method_is_better(section, gap, word):
     text = fashion.SECTIONS[section](toy(0.7 + gap, 0.7))
     assert "| ours" in text
     assert f"{100 * (0.7 + gap):.1f}" in text
-    if section != "fashion-students":
+    if section != "fashion-students" and "convergence" not in section:
         first_is_ours = fashion.SECTIONS[section] is fashion.against_first
         wanted = {"**above**": "*below*", "*below*": "**above**", "level": "level"}[word] if first_is_ours else word
         assert wanted in text
