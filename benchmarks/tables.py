@@ -142,8 +142,6 @@ HELD_OUT = {"seeds": (0,), "teacher_seeds": (0, 1)}
 """Sets of teachers for choices, which are made on held-out training images."""
 FIFTH = (f"data.validation_fraction={1 / 6}", "teachers.verifier=null")
 QUARTER = ("data.validation_fraction=0.25",)
-FINAL = {"seeds": (0, 1), "teacher_seeds": (2, 3, 4)}
-"""Sets of teachers that no choice was made with."""
 
 
 def final_rows(prism: str, best: str, sre2l: Row, pool: str, without_bn: str) -> tuple[Row, ...]:
@@ -281,7 +279,8 @@ TABLES = {
             "squeeze:test_efficientnet_ln",
         ),
         common=(*length(320, 80), "teachers.verifier=null"),
-        **FINAL,
+        seeds=(0, 1),
+        teacher_seeds=(2, 3, 4),
     ),
     "final-64-ipc10": Table(
         final_rows(
@@ -293,7 +292,8 @@ TABLES = {
         ),
         common=length(160, 80),
         images="openclipart",
-        **FINAL,
+        seeds=(0,),
+        teacher_seeds=(2, 3, 4),
     ),
     "labels": Table(
         (switch("PRISM per slot"), ("random real", "random_ipc10", ())),
