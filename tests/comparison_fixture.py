@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
+from prism_hf.compare.findings import add_dd_ranking
 from prism_hf.evaluation.report import difference
 
 LABELS = ["random real", "SRe2L", "CDA", "G-VBSM", "DWA", "RDED", "PRISM per slot", "PRISM per iteration", "noise"]
@@ -74,6 +75,7 @@ def make_comparison(*, methods=4, classes=10, ipc=10, seeds=3, students=("test_r
     for student in students:
         comparison["full_data"].append({"student": student, **score(random, 0.97, seeds), "count": 1347})
     comparison["differences"] = differences(comparison)
+    add_dd_ranking(comparison["methods"], comparison["scores"], comparison["full_data"])
     return comparison, grids
 
 

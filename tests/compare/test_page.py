@@ -79,7 +79,21 @@ def cells(line):
 
 def scores_of(markdown):
     lines = [cells(line) for line in markdown.splitlines() if line.startswith("|")]
+    lines = [line for line in lines if len(line) == len(HEADER)]  # without the table of DD-Ranking's scores
     return lines[0], lines[2:]
+
+
+def test_the_scores_of_dd_ranking_are_in_a_table_of_their_own(comparison):
+    rows = [
+        cells(line) for line in render_markdown(comparison).splitlines() if line.startswith("|") and line.count("|") == 5
+    ]
+    assert rows[0] == ["method", "HLR", "IOR", "LRS"]
+    mean = {(row["method"], row["labels"]): row["mean"] for row in comparison["scores"]}
+    for label, hlr, ior, _ in rows[2:]:
+        name = label.replace("\\", "")
+        assert hlr == f"{comparison['full_data'][0]['mean'] - mean[name, 'hard']:.3f}"
+        assert ior == f"{mean[name, 'soft'] - mean['random real', 'soft']:.3f}"
+    assert len(rows) == 2 + len(comparison["methods"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -118,14 +132,14 @@ def test_html_is_one_file_without_external_resources(case):
 
 def test_long_sections_are_folded_and_the_table_scrolls_by_keyboard(comparison):
     page = Page(render_html(comparison, PICTURES))
-    assert page.structure.count("details") == page.structure.count("summary") == 3
+    assert page.structure.count("details") == page.structure.count("summary") == 4
     boxes = [(tag, attributes["aria-label"]) for tag, attributes in page.tags if attributes.get("class") == "wide"]
     assert boxes.count(("div", "Table")) == page.structure.count("table") == 1
     assert boxes.count(("p", "Figure")) == page.structure.count("img") == 4
     assert all(attributes["tabindex"] == "0" for _, attributes in page.tags if attributes.get("class") == "wide")
     assert {attributes["scope"] for tag, attributes in page.tags if tag == "th"} == {"row", "col"}
     comparison["differences"] = []
-    assert Page(render_html(comparison, PICTURES)).structure.count("details") == 2
+    assert Page(render_html(comparison, PICTURES)).structure.count("details") == 3
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -189,7 +203,7 @@ def test_the_numbers_match_the_comparison(comparison):
         assert row[8] == f"{method['seconds_per_image']:.3g}"
         assert row[9] == f"{method['similarity']['mean']:.3f} ± 0.004"
         assert row[10] == f"{100 * method['verifier_top1']:.1f}"
-    assert rows[-1][1] == top1_text(comparison["full_data"][0])
+    assert next(row for row in rows if row[0] == "all real")[1] == top1_text(comparison["full_data"][0])
     text = Page(render_html(comparison, PICTURES)).text
     for word in (
         "3 methods on digits",

@@ -1,17 +1,21 @@
 import copy
+import json
 
 import datasets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from each import each
 from PIL import Image
+from pipeline import one_line
 from torch import nn
 
 from prism_hf.errors import RecipeError
 from prism_hf.images.source import ImageSplit
 from prism_hf.models.build import build_network, seeded
-from prism_hf.models.training import CHECK_EVERY, Batches, Top1, _Training, fit, score
+from prism_hf.models.training import CHECK_EVERY, Batches, Top1, _Training, check_optimizer, fit, known_optimizers, score
+from prism_hf.runtime.checkpoint import State
 
 CPU = torch.device("cpu")
 
@@ -219,3 +223,42 @@ def test_a_stretched_cosine_ends_above_zero():
         rates.append(training.scheduler.get_last_lr()[0])
     assert rates[0] == pytest.approx(0.0, abs=1e-12)
     assert rates[1] == pytest.approx(0.5)
+
+
+def trained(optimizer, *, stop=None, state=None):
+    """Train four steps, from `state` if given; with `stop`, return the state after that step as a checkpoint has it."""
+    training = _Training(
+        network(), "net", steps=4, lr=1e-3, weight_decay=0.01, schedule="cosine", ema=0.0, optimizer=optimizer
+    )
+    made = Batches(lambda done: list(batches(4))[done:])
+    training.network.train()
+    if state is not None:
+        training.restore(state, made)
+    for images, labels in made:
+        training.advance(F.cross_entropy, images, [labels])
+        if training.step == stop:
+            found = training.state(made)
+            return State({key: value.clone() for key, value in found.tensors.items()}, json.loads(json.dumps(found.notes)))
+    return training.network.state_dict()
+
+
+@each("name", known_optimizers())
+def test_every_known_optimizer_trains_and_resumes_to_the_same_bits(name):
+    check_optimizer(name)
+    whole, resumed = trained(name), trained(name, state=trained(name, stop=2))
+    before = network().state_dict()
+    assert all(bool(value.isfinite().all()) for value in whole.values())
+    assert any(not torch.equal(whole[key], before[key]) for key in before if "weight" in key)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize("name", ["muonn", "adahessian", "bnbadam", "", "AdamW"])
+def test_an_optimizer_that_cannot_be_used_is_refused_in_one_line(name):
+    with pytest.raises(RecipeError) as error:
+        check_optimizer(name)
+    assert repr(name) in one_line(error)
+
+
+def test_the_known_optimizers_are_many():
+    assert {"adamw", "adam", "muon", "lion", "sgd", "lamb"} <= set(known_optimizers())
+    assert len(known_optimizers()) > 50

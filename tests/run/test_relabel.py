@@ -277,3 +277,19 @@ def test_the_out_of_memory_error_names_batch_and_teachers(finished_run, tmp_path
             run_stages(run, ("relabel",))
         assert "a batch of 10 images and teachers squeeze:test_byobnet" in one_line(error)
         assert "relabel.batch_size" in one_line(error)
+
+
+def test_views_of_a_grid_stay_in_its_cells_and_those_of_real_images_do_not(finished_run, tmp_path):
+    words = (
+        "synthesis.init=mosaic", "synthesis.mosaic={crops: 1, crop_scale: [1, 1], easiest: 0.5}", "relabel.view.cell=2",
+        "synthesis.iterations=0", "relabel.epochs=3",
+    )  # fmt: skip
+    run = make(tmp_path / "grid", finished_run / "teachers", *words)
+    side, crossing = run.recipe.data.size // 2, {}
+    for name, folder in (("grid", run.dataset), ("real", run.control)):
+        tables = [pq.read_table(path) for path in sorted((folder / "views").iterdir())]
+        crops = np.stack(pa.concat_tables(tables)["crop"].to_numpy(zero_copy_only=False))
+        assert len(crops) == 60
+        crossing[name] = int(((crops[:, :2] // side) != ((crops[:, :2] + crops[:, 2:] - 1) // side)).any(1).sum())
+    assert crossing["grid"] == 0
+    assert crossing["real"] > 40

@@ -35,7 +35,7 @@ _SYNTAX = ("heading", "list", "fence", "table", "emphasis", "image", "escape", "
 """The Markdown rules that are enabled for the HTML page."""
 _SCROLLS = 'class="wide" tabindex="0" role="region" aria-label="{}"'
 """Attributes of a box that scrolls sideways, also by keyboard."""
-_FOLD = re.compile(r"<details><summary>[\w ]+</summary>|</details>")
+_FOLD = re.compile(r"<details><summary>[\w -]+</summary>|</details>")
 """The only HTML in the Markdown template; untrusted text contains no `<` after `escape`."""
 
 

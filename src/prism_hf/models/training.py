@@ -26,8 +26,8 @@ FUSED = ("cpu", "cuda")
 """Devices with a kernel that updates all parameters at once."""
 TORCH = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 """Optimizers with such a kernel; all others come from timm."""
-UNSUITED = ("adahessian",)
-"""Optimizers of timm that need more than gradients and a learning rate."""
+UNSUITED = ("adahessian", "bnb", "fused", "adafactorbv", "cadafactorbv", "kron")
+"""Names, or their beginnings, of timm's optimizers that need a Hessian or other packages, or cannot be resumed."""
 Schedule = Literal["cosine", "one_cycle"]
 AtStep = Callable[[int], None]
 """Told how many steps of a training are done."""
@@ -257,11 +257,15 @@ def fit(
     return training.run(batches, loss, checkpoint, at_step)
 
 
+def known_optimizers() -> list[str]:
+    """Return the names of timm's optimizers that students can use."""
+    return sorted({*TORCH, *(name for name in list_optimizers() if not name.startswith(UNSUITED))})
+
+
 def check_optimizer(name: str) -> None:
     """Raise a `RecipeError` if timm has no optimizer of this name, or none that works with a learning rate alone."""
-    known = [*TORCH, *(other for other in list_optimizers() if other not in UNSUITED)]
-    if name not in known:
-        close = difflib.get_close_matches(name, known) or sorted(known)[:3]
+    if name not in (known := known_optimizers()):
+        close = difflib.get_close_matches(name, known) or ["adamw", "muon", "lion"]
         raise RecipeError(f"evaluation.optimizer is {name!r}; use one that timm has, such as {', '.join(close)}")
 
 
