@@ -48,6 +48,8 @@ FINGERPRINTS = {
     "imagenet/sre2l_ipc100.yaml": "a685f2dabd305665",
     "openclipart/prism_ipc5.yaml": "de7731333b5c754e",
     "openclipart/prism_64_ipc10.yaml": "a58c745b0f113143",
+    "openclipart/prism_kmeans_64_ipc10.yaml": "afae14c7cdfd3496",
+    "fashion/prism_easy_ipc10.yaml": "d92ef587f06539b6",
     "imagenet/sre2l_ipc50.yaml": "3a4979cf45384d54",
     "imagenet/sre2l_ipc1.yaml": "9e4f97dcae565a85",
     "imagenet/gvbsm_ipc1.yaml": "77a49ca30997dfb4",

@@ -53,22 +53,9 @@ def compare(
     """
     setups = [StudentSetup(student, labels) for student in students for labels in ("soft", "hard")]
     accelerator = make_accelerator()
-    comparison = Comparison(
-        methods,
-        setups,
-        seeds,
-        folder,
-        teachers_root,
-        accelerator,
-        checkpoint_s,
-        ceilings=students,
-        teacher_seeds=teacher_seeds,
-    )
-    check_place(folder, "--output")
-    ours = not folder.is_dir() or (folder / "runs").is_dir()
-    if not ours and any(path.name not in _OURS and not path.name.startswith(DRAFT) for path in folder.iterdir()):
-        raise OutputError(f"output {str(folder)!r} is not empty and not a comparison; use another folder (--output DIR)")
-    check_free(folder)
+    places = (folder, teachers_root, accelerator, checkpoint_s)
+    comparison = Comparison(methods, setups, seeds, *places, ceilings=students, teacher_seeds=teacher_seeds)
+    _check_output(folder)
     check_threads(folder / "work", threads)
     check_comparison(comparison)
     about_data = check_data(comparison.common_run())
@@ -91,6 +78,15 @@ def compare(
             table = plain_table(table_of(facts))
         accelerator.end_training()
     return table
+
+
+def _check_output(folder: Path) -> None:
+    """Refuse an output folder that is in use, or not empty and not a comparison."""
+    check_place(folder, "--output")
+    ours = not folder.is_dir() or (folder / "runs").is_dir()
+    if not ours and any(path.name not in _OURS and not path.name.startswith(DRAFT) for path in folder.iterdir()):
+        raise OutputError(f"output {str(folder)!r} is not empty and not a comparison; use another folder (--output DIR)")
+    check_free(folder)
 
 
 def check_comparison(comparison: Comparison) -> None:

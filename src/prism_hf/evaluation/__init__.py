@@ -1,6 +1,6 @@
 """Evaluation of a dataset: students, similarity, and the table that compares it with its controls."""
 
-from .dd_ranking import DDRanking, dd_ranking, dd_ranking_of, dd_ranking_text
+from .dd_scores import DDRanking, dd_ranking, dd_ranking_of, dd_ranking_text
 from .diversity import Diversity, FeatureMap, intra_class_similarity, pair_histogram
 from .report import (
     LABELS,

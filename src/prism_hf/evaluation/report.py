@@ -8,7 +8,7 @@ from typing import Any
 from scipy.special import stdtrit
 
 from ..runtime import count_text, size_text
-from .dd_ranking import dd_ranking_of, dd_ranking_text
+from .dd_scores import dd_ranking_of, dd_ranking_text
 
 CONTROL_ITSELF = "These are random real images: the control that a distilled set is compared with."
 NO_CONTROL = "the dataset itself consists of random real images"

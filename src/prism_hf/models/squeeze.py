@@ -182,8 +182,8 @@ def _train_and_store(
             at_step=at_step,
         )
         if settings.bn_statistics == "clean":
-            clean = _batches(data.train, replace(settings, noise_std=0.0, epochs=1), derived, teacher)
-            _measure_again(network, (images for images, _ in clean))
+            clean = replace(settings, noise_std=0.0, epochs=1)
+            _measure_again(network, (images for images, _ in _batches(data.train, clean, derived, teacher)))
     facts = TeacherFacts(
         kind="teacher",
         teacher=without_folders(name),

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from prism_hf.evaluation.dd_ranking import dd_ranking, dd_ranking_of, dd_ranking_text
+from prism_hf.evaluation.dd_scores import dd_ranking, dd_ranking_of, dd_ranking_text
 from prism_hf.evaluation.report import evaluation_facts, score_row, summary
 
 
