@@ -162,8 +162,7 @@ def _train_and_store(
     device: torch.device,
     at_step: AtStep,
 ) -> TeacherFacts:
-    start, started = name.removeprefix(SQUEEZE_PREFIX), time.perf_counter()
-    source, settings = source_facts(recipe, data), recipe.squeeze
+    start, started, settings = name.removeprefix(SQUEEZE_PREFIX), time.perf_counter(), recipe.squeeze
     seed, steps = _seed(recipe), squeeze_steps(recipe, data)
     derived = derived_seed(seed, "squeeze", start)
     with seeded(derived, device):
@@ -193,7 +192,7 @@ def _train_and_store(
         train_count=len(data.train),
         test_count=len(data.test),
         channels=recipe.data.channels,
-        source=source,
+        source=source_facts(recipe, data),
         test=scored_on(recipe),
         settings=SqueezeSettings(seed=seed, data=source.id, steps=steps, epochs=settings.epochs),
         fingerprint=folder.name.rpartition("-")[2],
