@@ -163,7 +163,7 @@ def _train_and_store(
     at_step: AtStep,
 ) -> TeacherFacts:
     start, started, settings = name.removeprefix(SQUEEZE_PREFIX), time.perf_counter(), recipe.squeeze
-    seed, steps = _seed(recipe), squeeze_steps(recipe, data)
+    seed, steps, source = _seed(recipe), squeeze_steps(recipe, data), source_facts(recipe, data)
     derived = derived_seed(seed, "squeeze", start)
     with seeded(derived, device):
         teacher = untrained_teacher(name, recipe)
@@ -192,7 +192,7 @@ def _train_and_store(
         train_count=len(data.train),
         test_count=len(data.test),
         channels=recipe.data.channels,
-        source=source_facts(recipe, data),
+        source=source,
         test=scored_on(recipe),
         settings=SqueezeSettings(seed=seed, data=source.id, steps=steps, epochs=settings.epochs),
         fingerprint=folder.name.rpartition("-")[2],
