@@ -16,7 +16,7 @@ from pathlib import Path
 
 import machine
 
-from prism_hf.cli.options import add_compute, quiet, run_command
+from prism_hf.cli.options import add_compute, part, quiet, run_command
 from prism_hf.compare.comparison import StudentSetup
 from prism_hf.compare.methods import random_recipe
 from prism_hf.errors import RecipeError
@@ -144,12 +144,12 @@ FIFTH = (f"data.validation_fraction={1 / 6}", "teachers.verifier=null")
 QUARTER = ("data.validation_fraction=0.25",)
 
 
-def final_rows(prism: str, best: str, sre2l: Row, pool: str, without_bn: str) -> tuple[Row, ...]:
-    """Return every method from real images, the best recipe, and PRISM with a teacher without batch norm in its pool."""
+def final_rows(prism: str, easy: str, sre2l: Row, pool: str, without_bn: str) -> tuple[Row, ...]:
+    """Return PRISM, PRISM from easy images, SRe2L, and PRISM with a teacher without batch norm in its pool."""
     return (
         ("PRISM per slot", prism, ()),
-        ("best recipe", best, ()),
-        ("its start images, not optimized", best, ("synthesis.iterations=0",)),
+        ("PRISM from easy images", easy, ()),
+        ("its start images, not optimized", easy, ("synthesis.iterations=0",)),
         sre2l,
         ("PRISM with a LayerNorm teacher", prism, (f"teachers.bn_pool=[{pool}, {without_bn}]",)),
     )
@@ -329,8 +329,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reduced", action="store_true", help=f"two seeds and one student, only for {', '.join(REDUCED)}")
     parser.add_argument("--as-is", action="store_true", help="run nothing: write each table from its finished runs")
     parser.add_argument(
-        "--share", type=_share, default=(0, 1), metavar="I/N",
-        help="make only every N-th run, from the I-th on, and no table; N such commands can run at once",
+        "--part", type=part, metavar="I/N", help="make only part I of N of the runs, and no table; N can run at once",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, metavar="N", help="use only the first N seeds")
     add_compute(parser)
@@ -338,16 +337,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _share(text: str) -> tuple[int, int]:
-    number, count = map(int, text.split("/"))
-    return number, count
-
-
 def main(args: argparse.Namespace) -> None:
     """Make the requested tables one after another."""
     unknown = [name for name in args.names if name not in TABLES]
     if unknown:
         raise RecipeError(f"unknown table {unknown[0]!r}; use one of {', '.join(TABLES)}")
+    if args.part is not None and not 1 <= args.part[0] <= args.part[1]:
+        raise RecipeError(f"part {args.part[0]}/{args.part[1]} does not exist; expected 1/N to N/N")
     quiet()
     from prism_hf.run.context import make_accelerator
 
@@ -384,12 +380,11 @@ def make(name: str, table: Table, args: argparse.Namespace, accelerator: object)
         checkpoint_s=args.checkpoint_every,
         ceilings=table.students[:1] if table.ceiling else (),
         teacher_seeds=table.teacher_seeds,
-        share=args.share,
     )
     check_comparison(made)
     threads = use_threads(accelerator, folder / "work", args.threads)
-    if args.share[1] > 1:
-        make_runs(made)
+    if args.part is not None:
+        make_runs(made, args.part)
     elif accelerator.is_main_process:
         with locked(folder):
             accelerator.wait_for_everyone()

@@ -101,3 +101,15 @@ def test_folder_names_and_labels_are_plain():
         "soft-10",
     ]
     assert [label for label, _ in named("prism")] == ["prism"]
+
+
+def test_cells_of_views_belong_to_the_images_of_a_method():
+    mosaic = "synthesis.mosaic={crops: 1, crop_scale: [1, 1]}"
+    grid = tiny("name=grid", "synthesis.init=mosaic", mosaic, "relabel.view.cell=2")
+    plain = tiny("name=plain", "relabel.view.flip=false")
+    for recipes in ([grid, plain], [plain, grid]):
+        methods, notes = under_one_protocol([(recipe.name, recipe) for recipe in recipes])
+        cells = {method.label: method.recipe.relabel.view.cell for method in methods}
+        assert cells == {RANDOM: None, "grid": 2, "plain": None}
+        assert len({method.recipe.relabel.view.flip for method in methods}) == 1, "everything else is the protocol's"
+        assert not any("cell" in note for note in notes)

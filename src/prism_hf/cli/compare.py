@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from ..compare import Method, under_one_protocol
@@ -82,10 +81,17 @@ def _compare(args: argparse.Namespace) -> None:
     quiet()
     from ..compare.runs import compare
 
-    runs = partial(compare, methods, students, seeds, folder, teachers_folder(args, folder), teacher_seeds=sets)
+    runs = (methods, students, seeds, folder, teachers_folder(args, folder))
     command = " ".join([args.parser.prog, *map(public_word, args.argv)])
     with in_processes(processes(args, first.data.size, folder / "work")):
-        table = runs(threads=args.threads, checkpoint_s=args.checkpoint_every, notes=notes, command=command)
+        table = compare(
+            *runs,
+            threads=args.threads,
+            checkpoint_s=args.checkpoint_every,
+            notes=notes,
+            command=command,
+            teacher_seeds=sets,
+        )
     if table is not None:
         sys.stdout.write(f"{table}\npage: {folder / 'comparison.html'}\n")
 

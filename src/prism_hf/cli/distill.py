@@ -12,6 +12,7 @@ from .options import (
     Command,
     add_compute,
     add_target,
+    part,
     processes,
     push_options,
     quiet,
@@ -54,7 +55,7 @@ def distill(parser: argparse.ArgumentParser) -> Command:
     parser.add_argument("--fresh", action="store_true", help="move an existing run aside and start over")
     parser.add_argument("--no-control", dest="control", action="store_false", help=NO_CONTROL)
     parser.add_argument("--allow-partial", action="store_true", help="package the finished images even if some jobs failed")
-    parser.add_argument("--part", type=_part, metavar="I/N", help="do only part I of N; with --stage synthesize or relabel")
+    parser.add_argument("--part", type=part, metavar="I/N", help="do only part I of N; with --stage synthesize or relabel")
     merged = "output folders of other machines, whose finished work is taken over first"
     parser.add_argument("--merge", type=Path, nargs="+", default=(), metavar="DIR", help=merged)
     compiled = "on: run the teachers of synthesis through torch.compile; auto (default): replay CUDA graphs on a GPU"
@@ -64,13 +65,6 @@ def distill(parser: argparse.ArgumentParser) -> Command:
     add_target(parser)
     add_compute(parser)
     return _distill
-
-
-def _part(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected I/N such as 2/3, got {text!r}")
-    return int(number), int(count)
 
 
 def _distill(args: argparse.Namespace) -> None:

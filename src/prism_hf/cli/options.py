@@ -97,6 +97,14 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 to 86400, got {text!r}")
 
 
+def part(text: str) -> tuple[int, int]:
+    """Read `I/N`: part I of N."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected I/N such as 2/3, got {text!r}")
+    return int(number), int(count)
+
+
 def teachers_folder(args: argparse.Namespace, output: Path) -> Path:
     """Return the folder of squeezed teachers: shared in outputs/ by default, or inside the folder given by --output."""
     return Path(args.teachers or (output / "teachers" if args.output else "outputs/teachers"))

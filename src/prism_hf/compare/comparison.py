@@ -52,7 +52,6 @@ class Comparison:
     accelerator: Accelerator
     checkpoint_s: float = EVERY_S
     ceilings: Sequence[str] = ()  # architectures that are also trained on all real images
-    share: tuple[int, int] = (0, 1)  # (1, 4): make the second of every four runs; other launches make the others
     teacher_seeds: Sequence[int] = ()  # one set of teachers for each, and every seed with every set; empty: the recipe's
     loaded: Loaded = field(default_factory=Loaded)  # data and networks shared by all runs
 

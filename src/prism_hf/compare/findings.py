@@ -130,13 +130,12 @@ def _protocol(comparison: Comparison) -> dict[str, Any]:
     recipe, students = public_recipe(comparison.protocol), comparison.students
     requested = {"student": students[0] if len(students) == 1 else students, "seeds": list(comparison.seeds)}
     names = dict.fromkeys(name for method in comparison.methods for name in method.recipe.all_teachers)
-    squeezed: dict[str, list[float]] = {}  # one for each set of teachers
-    for run in comparison.runs[: len(comparison.methods) * max(1, len(comparison.teacher_seeds))]:
-        for name, top1 in run.squeezed_top1.items():
-            if top1 not in squeezed.setdefault(name, []):
-                squeezed[name].append(top1)
+    sets = []
+    for teachers in comparison.teacher_seeds or (None,):
+        runs = [comparison.run_of(method, comparison.seeds[0], teachers) for method in comparison.methods]
+        sets.append({name: top1 for run in runs for name, top1 in run.squeezed_top1.items()})
     return {
-        "teachers": {name: _mean(squeezed.get(name) or [None]) for name in names},
+        "teachers": {name: _mean(top1.get(name) for top1 in sets) for name in names},
         "teacher_seeds": list(comparison.teacher_seeds),
         "relabel": to_dict(recipe)["relabel"],
         "evaluation": dataclasses.asdict(recipe.evaluation) | requested,

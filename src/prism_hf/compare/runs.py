@@ -101,12 +101,15 @@ def check_comparison(comparison: Comparison) -> None:
     check_space(sum(map(missing_space, missing)), comparison.folder, cached=cached)
 
 
-def make(comparison: Comparison) -> dict[str, str]:
-    """Make all missing teachers, runs and students; return the reason for each run that failed, by its name."""
+def make(comparison: Comparison, part: tuple[int, int] = (1, 1)) -> dict[str, str]:
+    """Make all missing teachers, runs and students; return the reason for each run that failed, by its name.
+
+    With `part` (2, 4), make the second of every four runs; other launches make the others.
+    """
     common, failed = comparison.common_run(), dict[str, str]()
     teachers: set[tuple[str, int | None]] = set()
-    number, count = comparison.share
-    runs = comparison.runs[number::count]
+    number, count = part
+    runs = comparison.runs[number - 1 :: count]
     for run in runs:  # most runs share their teachers, and each teacher is checked once
         wanted = {(name, run.recipe.squeeze.seed) for name in run.recipe.squeezed_teachers}
         if not wanted <= teachers:
@@ -125,7 +128,7 @@ def make(comparison: Comparison) -> dict[str, str]:
             estimate = f", about {duration_text(remaining)} left" if remaining else ""
             common.say(f"{run.title}: {finished + made} of {total} runs done{estimate}")
     ceilings = [task for student in comparison.ceilings for task in comparison.full_tasks(student)]
-    train_students(common, ceilings[number::count])
+    train_students(common, ceilings[number - 1 :: count])
     return failed
 
 

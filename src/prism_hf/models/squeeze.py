@@ -207,8 +207,11 @@ def _train_and_store(
 
 @torch.no_grad()
 def _measure_again(network: nn.Module, batches: Iterator[Tensor]) -> None:
-    """Replace the running statistics of every batch norm by their averages over `batches`; nothing else changes."""
-    network.eval()  # no dropout, and no new weights
+    """Replace the running statistics of every batch norm by their averages over `batches`; nothing else changes.
+
+    Like `torch.optim.swa_utils.update_bn`, but without dropout: synthesis compares with statistics of the eval mode.
+    """
+    network.eval()
     norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -158,19 +158,16 @@ def real_statistics(teacher: Teacher, split: ImageSplit, *, root: Path, patch: i
     key = digest(facts)
     slug = re.sub(r"[^a-z0-9.]+", "-", teacher.architecture.lower()).strip("-.")[:80] or "unknown"
     folder = root / "statistics" / f"{slug}-{key[:12]}"
-    file = Artifact(folder / f"{'norms' if patch is None else 'conv'}.safetensors", key)
-    what = "norms" if patch is None else "convolutions"
+    what, file_name, gather = "norms", "norms", gather_norms
+    if patch is not None:
+        what, file_name, gather = "convolutions", "conv", partial(gather_statistics, patch=patch)
+    file = Artifact(folder / f"{file_name}.safetensors", key)
     with waited_for(folder, f"{file.path} is being computed"):
         if not file.is_whole():
             log.info("teacher %s: gathering statistics of %s over %d real images", teacher.name, what, len(split))
-            batch, batches = (
-                f"a batch of {min(BATCH_SIZE, len(split))} real images for statistics of {what}",
-                shuffled_batches(split.images, len(split), seed=SEED),
-            )
+            batch = f"a batch of {min(BATCH_SIZE, len(split))} real images for statistics of {what}"
             with told_in_one_line(f"teacher {teacher.name!r}: {batch}", "Use a device with more memory"):
-                averages = (
-                    gather_norms(teacher, batches) if patch is None else gather_statistics(teacher, batches, patch=patch)
-                )
+                averages = gather(teacher, shuffled_batches(split.images, len(split), seed=SEED))
             write_tensors(file, averages, facts)
         # Copies, because the tensors are memory-mapped and would change with the file.
         return {name: value.clone() for name, value in read_tensors(file.path).items()}
