@@ -32,16 +32,20 @@ def cell(row: dict[str, Any] | None) -> str:
     return NOT_YET if row is None else top1_text(row)
 
 
+def _numbered(noun: str, numbers: Sequence[int]) -> str:
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
 def provenance(result: dict[str, Any]) -> str:
     """Return a line with the command, seeds, student, test images and machine of a result."""
     hardware, data = result["hardware"], result["data"]
-    seeds = ", ".join(map(str, result["protocol"]["seeds"]))
+    seeds = _numbered("seed", result["protocol"]["seeds"])
     student = result["scores"][0]["student"]
     processes = "1 process" if hardware["processes"] == 1 else f"{hardware['processes']} processes"
     if sets := result["protocol"].get("teacher_seeds"):
-        seeds += f" with each of the sets of teachers {', '.join(map(str, sets))}"
+        seeds += f" with teachers of {_numbered('seed', sets)}"
     return (
-        f"`{result['command']}`: seeds {seeds} (for both synthesis and student), student {student}, last epoch, "
+        f"`{result['command']}`: {seeds} (for both synthesis and student), student {student}, last epoch, "
         f"{data['test_count']:,} {data.get('tested_on', 'test images')}; {hardware['cpu']}, {hardware['cores']} cores, "
         f"{processes}."
     )
@@ -172,7 +176,7 @@ def convergence_table(result: dict[str, Any]) -> str:
     return f"{markdown_table(rows)}\n\n{provenance(result)}"
 
 
-FEW = ("random real", "best recipe", "its start images, not optimized", "PRISM per slot")
+FEW = ("random real", "PRISM from easy images", "its start images, not optimized", "PRISM per slot")
 """Methods in the README table."""
 SHORT = {"fashion-final-ipc10": "Fashion-MNIST", "openclipart-final-64-ipc10": "clip art"}
 
