@@ -455,7 +455,7 @@ TEACHERS = {
     "no BatchNorm": (
         "local-dir:bad",
         ["no BatchNorm layer", "bad"],
-        lambda here: save_timm(here / "bad", "test_vit", names=NAMES),
+        lambda here: save_timm(here / "bad", "test_nfnet", names=NAMES),
     ),
     "gray": ("local-dir:bad", ["1 channel", "the data has 3"], gray),
     "transformers, a timm folder cut": (
@@ -563,7 +563,7 @@ TEACHERS = {
     "the Hub, a path for a branch": ("hf-hub:org/net@../../x", ["'../../x'", "not a branch, tag or commit"]),
     "transformers, offline": ("transformers:org/net", ["HF_HUB_OFFLINE=1", "`hf download org/net`"]),
     "squeezed, no architecture": ("squeeze:nonsense", ["nonsense", "no such architecture", "timm.list_models()"]),
-    "squeezed, no BatchNorm": ("squeeze:test_vit", ["test_vit", "no BatchNorm layer"]),
+    "squeezed, no BatchNorm": ("squeeze:test_nfnet", ["test_nfnet", "no BatchNorm layer"]),
 }
 
 
